@@ -1,0 +1,88 @@
+"""Pack folders of mel-spectrogram files into tar shards, and read them at the speed of memory.
+
+>>> import shardprep
+>>> shardprep.build_shards("Dataset/", "shards/")         # doctest: +SKIP
+>>> train = shardprep.open_shards("shards/")["train"]     # doctest: +SKIP
+>>> loader = shardprep.SegmentLoader(train, batch_size=32)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardprep.errors import (
+        BuildError,
+        CorruptShardError,
+        FormatError,
+        ShardprepError,
+        SourceError,
+        StorageError,
+    )
+    from shardprep.format import Manifest
+    from shardprep.loader import SegmentLoader, UtteranceLoader
+    from shardprep.options import BuildOptions
+    from shardprep.reader import ShardSet, Split, open_shards
+    from shardprep.stream import stream
+    from shardprep.verify import Fault, VerifyReport, verify_shards
+    from shardprep.writer import BuildReport, build_shards
+
+__version__ = "0.1.0"
+
+# Loaded when first asked for, so that `import shardprep` costs nothing and needs no torch.
+_HOMES = {
+    "BuildError": "errors",
+    "BuildOptions": "options",
+    "BuildReport": "writer",
+    "CorruptShardError": "errors",
+    "Fault": "verify",
+    "FormatError": "errors",
+    "Manifest": "format",
+    "SegmentLoader": "loader",
+    "ShardSet": "reader",
+    "ShardprepError": "errors",
+    "SourceError": "errors",
+    "Split": "reader",
+    "StorageError": "errors",
+    "UtteranceLoader": "loader",
+    "VerifyReport": "verify",
+    "build_shards": "writer",
+    "open_shards": "reader",
+    "stream": "stream",
+    "verify_shards": "verify",
+}
+
+__all__ = [
+    "BuildError",
+    "BuildOptions",
+    "BuildReport",
+    "CorruptShardError",
+    "Fault",
+    "FormatError",
+    "Manifest",
+    "SegmentLoader",
+    "ShardSet",
+    "ShardprepError",
+    "SourceError",
+    "Split",
+    "StorageError",
+    "UtteranceLoader",
+    "VerifyReport",
+    "build_shards",
+    "open_shards",
+    "stream",
+    "verify_shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardprep' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"shardprep.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

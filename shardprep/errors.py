@@ -1,0 +1,87 @@
+"""Every error that shardprep raises on bad input, with the exit code of the command line.
+
+ShardprepError
+├── SourceError        3  the data set to pack is not as it should be
+├── FormatError        4  not a shard folder, or one of a version that this release cannot read
+├── CorruptShardError  1  a shard, an index or the manifest is damaged
+├── BuildError         5  the build cannot start or go on
+└── StorageError       6  the disk or the network refused (full, read-only, gone)
+
+Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class ShardprepError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        what: What is wrong, as a clause without a full stop.
+        file: The file or folder concerned.
+        key: The utterance or the field concerned.
+        remedy: What the user can do about it, as a sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else os.fspath(file)
+        self.key = key
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.key) if part)
+        text = f"{where}: {self.what}" if where else self.what
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword arguments must survive the way back from a worker process.
+        return _rebuild, (type(self), self.what, self.file, self.key, self.remedy)
+
+
+def _rebuild(
+    kind: type[ShardprepError], what: str, file: str | None, key: str | None, remedy: str | None
+) -> ShardprepError:
+    return kind(what, file=file, key=key, remedy=remedy)
+
+
+class SourceError(ShardprepError):
+    """The data set to pack is not as it should be."""
+
+    exit_code = 3
+
+
+class FormatError(ShardprepError):
+    """Not a shard folder, or one of a version that this release cannot read."""
+
+    exit_code = 4
+
+
+class CorruptShardError(ShardprepError):
+    """A shard, an index or the manifest is damaged."""
+
+    exit_code = 1
+
+
+class BuildError(ShardprepError):
+    """The build cannot start or go on."""
+
+    exit_code = 5
+
+
+class StorageError(ShardprepError):
+    """The disk or the network refused: full, read-only, gone."""
+
+    exit_code = 6

@@ -1,0 +1,140 @@
+"""The order of an epoch, the crops, and each rank's share: pure functions of their arguments.
+
+An epoch's order is a keyed bijection of range(n), so no permutation is stored and any position
+is reached at once. Nothing here depends on the world size but `rank_slice`, which cuts a global
+batch into the ranks' parts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+_U64 = NDArray[np.uint64]
+
+_ROUNDS = 6
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+# Streams of random numbers that must not be correlated with one another.
+_ORDER, _CROP = 1, 2
+
+
+def mix64(x: _U64) -> _U64:
+    """Finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words.
+
+    Args:
+        x: Words, any shape; not modified.
+
+    Returns:
+        Words of the same shape in which every input bit reaches every output bit.
+    """
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def derive_key(*parts: int) -> int:
+    """A 64-bit key from integers, e.g. (seed, epoch); different parts give unrelated keys."""
+    key = 0
+    for part in parts:
+        word = np.array([(key ^ (part & _MASK)) + _GOLDEN & _MASK], np.uint64)
+        key = int(mix64(word)[0])
+    return key
+
+
+class Permutation:
+    """A keyed bijection of range(n): a Feistel network with cycle walking.
+
+    The network permutes the next power of four; values beyond n are sent through again until
+    they fall below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), which
+    takes under four passes on average.
+
+    Args:
+        n: Size of the range, at least 1.
+        key: 64-bit key; see `derive_key`.
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        assert n >= 1
+        self.n = n
+        half = max(1, ((n - 1).bit_length() + 1) // 2)
+        self._half = np.uint64(half)
+        self._low = np.uint64((1 << half) - 1)
+        self._keys = [np.uint64(derive_key(key, number)) for number in range(_ROUNDS)]
+
+    def __call__(self, positions: Indices) -> Indices:
+        """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
+        values = self._pass(positions.astype(np.uint64))
+        outside = np.flatnonzero(values >= self.n)
+        while outside.size:
+            values[outside] = self._pass(values[outside])
+            outside = outside[values[outside] >= self.n]
+        return values.astype(np.int64)
+
+    def _pass(self, values: _U64) -> _U64:
+        left, right = values >> self._half, values & self._low
+        for key in self._keys:
+            left, right = right, left ^ (mix64(right ^ key) & self._low)
+        joined: _U64 = (left << self._half) | right
+        return joined
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Permutation:
+    """The shuffled order of an epoch: maps position to index, both in range(n)."""
+    return Permutation(n, derive_key(_ORDER, seed, epoch))
+
+
+def crop_starts(
+    indices: Indices, frames: Indices, length: int, *, seed: int, epoch: int
+) -> Indices:
+    """First frame of each utterance's random crop in an epoch.
+
+    Args:
+        indices: Positions in the split (B,).
+        frames: Lengths of these utterances in frames (B,).
+        length: Frames a crop.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+
+    Returns:
+        Starts (B,), uniform on 0..frames-length; 0 where the utterance is not longer than that.
+    """
+    key = np.uint64(derive_key(_CROP, seed, epoch))
+    words = mix64((indices.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) ^ key)
+    choices = np.maximum(frames - length, 0).astype(np.uint64) + np.uint64(1)
+    # The high half of a 32 x 32-bit product maps 32 random bits to range(choices).
+    starts: Indices = (((words >> np.uint64(32)) * choices) >> np.uint64(32)).astype(np.int64)
+    return starts
+
+
+def rank_slice(count: int, rank: int, world_size: int) -> slice:
+    """Rank's part of a global batch of `count` samples.
+
+    Parts are contiguous, differ by at most one sample, and together are the whole batch.
+    """
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def length_batches(frames: Indices, max_frames: int) -> list[Indices]:
+    """Batches of utterances of like length under a budget of padded frames.
+
+    Args:
+        frames: Length of every utterance of the split (N,).
+        max_frames: Most frames a batch may have once padded to its longest utterance; an
+            utterance longer than that travels alone.
+
+    Returns:
+        Index arrays that partition range(N), longest utterances first, so that memory peaks at
+        the start and not at the end of an evaluation.
+    """
+    order = np.argsort(-frames, kind="stable")
+    batches, at = [], 0
+    while at < len(order):
+        size = max(1, max_frames // max(1, int(frames[order[at]])))
+        batches.append(order[at : at + size])
+        at += size
+    return batches

@@ -1,0 +1,340 @@
+"""What a folder in the homework's layout holds, checked before anything is written.
+
+    Dataset/
+      metadata.json   {"n_mels": 40, "speakers": {"id00464": [{"feature_path": ..., "mel_len": ...}]}}
+      mapping.json    {"speaker2id": {"id00464": 0}, "id2speaker": {"0": "id00464"}}     optional
+      testdata.json   {"n_mels": 40, "utterances": [{"feature_path": ..., "mel_len": ...}]}  optional
+      uttr-*.pt       float32 tensors (mel_len, n_mels)
+
+A fault of a whole file (no metadata.json, broken JSON) always raises. A fault of one utterance
+becomes a `Reject`, and the caller decides whether it stops the build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.errors import SourceError
+from shardprep.format import MAX_KEY_BYTES, NO_LABEL
+
+METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
+
+_BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
+_HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
+
+
+class Utterance(NamedTuple):
+    """One `.pt` file: its key in the shards and what the metadata say about it.
+
+    Attributes:
+        key: File path without ".pt"; names the sample in the shards.
+        path: File path relative to the data set, with forward slashes.
+        speaker: Speaker name, or None where unknown.
+        label: Speaker number, or -1.
+        frames: Length in mel frames.
+        nbytes: Size of the file in bytes.
+        mtime_ns: Its time of modification; tells a later resume that the file has changed.
+    """
+
+    key: str
+    path: str
+    speaker: str | None
+    label: int
+    frames: int
+    nbytes: int
+    mtime_ns: int
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """An utterance that cannot be packed, and why; a line of rejects.jsonl.
+
+    Attributes:
+        file: The path as the metadata give it.
+        key: Its key, empty where the path gives none.
+        speaker: Speaker name, or None.
+        split: "labelled" or "test".
+        reason: What is wrong with it.
+    """
+
+    file: str
+    key: str
+    speaker: str | None
+    split: str
+    reason: str
+
+    def error(self, root: Path) -> SourceError:
+        """The error that this fault is under --on-error fail."""
+        return SourceError(
+            self.reason,
+            file=root / self.file,
+            key=f"speaker {self.speaker}" if self.speaker else None,
+            remedy="Mend the data set, or leave such utterances out with --on-error skip.",
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """The contents of a data set folder.
+
+    Attributes:
+        root: The folder.
+        n_mels: Mel bins F.
+        speakers: Speaker names; the position is the label.
+        labelled: Utterances of metadata.json.
+        test: Utterances of testdata.json, in its order.
+        rejects: Utterances that cannot be packed.
+    """
+
+    root: Path
+    n_mels: int
+    speakers: tuple[str, ...]
+    labelled: tuple[Utterance, ...]
+    test: tuple[Utterance, ...]
+    rejects: tuple[Reject, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over speakers, utterances, lengths and file sizes."""
+        rows = [[*utterance[:-1]] for utterance in (*self.labelled, *self.test)]
+        listed = [self.n_mels, self.speakers, rows, [msgspec.to_builtins(r) for r in self.rejects]]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+class _Entry(msgspec.Struct):
+    feature_path: str
+    mel_len: int
+
+
+@dataclass
+class _Scan:
+    """Utterances and rejects as they are found."""
+
+    root: Path
+    real_root: str
+    uses: Counter[str] = field(default_factory=Counter)
+    found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
+    rejects: list[Reject] = field(default_factory=list)
+
+    def add(self, raw: Any, split: str, speaker: str | None, label: int) -> None:
+        path = raw.get("feature_path") if isinstance(raw, dict) else None
+        shown = path if isinstance(path, str) else json.dumps(raw)[:200]
+        key = ""
+        try:
+            entry = msgspec.convert(raw, _Entry)
+            relative = _inside(entry.feature_path)
+            key = _key_of(relative)
+            if speaker is not None and label == NO_LABEL:
+                raise ValueError(f"speaker {speaker} is not in {MAPPING}")
+            if entry.mel_len < 1:
+                raise ValueError(f"mel_len is {entry.mel_len}, expected at least 1")
+            info = self._regular_file(relative)
+        except (msgspec.ValidationError, ValueError) as error:
+            self.rejects.append(Reject(shown, key, speaker, split, str(error)))
+            return
+        self.uses[key] += 1
+        self.found[split].append(
+            Utterance(key, relative, speaker, label, entry.mel_len, info.st_size, info.st_mtime_ns)
+        )
+
+    def _regular_file(self, relative: str) -> os.stat_result:
+        path = os.path.join(self.root, relative)
+        try:
+            info = os.stat(path)
+        except FileNotFoundError:
+            raise ValueError("the file does not exist") from None
+        except OSError as error:
+            raise ValueError(f"the file cannot be read: {error.strerror}") from None
+        real = os.path.realpath(path)
+        if os.path.commonpath([self.real_root, real]) != self.real_root:
+            raise ValueError("the path leads outside the data set through a link")
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        return info
+
+    def drop_repeated(self) -> None:
+        """Reject every use of a file that is listed more than once: its label is in doubt."""
+        labels: dict[str, list[str]] = {}
+        for split, utterances in self.found.items():
+            for utterance in utterances:
+                if self.uses[utterance.key] > 1:
+                    labels.setdefault(utterance.key, []).append(utterance.speaker or split)
+        for split, utterances in self.found.items():
+            for utterance in utterances:
+                if utterance.key in labels:
+                    listed = ", ".join(labels[utterance.key])
+                    reason = f"the same file is listed {self.uses[utterance.key]} times: {listed}"
+                    self.rejects.append(
+                        Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
+                    )
+            self.found[split] = [u for u in utterances if u.key not in labels]
+
+
+def scan_dataset(root: str | os.PathLike[str]) -> Source:
+    """Read the three JSON files of a data set and look at every file that they name.
+
+    Args:
+        root: The data set's folder.
+
+    Returns:
+        What was found. The `.pt` files are not opened; see `load_features`.
+
+    Raises:
+        SourceError: The folder or one of the JSON files is not as it should be.
+    """
+    folder = Path(root)
+    metadata = _read_json(folder / METADATA, {"n_mels": int, "speakers": dict})
+    n_mels = _n_mels(metadata, folder / METADATA)
+    labels = _labels(folder, metadata["speakers"])
+    scan = _Scan(folder, os.path.realpath(folder))
+    for speaker, entries in metadata["speakers"].items():
+        if not isinstance(entries, list):
+            raise SourceError("is not a list", file=folder / METADATA, key=f"speakers.{speaker}")
+        for entry in entries:
+            scan.add(entry, "labelled", speaker, labels.get(speaker, NO_LABEL))
+    if (folder / TESTDATA).exists():
+        testdata = _read_json(folder / TESTDATA, {"n_mels": int, "utterances": list})
+        if _n_mels(testdata, folder / TESTDATA) != n_mels:
+            raise SourceError(
+                f"is {testdata['n_mels']}, but {n_mels} in {METADATA}",
+                file=folder / TESTDATA,
+                key="n_mels",
+            )
+        for entry in testdata["utterances"]:
+            scan.add(entry, "test", None, NO_LABEL)
+    scan.drop_repeated()
+    return Source(
+        folder,
+        n_mels,
+        tuple(sorted(labels, key=lambda name: labels[name])),
+        tuple(scan.found["labelled"]),
+        tuple(scan.found["test"]),
+        tuple(scan.rejects),
+    )
+
+
+def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32]:
+    """Load one `.pt` file without running code that it may contain (weights_only).
+
+    Args:
+        path: The file.
+        n_mels: Mel bins F that it must have.
+        frames: Length T that it must have.
+
+    Returns:
+        Matrix (T, F), float32.
+
+    Raises:
+        ValueError: What is wrong with the file, in words for `Reject.reason`.
+    """
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever a hostile or broken file makes the unpickler raise means the same here.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"not a tensor file that can be loaded safely: {lines[0][:200]}") from None
+    if not isinstance(loaded, torch.Tensor):
+        raise ValueError(f"holds a {type(loaded).__name__}, not a tensor")
+    if not loaded.is_floating_point() or loaded.layout != torch.strided:
+        raise ValueError(f"holds {loaded.dtype} ({loaded.layout}), expected dense floating point")
+    if loaded.ndim != 2 or loaded.shape[1] != n_mels:
+        raise ValueError(f"has shape {tuple(loaded.shape)}, expected (mel_len, {n_mels})")
+    if loaded.shape[0] != frames:
+        raise ValueError(f"has {loaded.shape[0]} frames, but mel_len says {frames}")
+    mel: NDArray[np.float32] = np.ascontiguousarray(loaded.detach().float().numpy())
+    if not np.isfinite(mel).all():
+        raise ValueError("has values that are not finite (NaN or infinity)")
+    return mel
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise ValueError("the path leads outside the data set")
+    return str(pure)
+
+
+def _key_of(relative: str) -> str:
+    if not relative.endswith(".pt"):
+        raise ValueError("the file name does not end in .pt")
+    key = relative.removesuffix(".pt")
+    if "." in key:
+        raise ValueError(f"the key {key!r} contains a dot, where tar readers cut names")
+    if _BAD_CHARACTERS.search(key) or any(part.startswith("__") for part in key.split("/")):
+        raise ValueError(f"the key {key!r} has characters that tar readers do not take")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError("the file name is not valid Unicode") from None
+    if not PurePosixPath(relative).stem or size > MAX_KEY_BYTES:
+        raise ValueError(f"the key has {size} bytes, expected 1 to {MAX_KEY_BYTES}")
+    return key
+
+
+def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise SourceError("does not exist", file=path, remedy=_HOMEWORK) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"is not valid JSON: {error}", file=path) from None
+    if not isinstance(content, dict):
+        raise SourceError("is not a JSON object", file=path, remedy=_HOMEWORK)
+    for key, kind in expected.items():
+        if not isinstance(content.get(key), kind) or isinstance(content[key], bool):
+            found = type(content.get(key)).__name__ if key in content else "nothing"
+            raise SourceError(f"expected {kind.__name__}, found {found}", file=path, key=key)
+    return content
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return content
+
+
+def _n_mels(content: dict[str, Any], path: Path) -> int:
+    n_mels = int(content["n_mels"])
+    if not 1 <= n_mels <= 4096:
+        raise SourceError(f"is {n_mels}, expected 1 to 4096", file=path, key="n_mels")
+    return n_mels
+
+
+def _labels(folder: Path, speakers: dict[str, Any]) -> dict[str, int]:
+    """Speaker name to number: by mapping.json, or in sorted order where there is none."""
+    path = folder / MAPPING
+    if not path.exists():
+        return {name: number for number, name in enumerate(sorted(speakers))}
+    mapping = _read_json(path, {"speaker2id": dict})
+    labels: dict[str, int] = mapping["speaker2id"]
+    for fault in _mapping_faults(labels, mapping.get("id2speaker")):
+        raise SourceError(fault, file=path, remedy="Mend it, or remove it to number speakers anew.")
+    return labels
+
+
+def _mapping_faults(labels: dict[str, Any], names: Any) -> Iterator[str]:
+    numbers = list(labels.values())
+    if any(type(number) is not int for number in numbers):
+        yield "speaker2id has a number that is not an integer"
+    elif sorted(numbers) != list(range(len(numbers))):
+        yield f"speaker2id does not number its {len(numbers)} speakers 0 to {len(numbers) - 1}"
+    elif names is not None and names != {str(n): name for name, n in labels.items()}:
+        yield "id2speaker is not the reverse of speaker2id"

@@ -1,0 +1,87 @@
+"""Files reach their final name only when they are whole, and survive a power cut from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from shardprep.errors import StorageError
+
+_BLOCK = 1 << 20
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error about `path` into a StorageError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            error.strerror or str(error),
+            file=error.filename or path,
+            remedy="Check free space and permissions, then run the same command again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name and rename it to `path` after a clean finish.
+
+    Data are flushed to the disk before the rename, and the folder after it, so that a power cut
+    leaves either no `path` or a whole one.
+
+    Args:
+        path: The final name; an existing file is replaced.
+        scratch: Folder for the temporary name, on the same file system; by default that of `path`.
+
+    Raises:
+        StorageError: The file cannot be written; nothing is left behind.
+    """
+    with storage_errors(path):
+        handle, name = tempfile.mkstemp(
+            prefix=f"{path.name}.", suffix=".tmp", dir=scratch or path.parent
+        )
+        try:
+            with os.fdopen(handle, "wb", buffering=_BLOCK) as file:
+                yield file
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        sync_folder(path.parent)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Publish `data` as the file `path`; see `publish`."""
+    with publish(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder (new names, removed names) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as lower-case hex digits."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,142 @@
+"""The folder of an unfinished build: who may write there, and what of it can be kept.
+
+While a build is unfinished its folder holds no manifest.json but a folder `.build` with a lock
+and a record of every shard written. A later build keeps each shard whose inputs are still the
+same and whose bytes are whole, and writes the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import msgspec
+
+from shardprep.errors import BuildError
+from shardprep.format import MANIFEST_NAME, REJECTS_NAME, WORK_FOLDER
+from shardprep.pool import Advance
+from shardprep.shard import ShardRecord, ShardTask, write_shard
+from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors, sync_folder
+
+_OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
+_LOCK_NAME = "lock"
+
+
+@contextlib.contextmanager
+def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
+    """Hold `target` for one build, so that no other can write there meanwhile.
+
+    Args:
+        target: The shard folder; made if need be.
+        overwrite: Whether a finished set is to be replaced.
+
+    Yields:
+        The work folder; or None if `target` holds a finished set and `overwrite` is off.
+
+    Raises:
+        BuildError: Another build holds the folder, or it contains something else.
+    """
+    work = target / WORK_FOLDER
+    with storage_errors(target):
+        if _is_foreign(target):
+            raise BuildError(
+                "the folder is not empty and holds no shards",
+                file=target,
+                remedy="Name another folder, or empty this one.",
+            )
+        if _is_finished(target) and not work.is_dir() and not overwrite:
+            yield None
+            return
+        work.mkdir(parents=True, exist_ok=True)
+        with _lock(work):
+            # Only now is it certain that nobody else is about to finish the set.
+            if _is_finished(target) and not overwrite:
+                shutil.rmtree(work)
+                yield None
+                return
+            (target / MANIFEST_NAME).unlink(missing_ok=True)
+            sync_folder(target)
+            yield work
+
+
+@contextlib.contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    # A lock of the operating system: gone with the process that held it, however it died.
+    lock = filelock.FileLock(work / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BuildError(
+            "another build is at work in this folder",
+            file=work.parent,
+            remedy="Wait for it to end.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def keep_finished(tasks: Sequence[ShardTask], work: Path) -> dict[str, ShardRecord]:
+    """Records of the shards of an earlier run that still hold, by file name.
+
+    Everything else that earlier runs left in the folder is removed; foreign files stay.
+    """
+    kept = {task.plan.file: record for task in tasks if (record := _kept(task, work))}
+    for path in work.parent.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+    for path in work.iterdir():
+        if path.name != _LOCK_NAME and path.stem not in kept:
+            path.unlink()
+    return kept
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """The work of one task: write the shard, then its record, then give the shard its name."""
+
+    work: Path
+
+    def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
+        """Write the shard of `task`; see `shardprep.shard.write_shard`."""
+        with publish(self.work.parent / task.plan.file, scratch=self.work) as file:
+            record = write_shard(task, file, advance)
+            publish_bytes(_record_path(self.work, task), msgspec.json.encode(record))
+        return record
+
+
+def remove_work_folder(work: Path) -> None:
+    """Clear away the records of a build that is finished."""
+    shutil.rmtree(work)
+    sync_folder(work.parent)
+
+
+def _is_finished(target: Path) -> bool:
+    return (target / MANIFEST_NAME).exists()
+
+
+def _is_foreign(target: Path) -> bool:
+    ours = _is_finished(target) or (target / WORK_FOLDER).is_dir()
+    return target.is_dir() and not ours and any(target.iterdir())
+
+
+def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
+    shard = work.parent / task.plan.file
+    try:
+        record = msgspec.json.decode(_record_path(work, task).read_bytes(), type=ShardRecord)
+        # From the cheap check to the costly one.
+        if record.inputs != task.inputs or shard.stat().st_size != record.info.bytes:
+            return None
+        return record if sha256_of(shard) == record.info.sha256 else None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _record_path(work: Path, task: ShardTask) -> Path:
+    return work / f"{task.plan.file}.json"

@@ -1,0 +1,307 @@
+"""Build a shard set: plan, write the shards that are not there yet, then index and manifest."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from shardprep.errors import BuildError, ShardprepError
+from shardprep.format import (
+    FORMAT,
+    MANIFEST_NAME,
+    REJECTS_NAME,
+    VERSION,
+    FileInfo,
+    Manifest,
+    SplitInfo,
+    encode_manifest,
+    index_dtype,
+    index_name,
+    load_manifest,
+)
+from shardprep.options import BuildOptions
+from shardprep.plan import ShardPlan, plan_shards
+from shardprep.pool import Advance, run_tasks
+from shardprep.shard import ShardRecord, ShardTask, write_shard
+from shardprep.source import Reject, Source, scan_dataset
+from shardprep.storage import publish_bytes, sha256_of, storage_errors
+from shardprep.unfinished import ShardWriter, claim, keep_finished, remove_work_folder
+
+
+@dataclass
+class SplitReport:
+    """Totals of a split: utterances, mel frames, shards, bytes of the shards."""
+
+    samples: int = 0
+    frames: int = 0
+    shards: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        destination: The shard folder.
+        splits: Totals by split.
+        speakers: Number of speakers.
+        rejects: Utterances left out.
+        shards_kept: Shards taken over from an unfinished build.
+        up_to_date: The set was there already, from the same source and options.
+        dry_run: Nothing was written.
+        utterances_read: Utterances read in this run.
+        source_bytes: Bytes of `.pt` files read in this run.
+        seconds: Time taken.
+    """
+
+    destination: str
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    speakers: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    shards_kept: int = 0
+    up_to_date: bool = False
+    dry_run: bool = False
+    utterances_read: int = 0
+    source_bytes: int = 0
+    seconds: float = 0.0
+
+
+class ProgressListener:
+    """Told how a build goes; the default ignores it."""
+
+    def start(self, utterances: int, nbytes: int) -> None:
+        """The utterances and bytes that are to be read."""
+
+    def advance(self, utterances: int, nbytes: int) -> None:
+        """Read since the last call."""
+
+    def close(self) -> None:
+        """No more is to come."""
+
+
+def build_shards(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: BuildOptions | None = None,
+    listener: ProgressListener | None = None,
+) -> BuildReport:
+    """Pack a data set folder into a shard set, or finish a build that was interrupted.
+
+    The same source, options and seed give the same bytes, whatever the number of workers and
+    of interruptions (with the same release of zstandard, for that codec).
+
+    Args:
+        source: Folder in the homework's layout; see `shardprep.source`.
+        destination: Folder for the shards; made if need be.
+        options: How to build.
+        listener: Told of progress.
+
+    Raises:
+        SourceError: The data set is not as it should be; what was finished is kept.
+        BuildError: The destination holds something else, another build runs there, or a worker
+            died.
+        StorageError: The disk refused.
+    """
+    began = time.monotonic()
+    options = options or BuildOptions()
+    listener = listener or ProgressListener()
+    target = Path(destination)
+    scanned = scan_dataset(source)
+    if scanned.rejects and options.on_error == "fail":
+        raise _first_of(scanned)
+    tasks = _tasks(scanned, options)
+    if not tasks:
+        raise BuildError("there is no utterance to pack", file=scanned.root)
+    report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
+    if options.dry_run:
+        records = _run(tasks, _check_only, options, listener, report)
+        _fill_report(report, scanned, records)
+    else:
+        with claim(target, options.overwrite) as work:
+            if work is None:
+                _report_finished(report, target, scanned, options)
+            else:
+                records = _write_missing(tasks, work, options, listener, report)
+                _fill_report(report, scanned, records)
+                _publish_set(target, scanned, options, records, report.rejects)
+                remove_work_folder(work)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _first_of(source: Source) -> ShardprepError:
+    error = source.rejects[0].error(source.root)
+    if len(source.rejects) > 1:
+        error.what += f" (and {len(source.rejects) - 1} more utterances are faulty)"
+    return error
+
+
+def _tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
+    plans = plan_shards(
+        source,
+        val_fraction=options.val_fraction,
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+    )
+
+    def task(plan: ShardPlan) -> ShardTask:
+        return ShardTask(
+            plan,
+            source.root,
+            source.n_mels,
+            options.dtype,
+            options.codec_info,
+            options.on_error == "skip",
+        )
+
+    return [task(plan) for shards in plans.values() for plan in shards]
+
+
+def _report_finished(
+    report: BuildReport, target: Path, source: Source, options: BuildOptions
+) -> None:
+    """Accept a finished set that is what this build would make; refuse any other."""
+    manifest = load_manifest(target)
+    wanted = (source.fingerprint, options.record, options.dtype, options.codec_info)
+    found = (
+        manifest.source_fingerprint,
+        manifest.build,
+        manifest.dtype,
+        manifest.codec,
+    )
+    if wanted != found:
+        raise BuildError(
+            "the folder holds a finished set, built from another source or with other options",
+            file=target,
+            remedy="Name another folder, or give --overwrite to replace the set.",
+        )
+    report.up_to_date = True
+    for name, split in manifest.splits.items():
+        size = sum(shard.bytes for shard in split.shards)
+        report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
+    if manifest.rejects is not None:
+        with storage_errors(target):
+            lines = (target / manifest.rejects.file).read_bytes().splitlines()
+        report.rejects = [msgspec.json.decode(line, type=Reject) for line in lines]
+
+
+def _write_missing(
+    tasks: list[ShardTask],
+    work: Path,
+    options: BuildOptions,
+    listener: ProgressListener,
+    report: BuildReport,
+) -> list[ShardRecord]:
+    """Write every shard that is not there whole; returns the records of all, in order."""
+    kept = keep_finished(tasks, work)
+    report.shards_kept = len(kept)
+    missing = [task for task in tasks if task.plan.file not in kept]
+    for record in _run(missing, ShardWriter(work), options, listener, report):
+        kept[record.info.file] = record
+    return [kept[task.plan.file] for task in tasks]
+
+
+def _check_only(task: ShardTask, advance: Advance) -> ShardRecord:
+    return write_shard(task, io.BytesIO(), advance)
+
+
+def _run(
+    tasks: list[ShardTask],
+    work: Callable[[ShardTask, Advance], ShardRecord],
+    options: BuildOptions,
+    listener: ProgressListener,
+    report: BuildReport,
+) -> list[ShardRecord]:
+    utterances = [utterance for task in tasks for utterance in task.plan.utterances]
+    report.utterances_read = len(utterances)
+    report.source_bytes = sum(utterance.nbytes for utterance in utterances)
+    listener.start(report.utterances_read, report.source_bytes)
+    workers = options.workers or len(os.sched_getaffinity(0))
+    results = run_tasks(work, tasks, workers, listener.advance)
+    try:
+        return list(results)
+    finally:
+        results.close()
+        listener.close()
+
+
+def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]) -> None:
+    for record in records:
+        split = report.splits.setdefault(_split_of(record), SplitReport())
+        split.samples += record.info.samples
+        split.frames += record.info.frames
+        split.shards += 1
+        split.bytes += record.info.bytes
+    report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
+
+
+def _publish_set(
+    target: Path,
+    source: Source,
+    options: BuildOptions,
+    records: list[ShardRecord],
+    rejects: list[Reject],
+) -> None:
+    """Write the index files and rejects.jsonl, and last of all the manifest."""
+    by_split: dict[str, list[ShardRecord]] = {}
+    for record in records:
+        by_split.setdefault(_split_of(record), []).append(record)
+    splits = {
+        name: SplitInfo(
+            samples=sum(record.info.samples for record in own),
+            frames=sum(record.info.frames for record in own),
+            index=_publish_file(target / index_name(name), _index_bytes(own)),
+            shards=tuple(record.info for record in own),
+        )
+        for name, own in by_split.items()
+    }
+    listing = None
+    if rejects:
+        lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
+        listing = _publish_file(target / REJECTS_NAME, lines)
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        n_mels=source.n_mels,
+        dtype=options.dtype,
+        codec=options.codec_info,
+        speakers=source.speakers,
+        splits=splits,
+        rejects=listing,
+        source_fingerprint=source.fingerprint,
+        build=options.record,
+    )
+    publish_bytes(target / MANIFEST_NAME, encode_manifest(manifest))
+
+
+def _index_bytes(records: list[ShardRecord]) -> bytes:
+    keys = [row.key.encode() for record in records for row in record.rows]
+    dtype = index_dtype(max(map(len, keys), default=1))
+    rows = np.array(
+        [
+            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, row.key.encode())
+            for number, record in enumerate(records)
+            for row in record.rows
+        ],
+        dtype,
+    )
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _publish_file(path: Path, data: bytes) -> FileInfo:
+    publish_bytes(path, data)
+    return FileInfo(path.name, len(data), sha256_of(path))
+
+
+def _split_of(record: ShardRecord) -> str:
+    return record.info.file.rsplit("-", 1)[0]
