@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_connections
@@ -43,7 +43,7 @@ def run_tasks(
     tasks: Sequence[Task],
     workers: int,
     on_progress: Callable[[int, int], None],
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run `work` on every task, in this process if `workers` is 1, and yield results as they come.
 
     Closing the iterator early, or an error from a task, stops the other tasks at their next
@@ -102,12 +102,15 @@ class _Meter:
         self._seen = now
 
 
-def _results(futures: set[Future[Result]], meter: _Meter) -> Iterator[Result]:
+def _results(futures: set[Future[Result | None]], meter: _Meter) -> Iterator[Result]:
     while futures:
         done, futures = wait(futures, _POLL_SECONDS, FIRST_COMPLETED)
         meter()
         for future in done:
-            yield future.result()
+            result = future.result()
+            # Only `_stop` makes a task return nothing, and then nobody reads on.
+            assert result is not None
+            yield result
 
 
 def _enter_worker(samples: _Counter, nbytes: _Counter, stop: Any) -> None:

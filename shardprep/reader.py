@@ -108,6 +108,11 @@ class Split:
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
 
+    @property
+    def locations(self) -> NDArray[Any]:
+        """The index rows (N,): shard, offset, nbytes, frames, label, crc32, key; see FORMAT.md."""
+        return self._rows
+
     @functools.cached_property
     def keys(self) -> NDArray[np.str_]:
         """Keys of the utterances (N,), strings."""
@@ -167,7 +172,7 @@ class Split:
         start = np.asarray(starts, np.int64)
         if length < 1 or index.ndim != 1 or index.shape != start.shape:
             raise ValueError("crops needs indices (B,), starts (B,) and a positive length")
-        if index.size and not (0 <= index.min() and index.max() < len(self)):
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"indices reach beyond a split of {len(self)}")
         if ((start < 0) | (start >= self.frames[index])).any():
             raise IndexError("a crop starts outside its utterance")
@@ -263,7 +268,7 @@ class Split:
     def _payload(self, index: int) -> memoryview:
         shard = self._map(int(self._shard[index]))
         begin = int(self._offset[index])
-        return memoryview(shard)[begin : begin + int(self._rows["nbytes"][index])]
+        return shard.data[begin : begin + int(self._rows["nbytes"][index])]
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
         """The bytes of a shard, mapped when first needed."""

@@ -79,7 +79,7 @@ class ShardTask:
 
     @property
     def inputs(self) -> str:
-        """SHA-256 over everything that decides the shard's bytes; file contents by size and time."""
+        """SHA-256 over all that decides the bytes; file contents count by size and time."""
         codec = msgspec.to_builtins(self.codec)
         listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

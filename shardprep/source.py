@@ -1,9 +1,9 @@
 """What a folder in the homework's layout holds, checked before anything is written.
 
     Dataset/
-      metadata.json   {"n_mels": 40, "speakers": {"id00464": [{"feature_path": ..., "mel_len": ...}]}}
-      mapping.json    {"speaker2id": {"id00464": 0}, "id2speaker": {"0": "id00464"}}     optional
-      testdata.json   {"n_mels": 40, "utterances": [{"feature_path": ..., "mel_len": ...}]}  optional
+      metadata.json   {"n_mels": 40, "speakers": {"id00464": [{"feature_path", "mel_len"}]}}
+      mapping.json    {"speaker2id": {"id00464": 0}, "id2speaker": {"0": "id00464"}}; optional
+      testdata.json   {"n_mels": 40, "utterances": [{"feature_path", "mel_len"}]}; optional
       uttr-*.pt       float32 tensors (mel_len, n_mels)
 
 A fault of a whole file (no metadata.json, broken JSON) always raises. A fault of one utterance

@@ -1,0 +1,45 @@
+"""What the commands share: progress on stderr, numbers in words, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import msgspec
+from tqdm import tqdm
+
+from shardprep.format import FRAMES_PER_SECOND
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words, e.g. 3.2 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def hours(frames: int) -> str:
+    """Mel frames as hours of speech, at 100 frames a second."""
+    return f"{frames / FRAMES_PER_SECOND / 3600:.2f} h"
+
+
+def print_json(content: Any) -> None:
+    """Print dataclasses, structs and builtins as JSON on stdout."""
+    click.echo(json.dumps(msgspec.to_builtins(content), indent=2))
+
+
+def progress_bar(total: int, unit: str, description: str) -> Any:
+    """A progress bar on stderr; silent where stderr is not a terminal."""
+    scaled = unit == "B"
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=scaled,
+        unit_divisor=1024 if scaled else 1000,
+        desc=description,
+        disable=None,
+        dynamic_ncols=True,
+    )

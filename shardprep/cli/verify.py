@@ -1,0 +1,55 @@
+"""`shardprep verify DST`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from shardprep.cli.output import print_json, progress_bar, size
+from shardprep.errors import FormatError
+from shardprep.format import load_manifest
+from shardprep.verify import verify_shards
+
+
+@click.command()
+@click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
+@click.option("--deep", is_flag=True, help="Also walk every tar and read every sample.")
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="SRC",
+    help="Also compare every sample with the data set it was built from.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def verify(
+    context: click.Context, shards: str, deep: bool, against: str | None, as_json: bool
+) -> None:
+    """Check that the shard set DST is whole: sizes and sha256 of all files.
+
+    Exits with 0 if it is whole and with 1 if anything is wrong; each fault is named on stdout.
+    """
+    with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
+        report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
+    if as_json:
+        print_json({**dataclasses.asdict(report), "whole": report.whole})
+    else:
+        for fault in report.faults:
+            click.echo(str(fault))
+        read = f", {report.samples:,} samples read" if report.samples else ""
+        click.echo(
+            f"{shards}: {'whole' if report.whole else f'{len(report.faults)} faults'} "
+            f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
+        )
+    context.exit(0 if report.whole else 1)
+
+
+def _total(shards: str, every_sample: bool) -> int:
+    try:
+        manifest = load_manifest(Path(shards))
+    except FormatError:
+        return 0
+    tars = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    return sum(info.bytes for info in manifest.files().values()) + (tars if every_sample else 0)

@@ -1,0 +1,100 @@
+"""The same samples as an ordinary webdataset pipeline: for pipes, URLs and foreign tars.
+
+Slower than `SegmentLoader`, which reads by index; here every byte of every shard goes by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from shardprep import codecs
+from shardprep.errors import CorruptShardError, FormatError
+from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, load_manifest
+
+_CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
+
+
+def stream(
+    source: str | os.PathLike[str] | Sequence[str],
+    split: str = "train",
+    *,
+    shuffle: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> wds.WebDataset:
+    """A webdataset pipeline over shards.
+
+    Args:
+        source: A shard folder, or whatever `webdataset.WebDataset` takes: a URL, a brace pattern
+            such as "shards/train-{000000..000009}.tar", "pipe:...", or a list of those.
+        split: Which split of a shard folder.
+        shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
+            buffer, the shards too come in random order.
+        seed: Seed of the shuffles.
+        **options: Passed on to `webdataset.WebDataset`. By default every node reads its own part
+            of the shards, and every DataLoader worker its part of these.
+
+    Returns:
+        A pipeline, to be extended by its methods (`.map`, `.batched`, ...). Its samples are dicts:
+        __key__ str, mel (T, F) array of the stored dtype, label int (-1 unknown), speaker str or
+        None, frames int.
+
+    Raises:
+        FormatError: The folder has no such split.
+        CorruptShardError: While iterating: a sample cannot be decoded.
+    """
+    defaults = {
+        "nodesplitter": wds.split_by_node,
+        "shardshuffle": 100 if shuffle else False,
+        "seed": seed,
+    }
+    pipeline = wds.WebDataset(_urls(source, split), **{**defaults, **options})
+    if shuffle:
+        pipeline = pipeline.shuffle(shuffle, seed=seed)
+    return pipeline.map(decode_sample)
+
+
+def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Decode one webdataset sample: members as bytes, by extension; see `stream`.
+
+    Only the members that the format names are looked at, and nothing in them is ever unpickled.
+    """
+    key, url = sample["__key__"], str(sample.get("__url__", ""))
+    found = [name for name in _CODECS if name in sample]
+    if not found:
+        raise CorruptShardError(f"has no member {' or '.join(_CODECS)}", file=url, key=key)
+    try:
+        mel = codecs.decode(sample[found[0]], _CODECS[found[0]])
+        about = json.loads(sample.get("json", b"{}"))
+        label = int(sample.get("cls", NO_LABEL))
+        speaker = about.get("speaker")
+    except (ValueError, EOFError, AttributeError) as error:
+        raise CorruptShardError(f"cannot be decoded ({error})", file=url, key=key) from None
+    return {
+        "__key__": key,
+        "mel": mel,
+        "label": label,
+        "speaker": speaker,
+        "frames": len(mel),
+    }
+
+
+def _urls(source: str | os.PathLike[str] | Sequence[str], split: str) -> Any:
+    if not isinstance(source, str | os.PathLike):
+        return list(source)
+    if not Path(source).is_dir():
+        return os.fspath(source)
+    folder = Path(source)
+    manifest = load_manifest(folder)
+    if split not in manifest.splits:
+        raise FormatError(
+            f"there is no split {split!r}; the set has {', '.join(manifest.splits)}",
+            file=folder / MANIFEST_NAME,
+        )
+    return [str(folder / shard.file) for shard in manifest.splits[split].shards]

@@ -1,0 +1,274 @@
+"""Find out whether a shard set is whole, and name every fault: file, key, what."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shardprep import codecs
+from shardprep.errors import CorruptShardError, FormatError
+from shardprep.format import (
+    MANIFEST_NAME,
+    NO_LABEL,
+    WORK_FOLDER,
+    Manifest,
+    load_manifest,
+)
+from shardprep.reader import Split
+from shardprep.source import Source, Utterance, load_features, scan_dataset
+from shardprep.storage import sha256_of
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: the file, the utterance's key ("" for a whole file), and what."""
+
+    file: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.key, self.what) if part)
+
+
+@dataclass
+class VerifyReport:
+    """What a verification looked at and what it found.
+
+    Attributes:
+        faults: Everything that is wrong; empty for a set that is whole.
+        files: Files checked.
+        bytes: Their size by the manifest.
+        samples: Utterances read one by one (deep, against), else 0.
+        seconds: Time taken.
+    """
+
+    faults: list[Fault] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+def verify_shards(
+    path: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    against: str | os.PathLike[str] | None = None,
+    advance: Advance = lambda nbytes: None,
+) -> VerifyReport:
+    """Check a shard set.
+
+    Args:
+        path: The shard folder.
+        deep: Also walk every tar and read every sample: crc32, shape, finiteness, label.
+        against: Data set folder to compare every sample with: exactly for float32, after
+            rounding to float16 for float16.
+        advance: Called with the bytes done since the last call.
+
+    Returns:
+        What was found; damage is reported, not raised.
+
+    Raises:
+        SourceError: `against` is no data set.
+    """
+    began = time.monotonic()
+    folder = Path(path)
+    report = VerifyReport()
+    source = scan_dataset(against) if against is not None else None
+    try:
+        manifest = load_manifest(folder)
+    except FormatError as error:
+        report.faults.append(Fault(MANIFEST_NAME, "", str(error)))
+        return report
+    report.files = 1 + len(manifest.files())
+    report.bytes = sum(info.bytes for info in manifest.files().values())
+    report.faults.extend(_file_faults(folder, manifest, advance))
+    if deep or source is not None:
+        for name in manifest.splits:
+            report.samples += manifest.splits[name].samples
+            report.faults.extend(_split_faults(folder, name, manifest, deep, source, advance))
+    if source is not None:
+        report.faults.extend(_absent(folder, manifest, source))
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _file_faults(folder: Path, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
+    """Sizes and sha256 of all files, and files that should not be there."""
+    files = manifest.files()
+    for name, info in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != info.bytes:
+                yield Fault(name, "", f"has {size} bytes, expected {info.bytes}")
+            elif sha256_of(path) != info.sha256:
+                yield Fault(name, "", "its sha256 is not the one in the manifest")
+        except FileNotFoundError:
+            yield Fault(name, "", "is missing")
+        except OSError as error:
+            yield Fault(name, "", f"cannot be read: {error.strerror}")
+        advance(info.bytes)
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name not in (MANIFEST_NAME, WORK_FOLDER):
+            yield Fault(path.name, "", "does not belong to the set")
+
+
+def _split_faults(
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    deep: bool,
+    source: Source | None,
+    advance: Advance,
+) -> Iterator[Fault]:
+    try:
+        split = Split(folder, name, manifest)
+    except CorruptShardError as error:
+        yield Fault(manifest.splits[name].index.file, "", error.what)
+        return
+    shards = split.locations["shard"]
+    for number, info in enumerate(manifest.splits[name].shards):
+        indices = np.flatnonzero(shards == number)
+        if deep:
+            yield from _tar_faults(folder / info.file, split, indices, manifest)
+        for index in map(int, indices):
+            try:
+                mel = split.read(index)
+            except CorruptShardError as error:
+                yield Fault(info.file, error.key or "", error.what)
+                continue
+            if not np.isfinite(mel).all():
+                yield Fault(info.file, str(split.keys[index]), "has values that are not finite")
+            if source is not None:
+                yield from _source_faults(info.file, split, index, mel, source)
+        advance(info.bytes)
+
+
+def _tar_faults(
+    path: Path, split: Split, indices: np.ndarray, manifest: Manifest
+) -> Iterator[Fault]:
+    """Walk a tar by its own headers and compare what is met with the index."""
+    suffix = codecs.member_suffix(manifest.codec)
+    found = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = iter(tar)
+            for index in map(int, indices):
+                for fault in _sample_faults(tar, members, split, index, suffix, manifest):
+                    yield Fault(path.name, str(split.keys[index]), fault)
+                found += 1
+            if (extra := next(members, None)) is not None:
+                yield Fault(path.name, extra.name, "is a member that the index does not know")
+    except StopIteration:
+        yield Fault(path.name, "", f"ends after {found} samples, the index has {len(indices)}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield Fault(path.name, "", f"is not a whole tar: {error}")
+
+
+def _sample_faults(
+    tar: tarfile.TarFile,
+    members: Iterator[tarfile.TarInfo],
+    split: Split,
+    index: int,
+    suffix: str,
+    manifest: Manifest,
+) -> list[str]:
+    """What is wrong with the members of one sample; StopIteration if the tar ends before."""
+    faults = []
+    key, row, label = str(split.keys[index]), split.locations[index], int(split.labels[index])
+    mel = _next(members)
+    if mel.name != key + suffix or not mel.isreg():
+        faults.append(f"the tar has {mel.name} where the index has {key + suffix}")
+    if (mel.offset_data, mel.size) != (int(row["offset"]), int(row["nbytes"])):
+        faults.append("lies elsewhere in the tar than the index says")
+    elif zlib.crc32(_content(tar, mel)) != int(row["crc32"]):
+        faults.append("the member's bytes do not match the crc32 in the index")
+    if label != NO_LABEL:
+        cls = _next(members)
+        if cls.name != f"{key}.cls" or _content(tar, cls) != str(label).encode():
+            faults.append(f"{cls.name} is not the label {label}")
+    about = _next(members)
+    speaker = None if label == NO_LABEL else manifest.speakers[label]
+    try:
+        content = json.loads(_content(tar, about))
+        expected = {"frames": int(split.frames[index]), "speaker": speaker}
+        agrees = all(content[name] == value for name, value in expected.items())
+    except (ValueError, KeyError, TypeError):
+        agrees = False
+    if about.name != f"{key}.json" or not agrees:
+        faults.append(f"{about.name} does not agree with the index")
+    return faults
+
+
+def _next(members: Iterator[tarfile.TarInfo]) -> tarfile.TarInfo:
+    member = next(members, None)
+    if member is None:
+        raise tarfile.ReadError("it ends before the last sample of the index")
+    return member
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _source_faults(
+    file: str, split: Split, index: int, mel: np.ndarray, source: Source
+) -> Iterator[Fault]:
+    key = str(split.keys[index])
+    utterance = _by_key(source).get(key)
+    if utterance is None:
+        yield Fault(file, key, f"is not an utterance of {source.root}")
+        return
+    if utterance.label != int(split.labels[index]):
+        yield Fault(
+            file, key, f"its label is {split.labels[index]}, the source's {utterance.label}"
+        )
+    try:
+        original = load_features(
+            source.root / utterance.path, n_mels=source.n_mels, frames=utterance.frames
+        )
+    except ValueError as error:
+        yield Fault(file, key, f"the source file {utterance.path} {error}")
+        return
+    if not np.array_equal(original.astype(split.dtype), mel):
+        yield Fault(file, key, f"differs from the source file {utterance.path}")
+
+
+@functools.lru_cache(maxsize=1)
+def _by_key(source: Source) -> dict[str, Utterance]:
+    return {utterance.key: utterance for utterance in (*source.labelled, *source.test)}
+
+
+def _absent(folder: Path, manifest: Manifest, source: Source) -> Iterator[Fault]:
+    """Utterances of the source that are neither packed nor listed among the rejects."""
+    packed: set[str] = set()
+    for name in manifest.splits:
+        try:
+            packed.update(map(str, Split(folder, name, manifest).keys))
+        except CorruptShardError:
+            return
+    if manifest.rejects is not None:
+        for line in (folder / manifest.rejects.file).read_bytes().splitlines():
+            packed.add(json.loads(line)["key"])
+    for key, utterance in _by_key(source).items():
+        if key not in packed:
+            yield Fault(str(source.root / utterance.path), key, "is not in the set")
