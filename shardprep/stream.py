@@ -51,6 +51,8 @@ def stream(
     """
     defaults = {
         "nodesplitter": wds.split_by_node,
+        # More workers than shards is no error: the others have read them.
+        "empty_check": False,
         "shardshuffle": 100 if shuffle else False,
         "seed": seed,
     }
