@@ -1,0 +1,51 @@
+#!/bin/sh
+# The whole chain, from a folder of mel files to a scored submission; called by `make demo`.
+#
+#   BIN   folder of the virtual environment's programs
+#   DATA  a data set in the homework's layout (or a folder that holds one as Dataset/); when empty,
+#         a small set is synthesised first. Where test_labels.csv lies beside the data set, the
+#         submission is scored against it.
+set -eu
+
+work=demo
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$work"
+
+step() { printf '\n== %s\n' "$*"; }
+
+if [ -z "${DATA:-}" ]; then
+  DATA=$work/synthetic
+  step "Synthesise speech-like mels of 20 invented speakers"
+  [ -f "$DATA/Dataset/metadata.json" ] || {
+    rm -rf "$DATA"
+    "$BIN/python" scripts/make_synthetic.py "$DATA" --seed 0
+  }
+fi
+dataset=$DATA
+[ -f "$dataset/metadata.json" ] || dataset=$DATA/Dataset
+labels=$dataset/../test_labels.csv
+
+step "shardprep build"
+rm -rf "$work/shards" "$work/runs"
+"$BIN/shardprep" build "$dataset" "$work/shards"
+
+step "shardprep verify --deep --against"
+"$BIN/shardprep" verify "$work/shards" --deep --against "$dataset"
+
+step "accelerate launch trainer/train.py, two processes on the CPU"
+"$BIN/accelerate" launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
+  --dynamo_backend no trainer/train.py --config trainer/recipes/demo.yaml \
+  --data.shards "$work/shards" --train.runs "$work/runs"
+
+step "python -m trainer.predict"
+"$BIN/python" -m trainer.predict "$work/runs/demo" --shards "$work/shards" --split val \
+  --out "$work/val.csv"
+if [ -f "$labels" ]; then
+  "$BIN/python" -m trainer.predict "$work/runs/demo" --shards "$work/shards" \
+    --out "$work/submission.csv" --labels "$labels"
+else
+  "$BIN/python" -m trainer.predict "$work/runs/demo" --shards "$work/shards" \
+    --out "$work/submission.csv"
+fi
+step "Done: $work/submission.csv, and the run in $work/runs/demo"
+head -3 "$work/submission.csv"
