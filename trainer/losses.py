@@ -1,0 +1,100 @@
+"""Losses over speakers, each a mean over the batch, computed in float32 at least.
+
+Under autocast logits may arrive in half precision; they are widened first. A batch without
+utterances gives a zero that still reaches every parameter, so that a process whose last batch is
+empty takes part in the gradient exchange of the others.
+
+Axis legend: B batch, S speakers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SoftmaxLoss(nn.Module):
+    """Cross-entropy of a softmax over speakers."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Score logits against labels.
+
+        Args:
+            logits: (B, S), without softmax or log.
+            labels: (B,) int64 in 0..S-1.
+
+        Returns:
+            Scalar, in nats, the mean over the batch; 0 for an empty batch.
+
+        Raises:
+            ValueError: Shapes that do not fit, or labels on the CPU that name no speaker.
+        """
+        _check(logits, labels)
+        return _mean_cross_entropy(_widen(logits), labels)
+
+
+class AMSoftmaxLoss(nn.Module):
+    """Additive margin softmax (Wang et al. 2018, arXiv 1801.05599, equation 6).
+
+    Cross-entropy of scale * (cos - margin) for the true speaker and scale * cos for the others.
+    The margin lives here only: predictions are made from plain cosines.
+
+    Args:
+        margin: Cosine that the true speaker must be ahead by; 0 or more.
+        scale: Inverse temperature of the softmax, above 0.
+
+    Raises:
+        ValueError: A negative margin or a scale that is not positive.
+    """
+
+    def __init__(self, margin: float = 0.2, scale: float = 30.0) -> None:
+        super().__init__()
+        if margin < 0:
+            raise ValueError(f"margin: found {margin}; allowed: 0 or more")
+        if scale <= 0:
+            raise ValueError(f"scale: found {scale}; allowed: above 0")
+        self.margin = margin
+        self.scale = scale
+
+    def forward(self, cosines: Tensor, labels: Tensor) -> Tensor:
+        """Score cosines against labels.
+
+        Args:
+            cosines: (B, S) cosines of embeddings and speaker weights, without margin or scale.
+            labels: (B,) int64 in 0..S-1.
+
+        Returns:
+            Scalar, in nats, the mean over the batch; 0 for an empty batch.
+
+        Raises:
+            ValueError: Shapes that do not fit, or labels on the CPU that name no speaker.
+        """
+        _check(cosines, labels)
+        wide = _widen(cosines)
+        margins = torch.zeros_like(wide).scatter_(1, labels.unsqueeze(1), self.margin)
+        return _mean_cross_entropy(self.scale * (wide - margins), labels)
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over no utterance would be 0 / 0, hence the division by at least one."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    """Refuse what can be refused without waiting for a device."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        found = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"{found} do not fit; pass logits (B, S) and labels (B,)")
+    if labels.device.type != "cpu" or not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(
+            f"labels run from {low} to {high}, but the model knows speakers "
+            f"0 to {logits.shape[1] - 1}; is it built for the speakers of these shards?"
+        )

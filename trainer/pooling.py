@@ -1,0 +1,69 @@
+"""Pooling layers: the frames of an utterance become one embedding, padding left out.
+
+Axis legend: B batch, T frames, D embedding width. A mask is (B, T) bool, True on the frames that
+are speech; None says that every frame is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.blocks import zero_padding
+
+
+class MeanPooling(nn.Module):
+    """The mean over valid frames."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Average the valid frames.
+
+        Args:
+            x: (B, T, D). Padded frames may hold anything, NaN included.
+            mask: (B, T) bool, True on valid frames; None for all.
+
+        Returns:
+            (B, D), float32 at least; zeros for an utterance without any frame.
+        """
+        wide = zero_padding(x, mask).to(torch.promote_types(x.dtype, torch.float32))
+        if mask is None:
+            return wide.mean(1)
+        return wide.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class SelfAttentivePooling(nn.Module):
+    """A mean over valid frames whose weights are learned: softmax over t of v . tanh(W h_t + b).
+
+    The self-attentive pooling of Cai, Chen and Li 2018 (arXiv 1804.05160). Safari, India and
+    Hernando 2020 (arXiv 2008.01077) use the same mean with softmax(W h), without the tanh layer.
+
+    Args:
+        dim: Embedding width D.
+        hidden: Rows of W; None for as many as dim.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        width = dim if hidden is None else hidden
+        self.hidden = nn.Linear(dim, width)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weigh and sum the valid frames.
+
+        Args:
+            x: (B, T, D). Padded frames may hold anything, NaN included.
+            mask: (B, T) bool, True on valid frames; None for all.
+
+        Returns:
+            (B, D), float32 at least; zeros for an utterance without any frame.
+        """
+        x = zero_padding(x, mask)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores = self.score(torch.tanh(self.hidden(x))).squeeze(-1).to(wide)  # (B, T)
+        if mask is not None:
+            # A finite floor, not -inf: an utterance without any frame must not become NaN.
+            scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+        weights = torch.softmax(scores, dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            return (weights.unsqueeze(1) @ x.to(wide)).squeeze(1)  # (B, 1, T) @ (B, T, D)
