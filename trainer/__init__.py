@@ -1,0 +1,1 @@
+"""Train and use a speaker model on the shards that `shardprep` makes."""

@@ -1,0 +1,160 @@
+"""Configuration: typed, documented, checked before any work, and faithful through YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config import Config, config_from_dict, flatten
+from trainer.errors import ConfigError
+from trainer.options import RECIPES, parse_args
+
+SOFTMAX = ["--loss.name=softmax", "--loss.margin=null", "--loss.scale=null"]
+
+
+def test_without_arguments_the_boss_recipe_is_read_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = parse_args([])
+    assert asked.config == parse_args(["--config", str(RECIPES / "boss.yaml")]).config
+    assert (asked.resume, asked.print_config) == (False, False)
+    assert asked.config.name == "boss"
+    assert asked.config.data.shards == "shards/"
+    assert asked.config.run == Path("runs/boss")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("simple", ("transformer", 80, 1, 2, "mean", "mlp", "softmax")),
+        ("medium", ("transformer", 160, 2, 8, "mean", "linear", "softmax")),
+        ("strong", ("conformer", 512, 1, 8, "mean", "linear", "softmax")),
+        ("boss", ("conformer", 512, 1, 8, "self_attentive", "cosine", "am_softmax")),
+    ],
+)
+def test_recipes_are_the_rungs_of_the_course(recipe: str, expected: tuple[object, ...]) -> None:
+    config = parse_args(["--config", str(RECIPES / f"{recipe}.yaml")]).config
+    m = config.model
+    found = (m.encoder, m.dim, m.layers, m.heads, m.pooling, m.classifier, config.loss.name)
+    assert found == expected
+    assert config.name == recipe
+    assert (config.optim.lr, config.optim.warmup_steps) == (1e-3, 1000)
+    assert 70_000 <= config.train.total_steps <= 100_000
+    assert (config.data.segment_frames, config.train.valid_steps) == (128, 2000)
+
+
+def test_every_recipe_passes_the_checks_and_knows_only_existing_fields() -> None:
+    for path in sorted(RECIPES.glob("*.yaml")):
+        given = flatten(yaml.safe_load(path.read_text()))
+        config = parse_args(["--config", str(path)]).config
+        assert given.items() <= flatten(config.to_dict()).items(), path
+
+
+def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
+    simple = str(RECIPES / "simple.yaml")
+    config = parse_args(["--config", simple, "--optim.lr", "3e-4", "--data.batch_size=16"]).config
+    plain = parse_args(["--config", simple]).config
+    changed = {k for k, v in flatten(plain.to_dict()).items() if flatten(config.to_dict())[k] != v}
+    assert changed == {"optim.lr", "data.batch_size"}
+    assert config.optim.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
+        (["--optim.lr", "-1"], ["optim.lr", "-1", "more than 0"]),
+        (["--optim.lr", "0"], ["optim.lr", "0", "more than 0"]),
+        (["--optim.weight_decay", ".inf"], ["optim.weight_decay"]),
+        (["--optim.clip_norm", "-1"], ["optim.clip_norm", "-1", "0 or more"]),
+        (["--optim.warmup_steps", "70000"], ["optim.warmup_steps", "70000", "total_steps"]),
+        (["--data.batch_size", "0"], ["data.batch_size", "found 0", "1 or more"]),
+        (["--data.batch_size", "1.5"], ["data.batch_size", "int", "1.5"]),
+        (["--model.encoder", "rnn"], ["model.encoder", "rnn", "conformer", "transformer"]),
+        (["--model.dropout", "1"], ["model.dropout", "1.0", "less than 1"]),
+        (["--model.kernel_size", "30"], ["model.kernel_size", "30", "odd"]),
+        (["--model.ff_dim", "1000"], ["model.ff_dim", "1000", "multiple"]),
+        (["--model.encoder", "transformer", "--model.dim", "80"], ["model.head_dim", "64", "80"]),
+        (["--model.classifier", "linear"], ["model.classifier", "linear", "cosine"]),
+        ([*SOFTMAX], ["model.classifier", "cosine", "linear or mlp"]),
+        (["--loss.margin", "null"], ["loss.margin", "null", "a number with am_softmax"]),
+        (["--loss.margin", "2"], ["loss.margin", "2.0"]),
+        (["--loss.scale", "0"], ["loss.scale", "0.0", "more than 0"]),
+        (
+            ["--model.classifier=linear", *SOFTMAX[:1], *SOFTMAX[2:]],
+            ["loss.margin", "0.2", "null with softmax"],
+        ),
+        (["--train.stop_step", "70001"], ["train.stop_step", "70001", "70000"]),
+        (["--train.keep", "0"], ["train.keep", "found 0", "1 or more"]),
+        (["--train.seed", "-1"], ["train.seed", "-1", "0 or more"]),
+        (["--train.trackers", "[nothing]"], ["train.trackers", "nothing", "tensorboard"]),
+        (["--name", "a/b"], ["name", "a/b", "folder name"]),
+        (["--no.such", "1"], ["--no.such", "--help"]),
+        (["--optim.l", "1"], ["--optim.l", "--help"]),
+        (["--config", "nowhere.yaml"], ["config", "nowhere.yaml", "does not exist"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_field_found_and_allowed(
+    options: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(options)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["optim: {learning_rate: 1}", "a: [", "optim: 3", "- 1"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="optim|config|not accepted|found"):
+        parse_args(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--config", str(RECIPES / "medium.yaml"), "--optim.lr", "1e-7", "--train.stop_step=5"],
+        ["--config", str(RECIPES / "smoke.yaml"), "--train.trackers=[]", "--name=2024"],
+    ],
+)
+def test_yaml_reads_back_to_an_equal_configuration(tmp_path: Path, options: list[str]) -> None:
+    config = parse_args(options).config
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert parse_args(["--config", str(path)]).config == config
+
+
+def test_a_dict_from_another_version_is_refused_by_name() -> None:
+    values = Config().to_dict()
+    assert config_from_dict(values) == Config()
+    values["model"]["depth"] = 3
+    with pytest.raises(ConfigError, match="depth"):
+        config_from_dict(values)
+    del values["model"]
+    with pytest.raises(ConfigError, match="model"):
+        config_from_dict(values)
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key in flatten(Config().to_dict()):
+        assert f"--{key}" in text
+    for part in ("data", "model", "loss", "optim", "train"):
+        kind = type(getattr(Config(), part))
+        source = Path(__import__(kind.__module__, fromlist=["x"]).__file__).read_text()
+        for field in dataclasses.fields(kind):
+            # The docstring beneath a field begins its help.
+            after = source.split(f"\n    {field.name}: ")[1].split('"""')[1]
+            words = " ".join(after.split()).split(" ")[:3]
+            assert " ".join(words) in text, field.name

@@ -1,0 +1,147 @@
+"""Evaluation: whole utterances, each once, the same counts at any world size and batch size."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import shardprep
+from trainer.evaluation import Evaluation, evaluate, model_inputs
+from trainer.losses import SoftmaxLoss
+from trainer.model import SpeakerModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model() -> SpeakerModel:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
+    return SpeakerModel(40, 3, classifier="linear", **sizes).eval()
+
+
+@pytest.fixture
+def split(shards: Path) -> shardprep.Split:
+    return shardprep.open_shards(shards)["train"]
+
+
+def one_by_one(model: SpeakerModel, split: shardprep.Split) -> tuple[list[int], float]:
+    """The oracle: every utterance alone, without padding, in the split's order."""
+    answers, loss = [], 0.0
+    with torch.no_grad():
+        for index in range(len(split)):
+            mel = torch.from_numpy(split.read(index)).float().unsqueeze(0)
+            scores = model(mel)[0].double()
+            answers.append(int(scores.argmax()))
+            loss -= float(scores.log_softmax(0)[int(split.labels[index])])
+    return answers, loss
+
+
+def on_ranks(
+    model: SpeakerModel, split: shardprep.Split, world_size: int, max_frames: int
+) -> list[Evaluation]:
+    """Evaluate on ranks that are threads with a real all-reduce between them."""
+    barrier = threading.Barrier(world_size, timeout=60)
+    slots: list[Tensor] = [torch.zeros(())] * world_size
+    results: list[Evaluation | None] = [None] * world_size
+
+    def work(rank: int) -> None:
+        def reduce(total: Tensor) -> Tensor:
+            slots[rank] = total
+            barrier.wait()
+            summed = torch.stack(slots).sum(0)
+            barrier.wait()
+            return summed
+
+        loader = shardprep.UtteranceLoader(
+            split, max_frames=max_frames, rank=rank, world_size=world_size
+        )
+        results[rank] = evaluate(
+            model, loader, split.labels, device=CPU, criterion=SoftmaxLoss(), reduce=reduce
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [result for result in results if result is not None]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_frames", [1, 700])
+def test_any_world_size_and_batch_size_gives_what_utterances_give_alone(
+    model: SpeakerModel, split: shardprep.Split, world_size: int, max_frames: int
+) -> None:
+    answers, loss = one_by_one(model, split)
+    results = on_ranks(model, split, world_size, max_frames)
+    assert len(results) == world_size
+    for result in results:
+        assert result.predictions.tolist() == answers
+        assert result.labelled == len(split) == 24
+        assert result.correct == sum(a == b for a, b in zip(answers, split.labels, strict=True))
+        assert result.accuracy == result.correct / 24
+        assert result.loss == pytest.approx(loss / 24, rel=1e-4)
+
+
+def test_an_utterance_counted_twice_or_left_out_is_noticed(
+    model: SpeakerModel, split: shardprep.Split
+) -> None:
+    batches = list(shardprep.UtteranceLoader(split, max_frames=700))
+    for wrong in (batches[1:], [*batches, batches[0]]):
+        with pytest.raises(AssertionError, match="twice or not at all"):
+            evaluate(model, wrong, split.labels, device=CPU)
+
+
+def test_unlabelled_utterances_are_predicted_but_not_counted(
+    model: SpeakerModel, shards: Path
+) -> None:
+    split = shardprep.open_shards(shards)["test"]
+    result = evaluate(
+        model, shardprep.UtteranceLoader(split), split.labels, device=CPU, criterion=SoftmaxLoss()
+    )
+    assert len(result.predictions) == 5
+    assert (result.correct, result.labelled, result.accuracy, result.loss) == (0, 0, 0.0, 0.0)
+
+
+def test_labelled_ones_among_unlabelled_have_their_own_loss(
+    model: SpeakerModel, split: shardprep.Split
+) -> None:
+    batches = list(shardprep.UtteranceLoader(split, max_frames=700))
+    labels = np.full(len(split), -1)
+    labels[3] = split.labels[3]
+    for batch in batches:
+        batch["label"] = torch.from_numpy(labels)[batch["index"]]
+    result = evaluate(model, batches, labels, device=CPU, criterion=SoftmaxLoss())
+    with torch.no_grad():
+        scores = model(torch.from_numpy(split.read(3)).float().unsqueeze(0))[0].double()
+    assert result.labelled == 1
+    assert result.loss == pytest.approx(-float(scores.log_softmax(0)[labels[3]]), rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_evaluated_without_dropout_and_left_as_it_was(
+    model: SpeakerModel, split: shardprep.Split, training: bool
+) -> None:
+    model.train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = shardprep.UtteranceLoader(split)
+    results = [evaluate(model, loader, split.labels, device=CPU) for _ in range(2)]
+    assert np.array_equal(results[0].predictions, results[1].predictions)
+    assert model.training is training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_lengths_are_given_only_where_something_is_padded() -> None:
+    mel = torch.zeros(2, 5, 3, dtype=torch.float16)
+    full, none = model_inputs({"mel": mel, "length": torch.tensor([5, 5])}, CPU)
+    assert none is None
+    assert full.dtype == torch.float32
+    _, lengths = model_inputs({"mel": mel, "length": torch.tensor([5, 4])}, CPU)
+    assert lengths is not None
+    assert lengths.tolist() == [5, 4]

@@ -1,0 +1,91 @@
+"""The processes that `accelerate launch --cpu` leaves to us."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.launch import parent_command, processes_to_start, start_processes
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+SEVERAL = {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "command", "expected"),
+    [
+        ({}, "python train.py", 1),
+        ({"MASTER_PORT": "1"}, "sh --num_processes 9", 1),
+        (LAUNCHED, "accelerate launch --cpu train.py", 1),
+        (SEVERAL, "accelerate launch --num_processes 2 --cpu train.py", 2),
+        (SEVERAL, "accelerate launch --cpu --num-processes=12 train.py", 12),
+        ({**SEVERAL, "LOCAL_RANK": "0"}, "accelerate launch --num_processes 2 train.py", 1),
+        ({**SEVERAL, "PMI_RANK": "1"}, "mpirun -n 2", 1),
+    ],
+)
+def test_number_of_processes_is_what_the_launcher_was_asked_for(
+    environment: dict[str, str], command: str, expected: int
+) -> None:
+    assert processes_to_start(environment, command.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "accelerate launch --config_file c.yaml train.py",
+        "accelerate launch --num_processes 4 --num_machines 2 train.py",
+        "",
+    ],
+)
+def test_what_cannot_be_made_up_for_is_refused_not_shrunk_to_one_process(command: str) -> None:
+    with pytest.raises(ConfigError, match="torchrun"):
+        processes_to_start(SEVERAL, command.split())
+
+
+def test_the_parent_command_is_read_from_the_system() -> None:
+    code = "from trainer.launch import parent_command; print(parent_command()[0])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    # This very process is the parent.
+    assert found.stdout.strip() == Path("/proc/self/cmdline").read_text().split("\0")[0]
+    assert parent_command()
+
+
+def run_workers(monkeypatch: pytest.MonkeyPatch, code: str, number: int = 3) -> int:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
+    return start_processes(number)
+
+
+def test_every_process_learns_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    code = (
+        f"import os; e = os.environ; open({str(tmp_path)!r} + '/' + e['RANK'], 'w')"
+        f".write(' '.join(e[n] for n in {names}))"
+    )
+    assert run_workers(monkeypatch, code) == 0
+    rows = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    port = rows[0][4]
+    assert rows == [[str(r), str(r), "3", "127.0.0.1", port] for r in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [("raise SystemExit(2)", 2), ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 137)],
+)
+def test_one_failure_ends_the_others_and_gives_its_code(
+    monkeypatch: pytest.MonkeyPatch, ending: str, expected: int
+) -> None:
+    monkeypatch.setattr("trainer.launch._GRACE_SECONDS", 0.2)
+    code = f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)"
+    assert run_workers(monkeypatch, code) == expected
+
+
+def test_the_death_of_the_launcher_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    parents = iter([os.getppid()])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    assert run_workers(monkeypatch, "import time; time.sleep(60)", 2) == 143

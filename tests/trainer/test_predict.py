@@ -1,0 +1,193 @@
+"""Predictions: the split's own order, the checkpoint's own names, a file that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import shardprep
+from trainer.checkpoint import CheckpointFolder
+from trainer.config import Config
+from trainer.errors import PredictionError
+from trainer.factory import build_model
+from trainer.predict import main, score_submission, write_submission
+
+# Not the order of the shards: labels are matched by name.
+NAMES = ["id00002", "id00000", "id00001"]
+
+
+@pytest.fixture
+def run(make_config: Callable[..., Config], tmp_path: Path) -> Path:
+    """A run folder with a best and a last checkpoint of different random weights."""
+    config, folder = make_config(), CheckpointFolder(tmp_path / "run")
+    for step, save in ((5, folder.save_best), (9, lambda state: folder.save(state, 9))):
+        torch.manual_seed(step)
+        model = build_model(config.model, 40, 3)
+        save(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "config": config.to_dict(),
+                "speakers": NAMES,
+                "n_mels": 40,
+            }
+        )
+    return tmp_path / "run"
+
+
+def predict(run: Path, *options: object) -> Result:
+    return CliRunner().invoke(main, [str(run), *map(str, options)])
+
+
+def expected_names(run: Path, shards: Path, split: str, checkpoint: str = "best.pt") -> list[str]:
+    """The oracle: each utterance alone through the model of a checkpoint."""
+    saved = torch.load(run / "checkpoints" / checkpoint, weights_only=True)
+    settings = saved["config"]["model"]
+    from trainer.model import SpeakerModel
+
+    model = SpeakerModel(40, 3, **settings).eval()
+    model.load_state_dict(saved["model"])
+    part = shardprep.open_shards(shards)[split]
+    with torch.no_grad():
+        scores = [model(torch.from_numpy(part.read(i)).float()[None]) for i in range(len(part))]
+    return [NAMES[int(score.argmax())] for score in scores]
+
+
+def test_rows_follow_testdata_json_and_carry_names(run: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "submission.csv"
+    result = predict(run, "--shards", shards, "--out", out, "--max-frames", 300)
+    assert result.exit_code == 0, result.output
+    lines = out.read_text().splitlines()
+    listed = json.loads((tmp_path / "Dataset" / "testdata.json").read_text())["utterances"]
+    assert lines[0] == "Id,Category"
+    assert [line.split(",")[0] for line in lines[1:]] == [row["feature_path"] for row in listed]
+    assert [line.split(",")[1] for line in lines[1:]] == expected_names(run, shards, "test")
+    assert result.stdout == ""
+
+
+def test_the_shards_of_the_run_are_the_default(
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert predict(run).exit_code == 0
+    names = [line.split(",")[1] for line in Path("submission.csv").read_text().splitlines()[1:]]
+    assert names == expected_names(run, shards, "test")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file"),
+    [("best", "best.pt"), ("last", "step-00000009.pt"), (None, "step-00000009.pt")],
+)
+def test_best_last_or_a_file_can_be_chosen(
+    run: Path, shards: Path, tmp_path: Path, checkpoint: str | None, file: str
+) -> None:
+    choice = checkpoint or run / "checkpoints" / file
+    out = tmp_path / "out.csv"
+    result = predict(run, "--checkpoint", choice, "--split", "train", "--out", out)
+    names = [line.split(",")[1] for line in out.read_text().splitlines()[1:]]
+    assert names == expected_names(run, shards, "train", file)
+    assert file in result.stderr
+
+
+def test_accuracy_of_a_labelled_split_matches_labels_by_name(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    result = predict(run, "--split", "val", "--out", tmp_path / "val.csv")
+    data = shardprep.open_shards(shards)
+    truths = [data.speakers[label] for label in data["val"].labels]
+    names = expected_names(run, shards, "val")
+    right = sum(a == b for a, b in zip(names, truths, strict=True))
+    assert result.stdout == f"accuracy on val: {right / 6:.4f} ({right} of 6)\n"
+
+
+def test_labels_score_the_file(run: Path, shards: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "test_labels.csv"
+    result = predict(run, "--out", tmp_path / "out.csv", "--labels", truth)
+    names = expected_names(run, shards, "test")
+    rows = [line.split(",")[1] for line in truth.read_text().splitlines()[1:]]
+    right = sum(a == b for a, b in zip(names, rows, strict=True))
+    assert f"{right / 5:.4f} ({right} of 5)\n" in result.stdout
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.csv"
+    write_submission(out, ["uttr-a"], ["id1"])
+
+    def fail(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(PredictionError, match=r"out\.csv: cannot be written .*No space"):
+        write_submission(out, ["uttr-b"], ["id2"])
+    assert out.read_text() == "Id,Category\nuttr-a.pt,id1\n"
+    assert os.listdir(tmp_path) == ["out.csv"]
+
+
+def test_shards_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "n_mels": 80}, file)
+    result = predict(run, "--out", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert "has 40 mel bins a frame, but the model was trained on 80" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--split", "dev"], 1, "has no split dev, only train, val, test"),
+        (["--shards", "nowhere"], 4, "nowhere"),
+        (["--checkpoint", "nowhere.pt"], 1, "nowhere.pt: there is no such checkpoint"),
+        (["--max-frames", "0"], 2, "max-frames"),
+    ],
+)
+def test_what_cannot_be_done_has_one_message_and_its_code(
+    run: Path, tmp_path: Path, options: list[str], code: int, part: str
+) -> None:
+    result = predict(run, "--out", tmp_path / "out.csv", *options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_without_the_checkpoint_asked_for_says_what_to_do(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "best.pt").unlink()
+    assert "take --checkpoint last" in predict(run).stderr
+    assert "train it first" in predict(tmp_path / "empty").stderr
+
+
+def write(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_score_counts_the_rows_of_the_truth(tmp_path: Path) -> None:
+    truth = write(tmp_path / "truth.csv", "Id,Category", "a,x", "b,y")
+    found = write(tmp_path / "found.csv", "Id,Category", "b,y", "c,z", "a,y")
+    assert score_submission(found, truth) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["Id,Category", "a,x"], "1 of the 2 utterances .* the first is b"),
+        (["a,x", "b,y"], "under that header"),
+        (["Id,Category", "a,x", "b"], "under that header"),
+        (["Id,Category", "a,x", "b,y", "a,y"], "an Id occurs twice"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_refused(
+    tmp_path: Path, rows: list[str], message: str
+) -> None:
+    truth = write(tmp_path / "truth.csv", "Id,Category", "a,x", "b,y")
+    with pytest.raises(PredictionError, match=message):
+        score_submission(write(tmp_path / "found.csv", *rows), truth)

@@ -1,0 +1,315 @@
+"""The training loop: steps, logging, validation, checkpoints, and a clean end.
+
+A step is an optimiser step. Everything random in it is a function of (seed, step, rank) and
+everything read a function of (seed, position), so a resumed run continues like one that was never
+interrupted. Axis legend: B batch, T frames, F mel bins, S speakers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint import CheckpointFolder, State, atomic_write
+from trainer.config import Config
+from trainer.errors import DivergedError
+from trainer.evaluation import evaluate
+from trainer.factory import (
+    build_eval_loader,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_train_loader,
+)
+from trainer.interrupt import StopSignals
+from trainer.journal import Journal
+from trainer.metrics import combine, peak_memory_mib
+from trainer.preflight import (
+    Changes,
+    check_same_data,
+    check_same_run,
+    choose_checkpoint,
+    join_processes,
+    open_data,
+)
+from trainer.schedule import learning_rate
+from trainer.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps done in all."""
+    finished: bool
+    """Whether these are all the steps of the run."""
+    signal: int
+    """Number of the signal that ended the run early, or 0."""
+    best_accuracy: float | None
+    """Best validation accuracy so far, None without validation."""
+    best_step: int | None
+    """Step of the best accuracy."""
+
+
+class Trainer:
+    """A run: builds everything from a configuration, then trains.
+
+    In training, BatchNorm sees the batch of its own rank; rank 0's running statistics are the
+    ones that are validated and saved, on every rank.
+
+    Args:
+        config: A checked configuration.
+        resume: Continue from the newest checkpoint of the run folder.
+
+    Raises:
+        ConfigError: The data or the run folder does not allow this run.
+        CheckpointError: The checkpoint to continue from is missing or damaged.
+        ShardprepError: The shards cannot be read.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
+        self.config = config
+        self.shards = open_data(config.data.shards, validated=config.train.valid_steps > 0)
+        self.checkpoints = CheckpointFolder(config.run, config.train.keep)
+        saved = choose_checkpoint(self.checkpoints, config, resume=resume)
+        self.accelerator = join_processes(config)
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.global_batch = config.data.batch_size * config.train.accumulate * self.world_size
+        self.loader = build_train_loader(config, self.shards, self.rank, self.world_size)
+        self.step = 0
+        self.best: dict[str, Any] = {"accuracy": None, "step": None}
+        self._build_model()
+        changed = {} if saved is None else self._restore(saved)
+        if self.accelerator.is_main_process:
+            self.checkpoints.sweep()
+            with atomic_write(config.run / "config.yaml") as file:
+                file.write(config.to_yaml().encode())
+        self.journal = Journal(
+            self.accelerator, config.run, step=self.step, total=config.train.total_steps
+        )
+        self.progress = self.journal.progress
+        self._introduce()
+        for key, (before, now) in changed.items():
+            self.progress.say(f"note: {key} was {before} and is now {now}")
+
+    def _introduce(self) -> None:
+        config, split = self.config, self.shards["train"]
+        weights = sum(weight.numel() for weight in self.bare.parameters())
+        self.progress.say(
+            f"{config.name}: {weights:,} weights, {len(self.shards.speakers):,} speakers, "
+            f"{len(split):,} utterances to train on; {self.world_size} process(es) on "
+            f"{self.device.type}, precision {self.accelerator.mixed_precision}, "
+            f"{self.global_batch:,} crops a step; "
+            + (f"continues after step {self.step:,}" if self.step else f"run folder {config.run}")
+        )
+
+    def _build_model(self) -> None:
+        config, optim = self.config, self.config.optim
+        torch.manual_seed(config.train.seed)
+        model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
+        optimizer = build_optimizer(optim, model, self.device)
+        model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare: nn.Module = self.accelerator.unwrap_model(model)
+        self.criterion = build_loss(config.loss).to(self.device)
+        self.train_step = TrainStep(
+            self.accelerator,
+            model,
+            self.optimizer,
+            self.criterion,
+            partial(
+                learning_rate,
+                peak=optim.lr,
+                warmup_steps=optim.warmup_steps,
+                total_steps=config.train.total_steps,
+            ),
+            accumulate=config.train.accumulate,
+            clip_norm=optim.clip_norm,
+            seed=config.train.seed,
+        )
+
+    def fit(self) -> Outcome:
+        """Train to the last step, to `train.stop_step`, or until a signal comes.
+
+        Returns:
+            How the run ended; a checkpoint of that step has been written.
+
+        Raises:
+            DivergedError: The loss or the gradient is not a finite number.
+            CheckpointError: A checkpoint cannot be written.
+        """
+        train = self.config.train
+        batches = self._batches()
+        signal = 0
+        self.train_step.throughput.restart()
+        with StopSignals() as signals:
+            while self.step < train.total_steps:
+                self.train_step(batches, self.step)
+                self.step += 1
+                self.progress.advance()
+                last = self.step == train.total_steps
+                if last or self.step % train.log_steps == 0:
+                    self._log_training()
+                if train.valid_steps and (last or self.step % train.valid_steps == 0):
+                    self._validate()
+                signal = self._agree(signals.received)
+                stop = last or bool(signal) or self.step == train.stop_step
+                if stop or self.step % train.save_steps == 0:
+                    self._save()
+                if stop:
+                    break
+        self.progress.close()
+        finished = self.step >= train.total_steps
+        return Outcome(
+            step=self.step,
+            finished=finished,
+            signal=0 if finished else signal,
+            best_accuracy=self.best["accuracy"],
+            best_step=self.best["step"],
+        )
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self.loader
+
+    def _window(self) -> list[float]:
+        """The meter of all ranks, after making sure that it is finite."""
+        sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
+        if sums[5]:
+            newest = self.checkpoints.latest()
+            kept = f"{newest} is from before" if newest else "no checkpoint was written before"
+            raise DivergedError(
+                f"step {int(sums[5])}: the loss or the gradient is not a finite number; {kept}. "
+                "Try a smaller --optim.lr, more --optim.warmup_steps, a smaller --optim.clip_norm, "
+                "or `accelerate launch --mixed_precision bf16` in place of fp16"
+            )
+        return sums
+
+    def _log_training(self) -> None:
+        loss, correct, samples, norm, steps, _ = self._window()
+        group = self.optimizer.param_groups[0]
+        record = {
+            "event": "train",
+            "step": self.step,
+            "epoch": self.loader.epoch,
+            "loss": loss / samples,
+            "accuracy": correct / samples,
+            "grad_norm": norm / steps if steps else None,
+            "lr": group["lr"],
+            **self.train_step.throughput.rates(self.world_size),
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
+        self.journal.record(record)
+        self.progress.show(record)
+        self.train_step.meter.reset()
+        self.train_step.throughput.restart()
+
+    def _validate(self) -> None:
+        """Validate on whole utterances, and keep the weights if they are the best so far."""
+        started = time.perf_counter()
+        self._window()
+        self._share_buffers()
+        result = evaluate(
+            self.bare,
+            build_eval_loader(self.config.data, self.shards, "val", self.rank, self.world_size),
+            self.shards["val"].labels,
+            device=self.device,
+            criterion=self.criterion,
+            reduce=lambda total: self.accelerator.reduce(total, "sum"),
+        )
+        record = {
+            "event": "valid",
+            "step": self.step,
+            "loss": result.loss,
+            "accuracy": result.accuracy,
+            "correct": result.correct,
+            "utterances": result.labelled,
+            "seconds": time.perf_counter() - started,
+        }
+        self.journal.record(record)
+        better = self.best["accuracy"] is None or result.accuracy > self.best["accuracy"]
+        if better:
+            self.best = {"accuracy": result.accuracy, "step": self.step}
+            if self.accelerator.is_main_process:
+                self.checkpoints.save_best(self._weights())
+        self.progress.say(
+            f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
+            f"({result.correct:,} of {result.labelled:,}), loss {result.loss:.4f}"
+            + (", the best so far" if better else "")
+        )
+        self.train_step.throughput.restart()
+
+    def _share_buffers(self) -> None:
+        """Give every rank the running statistics of rank 0, so that all validate one model."""
+        if self.world_size > 1:
+            for buffer in self.bare.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _agree(self, signal: int) -> int:
+        """The largest signal that any rank received, known to all of them at the same step.
+
+        On an accelerator the ranks ask one another at log steps only, for asking makes the host
+        wait for the device.
+        """
+        if self.world_size == 1:
+            return signal
+        if self.device.type != "cpu" and self.step % self.config.train.log_steps:
+            return 0
+        asked = torch.tensor([signal], device=self.device)
+        return int(self.accelerator.gather(asked).max())
+
+    def _weights(self) -> State:
+        """What predicting takes."""
+        return {
+            "step": self.step,
+            "model": self.bare.state_dict(),
+            "config": self.config.to_dict(),
+            "speakers": list(self.shards.speakers),
+            "n_mels": self.shards.manifest.n_mels,
+            "fingerprint": self.shards.manifest.fingerprint,
+            "best": self.best,
+        }
+
+    def _save(self) -> None:
+        """Write a checkpoint; every rank waits until it is on the disk."""
+        window = self._window()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                **self._weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "loader": self.loader.state_dict(),
+                "global_batch": self.global_batch,
+                "window": window,
+            }
+            self.checkpoints.save(state, self.step)
+        self.accelerator.wait_for_everyone()
+        self.train_step.throughput.restart()
+
+    def _restore(self, saved: State) -> Changes:
+        """Continue from a checkpoint; returns the fields that were changed, as they may be."""
+        check_same_data(self.shards, saved, self.config.data.shards)
+        changed = check_same_run(self.config, saved, global_batch=self.global_batch)
+        self.bare.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.loader.load_state_dict(saved["loader"])
+        self.step, self.best = saved["step"], saved["best"]
+        if self.accelerator.is_main_process:
+            # The sums are those of all ranks: they count once.
+            self.train_step.meter.sums.copy_(torch.tensor(saved["window"], dtype=torch.float64))
+        return changed
+
+    def close(self) -> None:
+        """Finish the trackers, the bar and the process group."""
+        self.progress.close()
+        self.accelerator.end_training()

@@ -1,0 +1,37 @@
+"""What can go wrong while training or predicting, as one small tree.
+
+    TrainerError            1   the run failed
+    ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
+    ├── CheckpointError     1   a checkpoint is missing, damaged or cannot be written
+    ├── DivergedError       1   the loss or the gradient is no longer a finite number
+    └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
+
+The number is the exit code of the process. Beside these, 130 and 143 mean that Ctrl-C or SIGTERM
+ended a run, after it saved.
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base of all errors that a user can put right; the message says how."""
+
+    exit_code = 1
+
+
+class ConfigError(TrainerError):
+    """An option, a combination of options, or a folder that does not fit; found before any work."""
+
+    exit_code = 2
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is missing, damaged or cannot be written."""
+
+
+class DivergedError(TrainerError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+class PredictionError(TrainerError):
+    """A checkpoint, a data set and a label file do not fit together."""

@@ -1,0 +1,78 @@
+"""From a checked configuration to the parts of a run: the only place where the two meet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from shardprep import SegmentLoader, ShardSet, UtteranceLoader
+from trainer.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
+from trainer.errors import ConfigError
+from trainer.losses import AMSoftmaxLoss, SoftmaxLoss
+from trainer.model import SpeakerModel
+
+
+def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerModel:
+    """The network, its weights drawn from torch's generator as it stands."""
+    return SpeakerModel(n_mels, n_speakers, **asdict(config))
+
+
+def build_loss(config: LossConfig) -> nn.Module:
+    """The criterion: logits (B, S) and labels (B,) to their mean loss, a scalar."""
+    if config.name == "softmax":
+        return SoftmaxLoss()
+    assert config.margin is not None
+    assert config.scale is not None
+    return AMSoftmaxLoss(config.margin, config.scale)
+
+
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters; its learning rate is set before every step."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+def build_train_loader(
+    config: Config, shards: ShardSet, rank: int, world_size: int
+) -> SegmentLoader:
+    """This rank's part of the training split, as random crops.
+
+    Raises:
+        ConfigError: The split has fewer utterances than one micro-batch of all ranks.
+    """
+    data, split = config.data, shards["train"]
+    if len(split) < data.batch_size * world_size:
+        raise ConfigError(
+            f"data.batch_size: found {data.batch_size} on {world_size} process(es), but "
+            f"{data.shards} has only {len(split)} utterances to train on; take a smaller one"
+        )
+    return SegmentLoader(
+        split,
+        batch_size=data.batch_size,
+        segment_frames=data.segment_frames,
+        seed=config.train.seed,
+        rank=rank,
+        world_size=world_size,
+        pad_value=data.pad_value,
+    )
+
+
+def build_eval_loader(
+    config: DataConfig, shards: ShardSet, split: str, rank: int = 0, world_size: int = 1
+) -> UtteranceLoader:
+    """This rank's part of a split, as whole utterances batched by length."""
+    return UtteranceLoader(
+        shards[split],
+        max_frames=config.eval_frames,
+        rank=rank,
+        world_size=world_size,
+        pad_value=config.pad_value,
+    )

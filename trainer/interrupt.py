@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM as a wish to stop after the current step, instead of an abrupt end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+# A launcher repeats the terminal's Ctrl-C to its workers at once; a person does so later.
+_IMPATIENT_SECONDS = 5.0
+
+
+def launched_by_accelerate(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` started a process with this environment."""
+    return "ACCELERATE_MIXED_PRECISION" in environment
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are noted in `received` and the program goes on.
+
+    A further signal that comes more than five seconds after the first raises KeyboardInterrupt,
+    so that a run that no longer reaches the end of a step can still be ended from the keyboard.
+
+    The death of a launcher counts as SIGTERM: `accelerate launch` with one process does not pass
+    signals on, and its worker would train on unseen.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+        launched = launched_by_accelerate(os.environ) or "LOCAL_RANK" in os.environ
+        self._launcher = os.getppid() if launched else None
+
+    @property
+    def received(self) -> int:
+        """Number of the first signal that came, or 0."""
+        if not self._signal and self._launcher is not None and os.getppid() != self._launcher:
+            self._signal = int(signal.SIGTERM)
+        return self._signal
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._signal:
+            self._signal, self._since = number, now
+        elif now - self._since > _IMPATIENT_SECONDS:
+            raise KeyboardInterrupt

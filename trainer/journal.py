@@ -1,0 +1,138 @@
+"""What a run tells about itself: metrics.jsonl, the trackers, and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from trainer.checkpoint import atomic_write
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a logging or validation event, each with its `step`.
+
+    Args:
+        path: The file; made when the first record comes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Record) -> None:
+        """Add a record, as one write of one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop the records after `step`, and a line that a kill cut short.
+
+        A resumed run writes them again, so that the file reads like that of a run that was never
+        interrupted.
+        """
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        with atomic_write(self.path) as file:
+            file.write("".join(kept).encode())
+
+
+def _on_terminal() -> bool:
+    """Whether stderr can show a bar; a terminal that knows no width, as some CI has, cannot."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return False
+
+
+class Progress:
+    """Progress on stderr: a bar on a terminal, else a line a logging event.
+
+    Args:
+        total: Steps of the run.
+        step: Steps done before.
+        enabled: False silences it, for the ranks beside the main one.
+    """
+
+    def __init__(self, total: int, step: int, *, enabled: bool) -> None:
+        self.total = total
+        self.enabled = enabled
+        self._bar: tqdm[Any] = tqdm(
+            total=total,
+            initial=step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not (enabled and _on_terminal()),
+        )
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def show(self, record: Record) -> None:
+        """Show a training record."""
+        text = (
+            f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.3f}, "
+            f"lr {record['lr']:.2e}, {record['samples_per_second']:,.0f} samples/s, "
+            f"waiting {record['waiting']:.0%}"
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        else:
+            self.say(f"step {record['step']:,}/{self.total:,}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+class Journal:
+    """All that a run writes about itself, by its main process; silent on the others.
+
+    Args:
+        accelerator: Of the run; has the trackers.
+        run: The run folder, whose name the trackers show.
+        step: Steps done before; what was recorded after them is dropped.
+        total: Steps of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: Path, *, step: int, total: int) -> None:
+        self._accelerator = accelerator
+        self._main = bool(accelerator.is_main_process)
+        self._log = MetricsLog(run / "metrics.jsonl")
+        if self._main:
+            self._log.truncate(step)
+        purge = {"tensorboard": {"purge_step": step + 1}}
+        accelerator.init_trackers(run.name, init_kwargs=purge)
+        self.progress = Progress(total, step, enabled=self._main)
+
+    def record(self, record: Record) -> None:
+        """Write an event, a dict with `event` and `step`, to metrics.jsonl and the trackers."""
+        if self._main:
+            self._log.append(record)
+        values = {
+            f"{record['event']}/{key}": value
+            for key, value in record.items()
+            if key not in ("event", "step")
+        }
+        self._accelerator.log(values, step=record["step"])

@@ -1,0 +1,118 @@
+"""The processes that `accelerate launch` was asked for but leaves to others to start.
+
+`accelerate launch --num_processes 2 --cpu` starts one process: for more on CPUs it counts on
+mpirun, and without it says nothing. That one process then starts the rest here, and waits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trainer.errors import ConfigError
+from trainer.interrupt import StopSignals, launched_by_accelerate
+
+# torchrun, mpirun and `accelerate launch` on GPUs tell each process its place by one of these.
+_PLACED = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_POLL_SECONDS = 0.1
+# Less than the time that train.py lets the main process speak first.
+_GRACE_SECONDS = 3.0
+
+
+def processes_to_start(environment: dict[str, str], command: list[str]) -> int:
+    """How many processes this one has to start, 1 for none beside itself.
+
+    Args:
+        environment: Of this process.
+        command: Command line of the parent process, which may be the launcher.
+
+    Raises:
+        ConfigError: Several were asked for in a way that cannot be made up for.
+    """
+    # accelerate sets a port exactly if it was asked for several processes.
+    if not launched_by_accelerate(environment) or "MASTER_PORT" not in environment:
+        return 1
+    if any(name in environment for name in _PLACED):
+        return 1
+    options = " ".join(command).replace("-", "_")
+    number = re.search(r"__num_processes[ =](\d+)", options)
+    machines = re.search(r"__num_machines[ =](\d+)", options)
+    if number is None or (machines and int(machines[1]) > 1):
+        raise ConfigError(
+            "accelerate launch was asked for several processes on CPUs but starts one; give "
+            "--num_processes N on its command line, or start them with "
+            "`torchrun --nproc_per_node N trainer/train.py`, on each machine"
+        )
+    return int(number[1])
+
+
+def parent_command() -> list[str]:
+    """Command line of the parent process, empty where the system does not tell."""
+    try:
+        text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return os.fsdecode(text).split("\0")
+
+
+def start_processes(number: int) -> int:
+    """Run this program again as `number` processes that know of one another, and wait.
+
+    Ctrl-C reaches them from the terminal; SIGTERM, and the death of the launcher, are passed on.
+
+    Returns:
+        The exit code: 0 if all ended well, else that of the first that did not.
+    """
+    command = [sys.executable, *sys.orig_argv[1:]]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **place})
+        for place in _places(number, _free_port())
+    ]
+    try:
+        with StopSignals() as signals:
+            return _wait(workers, signals)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def _places(number: int, port: int) -> list[dict[str, str]]:
+    shared = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
+    failed, deadline, told = 0, float("inf"), False
+    while None in (codes := [worker.poll() for worker in workers]):
+        if not failed and (bad := [code for code in codes if code]):
+            # The others are stuck in an exchange with it; the main one may still have a word.
+            failed, deadline = bad[0], time.monotonic() + _GRACE_SECONDS
+        if time.monotonic() > deadline:
+            break
+        if signals.received == signal.SIGTERM and not told:
+            told = True
+            for worker in workers:
+                worker.terminate()
+        time.sleep(_POLL_SECONDS)
+    code = failed or next((code for code in codes if code), 0)
+    # A negative code names the signal that killed a worker.
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,148 @@
+"""What must be right before any work starts: processes, data, run folder, resumption."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from shardprep import ShardSet, open_shards
+from trainer.checkpoint import CheckpointFolder, State, load
+from trainer.config import Config, flatten
+from trainer.errors import CheckpointError, ConfigError
+
+Changes = dict[str, tuple[Any, Any]]
+
+# What a resumed run may not change: it would be another run, on other data, with other weights.
+_FIXED_PARTS = ("model.", "loss.")
+_FIXED = ("data.segment_frames", "data.pad_value", "train.seed")
+
+
+def open_data(path: str, *, validated: bool) -> ShardSet:
+    """Open the shards to train on.
+
+    Args:
+        path: Folder of the shards.
+        validated: Whether a validation split is needed.
+
+    Raises:
+        ConfigError: There are no shards, or a split is missing; the message has the remedy.
+        ShardprepError: The shards cannot be read.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"data.shards: there is no folder {path}; make it with "
+            f"`shardprep build Dataset/ {path}`, or name another with --data.shards"
+        )
+    shards = open_shards(path)
+    if "train" not in shards.splits:
+        raise ConfigError(f"data.shards: {path} has no train split, only {list(shards.splits)}")
+    if validated and "val" not in shards.splits:
+        raise ConfigError(
+            f"data.shards: {path} has no val split to validate on; build it with "
+            "`shardprep build --val-fraction 0.1`, or do without: --train.valid_steps 0"
+        )
+    return shards
+
+
+def choose_checkpoint(folder: CheckpointFolder, config: Config, *, resume: bool) -> State | None:
+    """Load the checkpoint to continue from, or make sure that none would be overwritten.
+
+    Raises:
+        ConfigError: There are checkpoints and `resume` is not given.
+        CheckpointError: `resume` is given and there is none, or it is damaged.
+    """
+    newest = folder.latest()
+    if not resume:
+        if newest is not None:
+            raise ConfigError(
+                f"name: the run folder {config.run} already has checkpoints, the newest "
+                f"{newest.name}; continue it with --resume, or start another with --name NAME"
+            )
+        return None
+    if newest is None:
+        raise CheckpointError(
+            f"{folder.folder}: there is no checkpoint to resume from; start without --resume, "
+            "or name the run with --name and --train.runs"
+        )
+    return load(newest)
+
+
+def check_same_run(config: Config, saved: State, *, global_batch: int) -> Changes:
+    """Refuse to resume with a configuration that makes it another run.
+
+    Args:
+        config: The configuration given now.
+        saved: The checkpoint.
+        global_batch: Crops a step over all processes now.
+
+    Returns:
+        The fields that differ and may: dotted name -> (value then, value now).
+
+    Raises:
+        ConfigError: Naming the field, what was found and what the run began with.
+    """
+    before, now = flatten(saved["config"]), flatten(config.to_dict())
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    for key, (then, found) in changed.items():
+        if key in _FIXED or key.startswith(_FIXED_PARTS):
+            raise ConfigError(
+                f"{key}: found {found}, but the run to resume began with {then}; give that, or "
+                "start another run with --name NAME"
+            )
+    if global_batch != saved["global_batch"]:
+        raise ConfigError(
+            f"data.batch_size: found {global_batch} crops a step (data.batch_size x "
+            f"train.accumulate x processes), but the run to resume began with "
+            f"{saved['global_batch']}; choose them so that the product is the same"
+        )
+    return changed
+
+
+def check_same_data(shards: ShardSet, saved: State, path: str) -> None:
+    """Refuse to resume on another data set.
+
+    Raises:
+        ConfigError: Naming both fingerprints.
+    """
+    found, expected = shards.manifest.fingerprint, saved["fingerprint"]
+    if found != expected:
+        raise ConfigError(
+            f"data.shards: {path} has fingerprint {found}, but the run to resume began on "
+            f"{expected}; give the shards it began on, or start another run with --name NAME"
+        )
+
+
+def join_processes(config: Config) -> Accelerator:
+    """Meet the other processes of the launch.
+
+    Raises:
+        ConfigError: The flags of the launch do not suit the device, or not all processes can be
+            met: each would train, and write, on its own.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            # Unless told so, accelerate does not join processes that have nothing but CPUs.
+            cpu=started > 1 and not torch.accelerator.is_available(),
+            log_with=list(config.train.trackers) or None,
+            # Event files go into the run folder itself: TensorBoard calls the run by its name.
+            project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
+        )
+    except ValueError as error:
+        raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 and call it fp16.
+        raise ConfigError(
+            "accelerate launch --mixed_precision: found fp16, but the CPU computes bf16 or no"
+        )
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but accelerate sees "
+            f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
+        )
+    return accelerator
