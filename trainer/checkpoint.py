@@ -9,56 +9,20 @@ leaves the previous checkpoint in place.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from shardprep import StorageError, publish
 from trainer.errors import CheckpointError
 
 State = dict[str, Any]
 
 FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its name when the block ends well.
-
-    The bytes reach the disk before the name does. When the block raises, the temporary file is
-    removed and whatever was at `path` stays.
-
-    Raises:
-        OSError: The folder cannot be written to, or the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp keeps others out; what is published is as readable as any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> State:
@@ -148,7 +112,7 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
-        for leftover in self.folder.glob(".*.pt.*.tmp"):
+        for leftover in self.folder.glob("*.pt.*.tmp"):
             leftover.unlink()
 
 
@@ -160,10 +124,10 @@ def _step_of(path: Path) -> int:
 
 def _write(path: Path, state: State) -> None:
     try:
-        with atomic_write(path) as file:
+        with publish(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     # torch.save reports a full disk as a RuntimeError of its zip writer.
-    except (OSError, RuntimeError) as error:
+    except (StorageError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}); make room or choose another --train.runs"
         ) from error

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import CheckpointFolder, State, atomic_write
+from shardprep import publish
+from trainer.checkpoint import CheckpointFolder, State
 from trainer.config import Config
 from trainer.errors import DivergedError
 from trainer.evaluation import evaluate
@@ -90,7 +91,7 @@ class Trainer:
         changed = {} if saved is None else self._restore(saved)
         if self.accelerator.is_main_process:
             self.checkpoints.sweep()
-            with atomic_write(config.run / "config.yaml") as file:
+            with publish(config.run / "config.yaml") as file:
                 file.write(config.to_yaml().encode())
         self.journal = Journal(
             self.accelerator, config.run, step=self.step, total=config.train.total_steps

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from trainer.checkpoint import atomic_write
+from shardprep import publish
 
 Record = dict[str, Any]
 
@@ -47,7 +47,7 @@ class MetricsLog:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        with atomic_write(self.path) as file:
+        with publish(self.path) as file:
             file.write("".join(kept).encode())
 
 

@@ -12,8 +12,8 @@ import click
 import numpy as np
 import torch
 
-from shardprep import ShardprepError, ShardSet, UtteranceLoader, open_shards
-from trainer.checkpoint import CheckpointFolder, State, atomic_write, load
+from shardprep import ShardprepError, ShardSet, UtteranceLoader, open_shards, publish
+from trainer.checkpoint import CheckpointFolder, State, load
 from trainer.config import config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError
 from trainer.evaluation import evaluate
@@ -91,17 +91,14 @@ def write_submission(path: Path, keys: Iterable[str], names: Sequence[str]) -> N
     The file appears whole or not at all.
 
     Raises:
-        PredictionError: The disk refused.
+        StorageError: The disk refused.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(HEADER)
     rows.writerows((f"{key}.pt", name) for key, name in zip(keys, names, strict=True))
-    try:
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
-    except OSError as error:
-        raise PredictionError(f"{path}: cannot be written ({error.strerror})") from error
+    with publish(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def score_submission(path: Path, truth: Path) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(PredictionError, match=r"out\.csv: cannot be written .*No space"):
+    with pytest.raises(shardprep.StorageError, match=r"out\.csv: No space"):
         write_submission(out, ["uttr-b"], ["id2"])
     assert out.read_text() == "Id,Category\nuttr-a.pt,id1\n"
     assert os.listdir(tmp_path) == ["out.csv"]
