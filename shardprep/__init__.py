@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from shardprep.loader import SegmentLoader, UtteranceLoader
     from shardprep.options import BuildOptions
     from shardprep.reader import ShardSet, Split, open_shards
-    from shardprep.stream import stream
+    from shardprep.storage import publish
+    from shardprep.streaming import stream
     from shardprep.verify import Fault, VerifyReport, verify_shards
     from shardprep.writer import BuildReport, build_shards
 
@@ -49,7 +50,8 @@ _HOMES = {
     "VerifyReport": "verify",
     "build_shards": "writer",
     "open_shards": "reader",
-    "stream": "stream",
+    "publish": "storage",
+    "stream": "streaming",
     "verify_shards": "verify",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "VerifyReport",
     "build_shards",
     "open_shards",
+    "publish",
     "stream",
     "verify_shards",
 ]

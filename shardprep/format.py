@@ -191,7 +191,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
         head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         name = msgspec.json.decode(head.get("format", msgspec.Raw(b"null")))
         version = msgspec.json.decode(head.get("version", msgspec.Raw(b"null")))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(
             f"is not a manifest ({error})", file=path, remedy=_UNKNOWN_REMEDY
         ) from None
@@ -209,7 +209,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
         raise FormatError(
             "was altered: its fingerprint does not match its contents",
             file=path,
-            remedy="Restore the file, or build the shards again.",
+            remedy="Restore the file, or build the shards again with --overwrite.",
         )
     _check_names(manifest, path)
     return manifest

@@ -69,4 +69,7 @@ class BuildOptions:
     @property
     def record(self) -> BuildRecord:
         """The choices that decide the bytes, as the manifest states them."""
-        return BuildRecord(self.seed, self.val_fraction, self.samples_per_shard, self.on_error)
+        # The manifest's fingerprint tells 0 from 0.0, so both become what its reader makes of them.
+        return BuildRecord(
+            int(self.seed), float(self.val_fraction), int(self.samples_per_shard), self.on_error
+        )

@@ -1,8 +1,8 @@
 """Which utterance goes into which shard: pure functions of (utterances, options, seed).
 
 Choices come from a keyed hash of each utterance's key, not from a random generator, so they do
-not depend on the order of the metadata, on NumPy's version, or on which other utterances exist:
-an utterance added later leaves the others on their side of the split between train and val.
+not depend on the order of the metadata or on NumPy's version. An utterance added later moves at
+most one other of its speaker between train and val, to keep the fraction.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_connections
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from shardprep.errors import BuildError
 
@@ -26,15 +26,10 @@ class Stopped(Exception):
     """Raised within a task, by its `advance`, when the pool is to stop."""
 
 
-class _Counter(Protocol):
-    value: int
-
-    def get_lock(self) -> Any: ...
-
-
-# Set in each worker by `_enter_worker`.
-_samples: _Counter
-_nbytes: _Counter
+# Shared with the workers, and set in each by `_enter_worker`. Neither has a lock: a worker that
+# was killed while it held one would keep everybody waiting for ever. `_progress` holds the
+# utterances and bytes done of each task, so that each cell has one writer.
+_progress: Any
 _stop: Any
 
 
@@ -67,14 +62,15 @@ def run_tasks(
     # PyTorch once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "shardprep.writer"])
-    samples, nbytes = context.Value("Q", 0), context.Value("Q", 0)
-    stop = context.Event()
+    progress, stop = context.RawArray("Q", 2 * len(tasks)), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _enter_worker, (samples, nbytes, stop)
+        min(workers, len(tasks)), context, _enter_worker, (progress, stop)
     )
     try:
-        futures = {executor.submit(_run_one, work, task) for task in tasks}
-        yield from _results(futures, _Meter(samples, nbytes, on_progress))
+        futures = {
+            executor.submit(_run_one, work, number, task) for number, task in enumerate(tasks)
+        }
+        yield from _results(futures, _Meter(progress, on_progress))
     except BrokenProcessPool:
         raise BuildError(
             "a worker process died, perhaps for want of memory",
@@ -82,22 +78,20 @@ def run_tasks(
             "finished shards are kept.",
         ) from None
     finally:
-        stop.set()
+        stop.value = 1
         executor.shutdown(cancel_futures=True)
 
 
 class _Meter:
-    """Reports how far the workers' counters have moved since the last call."""
+    """Reports how far the workers have come since the last call."""
 
-    def __init__(
-        self, samples: _Counter, nbytes: _Counter, report: Callable[[int, int], None]
-    ) -> None:
-        self._counters = samples, nbytes
+    def __init__(self, progress: Any, report: Callable[[int, int], None]) -> None:
+        self._progress = progress
         self._seen = 0, 0
         self._report = report
 
     def __call__(self) -> None:
-        now = self._counters[0].value, self._counters[1].value
+        now = sum(self._progress[0::2]), sum(self._progress[1::2])
         self._report(now[0] - self._seen[0], now[1] - self._seen[1])
         self._seen = now
 
@@ -113,9 +107,9 @@ def _results(futures: set[Future[Result | None]], meter: _Meter) -> Iterator[Res
             yield result
 
 
-def _enter_worker(samples: _Counter, nbytes: _Counter, stop: Any) -> None:
-    global _samples, _nbytes, _stop
-    _samples, _nbytes, _stop = samples, nbytes, stop
+def _enter_worker(progress: Any, stop: Any) -> None:
+    global _progress, _stop
+    _progress, _stop = progress, stop
     # Ctrl-C reaches the whole process group; the parent decides what becomes of the tasks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -131,16 +125,13 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_one(work: Callable[[Task, Advance], Result], task: Task) -> Result | None:
+def _run_one(work: Callable[[Task, Advance], Result], number: int, task: Task) -> Result | None:
+    def advance(nbytes: int) -> None:
+        if _stop.value:
+            raise Stopped
+        _progress[2 * number] += 1
+        _progress[2 * number + 1] += nbytes
+
     with contextlib.suppress(Stopped):
-        return work(task, _advance)
+        return work(task, advance)
     return None
-
-
-def _advance(nbytes: int) -> None:
-    if _stop.is_set():
-        raise Stopped
-    with _samples.get_lock():
-        _samples.value += 1
-    with _nbytes.get_lock():
-        _nbytes.value += nbytes

@@ -6,6 +6,7 @@ The index says where every mel matrix lies, so nothing here parses a tar or a JS
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import mmap
 import os
@@ -21,7 +22,10 @@ from shardprep import codecs
 from shardprep.errors import CorruptShardError, FormatError
 from shardprep.format import Manifest, SplitInfo, is_index, load_manifest
 
-_REBUILD = "Run `shardprep verify` on the folder, then build the damaged set again."
+_REBUILD = (
+    "Run `shardprep verify` on the folder to see all that is damaged, then build the set again "
+    "with --overwrite."
+)
 
 
 class ShardSet(Mapping[str, "Split"]):
@@ -297,7 +301,7 @@ class Split:
         }
         if fits["shard number"]:
             ends = self._offset + nbytes
-            aligned = self._offset % 512 == 0
+            aligned = (self._offset >= 0) & (self._offset % 512 == 0)
             fits["offset"] = (
                 bool((aligned & (ends <= sizes[self._shard])).all()) if len(rows) else True
             )
@@ -340,6 +344,10 @@ def _load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
     if len(data) != split.index.bytes:
         raise CorruptShardError(
             f"has {len(data)} bytes, expected {split.index.bytes}", file=path, remedy=_REBUILD
+        )
+    if hashlib.sha256(data).hexdigest() != split.index.sha256:
+        raise CorruptShardError(
+            "its sha256 is not the one in the manifest", file=path, remedy=_REBUILD
         )
     try:
         rows: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

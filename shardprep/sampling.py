@@ -68,6 +68,8 @@ class Permutation:
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
+        # From outside the range the walk might never come to an end.
+        assert not positions.size or (positions.min() >= 0 and positions.max() < self.n)
         values = self._pass(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= self.n)
         while outside.size:

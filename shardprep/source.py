@@ -142,6 +142,8 @@ class _Scan:
                 raise ValueError(f"mel_len is {entry.mel_len}, expected at least 1")
             info = self._regular_file(relative)
         except (msgspec.ValidationError, ValueError) as error:
+            # A lone surrogate, which JSON can spell, has no place in rejects.jsonl.
+            shown = shown.encode(errors="backslashreplace").decode()
             self.rejects.append(Reject(shown, key, speaker, split, str(error)))
             return
         self.uses[key] += 1
@@ -200,6 +202,12 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     labels = _labels(folder, metadata["speakers"])
     scan = _Scan(folder, os.path.realpath(folder))
     for speaker, entries in metadata["speakers"].items():
+        if not _is_unicode(speaker):
+            raise SourceError(
+                "the name of a speaker is not valid Unicode",
+                file=folder / METADATA,
+                key=f"speakers.{speaker!a}",
+            )
         if not isinstance(entries, list):
             raise SourceError("is not a list", file=folder / METADATA, key=f"speakers.{speaker}")
         for entry in entries:
@@ -245,17 +253,20 @@ def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Whatever a hostile or broken file makes the unpickler raise means the same here.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"not a tensor file that can be loaded safely: {lines[0][:200]}") from None
+        raise ValueError(
+            f"not a tensor file that can be loaded safely: {_load_fault(error)}"
+        ) from None
     if not isinstance(loaded, torch.Tensor):
         raise ValueError(f"holds a {type(loaded).__name__}, not a tensor")
-    if not loaded.is_floating_point() or loaded.layout != torch.strided:
-        raise ValueError(f"holds {loaded.dtype} ({loaded.layout}), expected dense floating point")
+    dense = loaded.layout == torch.strided and loaded.device.type == "cpu" and not loaded.is_nested
+    if not dense or not loaded.is_floating_point():
+        found = f"{loaded.dtype} ({loaded.layout}, {loaded.device})"
+        raise ValueError(f"holds {found}, expected dense floating point")
     if loaded.ndim != 2 or loaded.shape[1] != n_mels:
         raise ValueError(f"has shape {tuple(loaded.shape)}, expected (mel_len, {n_mels})")
     if loaded.shape[0] != frames:
         raise ValueError(f"has {loaded.shape[0]} frames, but mel_len says {frames}")
-    mel: NDArray[np.float32] = np.ascontiguousarray(loaded.detach().float().numpy())
+    mel: NDArray[np.float32] = np.ascontiguousarray(loaded.detach().float().resolve_neg().numpy())
     if not np.isfinite(mel).all():
         raise ValueError("has values that are not finite (NaN or infinity)")
     return mel
@@ -276,13 +287,24 @@ def _key_of(relative: str) -> str:
         raise ValueError(f"the key {key!r} contains a dot, where tar readers cut names")
     if _BAD_CHARACTERS.search(key) or any(part.startswith("__") for part in key.split("/")):
         raise ValueError(f"the key {key!r} has characters that tar readers do not take")
-    try:
-        size = len(key.encode())
-    except UnicodeEncodeError:
-        raise ValueError("the file name is not valid Unicode") from None
-    if not PurePosixPath(relative).stem or size > MAX_KEY_BYTES:
-        raise ValueError(f"the key has {size} bytes, expected 1 to {MAX_KEY_BYTES}")
+    if not _is_unicode(key):
+        raise ValueError("the file name is not valid Unicode")
+    size = len(key.encode())
+    if not key.split("/")[-1] or size > MAX_KEY_BYTES:
+        raise ValueError(f"the key {key!r} has {size} bytes, expected 1 to {MAX_KEY_BYTES}")
     return key
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _load_fault(error: Exception) -> str:
+    """What torch.load found, without its advice to load the file unsafely."""
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
+    lines = (line.strip() for line in str(error).splitlines())
+    said = [line for line in lines if line and not line.startswith(advice)]
+    return said[0][:200] if said else type(error).__name__
 
 
 def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
@@ -332,7 +354,9 @@ def _labels(folder: Path, speakers: dict[str, Any]) -> dict[str, int]:
 
 def _mapping_faults(labels: dict[str, Any], names: Any) -> Iterator[str]:
     numbers = list(labels.values())
-    if any(type(number) is not int for number in numbers):
+    if not all(map(_is_unicode, labels)):
+        yield "speaker2id has a name that is not valid Unicode"
+    elif any(type(number) is not int for number in numbers):
         yield "speaker2id has a number that is not an integer"
     elif sorted(numbers) != list(range(len(numbers))):
         yield f"speaker2id does not number its {len(numbers)} speakers 0 to {len(numbers) - 1}"

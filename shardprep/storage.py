@@ -36,13 +36,14 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     leaves either no `path` or a whole one.
 
     Args:
-        path: The final name; an existing file is replaced.
+        path: The final name; an existing file is replaced, a missing folder made.
         scratch: Folder for the temporary name, on the same file system; by default that of `path`.
 
     Raises:
         StorageError: The file cannot be written; nothing is left behind.
     """
     with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             prefix=f"{path.name}.", suffix=".tmp", dir=scratch or path.parent
         )
@@ -60,9 +61,9 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
+def publish_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
     """Publish `data` as the file `path`; see `publish`."""
-    with publish(path) as file:
+    with publish(path, scratch) as file:
         file.write(data)
 
 

@@ -18,7 +18,7 @@ import filelock
 import msgspec
 
 from shardprep.errors import BuildError
-from shardprep.format import MANIFEST_NAME, REJECTS_NAME, WORK_FOLDER
+from shardprep.format import FORMAT, MANIFEST_NAME, REJECTS_NAME, WORK_FOLDER
 from shardprep.pool import Advance
 from shardprep.shard import ShardRecord, ShardTask, write_shard
 from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors, sync_folder
@@ -59,7 +59,7 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
                 shutil.rmtree(work)
                 yield None
                 return
-            (target / MANIFEST_NAME).unlink(missing_ok=True)
+            _remove_manifest(target)
             sync_folder(target)
             yield work
 
@@ -115,6 +115,20 @@ def remove_work_folder(work: Path) -> None:
     """Clear away the records of a build that is finished."""
     shutil.rmtree(work)
     sync_folder(work.parent)
+
+
+def _remove_manifest(target: Path) -> None:
+    path = target / MANIFEST_NAME
+    if not path.exists():
+        return
+    # Damaged or not: other programs too keep a file of this name.
+    if f'"{FORMAT}"'.encode() not in path.read_bytes():
+        raise BuildError(
+            "is not the manifest of a shard set, and will not be replaced",
+            file=path,
+            remedy="Name another folder.",
+        )
+    path.unlink()
 
 
 def _is_finished(target: Path) -> bool:

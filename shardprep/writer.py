@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from shardprep.errors import BuildError, ShardprepError
+from shardprep.errors import BuildError, ShardprepError, SourceError
 from shardprep.format import (
     FORMAT,
     MANIFEST_NAME,
@@ -30,8 +31,8 @@ from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
 from shardprep.shard import ShardRecord, ShardTask, write_shard
-from shardprep.source import Reject, Source, scan_dataset
-from shardprep.storage import publish_bytes, sha256_of, storage_errors
+from shardprep.source import METADATA, Reject, Source, scan_dataset
+from shardprep.storage import publish_bytes, storage_errors
 from shardprep.unfinished import ShardWriter, claim, keep_finished, remove_work_folder
 
 
@@ -119,7 +120,7 @@ def build_shards(
         raise _first_of(scanned)
     tasks = _tasks(scanned, options)
     if not tasks:
-        raise BuildError("there is no utterance to pack", file=scanned.root)
+        raise _nothing_to_pack(scanned)
     report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
     if options.dry_run:
         records = _run(tasks, _check_only, options, listener, report)
@@ -131,7 +132,7 @@ def build_shards(
             else:
                 records = _write_missing(tasks, work, options, listener, report)
                 _fill_report(report, scanned, records)
-                _publish_set(target, scanned, options, records, report.rejects)
+                _publish_set(work, scanned, options, records, report.rejects)
                 remove_work_folder(work)
     report.seconds = time.monotonic() - began
     return report
@@ -142,6 +143,12 @@ def _first_of(source: Source) -> ShardprepError:
     if len(source.rejects) > 1:
         error.what += f" (and {len(source.rejects) - 1} more utterances are faulty)"
     return error
+
+
+def _nothing_to_pack(source: Source) -> ShardprepError:
+    if source.rejects:
+        return _first_of(source)
+    return SourceError("lists no utterance", file=source.root / METADATA, key="speakers")
 
 
 def _tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
@@ -183,6 +190,15 @@ def _report_finished(
             file=target,
             remedy="Name another folder, or give --overwrite to replace the set.",
         )
+    with storage_errors(target):
+        present = {path.name: path.stat().st_size for path in target.iterdir()}
+    for name, info in manifest.files().items():
+        if present.get(name) != info.bytes:
+            raise BuildError(
+                f"{name} of the finished set is missing or has another size",
+                file=target,
+                remedy="Give --overwrite to build the set anew.",
+            )
     report.up_to_date = True
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
@@ -244,7 +260,7 @@ def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]
 
 
 def _publish_set(
-    target: Path,
+    work: Path,
     source: Source,
     options: BuildOptions,
     records: list[ShardRecord],
@@ -258,7 +274,7 @@ def _publish_set(
         name: SplitInfo(
             samples=sum(record.info.samples for record in own),
             frames=sum(record.info.frames for record in own),
-            index=_publish_file(target / index_name(name), _index_bytes(own)),
+            index=_publish_file(work, index_name(name), _index_bytes(own)),
             shards=tuple(record.info for record in own),
         )
         for name, own in by_split.items()
@@ -266,7 +282,7 @@ def _publish_set(
     listing = None
     if rejects:
         lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
-        listing = _publish_file(target / REJECTS_NAME, lines)
+        listing = _publish_file(work, REJECTS_NAME, lines)
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -279,7 +295,7 @@ def _publish_set(
         source_fingerprint=source.fingerprint,
         build=options.record,
     )
-    publish_bytes(target / MANIFEST_NAME, encode_manifest(manifest))
+    publish_bytes(work.parent / MANIFEST_NAME, encode_manifest(manifest), scratch=work)
 
 
 def _index_bytes(records: list[ShardRecord]) -> bytes:
@@ -298,9 +314,10 @@ def _index_bytes(records: list[ShardRecord]) -> bytes:
     return buffer.getvalue()
 
 
-def _publish_file(path: Path, data: bytes) -> FileInfo:
-    publish_bytes(path, data)
-    return FileInfo(path.name, len(data), sha256_of(path))
+def _publish_file(work: Path, name: str, data: bytes) -> FileInfo:
+    # The temporary name lies in the work folder, where a later build clears up after a crash.
+    publish_bytes(work.parent / name, data, scratch=work)
+    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _split_of(record: ShardRecord) -> str:

@@ -13,7 +13,6 @@ from shardprep.format import REJECTS_NAME
 from shardprep.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
 from shardprep.writer import BuildReport, ProgressListener, build_shards
 
-
 _EPILOG = """
 \b
 Example:

@@ -19,7 +19,7 @@ _HISTOGRAM_BINS = 40
 _PICTURE_COLUMNS, _PICTURE_ROWS = 72, 10
 
 
-@click.command()
+@click.command(short_help="Say what the shard set DST holds.")
 @click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
 @click.option("--sample", "key", metavar="KEY", help="Show one utterance.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -13,7 +13,7 @@ from shardprep.format import load_manifest
 from shardprep.verify import verify_shards
 
 
-@click.command()
+@click.command(short_help="Check that the shard set DST is whole.")
 @click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
 @click.option("--deep", is_flag=True, help="Also walk every tar and read every sample.")
 @click.option(

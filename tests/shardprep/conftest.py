@@ -1,0 +1,133 @@
+"""Helpers shared by the tests of shardprep, handed out as fixtures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shardprep import BuildOptions, BuildReport, build_shards
+from shardprep.cli import main
+
+# From one frame up, around the lengths of a zstd chunk (64) and of a crop (128).
+EDGE_LENGTHS = (1, 2, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 300, 517)
+EDGE_MELS = 7
+
+
+def write_source(root: Path, lengths: dict[str, Sequence[int]], test: Sequence[int] = ()) -> Path:
+    """Write a data set of EDGE_MELS mels with utterances of exactly these lengths."""
+    rng = np.random.default_rng(len(lengths))
+    root.mkdir(parents=True)
+
+    def utterance(name: str, length: int) -> dict[str, object]:
+        mel = rng.normal(-5.0, 4.0, (length, EDGE_MELS)).astype(np.float32)
+        torch.save(torch.from_numpy(mel), root / name)
+        return {"feature_path": name, "mel_len": length}
+
+    speakers = {
+        speaker: [utterance(f"{speaker}-{n:03d}.pt", length) for n, length in enumerate(own)]
+        for speaker, own in lengths.items()
+    }
+    entries = [utterance(f"test-{n:03d}.pt", length) for n, length in enumerate(test)]
+    (root / "metadata.json").write_text(json.dumps({"n_mels": EDGE_MELS, "speakers": speakers}))
+    if test:
+        listed = {"n_mels": EDGE_MELS, "utterances": entries}
+        (root / "testdata.json").write_text(json.dumps(listed))
+    return root
+
+
+@pytest.fixture(scope="session")
+def edge_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with utterances of every length that is an edge case; not to be changed."""
+    lengths = {"ann": EDGE_LENGTHS, "bob": EDGE_LENGTHS[::-1], "cleo": (40, 50, 60, 700, 1)}
+    return write_source(tmp_path_factory.mktemp("edge") / "Dataset", lengths, EDGE_LENGTHS[:6])
+
+
+@pytest.fixture(scope="session")
+def edge_sets(edge_source: Path) -> dict[tuple[str, str], Path]:
+    """Shards of `edge_source` by dtype and codec; not to be changed."""
+    sets = {}
+    for dtype in ("float16", "float32"):
+        for codec in ("none", "zstd"):
+            sets[dtype, codec] = edge_source.parent / f"{dtype}-{codec}"
+            options = BuildOptions(
+                dtype=dtype,  # type: ignore[arg-type]
+                codec=codec,  # type: ignore[arg-type]
+                samples_per_shard=8,
+                val_fraction=0.2,
+                workers=1,
+            )
+            build_shards(edge_source, sets[dtype, codec], options)
+    return sets
+
+
+@pytest.fixture(scope="session")
+def edge_set(edge_sets: dict[tuple[str, str], Path]) -> Path:
+    """Shards of `edge_source` with the options that are the default."""
+    return edge_sets["float16", "none"]
+
+
+@pytest.fixture
+def source_of(tmp_path: Path) -> Callable[..., Path]:
+    """`source_of(lengths by speaker, test lengths) -> Path` of a fresh data set."""
+
+    def make(lengths: dict[str, Sequence[int]], test: Sequence[int] = ()) -> Path:
+        return write_source(tmp_path / "Dataset", lengths, test)
+
+    return make
+
+
+@pytest.fixture
+def build() -> Callable[..., BuildReport]:
+    """`build(source, destination, **options) -> BuildReport`, in this process by default."""
+
+    def run(source: Path, destination: Path, **options: object) -> BuildReport:
+        chosen = BuildOptions(**{"workers": 1, **options})  # type: ignore[arg-type]
+        return build_shards(source, destination, chosen)
+
+    return run
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, str]]:
+    """`contents(folder)`: every file in it, hidden ones too, with its sha256."""
+
+    def read(folder: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return read
+
+
+@pytest.fixture
+def run_cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_cli("verify", folder)`: the command line, run in this process."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["shardprep", *words])
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        said = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return subprocess.CompletedProcess(words, stop.value.code, said.out, said.err)
+
+    return run

@@ -1,0 +1,55 @@
+"""Errors name file, key and remedy, carry an exit code, and survive the way between processes."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from shardprep import errors
+
+EXIT_CODES = {
+    errors.ShardprepError: 1,
+    errors.CorruptShardError: 1,
+    errors.SourceError: 3,
+    errors.FormatError: 4,
+    errors.BuildError: 5,
+    errors.StorageError: 6,
+}
+
+
+def test_every_error_has_the_documented_exit_code() -> None:
+    found = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.ShardprepError)
+    }
+    assert {kind: kind.exit_code for kind in found} == EXIT_CODES
+    for kind, code in EXIT_CODES.items():
+        if kind is not errors.ShardprepError:
+            row = next(
+                line for line in (errors.__doc__ or "").splitlines() if kind.__name__ in line
+            )
+            assert str(code) in row
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "broken"),
+        ({"file": Path("a.tar")}, "a.tar: broken"),
+        ({"key": "k"}, "k: broken"),
+        ({"file": "a.tar", "key": "k", "remedy": "Mend it."}, "a.tar: k: broken. Mend it."),
+    ],
+)
+def test_message_is_file_key_fault_and_remedy(fields: dict[str, str], text: str) -> None:
+    assert str(errors.ShardprepError("broken", **fields)) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", EXIT_CODES)
+def test_pickle_keeps_the_kind_and_every_field(kind: type[errors.ShardprepError]) -> None:
+    error = kind("broken", file="a.tar", key="k", remedy="Mend it.")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert (str(again), again.file, again.key) == (str(error), "a.tar", "k")

@@ -1,0 +1,279 @@
+"""A build that is killed, stopped or refused at any moment goes on to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shardprep import (
+    BuildOptions,
+    BuildReport,
+    StorageError,
+    build_shards,
+    open_shards,
+    verify_shards,
+)
+from shardprep.storage import sha256_of
+
+Build = Callable[..., BuildReport]
+Contents = Callable[[Path], dict[str, str]]
+
+# Crashes builds at their first, second, ... call to the operating system, each in a new folder,
+# until one comes to its end. A crash is a SIGKILL: no handler, no clean-up.
+CRASHES = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+from shardprep import BuildOptions, build_shards, codecs
+
+def deadly(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+
+source, root = map(Path, sys.argv[1:])
+torch.set_num_threads(1)
+status = signal.SIGKILL
+fatal = 0
+while status == signal.SIGKILL:
+    fatal += 1
+    child = os.fork()
+    if child == 0:
+        left = fatal
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        codecs.encode = deadly(codecs.encode)
+        options = BuildOptions(workers=1, samples_per_shard=3, on_error="skip")
+        build_shards(source, root / f"{fatal:03d}", options)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+sys.exit(status)
+"""
+
+
+def assert_final_names_are_whole(folder: Path) -> int:
+    """Check every final name in an unfinished or finished set; returns how many there are."""
+    found = 0
+    for path in folder.glob("*.tar"):
+        # Both end-of-archive blocks are there, and nothing follows but padding.
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            assert members
+            assert tar.offset + 1024 <= path.stat().st_size
+        record_path = folder / ".build" / f"{path.name}.json"
+        if record_path.exists():
+            record = json.loads(record_path.read_text())
+            sha = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert record["info"]["sha256"] == sha
+        else:
+            assert (folder / "manifest.json").exists()
+        found += 1
+    if (folder / "manifest.json").exists():
+        for split in open_shards(folder).values():
+            for index in range(len(split)):
+                split.read(index)
+    names = {path.name for path in folder.iterdir()} - {".build"}
+    assert not [name for name in names if name.endswith(".tmp")]
+    return found
+
+
+# Slow on purpose: at this level a shard takes tens of milliseconds.
+OPTIONS = {"codec": "zstd", "level": 22, "samples_per_shard": 4, "workers": 2}
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+
+SIGNALS = {
+    "kill": (signal.SIGKILL, False, -signal.SIGKILL),
+    "kill the group": (signal.SIGKILL, True, -signal.SIGKILL),
+    "terminate": (signal.SIGTERM, False, 143),
+    "Ctrl-C": (signal.SIGINT, True, 130),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long utterances, so that a build takes some seconds."""
+    root = tmp_path_factory.mktemp("slow") / "Dataset"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    entries = []
+    for n in range(200):
+        mel = rng.normal(0, 1, (1500, 40)).cumsum(0).astype(np.float32)
+        torch.save(torch.from_numpy(mel / 40), root / f"u{n}.pt")
+        entries.append(f'{{"feature_path": "u{n}.pt", "mel_len": 1500}}')
+    listed = ", ".join(entries)
+    (root / "metadata.json").write_text(f'{{"n_mels": 40, "speakers": {{"ann": [{listed}]}}}}')
+    return root
+
+
+def living(group: int) -> list[str]:
+    """Names of the processes of a process group that are not just waiting to be buried."""
+    names = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = stat.read_text().rpartition(")")
+            state, _, pgrp = rest.split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            names.append(stat.parent.name)
+    return names
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
+    """`interrupted(how) -> stderr`: start or continue the build and stop it when some are done."""
+    shards = tmp_path / "shards"
+
+    def run(how: str) -> str:
+        number, whole_group, expected = SIGNALS[how]
+        before = set(shards.glob("*.tar"))
+        command = [sys.executable, "-m", "shardprep", "build", source, shards, *WORDS]
+        build = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        with build:
+            until(lambda: bool(set(shards.glob("*.tar")) - before) or build.poll() is not None)
+            time.sleep(random.uniform(0, 0.15))
+            (os.killpg if whole_group else os.kill)(build.pid, number)
+            assert build.stderr is not None
+            said = build.stderr.read().decode()
+        assert build.returncode == expected, said
+        until(lambda: not living(build.pid))
+        assert not (shards / "manifest.json").exists()
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "hows",
+    [("kill", "kill the group", "kill"), ("terminate", "Ctrl-C")],
+    ids=["killed", "asked to stop"],
+)
+def test_stopped_build_goes_on_to_the_same_bytes(
+    source: Path,
+    tmp_path: Path,
+    reference: dict[str, str],
+    interrupted: Callable[[str], str],
+    build: Build,
+    contents: Contents,
+    hows: tuple[str, ...],
+) -> None:
+    shards = tmp_path / "shards"
+    for how in hows:
+        said = interrupted(how)
+        if how in ("terminate", "Ctrl-C"):
+            assert "run the same command again to go on" in said
+            assert "Traceback" not in said
+        final = {name: sha for name, sha in contents(shards).items() if not name.startswith(".")}
+        assert final.items() <= reference.items()
+    kept = len(list(shards.glob("*.tar")))
+    report = build(source, shards, **OPTIONS)
+    assert len(hows) <= report.shards_kept == kept < 50
+    assert contents(shards) == reference
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path) -> dict[str, str]:
+    """Files of the set, by sha256, from a build that nothing disturbed."""
+    shards = source.parent / "reference"
+    build_shards(source, shards, BuildOptions(**OPTIONS))  # type: ignore[arg-type]
+    assert verify_shards(shards).whole
+    return {path.name: sha256_of(path) for path in shards.iterdir()}
+
+
+@pytest.fixture
+def small_source(make_dataset: Callable[..., Path]) -> Path:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    sorted(root.glob("*.pt"))[0].write_bytes(b"garbage")
+    return root
+
+
+SMALL = {"samples_per_shard": 3, "on_error": "skip"}
+
+
+def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
+    small_source: Path, tmp_path: Path, build: Build, contents: Contents
+) -> None:
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    subprocess.run([sys.executable, "-c", CRASHES, small_source, crashed], check=True)
+    build(small_source, tmp_path / "fresh", **SMALL)
+    expected = contents(tmp_path / "fresh")
+    assert "rejects.jsonl" in expected
+    folders = sorted(crashed.iterdir())
+    shards_found = [assert_final_names_are_whole(folder) for folder in folders]
+    assert len(folders) > 40
+    assert set(shards_found) == set(range(5))
+    kept = [build(small_source, folder, **SMALL).shards_kept for folder in folders]
+    assert max(kept) == 4
+    for folder in folders:
+        assert contents(folder) == expected, folder
+
+
+def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
+    small_source: Path,
+    tmp_path: Path,
+    build: Build,
+    contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build(small_source, tmp_path / "fresh", **SMALL)
+    refused = 0
+    for step in itertools.count(1):
+        calls = itertools.count(1)
+
+        def refusing(function: Callable[..., Any], step: int = step, calls: Any = calls) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                if next(calls) == step:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return function(*arguments, **options)
+
+            return call
+
+        shards = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "fchmod"):
+                patch.setattr(os, name, refusing(getattr(os, name)))
+            fault = storage_fault(build, small_source, shards)
+        if fault is None:
+            break
+        assert "No space left on device. Check free space" in fault
+        refused += 1
+        assert_final_names_are_whole(shards)
+        build(small_source, shards, **SMALL)
+        assert contents(shards) == contents(tmp_path / "fresh")
+    assert refused > 30
+
+
+def storage_fault(build: Build, source: Path, shards: Path) -> str | None:
+    try:
+        build(source, shards, **SMALL)
+    except StorageError as error:
+        return str(error)
+    return None
