@@ -104,7 +104,6 @@ class Split:
         self._offset: NDArray[np.int64] = self._rows["offset"].astype(np.int64)
         self._check_bounds(len(manifest.speakers))
         self._maps: dict[int, NDArray[np.uint8]] = {}
-        self._windows: dict[tuple[int, int], NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -221,15 +220,10 @@ class Split:
 
     def _crop_windows(self, shard: int, size: int) -> NDArray[Any]:
         """Every run of `size` elements of a shard, as an overlapping view (positions, size)."""
-        if (shard, size) not in self._windows:
-            elements = self._map(shard).view(self.dtype)
-            self._windows[shard, size] = np.lib.stride_tricks.as_strided(
-                elements,
-                (len(elements) - size + 1, size),
-                (elements.itemsize, elements.itemsize),
-                writeable=False,
-            )
-        return self._windows[shard, size]
+        elements = self._map(shard).view(self.dtype)
+        step = elements.itemsize
+        # Unlike `as_strided`, this refuses a shape that reaches beyond the buffer.
+        return np.ndarray((len(elements) - size + 1, size), self.dtype, elements, 0, (step, step))
 
     def _inflate(
         self,

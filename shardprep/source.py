@@ -12,6 +12,7 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,11 +28,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import SourceError
+from shardprep.errors import SourceError, StorageError
 from shardprep.format import MAX_KEY_BYTES, NO_LABEL
 
 METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
 
+# Troubles that pass: such a file must not be left out of the set.
+_NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 _HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
 
@@ -246,12 +249,19 @@ def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32
 
     Raises:
         ValueError: What is wrong with the file, in words for `Reject.reason`.
+        StorageError: The machine, not the file, is at fault; reading it later may well work.
     """
     import torch
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
+            raise StorageError(
+                f"cannot be read: {error}",
+                file=path,
+                remedy="Check the disk and the memory, then run the same command again.",
+            ) from error
         # Whatever a hostile or broken file makes the unpickler raise means the same here.
         raise ValueError(
             f"not a tensor file that can be loaded safely: {_load_fault(error)}"

@@ -179,7 +179,7 @@ def test_json_is_all_that_is_on_stdout(run_cli: Cli, source: Path, tmp_path: Pat
     assert not shards.exists()
     done = run_cli("build", source, shards, "--on-error", "skip", "--workers", 1, "--json")
     report = json.loads(done.stdout)
-    assert "1 utterances were left out" in done.stderr
+    assert "1 utterance left out" in done.stderr
     assert sum(split["samples"] for split in report["splits"].values()) == 11
     assert [reject["file"] for reject in report["rejects"]] == [bad.name]
     inspected = json.loads(run_cli("inspect", shards, "--json").stdout)

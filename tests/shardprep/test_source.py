@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardprep import open_shards
+from shardprep import BuildOptions, StorageError, build_shards, open_shards
 from shardprep.source import load_features, scan_dataset
 
 Entry = dict[str, Any]
@@ -168,9 +169,9 @@ def test_fault_of_an_utterance_is_skipped_listed_and_reported(
     shards = tmp_path / "shards"
     done = run_cli("build", faulty[0], shards, *SKIP)
     assert done.returncode == 0
-    assert "1 utterances were left out" in done.stderr
+    assert "1 utterance left out" in done.stderr
     assert "rejects.jsonl" in done.stderr
-    assert "1 utterances rejected" in done.stdout
+    assert "1 utterance rejected" in done.stdout
     (reject,) = map(json.loads, (shards / "rejects.jsonl").read_text().splitlines())
     assert re.search(UTTERANCE_FAULTS[name][1], reject["reason"])
     assert (reject["speaker"], reject["split"]) == ("id00000", "labelled")
@@ -268,6 +269,22 @@ def test_other_floating_tensors_load_as_float32(tmp_path: Path, kind: str) -> No
     assert loaded.dtype == np.float32
     assert loaded.flags.c_contiguous
     np.testing.assert_array_equal(loaded, variants[kind].detach().float().numpy())
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), MemoryError()])
+def test_trouble_of_the_machine_is_no_fault_of_the_file(
+    make_dataset: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: Exception,
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(torch, "load", fail)
+    options = BuildOptions(workers=1, on_error="skip")
+    with pytest.raises(StorageError, match=r"uttr-\w+\.pt: cannot be read"):
+        build_shards(make_dataset(), tmp_path / "shards", options)
 
 
 def test_fingerprint_changes_with_whatever_is_packed(make_dataset: Callable[..., Path]) -> None:
