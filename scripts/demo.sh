@@ -40,7 +40,10 @@ step "accelerate launch trainer/train.py, two processes on the CPU"
 step "python -m trainer.predict"
 "$BIN/python" -m trainer.predict "$work/runs/demo" --shards "$work/shards" --split val \
   --out "$work/val.csv"
-if [ -f "$labels" ]; then
+if [ ! -f "$dataset/testdata.json" ]; then
+  step "Done: there is no testdata.json, so no submission; the run is in $work/runs/demo"
+  exit
+elif [ -f "$labels" ]; then
   "$BIN/python" -m trainer.predict "$work/runs/demo" --shards "$work/shards" \
     --out "$work/submission.csv" --labels "$labels"
 else

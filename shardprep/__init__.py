@@ -1,9 +1,12 @@
 """Pack folders of mel-spectrogram files into tar shards, and read them at the speed of memory.
 
->>> import shardprep
->>> shardprep.build_shards("Dataset/", "shards/")         # doctest: +SKIP
->>> train = shardprep.open_shards("shards/")["train"]     # doctest: +SKIP
->>> loader = shardprep.SegmentLoader(train, batch_size=32)  # doctest: +SKIP
+import shardprep
+
+if __name__ == "__main__":
+    shardprep.build_shards("Dataset/", "shards/")
+    train = shardprep.open_shards("shards/")["train"]
+    for batch in shardprep.SegmentLoader(train, batch_size=32):
+        ...
 """
 
 from __future__ import annotations

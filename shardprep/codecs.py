@@ -114,6 +114,8 @@ def inflate_many(parts: list[memoryview]) -> list[memoryview]:
     Raises:
         ValueError: One of them is damaged.
     """
+    if not parts:
+        return []
     if not hasattr(_local, "decompressor"):
         # Not safe to share between threads.
         _local.decompressor = zstandard.ZstdDecompressor()

@@ -18,7 +18,7 @@ VERSION = 1
 
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
-WORK_FOLDER = ".build"
+WORK_FOLDER = ".shardprep-build"
 
 NO_LABEL = -1
 # A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".

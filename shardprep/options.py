@@ -19,7 +19,7 @@ class BuildOptions:
     Attributes:
         dtype: Element type to store.
         codec: "none", or "zstd" for about 13 % smaller shards that cost time to read.
-        level: zstd level, 1 to 22.
+        level: zstd level, 1 to 22; None for 3. Only with that codec.
         samples_per_shard: Most utterances a shard holds.
         val_fraction: Share of each speaker's utterances for the split val, in [0, 1).
         seed: Decides split and order.
@@ -31,7 +31,7 @@ class BuildOptions:
 
     dtype: Literal["float16", "float32"] = "float16"
     codec: Literal["none", "zstd"] = "none"
-    level: int = DEFAULT_ZSTD_LEVEL
+    level: int | None = None
     samples_per_shard: int = 1000
     val_fraction: float = 0.1
     seed: int = 0
@@ -50,7 +50,7 @@ class BuildOptions:
             if getattr(self, name) not in values:
                 raise BuildError(f"is {getattr(self, name)!r}, expected one of {values}", key=name)
         ranges = {
-            "level": 1 <= self.level <= 22,
+            "level": self.level is None or (self.codec == "zstd" and 1 <= self.level <= 22),
             "samples_per_shard": self.samples_per_shard >= 1,
             "val_fraction": 0 <= self.val_fraction < 1,
             "workers": self.workers >= 0,
@@ -64,7 +64,7 @@ class BuildOptions:
         """The codec as the manifest states it."""
         if self.codec == "none":
             return CodecInfo("none")
-        return CodecInfo("zstd", self.level, CHUNK_FRAMES)
+        return CodecInfo("zstd", self.level or DEFAULT_ZSTD_LEVEL, CHUNK_FRAMES)
 
     @property
     def record(self) -> BuildRecord:

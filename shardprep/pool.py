@@ -75,7 +75,8 @@ def run_tasks(
         raise BuildError(
             "a worker process died, perhaps for want of memory",
             remedy="Run the same command again, with fewer --workers if memory is short; "
-            "finished shards are kept.",
+            "finished shards are kept. A script of your own must call build_shards under "
+            "`if __name__ == '__main__':`.",
         ) from None
     finally:
         stop.value = 1

@@ -108,6 +108,10 @@ class Split:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the shards itself; pickled, they would travel byte by byte.
+        return {**self.__dict__, "_maps": {}}
+
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
 
@@ -237,20 +241,17 @@ class Split:
         chunk = self._codec.chunk_frames
         assert chunk is not None
         first, last = start // chunk, (start + valid - 1) // chunk
-        parts: list[memoryview] = []
+        parts: list[list[memoryview]] = []
         for i, begin, end in zip(index, first, last, strict=True):
             member = self._payload(int(i))
             table = codecs.seek_table_at(member, int(self.frames[i]), chunk)
             spans = zip(*codecs.chunk_spans(table, int(begin), int(end)), strict=True)
-            parts.extend(member[a:b] for a, b in spans)
+            parts.append([member[a:b] for a, b in spans])
         try:
-            inflated = codecs.inflate_many(parts) if parts else []
-        except ValueError as error:
-            raise CorruptShardError(
-                f"a chunk of split {self.name} is damaged ({error})",
-                file=self._folder,
-                remedy=_REBUILD,
-            ) from None
+            inflated = codecs.inflate_many([part for own in parts for part in own])
+        except ValueError:
+            self._name_damaged_chunk(index, parts)
+            raise
         at = 0
         for row, i in enumerate(index):
             count = int(last[row] - first[row]) + 1
@@ -262,6 +263,14 @@ class Split:
                 raise self._damaged(int(i), "its chunks are shorter than the index says")
             out[row, : valid[row]] = mel[skip : skip + size].reshape(-1, self.n_mels)
             out[row, valid[row] :] = pad_value
+
+    def _name_damaged_chunk(self, index: NDArray[np.int64], parts: list[list[memoryview]]) -> None:
+        """Inflate utterance by utterance, to find the one whose chunk is damaged."""
+        for i, own in zip(index, parts, strict=True):
+            try:
+                codecs.inflate_many(own)
+            except ValueError as error:
+                raise self._damaged(int(i), f"a chunk cannot be inflated ({error})") from None
 
     def _payload(self, index: int) -> memoryview:
         shard = self._map(int(self._shard[index]))

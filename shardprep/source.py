@@ -13,6 +13,7 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -107,6 +108,11 @@ class Source:
     labelled: tuple[Utterance, ...]
     test: tuple[Utterance, ...]
     rejects: tuple[Reject, ...]
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, Utterance]:
+        """Every utterance that can be packed, by its key."""
+        return {utterance.key: utterance for utterance in (*self.labelled, *self.test)}
 
     @property
     def fingerprint(self) -> str:

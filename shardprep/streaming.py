@@ -36,7 +36,8 @@ def stream(
         split: Which split of a shard folder.
         shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
             buffer, the shards too come in random order.
-        seed: Seed of the shuffles.
+        seed: Seed of the shuffles. Each iteration of the pipeline has an order of its own; in a
+            DataLoader with workers, only if its workers are persistent.
         **options: Passed on to `webdataset.WebDataset`. By default every node reads its own part
             of the shards, and every DataLoader worker its part of these.
 
@@ -54,11 +55,13 @@ def stream(
         # More workers than shards is no error: the others have read them.
         "empty_check": False,
         "shardshuffle": 100 if shuffle else False,
+        # Its other shuffle has one order for all epochs.
+        "detshuffle": True,
         "seed": seed,
     }
     pipeline = wds.WebDataset(_urls(source, split), **{**defaults, **options})
     if shuffle:
-        pipeline = pipeline.shuffle(shuffle, seed=seed)
+        pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
     return pipeline.map(decode_sample)
 
 

@@ -1,16 +1,18 @@
 """The folder of an unfinished build: who may write there, and what of it can be kept.
 
-While a build is unfinished its folder holds no manifest.json but a folder `.build` with a lock
-and a record of every shard written. A later build keeps each shard whose inputs are still the
-same and whose bytes are whole, and writes the others.
+A build gathers its files in the work folder `.shardprep-build` of its destination: a lock, every
+shard that is whole, and a record of each. Only when all are there do they move to their places,
+the manifest last; a set that is to be replaced stays in use until then. A later build keeps each
+shard whose inputs are still the same and whose bytes are whole, and writes the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors,
 
 _OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
 _LOCK_NAME = "lock"
+_RECORD_SUFFIX = ".json"
 
 
 @contextlib.contextmanager
@@ -52,15 +55,17 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
         if _is_finished(target) and not work.is_dir() and not overwrite:
             yield None
             return
+        _check_manifest_is_ours(target)
         work.mkdir(parents=True, exist_ok=True)
         with _lock(work):
             # Only now is it certain that nobody else is about to finish the set.
             if _is_finished(target) and not overwrite:
-                shutil.rmtree(work)
+                # What is left of a build that was killed as it finished; shards in it would be
+                # those of one that is to replace the set.
+                if not any(work.glob("*.tar")):
+                    shutil.rmtree(work)
                 yield None
                 return
-            _remove_manifest(target)
-            sync_folder(target)
             yield work
 
 
@@ -85,50 +90,65 @@ def _lock(work: Path) -> Iterator[None]:
 def keep_finished(tasks: Sequence[ShardTask], work: Path) -> dict[str, ShardRecord]:
     """Records of the shards of an earlier run that still hold, by file name.
 
-    Everything else that earlier runs left in the folder is removed; foreign files stay.
+    What else earlier runs left in the work folder is removed.
     """
     kept = {task.plan.file: record for task in tasks if (record := _kept(task, work))}
-    for path in work.parent.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in kept:
-            path.unlink()
     for path in work.iterdir():
-        if path.name != _LOCK_NAME and path.stem not in kept:
+        name = path.name.removesuffix(_RECORD_SUFFIX)
+        if name not in kept and (_OURS.fullmatch(name) or path.suffix == ".tmp"):
             path.unlink()
     return kept
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """The work of one task: write the shard, then its record, then give the shard its name."""
+    """The work of one task: write the shard and its record into the work folder."""
 
     work: Path
 
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
         """Write the shard of `task`; see `shardprep.shard.write_shard`."""
-        with publish(self.work.parent / task.plan.file, scratch=self.work) as file:
+        with publish(self.work / task.plan.file) as file:
             record = write_shard(task, file, advance)
             publish_bytes(_record_path(self.work, task), msgspec.json.encode(record))
         return record
 
 
-def remove_work_folder(work: Path) -> None:
-    """Clear away the records of a build that is finished."""
-    shutil.rmtree(work)
-    sync_folder(work.parent)
+def install(work: Path, names: Collection[str], manifest: bytes) -> None:
+    """Move the files of a complete set to their places, in the place of a set before it.
+
+    A build that is killed here finds the files where they are, and moves the rest.
+
+    Args:
+        work: The work folder; it is removed at the end.
+        names: All files of the set but the manifest, each in the work folder or moved already.
+        manifest: Content of manifest.json, which comes last.
+    """
+    target = work.parent
+    with storage_errors(target):
+        (target / MANIFEST_NAME).unlink(missing_ok=True)
+        sync_folder(target)
+        for path in (*target.iterdir(), *work.iterdir()):
+            if _OURS.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+        for name in names:
+            if (work / name).exists():
+                os.replace(work / name, target / name)
+        sync_folder(target)
+        publish_bytes(target / MANIFEST_NAME, manifest, scratch=work)
+        shutil.rmtree(work)
+        sync_folder(target)
 
 
-def _remove_manifest(target: Path) -> None:
+def _check_manifest_is_ours(target: Path) -> None:
     path = target / MANIFEST_NAME
-    if not path.exists():
-        return
     # Damaged or not: other programs too keep a file of this name.
-    if f'"{FORMAT}"'.encode() not in path.read_bytes():
+    if path.exists() and f'"{FORMAT}"'.encode() not in path.read_bytes():
         raise BuildError(
             "is not the manifest of a shard set, and will not be replaced",
             file=path,
             remedy="Name another folder.",
         )
-    path.unlink()
 
 
 def _is_finished(target: Path) -> bool:
@@ -141,9 +161,12 @@ def _is_foreign(target: Path) -> bool:
 
 
 def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
-    shard = work.parent / task.plan.file
     try:
         record = msgspec.json.decode(_record_path(work, task).read_bytes(), type=ShardRecord)
+        shard = work / task.plan.file
+        if not shard.exists():
+            # Killed while it was moving files, an earlier build has brought it home already.
+            shard = work.parent / task.plan.file
         # From the cheap check to the costly one.
         if record.inputs != task.inputs or shard.stat().st_size != record.info.bytes:
             return None
@@ -153,4 +176,4 @@ def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
 
 
 def _record_path(work: Path, task: ShardTask) -> Path:
-    return work / f"{task.plan.file}.json"
+    return work / f"{task.plan.file}{_RECORD_SUFFIX}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tarfile
@@ -25,7 +24,7 @@ from shardprep.format import (
     load_manifest,
 )
 from shardprep.reader import Split
-from shardprep.source import Reject, Source, Utterance, load_features, scan_dataset
+from shardprep.source import Reject, Source, load_features, scan_dataset
 from shardprep.storage import sha256_of
 
 Advance = Callable[[int], None]
@@ -234,7 +233,7 @@ def _source_faults(
     file: str, split: Split, index: int, mel: np.ndarray, source: Source
 ) -> Iterator[Fault]:
     key = str(split.keys[index])
-    utterance = _by_key(source).get(key)
+    utterance = source.by_key.get(key)
     if utterance is None:
         yield Fault(file, key, f"is not an utterance of {source.root}")
         return
@@ -255,11 +254,6 @@ def _source_faults(
         yield Fault(file, key, f"differs from the source file {utterance.path}")
 
 
-@functools.lru_cache(maxsize=1)
-def _by_key(source: Source) -> dict[str, Utterance]:
-    return {utterance.key: utterance for utterance in (*source.labelled, *source.test)}
-
-
 def _absent(folder: Path, manifest: Manifest, source: Source) -> Iterator[Fault]:
     """Utterances of the source that are neither packed nor listed among the rejects."""
     packed: set[str] = set()
@@ -275,6 +269,6 @@ def _absent(folder: Path, manifest: Manifest, source: Source) -> Iterator[Fault]
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             # Named among the faults of the files; what it listed is unknown.
             return
-    for key, utterance in _by_key(source).items():
+    for key, utterance in source.by_key.items():
         if key not in packed:
             yield Fault(str(source.root / utterance.path), key, "is not in the set")

@@ -33,7 +33,7 @@ from shardprep.pool import Advance, run_tasks
 from shardprep.shard import ShardRecord, ShardTask, write_shard
 from shardprep.source import METADATA, Reject, Source, scan_dataset
 from shardprep.storage import publish_bytes, storage_errors
-from shardprep.unfinished import ShardWriter, claim, keep_finished, remove_work_folder
+from shardprep.unfinished import ShardWriter, claim, install, keep_finished
 
 
 @dataclass
@@ -55,6 +55,7 @@ class BuildReport:
         splits: Totals by split.
         speakers: Number of speakers.
         rejects: Utterances left out.
+        notes: What a user should know of the result.
         shards_kept: Shards taken over from an unfinished build.
         up_to_date: The set was there already, from the same source and options.
         dry_run: Nothing was written.
@@ -67,6 +68,7 @@ class BuildReport:
     splits: dict[str, SplitReport] = field(default_factory=dict)
     speakers: int = 0
     rejects: list[Reject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     shards_kept: int = 0
     up_to_date: bool = False
     dry_run: bool = False
@@ -102,7 +104,8 @@ def build_shards(
     Args:
         source: Folder in the homework's layout; see `shardprep.source`.
         destination: Folder for the shards; made if need be.
-        options: How to build.
+        options: How to build. With more than one worker, a script must call this under
+            `if __name__ == "__main__":`, as always where Python starts processes.
         listener: Told of progress.
 
     Raises:
@@ -132,8 +135,7 @@ def build_shards(
             else:
                 records = _write_missing(tasks, work, options, listener, report)
                 _fill_report(report, scanned, records)
-                _publish_set(work, scanned, options, records, report.rejects)
-                remove_work_folder(work)
+                _publish_set(work, scanned, options, records, report)
     report.seconds = time.monotonic() - began
     return report
 
@@ -192,6 +194,14 @@ def _report_finished(
         )
     with storage_errors(target):
         present = {path.name: path.stat().st_size for path in target.iterdir()}
+        built_ns = (target / MANIFEST_NAME).stat().st_mtime_ns
+    newer = [u for u in (*source.labelled, *source.test) if u.mtime_ns > built_ns]
+    if newer:
+        raise BuildError(
+            f"the set is older than {len(newer)} files of the data set, such as {newer[0].path}",
+            file=target,
+            remedy="Compare them with `shardprep verify --against`, or build anew by --overwrite.",
+        )
     for name, info in manifest.files().items():
         if present.get(name) != info.bytes:
             raise BuildError(
@@ -250,13 +260,21 @@ def _run(
 
 
 def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]) -> None:
+    labels: dict[str, set[int]] = {"train": set(), "val": set()}
     for record in records:
-        split = report.splits.setdefault(_split_of(record), SplitReport())
-        split.samples += record.info.samples
-        split.frames += record.info.frames
-        split.shards += 1
-        split.bytes += record.info.bytes
+        # A shard all of whose utterances were rejected is left out, and so is such a split.
+        if record.info.samples:
+            split = report.splits.setdefault(_split_of(record), SplitReport())
+            split.samples += record.info.samples
+            split.frames += record.info.frames
+            split.shards += 1
+            split.bytes += record.info.bytes
+            labels.setdefault(_split_of(record), set()).update(row.label for row in record.rows)
     report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
+    if "val" not in report.splits:
+        report.notes.append("there is no val split: no speaker can spare an utterance for it")
+    if unheard := sorted(source.speakers[label] for label in labels["val"] - labels["train"]):
+        report.notes.append(f"in val, but not in train, are the speakers {', '.join(unheard)}")
 
 
 def _publish_set(
@@ -264,25 +282,26 @@ def _publish_set(
     source: Source,
     options: BuildOptions,
     records: list[ShardRecord],
-    rejects: list[Reject],
+    report: BuildReport,
 ) -> None:
-    """Write the index files and rejects.jsonl, and last of all the manifest."""
+    """Write the index files and rejects.jsonl, and move the complete set to its place."""
     by_split: dict[str, list[ShardRecord]] = {}
     for record in records:
-        by_split.setdefault(_split_of(record), []).append(record)
+        if record.info.samples:
+            by_split.setdefault(_split_of(record), []).append(record)
     splits = {
         name: SplitInfo(
-            samples=sum(record.info.samples for record in own),
-            frames=sum(record.info.frames for record in own),
-            index=_publish_file(work, index_name(name), _index_bytes(own)),
+            samples=report.splits[name].samples,
+            frames=report.splits[name].frames,
+            index=_write_file(work, index_name(name), _index_bytes(own)),
             shards=tuple(record.info for record in own),
         )
         for name, own in by_split.items()
     }
     listing = None
-    if rejects:
-        lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
-        listing = _publish_file(work, REJECTS_NAME, lines)
+    if report.rejects:
+        lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in report.rejects)
+        listing = _write_file(work, REJECTS_NAME, lines)
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -295,7 +314,7 @@ def _publish_set(
         source_fingerprint=source.fingerprint,
         build=options.record,
     )
-    publish_bytes(work.parent / MANIFEST_NAME, encode_manifest(manifest), scratch=work)
+    install(work, manifest.files(), encode_manifest(manifest))
 
 
 def _index_bytes(records: list[ShardRecord]) -> bytes:
@@ -314,9 +333,8 @@ def _index_bytes(records: list[ShardRecord]) -> bytes:
     return buffer.getvalue()
 
 
-def _publish_file(work: Path, name: str, data: bytes) -> FileInfo:
-    # The temporary name lies in the work folder, where a later build clears up after a crash.
-    publish_bytes(work.parent / name, data, scratch=work)
+def _write_file(work: Path, name: str, data: bytes) -> FileInfo:
+    publish_bytes(work / name, data)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 

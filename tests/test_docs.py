@@ -80,3 +80,7 @@ def test_readme_names_only_targets_that_make_knows() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", README))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_no_table_is_missing() -> None:
+    assert "@@" not in README

@@ -40,9 +40,8 @@ Example:
 @click.option(
     "--level",
     type=click.IntRange(1, 22),
-    default=DEFAULT_ZSTD_LEVEL,
-    show_default=True,
-    help="zstd level.",
+    show_default=str(DEFAULT_ZSTD_LEVEL),
+    help="zstd level; only with --codec zstd.",
 )
 @click.option(
     "--samples-per-shard",
@@ -75,7 +74,11 @@ Example:
     show_default=True,
     help=f"Stop at a faulty utterance, or leave it out and list it in DST/{REJECTS_NAME}.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a finished set of other contents.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Build anew; the set there before stays in use until the new one is complete.",
+)
 @click.option("--dry-run", is_flag=True, help="Read and check every file, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
@@ -85,6 +88,8 @@ def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
     testdata.json, and the .pt files that they name. The same SRC, options and seed give the same
     bytes. A build that was interrupted goes on when the same command is run again.
     """
+    if options["level"] is not None and options["codec"] != "zstd":
+        raise click.UsageError("--level goes with --codec zstd")
     report = build_shards(source, destination, BuildOptions(**options), _Progress())
     if as_json:
         print_json(report)
@@ -92,6 +97,8 @@ def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
         _print_summary(report)
     if report.rejects:
         click.echo(_warning(report), err=True)
+    for note in report.notes:
+        click.echo(f"shardprep: note: {note}", err=True)
 
 
 class _Progress(ProgressListener):
@@ -124,8 +131,6 @@ def _print_summary(report: BuildReport) -> None:
             f"{split.shards:>8}{size(split.bytes):>12}"
         )
     click.echo(f"{report.speakers} speakers, {_utterances(len(report.rejects))} rejected")
-    if "val" not in report.splits:
-        click.echo("no val split: --val-fraction leaves no speaker an utterance for it")
     if report.shards_kept:
         click.echo(f"{report.shards_kept} shards kept from the unfinished build")
     if not report.up_to_date:

@@ -84,7 +84,7 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(
 
 
 def unfinished(folder: Path) -> None:
-    (folder / ".build").mkdir()
+    (folder / ".shardprep-build").mkdir()
     (folder / "manifest.json").unlink()
 
 

@@ -112,7 +112,7 @@ def test_names_that_lead_outside_are_refused_even_when_signed(
 def test_folder_without_manifest_says_which_command_makes_one(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"no manifest\.json\. Run `shardprep build"):
         open_shards(tmp_path)
-    (tmp_path / ".build").mkdir()
+    (tmp_path / ".shardprep-build").mkdir()
     with pytest.raises(FormatError, match="unfinished build.* again to finish it"):
         open_shards(tmp_path)
 

@@ -29,6 +29,7 @@ from shardprep import (
     open_shards,
     verify_shards,
 )
+from shardprep.format import WORK_FOLDER
 from shardprep.storage import sha256_of
 
 Build = Callable[..., BuildReport]
@@ -71,16 +72,21 @@ sys.exit(status)
 """
 
 
+def tars_of(folder: Path) -> list[Path]:
+    """Shards under their final names: gathered for the set, or in their places."""
+    return [*folder.glob("*.tar"), *folder.glob(f"{WORK_FOLDER}/*.tar")]
+
+
 def assert_final_names_are_whole(folder: Path) -> int:
     """Check every final name in an unfinished or finished set; returns how many there are."""
     found = 0
-    for path in folder.glob("*.tar"):
+    for path in tars_of(folder):
         # Both end-of-archive blocks are there, and nothing follows but padding.
         with tarfile.open(path) as tar:
             members = tar.getmembers()
             assert members
             assert tar.offset + 1024 <= path.stat().st_size
-        record_path = folder / ".build" / f"{path.name}.json"
+        record_path = folder / WORK_FOLDER / f"{path.name}.json"
         if record_path.exists():
             record = json.loads(record_path.read_text())
             sha = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -92,7 +98,7 @@ def assert_final_names_are_whole(folder: Path) -> int:
         for split in open_shards(folder).values():
             for index in range(len(split)):
                 split.read(index)
-    names = {path.name for path in folder.iterdir()} - {".build"}
+    names = {path.name for path in folder.iterdir()} - {WORK_FOLDER}
     assert not [name for name in names if name.endswith(".tmp")]
     return found
 
@@ -153,11 +159,11 @@ def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
 
     def run(how: str) -> str:
         number, whole_group, expected = SIGNALS[how]
-        before = set(shards.glob("*.tar"))
+        before = set(tars_of(shards))
         command = [sys.executable, "-m", "shardprep", "build", source, shards, *WORDS]
         build = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
         with build:
-            until(lambda: bool(set(shards.glob("*.tar")) - before) or build.poll() is not None)
+            until(lambda: bool(set(tars_of(shards)) - before) or build.poll() is not None)
             time.sleep(random.uniform(0, 0.15))
             (os.killpg if whole_group else os.kill)(build.pid, number)
             assert build.stderr is not None
@@ -190,9 +196,9 @@ def test_stopped_build_goes_on_to_the_same_bytes(
         if how in ("terminate", "Ctrl-C"):
             assert "run the same command again to go on" in said
             assert "Traceback" not in said
-        final = {name: sha for name, sha in contents(shards).items() if not name.startswith(".")}
+        final = {path.name: sha256_of(path) for path in tars_of(shards)}
         assert final.items() <= reference.items()
-    kept = len(list(shards.glob("*.tar")))
+    kept = len(tars_of(shards))
     report = build(source, shards, **OPTIONS)
     assert len(hows) <= report.shards_kept == kept < 50
     assert contents(shards) == reference

@@ -43,4 +43,10 @@ def test_record_and_codec_are_those_chosen() -> None:
     )
     assert options.record == BuildRecord(5, 0.25, 9, "skip")
     assert options.codec_info == CodecInfo("zstd", 7, 64)
-    assert BuildOptions(level=7).codec_info == CodecInfo("none")
+    assert BuildOptions(codec="zstd").codec_info == CodecInfo("zstd", 3, 64)
+    assert BuildOptions().codec_info == CodecInfo("none")
+
+
+def test_a_level_without_its_codec_is_refused() -> None:
+    with pytest.raises(BuildError, match="level"):
+        BuildOptions(level=7)

@@ -32,8 +32,8 @@ def tasks(make_dataset: Callable[..., Path], tmp_path: Path) -> list[ShardTask]:
 
 @pytest.fixture
 def work(tmp_path: Path) -> ShardWriter:
-    (tmp_path / "shards" / ".build").mkdir(parents=True)
-    return ShardWriter(tmp_path / "shards" / ".build")
+    (tmp_path / "shards" / ".shardprep-build").mkdir(parents=True)
+    return ShardWriter(tmp_path / "shards" / ".shardprep-build")
 
 
 def ignore(samples: int, nbytes: int) -> None:
@@ -89,9 +89,9 @@ def test_closing_early_leaves_no_process_and_no_partial_file(
     first: ShardRecord = next(results)
     results.close()
     assert multiprocessing.active_children() == []
-    for path in work.work.parent.glob("*.tar"):
+    for path in work.work.glob("*.tar"):
         assert (work.work / f"{path.name}.json").exists()
-    assert (work.work.parent / first.info.file).stat().st_size == first.info.bytes
+    assert (work.work / first.info.file).stat().st_size == first.info.bytes
     assert list(work.work.glob("*.tmp")) == []
 
 

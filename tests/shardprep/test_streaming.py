@@ -88,6 +88,13 @@ def test_shuffle_is_seeded_and_loses_nothing(edge_set: Path) -> None:
     assert sorted(order(0)) == sorted(keys)
 
 
+def test_each_iteration_is_shuffled_anew(edge_set: Path) -> None:
+    pipeline = shardprep.stream(edge_set, shuffle=16)
+    epochs = [[sample["__key__"] for sample in pipeline] for _ in range(3)]
+    assert len(set(map(tuple, epochs))) == 3
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+
+
 def test_unknown_split_is_refused(edge_set: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no split 'dev'; the set has train, val, test"):
         shardprep.stream(edge_set, "dev")

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from shardprep import BuildError, BuildReport, FormatError, StorageError, open_shards
+from shardprep import (
+    BuildError,
+    BuildReport,
+    FormatError,
+    StorageError,
+    open_shards,
+    verify_shards,
+)
+from shardprep.format import WORK_FOLDER
 from shardprep.unfinished import claim
 
 Build = Callable[..., BuildReport]
@@ -46,9 +54,8 @@ def interrupt(*arguments: Any) -> None:
 
 
 def identity(folder: Path) -> dict[str, tuple[int, int]]:
-    return {
-        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tar")
-    }
+    tars = (*folder.glob("*.tar"), *folder.glob(f"{WORK_FOLDER}/*.tar"))
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tars}
 
 
 def test_whole_shards_are_kept_and_not_written_again(
@@ -64,8 +71,8 @@ def test_whole_shards_are_kept_and_not_written_again(
 def test_damaged_shard_is_written_again_and_the_others_kept(
     source: Path, tmp_path: Path, unfinished: Path, build: Build, contents: Contents, damage: str
 ) -> None:
-    shard = unfinished / "train-000001.tar"
-    record = unfinished / ".build" / "train-000001.tar.json"
+    shard = unfinished / WORK_FOLDER / "train-000001.tar"
+    record = unfinished / WORK_FOLDER / "train-000001.tar.json"
     data, stat = bytearray(shard.read_bytes()), shard.stat()
     data[3000] ^= 4
     if damage == "flipped bit":
@@ -110,7 +117,7 @@ def test_other_options_take_over_an_unfinished_build_and_leave_nothing_of_it(
     assert contents(unfinished) == contents(tmp_path / "fresh")
 
 
-def test_set_is_not_finished_from_the_moment_that_it_is_overwritten(
+def test_set_that_is_overwritten_stays_in_use_until_the_new_one_is_complete(
     source: Path,
     tmp_path: Path,
     build: Build,
@@ -120,14 +127,19 @@ def test_set_is_not_finished_from_the_moment_that_it_is_overwritten(
     shards, other = tmp_path / "shards", {**OPTIONS, "samples_per_shard": 2}
     build(source, shards, **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr("shardprep.writer._write_missing", interrupt)
+        patch.setattr("shardprep.writer._publish_set", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(source, shards, overwrite=True, **other)
-    with pytest.raises(FormatError, match="unfinished build"):
-        open_shards(shards)
-    build(source, shards, **other)
+    assert verify_shards(shards, deep=True).whole
+    # Asking for either set without --overwrite costs the new one nothing.
+    assert build(source, shards, **OPTIONS).up_to_date
+    with pytest.raises(BuildError, match="finished set"):
+        build(source, shards, **other)
     build(source, tmp_path / "fresh", **other)
-    assert contents(shards) == contents(tmp_path / "fresh")
+    expected = contents(tmp_path / "fresh")
+    tars = sum(name.endswith(".tar") for name in expected)
+    assert build(source, shards, overwrite=True, **other).shards_kept == tars
+    assert contents(shards) == expected
 
 
 def test_foreign_files_in_an_unfinished_folder_stay(
@@ -138,6 +150,17 @@ def test_foreign_files_in_an_unfinished_folder_stay(
     build(source, unfinished, **OPTIONS)
     assert (unfinished / "notes.txt").read_text() == "mine"
     assert (unfinished / "train-00.tar").read_text() == "mine"
+
+
+def test_folder_of_another_program_is_not_taken_for_ours(
+    source: Path, tmp_path: Path, build: Build
+) -> None:
+    for name in (".build/x.o", "main.c"):
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "project" / name).write_text("mine")
+    with pytest.raises(BuildError, match="not empty and holds no shards"):
+        build(source, tmp_path / "project", **OPTIONS)
+    assert (tmp_path / "project" / ".build" / "x.o").read_text() == "mine"
 
 
 def test_unfinished_set_does_not_open(unfinished: Path) -> None:
@@ -184,7 +207,7 @@ def test_set_finished_by_another_while_we_came_is_left_alone(
 ) -> None:
     build(source, tmp_path / "shards", **OPTIONS)
     before = contents(tmp_path / "shards")
-    (tmp_path / "shards" / ".build").mkdir()
+    (tmp_path / "shards" / WORK_FOLDER).mkdir()
     with claim(tmp_path / "shards", overwrite=False) as work:
         assert work is None
     assert contents(tmp_path / "shards") == before

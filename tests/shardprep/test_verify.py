@@ -156,7 +156,7 @@ def test_index_of_another_build_is_found(
 
 def test_unfinished_build_is_reported(shards: Path) -> None:
     (shards / "manifest.json").unlink()
-    (shards / ".build").mkdir()
+    (shards / ".shardprep-build").mkdir()
     (fault,) = verify_shards(shards).faults
     assert fault.file == "manifest.json"
     assert "unfinished build" in fault.what

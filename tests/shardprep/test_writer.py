@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from shardprep import (
     BuildError,
@@ -265,16 +265,13 @@ def test_fault_in_one_file_keeps_the_shards_that_were_finished(
     assert stat.st_size == bad.stat().st_size
 
 
-def test_shards_of_rejects_alone_make_a_set_that_opens(
-    source: Path, tmp_path: Path, build: Build
-) -> None:
+def test_split_of_rejects_alone_is_absent(source: Path, tmp_path: Path, build: Build) -> None:
     testdata = json.loads((source / "testdata.json").read_text())
     for entry in testdata["utterances"]:
         (source / entry["feature_path"]).write_bytes(b"garbage")
     build(source, tmp_path / "shards", on_error="skip")
-    split = open_shards(tmp_path / "shards")["test"]
-    assert len(split) == 0
-    assert split.crops(np.array([], int), np.array([], int), 5).shape == (0, 5, 40)
+    assert open_shards(tmp_path / "shards").splits == ("train", "val")
+    assert not list((tmp_path / "shards").glob("test*"))
     assert verify_shards(tmp_path / "shards", deep=True, against=source).whole
 
 
@@ -282,3 +279,28 @@ def test_seconds_are_measured(source: Path, tmp_path: Path, build: Build) -> Non
     began = time.monotonic()
     report = build(source, tmp_path / "shards")
     assert 0 < report.seconds <= time.monotonic() - began
+
+
+def test_set_older_than_its_source_is_not_up_to_date(
+    source: Path, tmp_path: Path, build: Build
+) -> None:
+    build(source, tmp_path / "shards")
+    assert build(source, tmp_path / "shards").up_to_date
+    path = sorted(source.glob("*.pt"))[0]
+    torch.save(torch.load(path) * 0.9, path)
+    with pytest.raises(BuildError, match=r"older than 1 files .*verify --against.*--overwrite"):
+        build(source, tmp_path / "shards")
+
+
+def test_speakers_that_rejects_leave_only_in_val_are_named(
+    source: Path, tmp_path: Path, build: Build
+) -> None:
+    options = {"val_fraction": 0.5, "on_error": "skip"}
+    build(source, tmp_path / "first", **options)
+    train = open_shards(tmp_path / "first")["train"]
+    for key in train.keys[train.labels == 1]:
+        (source / f"{key}.pt").write_bytes(b"garbage")
+    (note,) = build(source, tmp_path / "second", **options).notes
+    assert note == "in val, but not in train, are the speakers id00001"
+    (note,) = build(source, tmp_path / "third", val_fraction=0.0, on_error="skip").notes
+    assert "no val split" in note
