@@ -20,7 +20,7 @@ FORMAT = (ROOT / "FORMAT.md").read_text()
 
 # What makes the README's training commands end in seconds; a later option wins.
 SHORTENED = (
-    "--train.total_steps 2 --optim.warmup_steps 1 --train.valid_steps 2 --data.batch_size 4 "
+    "--train.total_steps 2 --train.valid_steps 2 --data.batch_size 4 "
     "--model.dim 32 --model.ff_dim 64 --model.heads 2 --model.head_dim 16"
 )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,16 @@ FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
-def load(path: Path) -> State:
+def load(path: Path, needs: Iterable[str] = ()) -> State:
     """Read a checkpoint onto the CPU, with `weights_only=True`.
 
+    Args:
+        path: The file.
+        needs: Entries that it must have.
+
     Raises:
-        CheckpointError: The file is missing, damaged, or of another format version.
+        CheckpointError: The file is missing, damaged, of another format version, or lacks an
+            entry.
     """
     try:
         # PyTorch writes checksums but does not compare them when it reads.
@@ -42,18 +48,25 @@ def load(path: Path) -> State:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     # A damaged pickle can raise nearly anything.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{path}: not a whole checkpoint ({reason}); delete it to fall back on the one "
-            "before it"
+            f"{path}: not a whole checkpoint ({reason}); if it is one of a run, delete it to "
+            "fall back on the one before it"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {found} found, {FORMAT} expected; use the version of "
             "trainer that wrote it"
+        )
+    if missing := [name for name in needs if name not in state]:
+        raise CheckpointError(
+            f"{path}: holds no {', '.join(missing)}; take a step-*.pt, which best.pt is not, from "
+            "this version of trainer"
         )
     return state
 

@@ -7,7 +7,7 @@ what is allowed. `trainer.options` reads these fields from YAML and from the com
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -81,7 +81,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
     warmup_steps: int = 1000
-    """Length of the warm-up [optimiser steps], less than train.total_steps."""
+    """Length of the warm-up [optimiser steps]; a tenth of the run where that is not longer."""
     clip_norm: float = 5.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
 
@@ -152,6 +152,9 @@ _PARTS = {
     "train": TrainConfig,
 }
 
+# PyTorch, NumPy and the files take integers of 64 bits.
+_TOO_LARGE = 2**63
+
 _AT_LEAST = {
     "data.segment_frames": 1,
     "data.batch_size": 1,
@@ -210,24 +213,36 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: Naming the field, what was found and what is allowed.
     """
-    if not config.name or config.name in {".", ".."} or "/" in config.name:
-        _refuse("name", config.name, "a plain folder name")
+    plain = config.name.isprintable() and "/" not in config.name
+    if not plain or config.name in {"", ".", ".."}:
+        _refuse("name", repr(config.name), "a plain folder name")
     for key, value in flatten(config.to_dict()).items():
         if isinstance(value, float) and not math.isfinite(value):
             _refuse(key, value, "a finite number")
+        if isinstance(value, int) and value >= _TOO_LARGE:
+            _refuse(key, value, "less than 2**63")
         if key in _AT_LEAST and value < _AT_LEAST[key]:
             _refuse(key, value, f"{_AT_LEAST[key]} or more")
     _check_model(config.model)
     _check_loss(config.loss, config.model.classifier)
-    optim, train = config.optim, config.train
-    if optim.lr <= 0:
-        _refuse("optim.lr", optim.lr, "more than 0")
-    if optim.warmup_steps >= train.total_steps:
-        allowed = f"less than train.total_steps, {train.total_steps}"
-        _refuse("optim.warmup_steps", optim.warmup_steps, allowed)
+    train = config.train
+    if config.optim.lr <= 0:
+        _refuse("optim.lr", config.optim.lr, "more than 0")
     if train.stop_step is not None and not 1 <= train.stop_step <= train.total_steps:
         allowed = f"null, or 1 to train.total_steps, {train.total_steps}"
         _refuse("train.stop_step", train.stop_step, allowed)
+
+
+def shorten_warmup(config: Config) -> Config:
+    """Make a warm-up that is not shorter than the run a tenth of it, rounded down.
+
+    So a recipe can be tried for a few steps without another option. Checked configurations that
+    are not concerned come back as they are.
+    """
+    total = config.train.total_steps
+    if config.optim.warmup_steps < total:
+        return config
+    return replace(config, optim=replace(config.optim, warmup_steps=total // 10))
 
 
 def _check_model(model: ModelConfig) -> None:

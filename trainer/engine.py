@@ -40,6 +40,7 @@ from trainer.preflight import (
     open_data,
 )
 from trainer.schedule import learning_rate
+from trainer.snapshot import load_training, load_weights, training_state, weights_state
 from trainer.step import TrainStep
 
 
@@ -118,7 +119,7 @@ class Trainer:
         model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
         optimizer = build_optimizer(optim, model, self.device)
         model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.bare: nn.Module = self.accelerator.unwrap_model(model)
+        self.bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         self.criterion = build_loss(config.loss).to(self.device)
         self.train_step = TrainStep(
             self.accelerator,
@@ -268,26 +269,16 @@ class Trainer:
 
     def _weights(self) -> State:
         """What predicting takes."""
-        return {
-            "step": self.step,
-            "model": self.bare.state_dict(),
-            "config": self.config.to_dict(),
-            "speakers": list(self.shards.speakers),
-            "n_mels": self.shards.manifest.n_mels,
-            "fingerprint": self.shards.manifest.fingerprint,
-            "best": self.best,
-        }
+        state = weights_state(self.bare, self.config, self.shards)
+        return {"step": self.step, "best": self.best, **state}
 
     def _save(self) -> None:
         """Write a checkpoint; every rank waits until it is on the disk."""
         window = self._window()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
             state = {
                 **self._weights(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "loader": self.loader.state_dict(),
+                **training_state(self.accelerator, self.optimizer, self.loader),
                 "global_batch": self.global_batch,
                 "window": window,
             }
@@ -298,12 +289,17 @@ class Trainer:
     def _restore(self, saved: State) -> Changes:
         """Continue from a checkpoint; returns the fields that were changed, as they may be."""
         check_same_data(self.shards, saved, self.config.data.shards)
-        changed = check_same_run(self.config, saved, global_batch=self.global_batch)
-        self.bare.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.loader.load_state_dict(saved["loader"])
+        changed = check_same_run(
+            self.config,
+            saved,
+            global_batch=self.global_batch,
+            precision=str(self.accelerator.mixed_precision),
+            processes=self.world_size,
+        )
+        file = self.checkpoints.latest()
+        assert file is not None
+        load_weights(self.bare, saved, file)
+        load_training(self.accelerator, self.optimizer, self.loader, saved, file)
         self.step, self.best = saved["step"], saved["best"]
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.

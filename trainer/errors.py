@@ -13,6 +13,16 @@ ended a run, after it saved.
 from __future__ import annotations
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the host or the device has no memory left.
+
+    PyTorch tells of an accelerator by a class of its own, of the host by a plain RuntimeError.
+    """
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return known or any(text in str(error) for text in texts)
+
+
 class TrainerError(Exception):
     """Base of all errors that a user can put right; the message says how."""
 

@@ -32,7 +32,7 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Drop the records after `step`, and a line that a kill cut short.
+        """Drop the records after `step`, and lines that are none, as a kill may leave.
 
         A resumed run writes them again, so that the file reads like that of a run that was never
         interrupted.
@@ -40,15 +40,16 @@ class MetricsLog:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
+            number = record.get("step") if isinstance(record, dict) else None
+            if isinstance(number, int) and number <= step:
+                kept.append(line + b"\n")
         with publish(self.path) as file:
-            file.write("".join(kept).encode())
+            file.write(b"".join(kept))
 
 
 def _on_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` was asked for but leaves to others to start.
+"""What `accelerate launch` was asked for, and what it leaves to others to do.
 
 `accelerate launch --num_processes 2 --cpu` starts one process: for more on CPUs it counts on
 mpirun, and without it says nothing. That one process then starts the rest here, and waits.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,56 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 3.0
 
 
+def check_launch(environment: dict[str, str], command: list[str]) -> None:
+    """Refuse flags of the launch that would be passed over in silence, or that cannot work.
+
+    Args:
+        environment: Of this process.
+        command: Command line of the parent process, which may be the launcher.
+
+    Raises:
+        ConfigError: Naming the flag and what to give in its place.
+    """
+    if not launched_by_accelerate(environment):
+        return
+    # The launcher hands this on to DeepSpeed alone.
+    given = re.search(r"__gradient_accumulation_steps[ =](\S+)", _options(command))
+    steps = given[1] if given else environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise ConfigError(
+            f"accelerate launch --gradient_accumulation_steps: found {steps}, which the launcher "
+            f"would not pass on; give --train.accumulate {steps} after trainer/train.py instead"
+        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate launch --use_{name.lower()}: the model is trained whole on every "
+                "process; leave this flag out"
+            )
+
+
+def launch_command(*, processes: int, device: str, precision: str) -> str:
+    """The start of a command line that launches this program once more in the same way.
+
+    Args:
+        processes: Number of processes.
+        device: Type of their devices, e.g. "cpu".
+        precision: Mixed precision: no, fp16 or bf16.
+
+    Returns:
+        From `accelerate launch` to the script, as a shell takes it from the current folder.
+    """
+    # Without a number the launcher takes one process for every GPU.
+    flags = ["--num_processes", str(processes)]
+    if device == "cpu":
+        flags.append("--cpu")
+    if precision != "no":
+        flags += ["--mixed_precision", precision]
+    script, here = Path(__file__).with_name("train.py"), Path.cwd()
+    shown = script.relative_to(here) if script.is_relative_to(here) else script
+    return shlex.join(["accelerate", "launch", *flags, str(shown)])
+
+
 def processes_to_start(environment: dict[str, str], command: list[str]) -> int:
     """How many processes this one has to start, 1 for none beside itself.
 
@@ -40,7 +91,7 @@ def processes_to_start(environment: dict[str, str], command: list[str]) -> int:
         return 1
     if any(name in environment for name in _PLACED):
         return 1
-    options = " ".join(command).replace("-", "_")
+    options = _options(command)
     number = re.search(r"__num_processes[ =](\d+)", options)
     machines = re.search(r"__num_machines[ =](\d+)", options)
     if number is None or (machines and int(machines[1]) > 1):
@@ -59,6 +110,11 @@ def parent_command() -> list[str]:
     except OSError:
         return []
     return os.fsdecode(text).split("\0")
+
+
+def _options(command: list[str]) -> str:
+    """A command line in which all options are spelt with underscores, as both are allowed."""
+    return " ".join(command).replace("-", "_")
 
 
 def start_processes(number: int) -> int:

@@ -12,12 +12,20 @@ import click
 import numpy as np
 import torch
 
-from shardprep import ShardprepError, ShardSet, UtteranceLoader, open_shards, publish
+from shardprep import (
+    ShardprepError,
+    ShardSet,
+    StorageError,
+    UtteranceLoader,
+    open_shards,
+    publish,
+)
 from trainer.checkpoint import CheckpointFolder, State, load
 from trainer.config import config_from_dict
-from trainer.errors import CheckpointError, PredictionError, TrainerError
+from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
 from trainer.evaluation import evaluate
-from trainer.factory import build_model
+from trainer.rejects import LeftOut, read_left_out
+from trainer.snapshot import PREDICTED, load_model
 
 HEADER = ("Id", "Category")
 
@@ -47,12 +55,13 @@ def find_checkpoint(run: Path, choice: str) -> Path:
 
 
 def predict_names(
-    saved: State, shards: ShardSet, split: str, *, max_frames: int, device: torch.device
+    saved: State, file: Path, shards: ShardSet, split: str, *, max_frames: int, device: torch.device
 ) -> list[str]:
     """Name the speaker of every utterance of a split, heard whole.
 
     Args:
         saved: A checkpoint; its configuration, speakers and weights make the model.
+        file: Where it comes from, to be named in errors.
         shards: The shards; their speakers may be others than the checkpoint's.
         split: Name of the split.
         max_frames: Largest padded area of a batch [frames].
@@ -62,7 +71,8 @@ def predict_names(
         Names (N,) in the split's own order.
 
     Raises:
-        PredictionError: The shards have another number of mel bins, or no such split.
+        CheckpointError: The weights and the configuration beside them do not fit together.
+        PredictionError: The shards have another number of mel bins, or nothing in such a split.
     """
     n_mels, expected = shards.manifest.n_mels, saved["n_mels"]
     if n_mels != expected:
@@ -70,15 +80,12 @@ def predict_names(
             f"{shards.path} has {n_mels} mel bins a frame, but the model was trained on "
             f"{expected}; build shards from features like those it was trained on"
         )
-    if split not in shards.splits:
-        raise PredictionError(
-            f"{shards.path} has no split {split}, only {', '.join(shards.splits)}"
-        )
-    config, names = config_from_dict(saved["config"]), saved["speakers"]
-    model = build_model(config.model, n_mels, len(names))
-    model.load_state_dict(saved["model"])
-    part = shards[split]
-    loader = UtteranceLoader(part, max_frames=max_frames, pad_value=config.data.pad_value)
+    filled = [name for name, part in shards.manifest.splits.items() if part.samples]
+    if split not in filled:
+        raise PredictionError(f"{shards.path} has no split {split}, only {', '.join(filled)}")
+    model, names, part = load_model(saved, file), saved["speakers"], shards[split]
+    pad_value = config_from_dict(saved["config"]).data.pad_value
+    loader = UtteranceLoader(part, max_frames=max_frames, pad_value=pad_value)
     # The numbers of speakers differ between data sets: only names are compared, and not here.
     unlabelled = np.full(len(part), -1)
     found = evaluate(model.to(device), loader, unlabelled, device=device)
@@ -101,12 +108,13 @@ def write_submission(path: Path, keys: Iterable[str], names: Sequence[str]) -> N
         file.write(text.getvalue().encode())
 
 
-def score_submission(path: Path, truth: Path) -> tuple[int, int]:
+def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -> tuple[int, int]:
     """Compare a submission with the true labels.
 
     Args:
         path: A CSV with the header `Id,Category`.
         truth: Another, with the utterances to be counted.
+        left_out: What the build of the shards left out.
 
     Returns:
         Number of rows of `truth` that the submission has right, and number of rows.
@@ -117,9 +125,15 @@ def score_submission(path: Path, truth: Path) -> tuple[int, int]:
     answers, labels = _read_rows(path), _read_rows(truth)
     missing = [key for key in labels if key not in answers]
     if missing:
+        why = "was it made from another split?"
+        if left_out is not None and left_out.ids.issuperset(missing):
+            why = (
+                f"the build left them out, as {left_out.listing} says; mend the data set and "
+                "build it again, or take their rows out of the labels"
+            )
         raise PredictionError(
             f"{path}: {len(missing)} of the {len(labels)} utterances in {truth} are missing, "
-            f"the first is {missing[0]}; was it made from another split?"
+            f"the first is {missing[0]}; {why}"
         )
     return sum(answers[key] == name for key, name in labels.items()), len(labels)
 
@@ -140,13 +154,16 @@ def _read_rows(path: Path) -> dict[str, str]:
 
 def _predict(
     run: Path, shards_path: str | None, out: Path, split: str, checkpoint: str, max_frames: int
-) -> None:
+) -> LeftOut | None:
     file = find_checkpoint(run, checkpoint)
-    saved = load(file)
-    shards = open_shards(shards_path or saved["config"]["data"]["shards"])
+    saved = load(file, needs=PREDICTED)
+    shards = open_shards(shards_path or config_from_dict(saved["config"]).data.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     click.echo(f"{file}, after {saved['step']:,} steps, on {device.type}", err=True)
-    names = predict_names(saved, shards, split, max_frames=max_frames, device=device)
+    left_out = read_left_out(shards)
+    for note in left_out.notes(split) if left_out else ():
+        click.echo(f"note: {note}", err=True)
+    names = predict_names(saved, file, shards, split, max_frames=max_frames, device=device)
     part = shards[split]
     write_submission(out, part.keys, names)
     click.echo(f"{len(names):,} utterances of {split} -> {out}", err=True)
@@ -157,6 +174,7 @@ def _predict(
     strangers = {truth for _, truth in known} - set(saved["speakers"])
     if strangers:
         click.echo(f"note: {len(strangers)} speakers of {split} are unknown to the model", err=True)
+    return left_out
 
 
 def _tell_accuracy(what: str, correct: int, total: int) -> None:
@@ -201,12 +219,21 @@ def main(
     labels are known. Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep.
     """
     try:
-        _predict(run, shards, out, split, checkpoint, max_frames)
+        left_out = _predict(run, shards, out, split, checkpoint, max_frames)
         if labels is not None:
-            _tell_accuracy(str(labels), *score_submission(out, labels))
+            _tell_accuracy(str(labels), *score_submission(out, labels, left_out))
     except (TrainerError, ShardprepError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        what = error.strerror or str(error)
+        click.echo(f"error: {StorageError(what, file=error.filename)}", err=True)
+        sys.exit(StorageError.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        click.echo("error: the memory of the device does not suffice; lower --max-frames", err=True)
+        sys.exit(TrainerError.exit_code)
 
 
 if __name__ == "__main__":

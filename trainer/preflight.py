@@ -14,6 +14,7 @@ from shardprep import ShardSet, open_shards
 from trainer.checkpoint import CheckpointFolder, State, load
 from trainer.config import Config, flatten
 from trainer.errors import CheckpointError, ConfigError
+from trainer.snapshot import RESUMED
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -30,7 +31,8 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
         validated: Whether a validation split is needed.
 
     Raises:
-        ConfigError: There are no shards, or a split is missing; the message has the remedy.
+        ConfigError: There are no shards, or a split is missing or empty; the message has the
+            remedy.
         ShardprepError: The shards cannot be read.
     """
     if not Path(path).is_dir():
@@ -39,11 +41,15 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
             f"`shardprep build Dataset/ {path}`, or name another with --data.shards"
         )
     shards = open_shards(path)
-    if "train" not in shards.splits:
-        raise ConfigError(f"data.shards: {path} has no train split, only {list(shards.splits)}")
-    if validated and "val" not in shards.splits:
+    filled = [name for name, split in shards.manifest.splits.items() if split.samples]
+    if "train" not in filled:
         raise ConfigError(
-            f"data.shards: {path} has no val split to validate on; build it with "
+            f"data.shards: {path} has no utterances in a train split, only in "
+            f"{', '.join(filled) or 'none'}; build it from labelled ones with `shardprep build`"
+        )
+    if validated and "val" not in filled:
+        raise ConfigError(
+            f"data.shards: {path} has no utterances in a val split to validate on; build it with "
             "`shardprep build --val-fraction 0.1`, or do without: --train.valid_steps 0"
         )
     return shards
@@ -54,7 +60,7 @@ def choose_checkpoint(folder: CheckpointFolder, config: Config, *, resume: bool)
 
     Raises:
         ConfigError: There are checkpoints and `resume` is not given.
-        CheckpointError: `resume` is given and there is none, or it is damaged.
+        CheckpointError: `resume` is given and there is none, or it is damaged or not whole.
     """
     newest = folder.latest()
     if not resume:
@@ -69,19 +75,23 @@ def choose_checkpoint(folder: CheckpointFolder, config: Config, *, resume: bool)
             f"{folder.folder}: there is no checkpoint to resume from; start without --resume, "
             "or name the run with --name and --train.runs"
         )
-    return load(newest)
+    return load(newest, needs=RESUMED)
 
 
-def check_same_run(config: Config, saved: State, *, global_batch: int) -> Changes:
+def check_same_run(
+    config: Config, saved: State, *, global_batch: int, precision: str, processes: int
+) -> Changes:
     """Refuse to resume with a configuration that makes it another run.
 
     Args:
         config: The configuration given now.
         saved: The checkpoint.
         global_batch: Crops a step over all processes now.
+        precision: Mixed precision now.
+        processes: Number of processes now.
 
     Returns:
-        The fields that differ and may: dotted name -> (value then, value now).
+        What differs and may, dotted fields and the launch: name -> (value then, value now).
 
     Raises:
         ConfigError: Naming the field, what was found and what the run began with.
@@ -98,8 +108,13 @@ def check_same_run(config: Config, saved: State, *, global_batch: int) -> Change
         raise ConfigError(
             f"data.batch_size: found {global_batch} crops a step (data.batch_size x "
             f"train.accumulate x processes), but the run to resume began with "
-            f"{saved['global_batch']}; choose them so that the product is the same"
+            f"{saved['global_batch']} on {saved['processes']} process(es); choose them so that "
+            "the product is the same"
         )
+    launch = {"mixed precision": ("precision", precision), "processes": ("processes", processes)}
+    for name, (key, value) in launch.items():
+        if saved[key] != value:
+            changed[name] = (saved[key], value)
     return changed
 
 

@@ -10,14 +10,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardprep import ShardprepError
-from trainer.config import Config
-from trainer.errors import TrainerError
-from trainer.launch import parent_command, processes_to_start, start_processes
-from trainer.options import parse_args
+from shardprep import ShardprepError, StorageError
+from trainer.errors import TrainerError, is_out_of_memory
+from trainer.launch import (
+    check_launch,
+    launch_command,
+    parent_command,
+    processes_to_start,
+    start_processes,
+)
+from trainer.options import Invocation, parse_args
 
 if TYPE_CHECKING:
-    from trainer.engine import Outcome
+    from trainer.engine import Outcome, Trainer
 
 _MAIN_PROCESS_FIRST_SECONDS = 5.0
 
@@ -30,35 +35,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 failed, 2 usage or configuration, 130 after Ctrl-C, 143 after
-        SIGTERM, and the codes of `shardprep` for shards that cannot be read.
+        SIGTERM, and the codes of `shardprep` for shards that cannot be read and disks that
+        refuse.
     """
     try:
-        asked = parse_args(sys.argv[1:] if argv is None else argv)
-        if asked.print_config:
-            if _rank() == 0:
-                sys.stdout.write(asked.config.to_yaml())
-            return 0
-        number = processes_to_start(dict(os.environ), parent_command())
-        if number > 1:
-            return start_processes(number)
-        return _train(asked.config, resume=asked.resume)
+        return _run(parse_args(sys.argv[1:] if argv is None else argv))
     except (TrainerError, ShardprepError) as error:
         _report(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        # Trackers, and folders that cannot even be listed.
+        what = error.strerror or str(error)
+        remedy = "Check free space and permissions, --train.runs and --name."
+        _report(f"error: {StorageError(what, file=error.filename, remedy=remedy)}")
+        return StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _report(
+            "error: the memory of the device does not suffice; take a smaller --data.batch_size "
+            "and make up for it by --train.accumulate, a smaller --data.eval_frames, shorter "
+            f"--data.segment_frames, or a smaller model ({' '.join(str(error).split())[:200]})"
+        )
+        return TrainerError.exit_code
     except KeyboardInterrupt:
         _report("interrupted; nothing was saved since the last checkpoint")
         return 128 + signal.SIGINT
 
 
-def _train(config: Config, *, resume: bool) -> int:
+def _run(asked: Invocation) -> int:
+    if asked.print_config:
+        if _rank() == 0:
+            _note(asked.notes)
+            sys.stdout.write(asked.config.to_yaml())
+        return 0
+    environment, command = dict(os.environ), parent_command()
+    check_launch(environment, command)
+    number = processes_to_start(environment, command)
+    return start_processes(number) if number > 1 else _train(asked)
+
+
+def _train(asked: Invocation) -> int:
     # The engine brings PyTorch and the model, which --help and a wrong option need not wait for.
     from trainer.engine import Trainer
 
-    trainer = Trainer(config, resume=resume)
+    if _rank() == 0:
+        _note(asked.notes)
+    trainer = Trainer(asked.config, resume=asked.resume)
     try:
         outcome = trainer.fit()
         if _rank() == 0:
-            print(_summary(config, outcome), file=sys.stderr, flush=True)
+            print(_summary(trainer, outcome), file=sys.stderr, flush=True)
         # A launcher ends all processes as soon as one has left with a code other than 0.
         trainer.accelerator.wait_for_everyone()
     finally:
@@ -66,29 +93,37 @@ def _train(config: Config, *, resume: bool) -> int:
     return 128 + outcome.signal if outcome.signal else 0
 
 
-def _summary(config: Config, outcome: Outcome) -> str:
+def _summary(trainer: Trainer, outcome: Outcome) -> str:
     """What was done, and the command that goes on from here."""
-    lines = []
+    config, lines = trainer.config, []
     if outcome.best_accuracy is not None:
         lines.append(
             f"best validation accuracy {outcome.best_accuracy:.4f} at step {outcome.best_step:,}"
         )
     if outcome.finished:
         lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
-        shards = shlex.quote(config.data.shards)
-        lines.append(
-            f"next: python -m trainer.predict {shlex.quote(str(config.run))} "
-            f"--shards {shards} --out submission.csv"
-        )
+        command = ["python", "-m", "trainer.predict", str(config.run)]
+        command += ["--shards", config.data.shards, "--out", "submission.csv"]
+        if outcome.best_accuracy is None:
+            command += ["--checkpoint", "last"]
+        lines.append(f"next: {shlex.join(command)}")
         return "\n".join(lines)
     why = signal.Signals(outcome.signal).name if outcome.signal else "--train.stop_step"
     of = f"{outcome.step:,} of {config.train.total_steps:,}"
     lines.insert(0, f"stopped by {why}: saved step {of} in {config.run / 'checkpoints'}")
-    lines.append(
-        f"continue with: accelerate launch trainer/train.py "
-        f"--config {shlex.quote(str(config.run / 'config.yaml'))} --resume"
+    launch = launch_command(
+        processes=trainer.world_size,
+        device=trainer.device.type,
+        precision=trainer.accelerator.mixed_precision,
     )
+    saved = shlex.quote(str(config.run / "config.yaml"))
+    lines.append(f"continue with: {launch} --config {saved} --resume")
     return "\n".join(lines)
+
+
+def _note(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _report(message: str) -> None:

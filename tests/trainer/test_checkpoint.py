@@ -100,6 +100,13 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_checkpoint_that_lacks_an_entry_is_refused_by_name(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path).save({"step": 5, "model": {}}, 5)
+    assert load(path, needs=("model", "step"))["step"] == 5
+    with pytest.raises(CheckpointError, match=r"step-00000005\.pt: holds no optimizer, loader;"):
+        load(path, needs=("step", "optimizer", "loader"))
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pt: there is no such checkpoint"):
         load(tmp_path / "x.pt")

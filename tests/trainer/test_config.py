@@ -71,7 +71,8 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
         (["--optim.lr", "0"], ["optim.lr", "0", "more than 0"]),
         (["--optim.weight_decay", ".inf"], ["optim.weight_decay"]),
         (["--optim.clip_norm", "-1"], ["optim.clip_norm", "-1", "0 or more"]),
-        (["--optim.warmup_steps", "70000"], ["optim.warmup_steps", "70000", "total_steps"]),
+        (["--optim.warmup_steps", "-1"], ["optim.warmup_steps", "-1", "0 or more"]),
+        (["--optim.lr", "9" * 400], ["the command line", "too large"]),
         (["--data.batch_size", "0"], ["data.batch_size", "found 0", "1 or more"]),
         (["--data.batch_size", "1.5"], ["data.batch_size", "int", "1.5"]),
         (["--model.encoder", "rnn"], ["model.encoder", "rnn", "conformer", "transformer"]),
@@ -91,11 +92,15 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
         (["--train.stop_step", "70001"], ["train.stop_step", "70001", "70000"]),
         (["--train.keep", "0"], ["train.keep", "found 0", "1 or more"]),
         (["--train.seed", "-1"], ["train.seed", "-1", "0 or more"]),
+        (["--train.seed", str(2**63)], ["train.seed", str(2**63), "less than 2**63"]),
+        (["--data.eval_frames", "9" * 23], ["data.eval_frames", "9" * 23, "less than 2**63"]),
         (["--train.trackers", "[nothing]"], ["train.trackers", "nothing", "tensorboard"]),
         (["--name", "a/b"], ["name", "a/b", "folder name"]),
+        (["--name", "a\nb"], ["name", "'a\\nb'", "folder name"]),
         (["--no.such", "1"], ["--no.such", "--help"]),
         (["--optim.l", "1"], ["--optim.l", "--help"]),
-        (["--config", "nowhere.yaml"], ["config", "nowhere.yaml", "does not exist"]),
+        (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml", "No such file"]),
+        (["--config"], ["the command line", "--config"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -106,15 +111,82 @@ def test_what_does_not_fit_is_refused_with_field_found_and_allowed(
         parse_args(options)
     message = str(caught.value)
     assert all(part in message for part in parts), message
+    assert message.startswith(("the command line: ", "--config: ", "train.trackers: "))
+    assert "\n" not in message.replace(str(options), "")
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["optim: {learning_rate: 1}", "a: [", "optim: 3", "- 1"])
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("optim: {learning_rate: 1}", "learning_rate"),
+        ("optimiser: {lr: 1}", "optimiser"),
+        ("a: [", "not a YAML file"),
+        ("name: 2024-13-45", "not a YAML file"),
+        ("[" * 5000, "not a YAML file"),
+        ("optim: 3", "optim: found 3, allowed is a mapping"),
+        ("optim: null", "optim: found None, allowed is a mapping"),
+        ("optim: {lr: fast}", "optim.lr"),
+        ("optim: {lr: -1}", "optim.lr: found -1.0, allowed is more than 0"),
+        ("train: {total_steps: 5, stop_step: 6}", "train.stop_step: found 6"),
+        ("resume: true", "resume"),
+        ("- 1", "found a list, allowed is a mapping"),
+        ("boss", "found a str, allowed is a mapping"),
+        ("", "found nothing, allowed is a mapping"),
+        ("# only a comment", "found nothing, allowed is a mapping"),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_fault_of_a_file_names_the_file(
+    tmp_path: Path, text: str, part: str, joined: bool
+) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="optim|config|not accepted|found"):
+    options = [f"--config={path}"] if joined else ["--config", str(path)]
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--config", str(RECIPES / "boss.yaml"), *options, "--optim.clip_norm", "2"])
+    assert str(caught.value).startswith(f"{path}: ")
+    assert part in str(caught.value)
+
+
+def test_bytes_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not a YAML file"):
         parse_args(["--config", str(path)])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse_args(["--config", str(tmp_path)])
+
+
+def test_an_option_can_mend_a_file_and_bears_its_own_faults(tmp_path: Path) -> None:
+    path = tmp_path / "part.yaml"
+    path.write_text("optim: {lr: -1}")
+    assert parse_args(["--config", str(path), "--optim.lr", "1"]).config.optim.lr == 1
+    with pytest.raises(ConfigError, match=r"^the command line: optim\.lr: found -2"):
+        parse_args(["--config", str(path), "--optim.lr", "-2"])
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "taken"), [(200, 1000, 20), (20, 20, 2), (9, 9, 0), (1, 5, 0)]
+)
+def test_a_warm_up_as_long_as_the_run_becomes_a_tenth_of_it(
+    tmp_path: Path, total: int, warmup: int, taken: int
+) -> None:
+    options = [f"--train.total_steps={total}", f"--optim.warmup_steps={warmup}"]
+    asked = parse_args(options)
+    assert asked.config.optim.warmup_steps == taken
+    (note,) = asked.notes
+    assert f"optim.warmup_steps {warmup:,} " in note
+    assert f"train.total_steps {total:,};" in note
+    path = tmp_path / "config.yaml"
+    path.write_text(asked.config.to_yaml())
+    again = parse_args(["--config", str(path)])
+    assert (again.config, again.notes) == (asked.config, ())
+
+
+def test_a_warm_up_shorter_than_the_run_stays() -> None:
+    asked = parse_args(["--train.total_steps=20", "--optim.warmup_steps=19"])
+    assert (asked.config.optim.warmup_steps, asked.notes) == (19, ())
 
 
 @pytest.mark.parametrize(
@@ -148,6 +220,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         parse_args(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert "`accelerate launch` replaces all but 0 by 1" in text
     for key in flatten(Config().to_dict()):
         assert f"--{key}" in text
     for part in ("data", "model", "loss", "optim", "train"):

@@ -311,7 +311,7 @@ def test_data_that_does_not_allow_the_run_is_refused_with_the_remedy(
         Trainer(make_config(**{"data.batch_size": 25}))
     options = shardprep.BuildOptions(val_fraction=0.0, workers=1)
     shardprep.build_shards(make_dataset("Other"), tmp_path / "noval", options)
-    with pytest.raises(ConfigError, match=r"no val split.*--train\.valid_steps 0"):
+    with pytest.raises(ConfigError, match=r"a val split.*--train\.valid_steps 0"):
         Trainer(make_config(**{"data.shards": tmp_path / "noval"}))
     plain = make_config(**{"data.shards": tmp_path / "noval", "train.valid_steps": 0})
     assert train(plain).best_accuracy is None

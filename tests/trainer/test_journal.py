@@ -39,6 +39,18 @@ def test_truncating_drops_later_records_and_a_torn_line(tmp_path: Path) -> None:
     assert log.path.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    "line", [b"5", b"null", b"[1]", b'"step"', b"{}", b'{"step": "5"}', b"\xff\xfe", b"[" * 9999]
+)
+def test_truncating_drops_what_is_no_record(tmp_path: Path, line: bytes) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 10, "note": "a\u2028b"})
+    whole = log.path.read_bytes()
+    log.path.write_bytes(line + b"\n" + whole + line + b"\n")
+    log.truncate(20)
+    assert log.path.read_bytes() == whole
+
+
 def test_truncating_without_a_file_makes_none(tmp_path: Path) -> None:
     MetricsLog(tmp_path / "metrics.jsonl").truncate(5)
     assert list(tmp_path.iterdir()) == []

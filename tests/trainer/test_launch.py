@@ -1,16 +1,25 @@
-"""The processes that `accelerate launch --cpu` leaves to us."""
+"""What `accelerate launch` passes over, and the processes that it leaves to us."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import trainer
 from trainer.errors import ConfigError
-from trainer.launch import parent_command, processes_to_start, start_processes
+from trainer.launch import (
+    check_launch,
+    launch_command,
+    parent_command,
+    processes_to_start,
+    start_processes,
+)
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
 SEVERAL = {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -45,6 +54,64 @@ def test_number_of_processes_is_what_the_launcher_was_asked_for(
 def test_what_cannot_be_made_up_for_is_refused_not_shrunk_to_one_process(command: str) -> None:
     with pytest.raises(ConfigError, match="torchrun"):
         processes_to_start(SEVERAL, command.split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "command", "part"),
+    [
+        (LAUNCHED, "accelerate launch --gradient_accumulation_steps 4 train.py", "found 4"),
+        (LAUNCHED, "accelerate launch --gradient-accumulation-steps=8 train.py", "found 8"),
+        ({**LAUNCHED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "", "found 2"),
+    ],
+)
+def test_accumulation_that_the_launcher_would_lose_is_refused_with_our_own_option(
+    environment: dict[str, str], command: str, part: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{part}.* --train.accumulate {part[-1]} ") as caught:
+        check_launch(environment, command.split())
+    assert "--gradient_accumulation_steps" in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["fsdp", "deepspeed", "megatron_lm"])
+def test_ways_of_training_in_pieces_are_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--use_{flag}"):
+        check_launch({**LAUNCHED, f"ACCELERATE_USE_{flag.upper()}": "true"}, [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        (LAUNCHED, "accelerate launch --gradient_accumulation_steps 1 train.py"),
+        ({**LAUNCHED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, "accelerate launch"),
+        ({**LAUNCHED, "ACCELERATE_USE_FSDP": "false"}, "accelerate launch train.py"),
+        ({}, "sh other.sh --gradient_accumulation_steps 4"),
+    ],
+)
+def test_launches_that_mean_what_they_say_pass(environment: dict[str, str], command: str) -> None:
+    check_launch(environment, command.split())
+
+
+@pytest.mark.parametrize(
+    ("launch", "flags"),
+    [
+        ({"processes": 1, "device": "cuda", "precision": "no"}, "--num_processes 1"),
+        ({"processes": 2, "device": "cpu", "precision": "no"}, "--num_processes 2 --cpu"),
+        (
+            {"processes": 8, "device": "cuda", "precision": "bf16"},
+            "--num_processes 8 --mixed_precision bf16",
+        ),
+    ],
+)
+def test_the_launch_is_spelt_out(launch: dict[str, Any], flags: str) -> None:
+    script = Path(trainer.__path__[0]) / "train.py"
+    words = shlex.split(launch_command(**launch))
+    assert words[:-1] == ["accelerate", "launch", *flags.split()]
+    assert Path(words[-1]).resolve() == script.resolve()
+
+
+def test_the_script_is_named_as_it_is_found_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(trainer.__path__[0]).parent)
+    assert launch_command(processes=1, device="cuda", precision="no").endswith(" trainer/train.py")
 
 
 def test_the_parent_command_is_read_from_the_system() -> None:

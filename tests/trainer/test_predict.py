@@ -141,6 +141,61 @@ def test_shards_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_weights_that_do_not_fit_are_refused_by_file(run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "speakers": NAMES[:2]}, file)
+    result = predict(run, "--out", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert f"error: {file}: the weights in it do not fit" in result.stderr
+    torch.save({key: value for key, value in saved.items() if key != "n_mels"}, file)
+    assert f"error: {file}: holds no n_mels" in predict(run, "--out", tmp_path / "out.csv").stderr
+
+
+def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
+    run: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "Dataset", tmp_path / "out.csv"
+    listed = json.loads((source / "testdata.json").read_text())["utterances"]
+    lost = listed[2]["feature_path"]
+    (source / lost).unlink()
+    folder = tmp_path / "skipped"
+    shardprep.build_shards(
+        source, folder, shardprep.BuildOptions(val_fraction=0.2, workers=1, on_error="skip")
+    )
+    result = predict(run, "--shards", folder, "--out", out)
+    assert result.exit_code == 0
+    rows = [line.split(",")[0] for line in out.read_text().splitlines()[1:]]
+    assert rows == [row["feature_path"] for row in listed if row["feature_path"] != lost]
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert "1 utterances" in notes[0]
+    assert str(folder / "rejects.jsonl") in notes[0]
+    assert notes[1].endswith(f": {lost}")
+    labels = tmp_path / "test_labels.csv"
+    scored = predict(run, "--shards", folder, "--out", out, "--labels", labels)
+    assert scored.exit_code == 1
+    assert "1 of the 5 utterances" in scored.stderr
+    assert "the build left them out" in scored.stderr
+    assert "another split" not in scored.stderr
+    wrong = predict(
+        run, "--shards", folder, "--out", out, "--labels", labels, "--split", "val"
+    ).stderr
+    assert "was it made from another split?" in wrong
+    assert "test utterances" not in wrong
+
+
+def test_too_little_memory_is_one_message(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("trainer.predict.predict_names", exhausted)
+    result = predict(run, "--out", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert "--max-frames" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "part"),
     [
@@ -148,6 +203,8 @@ def test_shards_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
         (["--shards", "nowhere"], 4, "nowhere"),
         (["--checkpoint", "nowhere.pt"], 1, "nowhere.pt: there is no such checkpoint"),
         (["--max-frames", "0"], 2, "max-frames"),
+        (["--checkpoint", "."], 1, "cannot be read (Is a directory)"),
+        (["--shards", "n" * 300], 6, "File name too long"),
     ],
 )
 def test_what_cannot_be_done_has_one_message_and_its_code(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 import trainer
 from trainer.config import Config
@@ -86,19 +89,99 @@ def test_the_printed_configuration_reads_back(
 
 
 def test_a_run_ends_with_what_comes_next_and_can_be_continued_from_its_folder(
-    config_file: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    config_file: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["--config", config_file(**{"train.stop_step": 5})]) == 0
     run = tmp_path / "runs" / "smoke"
     err = capsys.readouterr().err
     assert "stopped by --train.stop_step: saved step 5 of 12" in err
-    assert f"--config {run / 'config.yaml'} --resume\n" in err
+    assert f"--num_processes 1 --cpu {SCRIPT} --config {run / 'config.yaml'} --resume\n" in err
     assert main(["--config", str(run / "config.yaml"), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert out == ""
     assert "continues after step 5" in err
     assert f"finished all 12 steps; the run is in {run}\n" in err
-    assert f"next: python -m trainer.predict {run} --shards {tmp_path / 'shards'} --out" in err
+    given = f"{run} --shards {tmp_path / 'shards'} --out submission.csv"
+    assert f"next: python -m trainer.predict {given}\n" in err
+
+
+def test_a_run_without_validation_is_predicted_from_its_last_checkpoint(
+    config_file: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["--config", config_file(**{"train.valid_steps": 0})]) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("next: ")]
+    words = shlex.split(line)
+    assert words[-2:] == ["--checkpoint", "last"]
+    command = [sys.executable, *words[2:]]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert len((tmp_path / "submission.csv").read_text().splitlines()) == 6
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_noted_saved_and_resumed(
+    config_file: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # The options are those of a recipe made for a longer run, cut short on the command line.
+    long = config_file(**{"train.total_steps": 2000, "optim.warmup_steps": 1000})
+    asked = ["--config", long, "--train.total_steps", "30", "--train.stop_step"]
+    assert main([*asked, "5"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("note: optim.warmup_steps 1,000 is not shorter than the run") == 1
+    run = tmp_path / "runs" / "smoke"
+    saved = ["--config", str(run / "config.yaml")]
+    assert parse_args(saved).config.optim.warmup_steps == 3
+    assert main([*saved, "--resume", "--train.stop_step", "7"]) == 0
+    err = capsys.readouterr().err
+    assert "note: train.stop_step was 5 and is now 7" in err
+    assert "warmup_steps" not in err
+    assert main([*asked, "9", "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "saved step 9 of 30" in err
+    assert "note: optim.warmup_steps was" not in err
+
+
+def test_a_changed_precision_is_noted_and_named_in_the_command_that_continues(
+    config_file: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", config_file(**{"train.stop_step": 2})]) == 0
+    assert "--mixed_precision" not in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("trainer.train.parent_command", list)
+    assert main(["--config", config_file(**{"train.stop_step": 4}), "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "note: mixed precision was no and is now bf16\n" in err
+    assert f"--num_processes 1 --cpu --mixed_precision bf16 {SCRIPT} --config" in err
+
+
+def test_a_foreign_line_of_metrics_does_not_keep_a_run_from_resuming(
+    config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    assert main(["--config", config_file(**{"train.stop_step": 4})]) == 0
+    path = tmp_path / "runs" / "smoke" / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text("5\n" + whole)
+    assert main(["--config", config_file(), "--resume"]) == 0
+    assert path.read_text().startswith(whole)
+
+
+def test_the_launcher_s_accumulation_is_refused_before_any_work(
+    config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    command = [*ACCELERATE, "--gradient_accumulation_steps", "4", SCRIPT]
+    process = outside(*command, "--config", config_file(), cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: accelerate launch --gradient_accumulation_steps: found 4" in err
+    assert "--train.accumulate 4" in err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +191,9 @@ def test_a_run_ends_with_what_comes_next_and_can_be_continued_from_its_folder(
         (["--data.shards", "none"], 2, "shardprep build Dataset/ none"),
         (["--resume"], 1, "no checkpoint to resume from"),
         (["--data.shards", "."], 4, "manifest.json"),
+        (["--train.seed", "9" * 23], 2, "train.seed: found 9999"),
+        (["--train.runs", "file"], 6, "file"),
+        (["--name", "n" * 300], 6, "File name too long"),
     ],
 )
 def test_errors_of_users_are_one_message_and_a_code(
@@ -120,12 +206,59 @@ def test_errors_of_users_are_one_message_and_a_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     assert main(["--config", config_file(), *options]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert part in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 40]"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_message(
+    failure: Exception,
+    config_file: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exhausted(self: Trainer) -> None:
+        raise failure
+
+    monkeypatch.setattr(Trainer, "_build_model", exhausted)
+    assert main(["--config", config_file()]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the memory of the device does not suffice")
+    assert err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(
+    config_file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: Trainer) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Trainer, "_build_model", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["--config", config_file()])
+
+
+def test_a_disk_that_fails_while_training_is_one_message(
+    config_file: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "smoke" / "metrics.jsonl").mkdir(parents=True)
+    assert main(["--config", config_file()]) == 6
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: Is a directory" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -192,14 +325,22 @@ def test_two_processes_train_like_one_and_one_can_take_over(
         "loss.scale": "null",
         "train.log_steps": 1,
     }
-    pair = config_file(name="pair", **plain, **{"train.stop_step": 8})
+    pair = config_file(name="pair", **plain, **{"train.stop_step": 4})
     command = [*ACCELERATE, "--num_processes", "2", SCRIPT, "--config", pair]
     process = outside(*command, "--data.batch_size", "2", cwd=tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "2 process(es) on cpu" in err
-    assert err.count("step 8/12") == 1
+    assert err.count("step 4/12") == 1
     assert "Warning" not in err
+    # As it is printed, but for the environment in which `accelerate` is found.
+    (printed,) = [x for x in err.splitlines() if x.startswith("continue with: accelerate launch ")]
+    command = [*ACCELERATE[:-1], *shlex.split(printed)[4:], "--train.stop_step", "8"]
+    process = outside(*command, cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "2 process(es) on cpu" in err
+    assert "saved step 8 of 12" in err
     run = tmp_path / "runs" / "pair"
     assert main(["--config", config_file(name="pair", **plain), "--resume"]) == 0
     assert main(["--config", config_file(name="single", **plain)]) == 0

@@ -1,0 +1,78 @@
+"""What must be right before any work starts, decided from the arguments alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import shardprep
+from shardprep.format import encode_manifest
+from trainer.checkpoint import CheckpointFolder
+from trainer.config import Config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.preflight import check_same_run, choose_checkpoint, open_data
+
+ConfigFactory = Callable[..., Config]
+
+
+def empty(shards: Path, split: str) -> None:
+    """Leave a split in the manifest, without an utterance."""
+    manifest = shardprep.open_shards(shards).manifest
+    info = msgspec.structs.replace(manifest.splits[split], samples=0, frames=0, shards=())
+    splits = {**manifest.splits, split: info}
+    changed = msgspec.structs.replace(manifest, splits=splits)
+    (shards / "manifest.json").write_bytes(encode_manifest(changed))
+
+
+def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
+    empty(shards, "val")
+    with pytest.raises(ConfigError, match=r"no utterances in a val split.*--train\.valid_steps 0"):
+        open_data(str(shards), validated=True)
+    assert open_data(str(shards), validated=False).path == shards
+    empty(shards, "train")
+    with pytest.raises(ConfigError, match="no utterances in a train split, only in test;"):
+        open_data(str(shards), validated=False)
+
+
+def saved_state(config: Config, **changes: Any) -> dict[str, Any]:
+    state = {"config": config.to_dict(), "global_batch": 8, "precision": "no", "processes": 2}
+    return {**state, **changes}
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, {}),
+        ({"precision": "bf16"}, {"mixed precision": ("bf16", "no")}),
+        ({"processes": 4}, {"processes": (4, 2)}),
+    ],
+)
+def test_another_launch_is_told_and_allowed(
+    before: dict[str, Any], expected: dict[str, Any], make_config: ConfigFactory
+) -> None:
+    config = make_config()
+    saved = saved_state(config, **before)
+    launch: dict[str, Any] = {"global_batch": 8, "precision": "no", "processes": 2}
+    assert check_same_run(config, saved, **launch) == expected
+
+
+def test_another_global_batch_is_refused_with_the_processes_it_came_from(
+    make_config: ConfigFactory,
+) -> None:
+    config = make_config()
+    with pytest.raises(ConfigError, match=r"found 4 crops.* began with 8 on 2 process\(es\)"):
+        check_same_run(config, saved_state(config), global_batch=4, precision="no", processes=1)
+
+
+def test_the_best_weights_alone_are_nothing_to_resume_from(make_config: ConfigFactory) -> None:
+    config = make_config()
+    folder = CheckpointFolder(config.run)
+    best = folder.save_best({"step": 6, "model": {}, "config": {}, "speakers": [], "n_mels": 40})
+    shutil.copy(best, folder.folder / "step-00000006.pt")
+    with pytest.raises(CheckpointError, match=r"step-00000006\.pt: holds no .*optimizer"):
+        choose_checkpoint(folder, config, resume=True)

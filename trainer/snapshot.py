@@ -1,0 +1,120 @@
+"""A run at one of its steps: gathered for a checkpoint, and put back from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from shardprep import SegmentLoader, ShardSet
+from trainer.checkpoint import State
+from trainer.config import Config, config_from_dict
+from trainer.errors import CheckpointError, ConfigError
+from trainer.factory import build_model
+from trainer.model import SpeakerModel
+
+# What a checkpoint must hold to predict with, and beside it to continue a run.
+PREDICTED = ("step", "model", "config", "speakers", "n_mels")
+RESUMED = (
+    *PREDICTED,
+    "fingerprint",
+    "best",
+    "optimizer",
+    "scaler",
+    "loader",
+    "precision",
+    "processes",
+    "global_batch",
+    "window",
+)
+
+
+def weights_state(model: nn.Module, config: Config, shards: ShardSet) -> State:
+    """What predicting takes, less the step: the weights and what they mean.
+
+    Args:
+        model: The model itself, outside of any wrapper, whose names the entries would bear.
+        config: Of the run.
+        shards: The data set, whose speakers are the classes.
+    """
+    return {
+        "model": model.state_dict(),
+        "config": config.to_dict(),
+        "speakers": list(shards.speakers),
+        "n_mels": shards.manifest.n_mels,
+        "fingerprint": shards.manifest.fingerprint,
+    }
+
+
+def training_state(
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, loader: SegmentLoader
+) -> State:
+    """What continuing takes beside the weights, and the launch that it began with."""
+    scaler = accelerator.scaler
+    return {
+        "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "loader": loader.state_dict(),
+        "precision": str(accelerator.mixed_precision),
+        "processes": accelerator.num_processes,
+    }
+
+
+def load_weights(model: nn.Module, saved: State, file: Path) -> None:
+    """Put the weights of a checkpoint into a model; `file` is named in errors.
+
+    Raises:
+        CheckpointError: They are not those of such a model.
+    """
+    try:
+        model.load_state_dict(saved["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise _unfit(file, "weights", error) from error
+
+
+def load_model(saved: State, file: Path) -> SpeakerModel:
+    """Build the model that a checkpoint describes, with its weights; `file` is named in errors.
+
+    Raises:
+        CheckpointError: Its configuration describes no model, or not that of its weights.
+    """
+    try:
+        config = config_from_dict(saved["config"])
+        model = build_model(config.model, saved["n_mels"], len(saved["speakers"]))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise _unfit(file, "settings", error) from error
+    load_weights(model, saved, file)
+    return model
+
+
+def load_training(
+    accelerator: Accelerator,
+    optimizer: AcceleratedOptimizer,
+    loader: SegmentLoader,
+    saved: State,
+    file: Path,
+) -> None:
+    """Put optimiser, scaler and data position of a checkpoint back; `file` is named in errors.
+
+    Raises:
+        CheckpointError: The optimiser's state is not that of such a model.
+        ShardprepError: The position belongs to other data.
+    """
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise _unfit(file, "optimiser's moments", error) from error
+    # A run that changes to or from fp16 begins with a fresh scaler, or needs none.
+    if accelerator.scaler is not None and saved["scaler"] is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    loader.load_state_dict(saved["loader"])
+
+
+def _unfit(file: Path, what: str, error: Exception) -> CheckpointError:
+    detail = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{file}: the {what} in it do not fit its model ({detail}); take another checkpoint, or "
+        "the version of trainer that wrote it"
+    )
