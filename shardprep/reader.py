@@ -6,8 +6,6 @@ The index says where every mel matrix lies, so nothing here parses a tar or a JS
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import mmap
 import os
 import zlib
@@ -20,12 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
 from shardprep.errors import CorruptShardError, FormatError
-from shardprep.format import Manifest, SplitInfo, is_index, load_manifest
-
-_REBUILD = (
-    "Run `shardprep verify` on the folder to see all that is damaged, then build the set again "
-    "with --overwrite."
-)
+from shardprep.format import Manifest, load_manifest
+from shardprep.sidecars import REBUILD, load_index, read_rejects
+from shardprep.source import Reject
 
 
 class ShardSet(Mapping[str, "Split"]):
@@ -50,6 +45,15 @@ class ShardSet(Mapping[str, "Split"]):
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
         return tuple(self.manifest.splits)
+
+    @functools.cached_property
+    def rejects(self) -> tuple[Reject, ...]:
+        """Utterances that the build left out, with the reasons.
+
+        Raises:
+            CorruptShardError: The list of them is missing or damaged.
+        """
+        return read_rejects(self.path, self.manifest)
 
     def __getitem__(self, name: str) -> Split:
         """Open a split; its index and maps are shared by all who ask for it.
@@ -97,7 +101,7 @@ class Split:
         self._codec = manifest.codec
         self._folder = folder
         self._info = manifest.splits[name]
-        self._rows = _load_index(folder, self._info)
+        self._rows = load_index(folder, self._info)
         self.labels: NDArray[np.int32] = np.ascontiguousarray(self._rows["label"])
         self.frames: NDArray[np.int64] = self._rows["frames"].astype(np.int64)
         self._shard: NDArray[np.int64] = self._rows["shard"].astype(np.int64)
@@ -313,13 +317,13 @@ class Split:
                 raise CorruptShardError(
                     f"the {what} in the index does not fit the manifest",
                     file=self._folder / counted.index.file,
-                    remedy=_REBUILD,
+                    remedy=REBUILD,
                 )
 
     def _damaged(self, index: int, what: str) -> CorruptShardError:
         info = self._info.shards[int(self._shard[index])]
         return CorruptShardError(
-            what, file=self._folder / info.file, key=str(self.keys[index]), remedy=_REBUILD
+            what, file=self._folder / info.file, key=str(self.keys[index]), remedy=REBUILD
         )
 
 
@@ -336,42 +340,17 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     return ShardSet(folder, load_manifest(folder))
 
 
-def _load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
-    path = folder / split.index.file
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CorruptShardError(
-            f"cannot be read: {error.strerror}", file=path, remedy=_REBUILD
-        ) from None
-    if len(data) != split.index.bytes:
-        raise CorruptShardError(
-            f"has {len(data)} bytes, expected {split.index.bytes}", file=path, remedy=_REBUILD
-        )
-    if hashlib.sha256(data).hexdigest() != split.index.sha256:
-        raise CorruptShardError(
-            "its sha256 is not the one in the manifest", file=path, remedy=_REBUILD
-        )
-    try:
-        rows: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise CorruptShardError(f"is no index ({error})", file=path, remedy=_REBUILD) from None
-    if not is_index(rows):
-        raise CorruptShardError(f"has rows {rows.dtype}", file=path, remedy=_REBUILD)
-    return rows
-
-
 def _map_file(path: Path, expected: int) -> NDArray[np.uint8]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 raise CorruptShardError(
-                    f"has {size} bytes, expected {expected}", file=path, remedy=_REBUILD
+                    f"has {size} bytes, expected {expected}", file=path, remedy=REBUILD
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise CorruptShardError(
-            f"cannot be read: {error.strerror}", file=path, remedy=_REBUILD
+            f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
         ) from None
     return np.frombuffer(mapped, np.uint8)

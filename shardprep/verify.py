@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from shardprep import codecs
@@ -24,7 +23,8 @@ from shardprep.format import (
     load_manifest,
 )
 from shardprep.reader import Split
-from shardprep.source import Reject, Source, load_features, scan_dataset
+from shardprep.sidecars import read_rejects
+from shardprep.source import Source, load_features, scan_dataset
 from shardprep.storage import sha256_of
 
 Advance = Callable[[int], None]
@@ -262,13 +262,11 @@ def _absent(folder: Path, manifest: Manifest, source: Source) -> Iterator[Fault]
             packed.update(map(str, Split(folder, name, manifest).keys))
         except CorruptShardError:
             return
-    if manifest.rejects is not None:
-        try:
-            lines = (folder / manifest.rejects.file).read_bytes().splitlines()
-            packed.update(msgspec.json.decode(line, type=Reject).key for line in lines)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            # Named among the faults of the files; what it listed is unknown.
-            return
+    try:
+        packed.update(reject.key for reject in read_rejects(folder, manifest))
+    except CorruptShardError:
+        # Named among the faults of the files; what it listed is unknown.
+        return
     for key, utterance in source.by_key.items():
         if key not in packed:
             yield Fault(str(source.root / utterance.path), key, "is not in the set")

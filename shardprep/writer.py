@@ -31,6 +31,7 @@ from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
 from shardprep.shard import ShardRecord, ShardTask, write_shard
+from shardprep.sidecars import read_rejects
 from shardprep.source import METADATA, Reject, Source, scan_dataset
 from shardprep.storage import publish_bytes, storage_errors
 from shardprep.unfinished import ShardWriter, claim, install, keep_finished
@@ -213,10 +214,7 @@ def _report_finished(
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
-    if manifest.rejects is not None:
-        with storage_errors(target):
-            lines = (target / manifest.rejects.file).read_bytes().splitlines()
-        report.rejects = [msgspec.json.decode(line, type=Reject) for line in lines]
+    report.rejects = list(read_rejects(target, manifest))
 
 
 def _write_missing(
@@ -236,7 +234,8 @@ def _write_missing(
 
 
 def _check_only(task: ShardTask, advance: Advance) -> ShardRecord:
-    return write_shard(task, io.BytesIO(), advance)
+    with open(os.devnull, "wb") as nowhere:
+        return write_shard(task, nowhere, advance)
 
 
 def _run(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardprep import CorruptShardError, ShardSet
+from shardprep import ShardSet
 
 _SHOWN = 3
 
@@ -43,18 +42,10 @@ def read_left_out(shards: ShardSet) -> LeftOut | None:
     """
     if shards.manifest.rejects is None:
         return None
-    path = shards.path / shards.manifest.rejects.file
-    try:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return LeftOut(
-            listing=path,
-            total=len(rows),
-            test=tuple(row["file"] for row in rows if row["split"] == "test"),
-            ids=frozenset(name for row in rows for name in (row["file"], f"{row['key']}.pt")),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptShardError(
-            "is not the list of rejected utterances that the manifest names",
-            file=path,
-            remedy="`shardprep verify` tells what else is damaged; build the shards again.",
-        ) from error
+    rejects = shards.rejects
+    return LeftOut(
+        listing=shards.path / shards.manifest.rejects.file,
+        total=len(rejects),
+        test=tuple(reject.file for reject in rejects if reject.split == "test"),
+        ids=frozenset(name for reject in rejects for name in (reject.file, f"{reject.key}.pt")),
+    )

@@ -14,6 +14,7 @@ from shardprep import (
     BuildError,
     BuildOptions,
     BuildReport,
+    CorruptShardError,
     FormatError,
     SourceError,
     build_shards,
@@ -304,3 +305,14 @@ def test_speakers_that_rejects_leave_only_in_val_are_named(
     assert note == "in val, but not in train, are the speakers id00001"
     (note,) = build(source, tmp_path / "third", val_fraction=0.0, on_error="skip").notes
     assert "no val split" in note
+
+
+def test_finished_set_with_a_damaged_list_of_rejects_is_named(
+    source: Path, tmp_path: Path, build: Build
+) -> None:
+    sorted(source.glob("*.pt"))[0].write_bytes(b"garbage")
+    build(source, tmp_path / "shards", on_error="skip")
+    listing = tmp_path / "shards" / "rejects.jsonl"
+    listing.write_bytes(b"x" * len(listing.read_bytes()))
+    with pytest.raises(CorruptShardError, match=r"rejects\.jsonl: is not the list"):
+        build(source, tmp_path / "shards", on_error="skip")
