@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+_U32 = NDArray[np.uint32]
 _U64 = NDArray[np.uint64]
 
 _ROUNDS = 6
+# Smaller networks have too few functions to choose from to be uniform.
+_FEWEST_BITS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 # Streams of random numbers that must not be correlated with one another.
@@ -49,40 +52,60 @@ def derive_key(*parts: int) -> int:
 class Permutation:
     """A keyed bijection of range(n): a Feistel network with cycle walking.
 
-    The network permutes the next power of four; values beyond n are sent through again until
-    they fall below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), which
-    takes under four passes on average.
+    The network permutes the next power of two, in two parts of (nearly) as many bits; values
+    beyond n are sent through again until they fall below n (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains"), which takes under two passes on average.
 
     Args:
-        n: Size of the range, at least 1.
-        key: 64-bit key; see `derive_key`.
+        n: Size of the range, from 1 to 2**63; or as many sizes (B,), for a bijection of its own
+            for each position that is asked for.
+        key: 64-bit key, see `derive_key`; or a uint64 array (B,) likewise.
     """
 
-    def __init__(self, n: int, key: int) -> None:
-        assert n >= 1
-        self.n = n
-        half = max(1, ((n - 1).bit_length() + 1) // 2)
-        self._half = np.uint64(half)
-        self._low = np.uint64((1 << half) - 1)
-        self._keys = [np.uint64(derive_key(key, number)) for number in range(_ROUNDS)]
+    def __init__(self, n: int | Indices, key: int | _U64) -> None:
+        largest = int(np.max(n, initial=1))
+        bits = max(_FEWEST_BITS, (largest - 1).bit_length())
+        self._n = np.asarray(n, np.uint64)
+        self._shift = np.uint64(bits // 2)
+        self._low = np.uint32((1 << bits // 2) - 1)
+        self._high = np.uint32((1 << bits - bits // 2) - 1)
+        keys = np.asarray(key, np.uint64)
+        offsets = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        # (rounds,) for one key, (rounds, B) for many.
+        rounds = mix64(np.add.outer(offsets, keys))
+        self._keys = (rounds >> np.uint64(32)).astype(np.uint32)
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
         # From outside the range the walk might never come to an end.
-        assert not positions.size or (positions.min() >= 0 and positions.max() < self.n)
-        values = self._pass(positions.astype(np.uint64))
-        outside = np.flatnonzero(values >= self.n)
+        assert not positions.size or (positions.min() >= 0 and (positions < self._n).all())
+        values = self._pass(positions.astype(np.uint64), self._keys)
+        outside = np.flatnonzero(values >= self._n)
         while outside.size:
-            values[outside] = self._pass(values[outside])
-            outside = outside[values[outside] >= self.n]
+            keys = self._keys if self._keys.ndim == 1 else self._keys[:, outside]
+            values[outside] = self._pass(values[outside], keys)
+            limits = self._n if self._n.ndim == 0 else self._n[outside]
+            outside = outside[values[outside] >= limits]
         return values.astype(np.int64)
 
-    def _pass(self, values: _U64) -> _U64:
-        left, right = values >> self._half, values & self._low
-        for key in self._keys:
-            left, right = right, left ^ (mix64(right ^ key) & self._low)
-        joined: _U64 = (left << self._half) | right
+    def _pass(self, values: _U64, keys: _U32) -> _U64:
+        low = values.astype(np.uint32) & self._low
+        high = (values >> self._shift).astype(np.uint32)
+        for number in range(0, _ROUNDS, 2):
+            low ^= _scramble(high ^ keys[number]) & self._low
+            high ^= _scramble(low ^ keys[number + 1]) & self._high
+        joined: _U64 = (high.astype(np.uint64) << self._shift) | low
         return joined
+
+
+def _scramble(x: _U32) -> _U32:
+    """Finaliser of MurmurHash3 for 32-bit words (Appleby 2011); works in place."""
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> np.uint32(13)
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> np.uint32(16)
+    return x
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Permutation:
