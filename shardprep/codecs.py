@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ NPY_HEADER_BYTES = 128
 _SKIPPABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _FOOTER_BYTES = 9
-_ENTRY_BYTES = 8
+ENTRY_BYTES = 8
 
 _local = threading.local()
 
@@ -78,52 +79,52 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1).encode() + b"\n"
 
 
-def chunk_spans(
-    table: bytes | memoryview, first: int, last: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the zstd frames of chunks first..last (inclusive) lie within their member.
+def table_bytes_from_end(frames: NDArray[np.int64], chunk_frames: int) -> NDArray[np.int64]:
+    """How many bytes before the end of its member an utterance's seek table begins, (B,).
+
+    Entry 0 of the table is the npy header, so that chunk c is entry c + 1; the first four bytes
+    of each entry are the size of its zstd frame.
+    """
+    distance: NDArray[np.int64] = _FOOTER_BYTES + ENTRY_BYTES * (1 + -(-frames // chunk_frames))
+    return distance
+
+
+def inflate_many(
+    source: NDArray[np.uint8],
+    at: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    inflated: NDArray[np.int64],
+    threads: int = 1,
+) -> Sequence[Any]:
+    """Inflate independent zstd frames, all in one call that lets other threads run.
 
     Args:
-        table: The entries of the member's seek table; see `seek_table_bytes`.
-        first: First chunk of mel frames, from 0.
-        last: Last chunk of mel frames.
+        source: Bytes that hold the frames.
+        at: Where each frame begins (N,).
+        nbytes: Its size there (N,).
+        inflated: Its size once inflated (N,).
+        threads: Threads that share the work.
 
     Returns:
-        Begin and end offsets in bytes, each (last - first + 1,).
-    """
-    sizes = np.frombuffer(table, "<u4")[::2]
-    ends = np.cumsum(sizes, dtype=np.int64)
-    # Entry 0 is the npy header, so that chunk c begins where entry c ends.
-    return ends[first : last + 1], ends[first + 1 : last + 2]
-
-
-def seek_table_bytes(frames: int, chunk_frames: int) -> int:
-    """Bytes of the seek table's entries for an utterance; they end 9 bytes before the member."""
-    return _ENTRY_BYTES * (1 + -(-frames // chunk_frames))
-
-
-def seek_table_at(member: memoryview, frames: int, chunk_frames: int) -> memoryview:
-    """The entries of the seek table at the end of a member."""
-    end = len(member) - _FOOTER_BYTES
-    return member[end - seek_table_bytes(frames, chunk_frames) : end]
-
-
-def inflate_many(parts: list[memoryview]) -> list[memoryview]:
-    """Inflate independent zstd frames, all in one call.
+        The inflated frames as buffers.
 
     Raises:
-        ValueError: One of them is damaged.
+        ValueError: One of them is damaged, or of another size.
     """
-    if not parts:
-        return []
+    if not len(at):
+        return ()
     if not hasattr(_local, "decompressor"):
         # Not safe to share between threads.
         _local.decompressor = zstandard.ZstdDecompressor()
+    segments = np.stack([at, nbytes], 1).astype("<u8").tobytes()
     try:
-        inflated = _local.decompressor.multi_decompress_to_buffer(parts)
+        frames = zstandard.BufferWithSegments(source.data, segments)
+        chunks: Sequence[Any] = _local.decompressor.multi_decompress_to_buffer(
+            frames, decompressed_sizes=inflated.astype("<u8").tobytes(), threads=threads
+        )
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
-    return [memoryview(inflated[i]) for i in range(len(parts))]
+    return chunks
 
 
 def _seek_table(packed: list[bytes], plain: list[bytes]) -> bytes:

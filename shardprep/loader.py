@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,9 +16,21 @@ from torch import Tensor
 
 from shardprep.errors import ShardprepError
 from shardprep.reader import Split
-from shardprep.sampling import crop_starts, epoch_order, length_batches, rank_slice
+from shardprep.resident import ResidentSplit, fits
+from shardprep.sampling import Indices, crop_starts, epoch_order, length_batches, rank_slice
+from shardprep.windowed import WindowedOrder
 
 Batch = dict[str, Tensor]
+Order = Literal["global", "windowed"]
+Placement = Literal["auto", "host", "device"]
+# Maps positions of an epoch (B,) to indices (B,).
+EpochOrder = Callable[[Indices], Indices]
+# Indices, starts, segments (None where they are cut on the device), labels, lengths.
+Crops = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
+Item = TypeVar("Item")
+
+# Samples of all ranks whose order and crops are computed at a time.
+_PLANNED = 16_384
 
 
 class SegmentLoader:
@@ -38,14 +55,31 @@ class SegmentLoader:
             evenly; every rank still yields as many batches as the others, its last one perhaps
             with no segment at all.
         pad_value: Fills padded frames.
+        order: "global" shuffles the whole split, for data that fit into memory, lie on a fast
+            disk or on the device. "windowed" reads the shards one after the other and shuffles
+            within a window, for data larger than memory; see `shardprep.windowed`.
+        lanes: Sequences of shards that "windowed" reads side by side; a multiple of the world
+            size that divides the batch of all ranks.
+        window_shards: Shards in the window of each lane.
+        device: Where the batches go; None leaves them on the host.
+        dtype: What the segments are converted to, on the device; None keeps the stored dtype.
+        placement: Where the split lies. "host" reads the mapped shards. "device" loads the split
+            into the memory of `device` once, and cuts the same segments there. "auto" does so
+            where that takes at most `shardprep.resident.SHARE` of the free memory of a CUDA
+            device.
+        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
+
+    Attributes:
+        placement: "host" or "device", as was decided.
 
     Yields:
-        Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,) int64, length (B,)
-        int64, the frames of each segment that are not padding.
+        Dicts of tensors: mel (B, T, F), label (B,) int64, both on `device`, and length (B,)
+        int64, always on the host: the frames of each segment that are not padding.
 
     Raises:
         ValueError: An argument is out of range, or the split is smaller than one global batch
             and drop_last is on.
+        CorruptShardError: A split that is to lie on the device is damaged.
     """
 
     def __init__(
@@ -60,11 +94,19 @@ class SegmentLoader:
         shuffle: bool = True,
         drop_last: bool = True,
         pad_value: float = -20.0,
+        order: Order = "global",
+        lanes: int = 8,
+        window_shards: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        placement: Placement = "auto",
+        prefetch: int = 2,
     ) -> None:
-        if batch_size < 1 or segment_frames < 1 or not 0 <= rank < world_size:
+        if batch_size < 1 or segment_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
             raise ValueError(
-                f"batch_size {batch_size}, segment_frames {segment_frames}, rank {rank} of "
-                f"{world_size}: sizes must be positive and the rank below the world size"
+                f"batch_size {batch_size}, segment_frames {segment_frames}, prefetch {prefetch}, "
+                f"rank {rank} of {world_size}: sizes must be positive and the rank below the "
+                "world size"
             )
         self._global_batch = batch_size * world_size
         if drop_last and len(split) < self._global_batch:
@@ -72,6 +114,8 @@ class SegmentLoader:
                 f"split {split.name} has {len(split)} utterances, fewer than one batch of "
                 f"{batch_size} on each of {world_size} ranks; take a smaller batch_size"
             )
+        if order == "windowed":
+            check_lanes(lanes, window_shards, self._global_batch, world_size)
         self.split = split
         self.epoch = 0
         self._segment_frames = segment_frames
@@ -79,9 +123,19 @@ class SegmentLoader:
         self._rank, self._world_size = rank, world_size
         self._shuffle = shuffle
         self._pad_value = pad_value
+        self._order: Order = order
+        self._lanes, self._window_shards = lanes, window_shards
+        self._device = torch.device("cpu" if device is None else device)
+        self._dtype = dtype
+        self._prefetch = prefetch
         self._position = 0
         rest = len(split) % self._global_batch
         self._end = len(split) - rest if drop_last else len(split)
+        if placement == "auto":
+            placement = "device" if fits(split, self._device) else "host"
+        self.placement = placement
+        self._resident = ResidentSplit(split, self._device) if placement == "device" else None
+        self._warmed = placement == "device"
 
     def __len__(self) -> int:
         """Batches a whole epoch gives each rank."""
@@ -97,51 +151,183 @@ class SegmentLoader:
 
         The position counts the samples of all ranks, so that another world size can go on from it.
         """
-        return {
+        state = {
             "epoch": self.epoch,
             "position": self._position,
             "seed": self._seed,
             "split": self.split.name,
             "fingerprint": self.split.fingerprint,
+            "order": self._order,
         }
+        if self._order == "windowed":
+            # These decide which utterances have had their turn.
+            state["lanes"], state["window_shards"] = self._lanes, self._window_shards
+            state["global_batch"] = self._global_batch
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where a loader stood when its `state_dict` was taken.
 
         Raises:
-            ShardprepError: The state belongs to other data or another seed.
+            ShardprepError: The state belongs to other data, another seed or another order.
         """
         own = self.state_dict()
-        for name in ("split", "fingerprint", "seed"):
-            if state.get(name) != own[name]:
+        for name in own.keys() - {"epoch", "position"}:
+            # States of before there was a choice of orders do not name theirs.
+            found = state.get(name, "global" if name == "order" else None)
+            if found != own[name]:
                 raise ShardprepError(
-                    f"the saved position has {name} {state.get(name)!r}, this loader {own[name]!r}",
+                    f"the saved position has {name} {found!r}, this loader {own[name]!r}",
                     key=name,
-                    remedy="Resume with the data set and the seed that the run began with.",
+                    remedy="Resume with the data set, the seed and the order that the run began "
+                    "with.",
                 )
         self.epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._position < self._end:
-            begin = self._position
-            self._position = min(begin + self._global_batch, self._end)
-            yield self._batch(begin, self._position)
+        self._warm()
+        ready = _ahead(self._crops(self.epoch, self._position), self._prefetch)
+        with contextlib.closing(ready):
+            for end, crops in ready:
+                self._position = end
+                yield self._deliver(crops)
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _batch(self, begin: int, end: int) -> Batch:
-        share = rank_slice(end - begin, self._rank, self._world_size)
-        indices = np.arange(begin + share.start, begin + share.stop, dtype=np.int64)
-        starts = np.zeros_like(indices)
-        if self._shuffle:
-            indices = epoch_order(len(self.split), self._seed, self.epoch)(indices)
-            starts = crop_starts(
-                indices,
-                self.split.frames[indices],
-                self._segment_frames,
-                seed=self._seed,
-                epoch=self.epoch,
-            )
-        return _crop_batch(self.split, indices, starts, self._segment_frames, self._pad_value)
+    def _crops(self, epoch: int, position: int) -> Iterator[tuple[int, Crops]]:
+        """Segments of this rank's batches on the host, and the position behind each batch."""
+        order = self._epoch_order(epoch)
+        asked: set[int] = set()
+        step = self._global_batch
+        # Order and crops of many batches at once: NumPy's calls cost more than their work.
+        stride = max(1, _PLANNED // step) * step
+        for block in range(position, self._end, stride):
+            if isinstance(order, WindowedOrder):
+                self._read_ahead(order, block, stride, asked)
+            begins = range(block, min(block + stride, self._end), step)
+            ends = [min(begin + step, self._end) for begin in begins]
+            shares = [
+                rank_slice(end - begin, self._rank, self._world_size)
+                for begin, end in zip(begins, ends, strict=True)
+            ]
+            indices, starts = self._plan(order, epoch, begins, shares)
+            labels = torch.from_numpy(self.split.labels[indices].astype(np.int64))
+            lengths = np.minimum(self.split.frames[indices], self._segment_frames)
+            at = 0
+            for end, share in zip(ends, shares, strict=True):
+                own = slice(at, at := at + share.stop - share.start)
+                mel = self._host_mel(indices[own], starts[own])
+                length = torch.from_numpy(lengths[own].copy())
+                yield end, (indices[own], starts[own], mel, labels[own].clone(), length)
+
+    def _plan(
+        self, order: EpochOrder, epoch: int, begins: range, shares: list[slice]
+    ) -> tuple[Indices, Indices]:
+        """Indices and crop starts of this rank's part of some batches."""
+        positions = np.concatenate(
+            [
+                np.arange(begin + share.start, begin + share.stop)
+                for begin, share in zip(begins, shares, strict=True)
+            ]
+        )
+        if not self._shuffle:
+            return positions, np.zeros_like(positions)
+        indices, length = order(positions), self._segment_frames
+        frames = self.split.frames[indices]
+        return indices, crop_starts(indices, frames, length, seed=self._seed, epoch=epoch)
+
+    def _epoch_order(self, epoch: int) -> EpochOrder:
+        if self._order == "global":
+            return epoch_order(len(self.split), self._seed, epoch)
+        return WindowedOrder(
+            self.split.shard_samples,
+            self._seed,
+            epoch,
+            global_batch=self._global_batch,
+            lanes=self._lanes,
+            window_shards=self._window_shards,
+        )
+
+    def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
+        """Segments cut from the mapped shards, in memory that a GPU can fetch them from."""
+        if self._resident is not None:
+            return None
+        split = self.split
+        mel = torch.empty(
+            (len(indices), self._segment_frames, split.n_mels),
+            dtype=torch.from_numpy(np.empty(0, split.dtype)).dtype,
+            pin_memory=self._device.type == "cuda",
+        )
+        split.crops(indices, starts, self._segment_frames, self._pad_value, out=mel.numpy())
+        return mel
+
+    def _deliver(self, crops: Crops) -> Batch:
+        """Bring a batch to the device; the host waits for nothing."""
+        indices, starts, mel, label, length = crops
+        if mel is None:
+            assert self._resident is not None
+            mel = self._resident.crops(indices, starts, self._segment_frames, self._pad_value)
+        if self._device.type == "cuda":
+            label = label.pin_memory()
+        # Converted on the device, after the copy: fewer bytes travel.
+        mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
+        return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
+
+    def _warm(self) -> None:
+        """Have the shards read from end to end, once, where the global order would pick pages."""
+        if self._warmed or self._order != "global":
+            return
+        self._warmed = True
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.split.nbytes <= memory // 2:
+            threading.Thread(target=_read_all, args=(self.split,), daemon=True).start()
+
+    def _read_ahead(self, order: WindowedOrder, begin: int, stride: int, asked: set[int]) -> None:
+        """Ask for the shards of the coming batches that were not asked for in this epoch."""
+        share = self._lanes // self._world_size
+        lanes = range(self._rank * share, (self._rank + 1) * share)
+        for shard in order.needed(begin, stride // self._lanes, lanes):
+            if shard not in asked:
+                asked.add(shard)
+                self.split.read_ahead(shard)
+
+
+def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: int) -> None:
+    """Make sure that lanes can be shared out over batches and ranks.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if lanes < 1 or window_shards < 1:
+        raise ValueError(f"lanes {lanes}, window_shards {window_shards}: both must be positive")
+    if lanes % world_size or global_batch % lanes:
+        raise ValueError(
+            f"lanes {lanes}: must be a multiple of the {world_size} processes, and divide the "
+            f"{global_batch} crops of a batch of all of them"
+        )
+
+
+def _read_all(split: Split) -> None:
+    # What is wrong with a shard is said when a segment of it is due.
+    with contextlib.suppress(ShardprepError):
+        for shard in range(len(split.shard_samples)):
+            split.read_ahead(shard)
+
+
+def _ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
+    """The same items, `count` of them made ahead by a thread."""
+    if not count:
+        yield from items
+        return
+    done = object()
+    with ThreadPoolExecutor(1, "shardprep-prefetch") as thread:
+        waiting = deque(thread.submit(next, items, done) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not done:
+                waiting.append(thread.submit(next, items, done))
+                yield cast(Item, item)
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class UtteranceLoader:

@@ -6,10 +6,9 @@ The index says where every mel matrix lies, so nothing here parses a tar or a JS
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
+from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
 from shardprep.errors import CorruptShardError, FormatError
-from shardprep.format import Manifest, load_manifest
+from shardprep.format import NO_LABEL, Manifest, load_manifest
+from shardprep.shardmap import ShardMap
 from shardprep.sidecars import REBUILD, load_index, read_rejects
 from shardprep.source import Reject
+
+# Index rows that are checked at a time.
+_BLOCK = 1 << 18
 
 
 class ShardSet(Mapping[str, "Split"]):
@@ -99,22 +103,24 @@ class Split:
         self.dtype = manifest.numpy_dtype
         self.fingerprint = manifest.fingerprint
         self._codec = manifest.codec
+        self._manifest = manifest
         self._folder = folder
         self._info = manifest.splits[name]
         self._rows = load_index(folder, self._info)
-        self.labels: NDArray[np.int32] = np.ascontiguousarray(self._rows["label"])
-        self.frames: NDArray[np.int64] = self._rows["frames"].astype(np.int64)
-        self._shard: NDArray[np.int64] = self._rows["shard"].astype(np.int64)
-        self._offset: NDArray[np.int64] = self._rows["offset"].astype(np.int64)
-        self._check_bounds(len(manifest.speakers))
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        shards = self._info.shards
+        self._map = ShardMap([(folder / shard.file, shard.bytes) for shard in shards])
+        self.labels: NDArray[np.int32] = np.empty(len(self._rows), np.int32)
+        self.frames: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
+        # Where each payload begins, in bytes of the map.
+        self._begin: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
+        self._load_columns(len(manifest.speakers))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Another process maps the shards itself; pickled, they would travel byte by byte.
-        return {**self.__dict__, "_maps": {}}
+    def __reduce__(self) -> Any:
+        # Another process opens the files itself; pickled, they would travel byte by byte.
+        return type(self), (self._folder, self.name, self._manifest)
 
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
@@ -192,139 +198,98 @@ class Split:
             out = np.empty(shape, self.dtype)
         elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous array {shape} of {self.dtype}")
-        valid = np.minimum(self.frames[index] - start, length)
-        if self._codec.name == "none":
-            self._gather(index, start, valid, length, pad_value, out)
-        else:
-            self._inflate(index, start, valid, pad_value, out)
+        frames = self.frames[index]
+        self._map.need(self._rows["shard"][index])
+        begin = self._begin[index]
+        end = begin + self._rows["nbytes"][index]
+        valid = np.minimum(frames - start, length)
+        try:
+            self._cropper(begin, end, frames, start, valid, pad_value, out)
+        except DamagedChunk as error:
+            what = f"a chunk cannot be inflated ({error})"
+            raise self._damaged(int(index[error.row]), what) from None
         return out
 
-    def _gather(
-        self,
-        index: NDArray[np.int64],
-        start: NDArray[np.int64],
-        valid: NDArray[np.int64],
-        length: int,
-        pad_value: float,
-        out: NDArray[Any],
-    ) -> None:
-        """Copy full crops by one strided gather a shard, and short ones singly."""
-        size = length * self.n_mels
-        flat = out.reshape(len(index), size)
-        # Position of each crop in elements of its shard; members begin at multiples of 512 bytes.
-        first = (self._offset[index] + codecs.NPY_HEADER_BYTES) // self.dtype.itemsize
-        first += start * self.n_mels
-        shard = self._shard[index]
-        full = np.flatnonzero(valid == length)
-        full = full[np.argsort(shard[full], kind="stable")]
-        cuts = np.flatnonzero(np.diff(shard[full])) + 1
-        for rows in np.split(full, cuts) if full.size else ():
-            flat[rows] = self._crop_windows(int(shard[rows[0]]), size)[first[rows]]
-        for row in np.flatnonzero(valid < length):
-            count = int(valid[row]) * self.n_mels
-            elements = self._map(int(shard[row])).view(self.dtype)
-            flat[row, :count] = elements[first[row] : first[row] + count]
-            flat[row, count:] = pad_value
+    @functools.cached_property
+    def _cropper(self) -> Cropper:
+        if self._codec.chunk_frames is None:
+            return PlainCropper(self._map, self.dtype)
+        return ZstdCropper(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
 
-    def _crop_windows(self, shard: int, size: int) -> NDArray[Any]:
-        """Every run of `size` elements of a shard, as an overlapping view (positions, size)."""
-        elements = self._map(shard).view(self.dtype)
-        step = elements.itemsize
-        # Unlike `as_strided`, this refuses a shape that reaches beyond the buffer.
-        return np.ndarray((len(elements) - size + 1, size), self.dtype, elements, 0, (step, step))
+    def read_ahead(self, shard: int) -> None:
+        """Have the system read a whole shard into memory, in the background.
 
-    def _inflate(
-        self,
-        index: NDArray[np.int64],
-        start: NDArray[np.int64],
-        valid: NDArray[np.int64],
-        pad_value: float,
-        out: NDArray[Any],
-    ) -> None:
-        """Inflate the chunks that the crops touch, all in one call, and copy the crops out."""
-        chunk = self._codec.chunk_frames
-        assert chunk is not None
-        first, last = start // chunk, (start + valid - 1) // chunk
-        parts: list[list[memoryview]] = []
-        for i, begin, end in zip(index, first, last, strict=True):
-            member = self._payload(int(i))
-            table = codecs.seek_table_at(member, int(self.frames[i]), chunk)
-            spans = zip(*codecs.chunk_spans(table, int(begin), int(end)), strict=True)
-            parts.append([member[a:b] for a, b in spans])
-        try:
-            inflated = codecs.inflate_many([part for own in parts for part in own])
-        except ValueError:
-            self._name_damaged_chunk(index, parts)
-            raise
-        at = 0
-        for row, i in enumerate(index):
-            count = int(last[row] - first[row]) + 1
-            mel = np.frombuffer(b"".join(inflated[at : at + count]), self.dtype)
-            at += count
-            skip = int(start[row] - first[row] * chunk) * self.n_mels
-            size = int(valid[row]) * self.n_mels
-            if len(mel) < skip + size:
-                raise self._damaged(int(i), "its chunks are shorter than the index says")
-            out[row, : valid[row]] = mel[skip : skip + size].reshape(-1, self.n_mels)
-            out[row, valid[row] :] = pad_value
+        Raises:
+            CorruptShardError: The shard is missing, or has another size than the manifest says.
+        """
+        self._map.read_ahead(shard)
 
-    def _name_damaged_chunk(self, index: NDArray[np.int64], parts: list[list[memoryview]]) -> None:
-        """Inflate utterance by utterance, to find the one whose chunk is damaged."""
-        for i, own in zip(index, parts, strict=True):
-            try:
-                codecs.inflate_many(own)
-            except ValueError as error:
-                raise self._damaged(int(i), f"a chunk cannot be inflated ({error})") from None
+    @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Utterances of each shard, in the order of the index."""
+        return tuple(shard.samples for shard in self._info.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all matrices once inflated, in bytes."""
+        return self._info.frames * self.n_mels * self.dtype.itemsize
 
     def _payload(self, index: int) -> memoryview:
-        shard = self._map(int(self._shard[index]))
-        begin = int(self._offset[index])
-        return shard.data[begin : begin + int(self._rows["nbytes"][index])]
+        row = self._rows[index]
+        self._map.need(np.array([row["shard"]], np.int64))
+        begin = int(self._begin[index])
+        return self._map.bytes.data[begin : begin + int(row["nbytes"])]
 
-    def _map(self, shard: int) -> NDArray[np.uint8]:
-        """The bytes of a shard, mapped when first needed."""
-        if shard not in self._maps:
-            info = self._info.shards[shard]
-            path = self._folder / info.file
-            self._maps[shard] = _map_file(path, info.bytes)
-        return self._maps[shard]
+    def _load_columns(self, speakers: int) -> None:
+        """Fill the columns, refusing an index that points outside the shards.
 
-    def _check_bounds(self, speakers: int) -> None:
-        """Refuse an index that points outside the shards: the gather trusts it."""
+        The crops trust them. It goes by blocks, so that a large index needs no memory twice.
+        """
         sizes = np.array([shard.bytes for shard in self._info.shards], np.int64)
-        rows, counted = self._rows, self._info
-        nbytes = rows["nbytes"].astype(np.int64)
-        plain = codecs.NPY_HEADER_BYTES + self.frames * self.n_mels * self.dtype.itemsize
-        chunk = self._codec.chunk_frames
-        fits = {
-            "number of utterances": len(rows) == counted.samples,
-            "number of frames": int(self.frames.sum()) == counted.frames,
-            "shard number": bool((self._shard < len(sizes)).all()),
-            "label": bool(((self.labels >= -1) & (self.labels < speakers)).all()),
-            "frames": bool((self.frames > 0).all()),
-            "size": bool((nbytes == plain).all())
-            if chunk is None
-            else bool((nbytes > 17 + 8 * (1 + -(-self.frames // chunk))).all()),
-        }
-        if fits["shard number"]:
-            ends = self._offset + nbytes
-            aligned = (self._offset >= 0) & (self._offset % 512 == 0)
-            fits["offset"] = (
-                bool((aligned & (ends <= sizes[self._shard])).all()) if len(rows) else True
-            )
-        for what, good in fits.items():
-            if not good:
-                raise CorruptShardError(
-                    f"the {what} in the index does not fit the manifest",
-                    file=self._folder / counted.index.file,
-                    remedy=REBUILD,
-                )
+        total = 0
+        for at in range(0, len(self._rows), _BLOCK):
+            block = slice(at, at + _BLOCK)
+            rows = self._rows[block]
+            frames, labels = rows["frames"].astype(np.int64), rows["label"]
+            for what, good in self._checks(rows, frames, sizes, speakers):
+                if not good.all():
+                    raise self._unfit(what)
+            total += int(frames.sum())
+            self.frames[block], self.labels[block] = frames, labels
+            self._begin[block] = self._map.begins[rows["shard"]] + rows["offset"].astype(np.int64)
+        if len(self._rows) != self._info.samples:
+            raise self._unfit("number of utterances")
+        if total != self._info.frames:
+            raise self._unfit("number of frames")
+
+    def _checks(
+        self, rows: NDArray[Any], frames: NDArray[np.int64], sizes: NDArray[np.int64], speakers: int
+    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        """What must hold of every row (N,), one after the other."""
+        yield "shard number", rows["shard"] < len(sizes)
+        yield "label", (rows["label"] >= NO_LABEL) & (rows["label"] < speakers)
+        yield "number of frames", frames > 0
+        nbytes, chunk = rows["nbytes"].astype(np.int64), self._codec.chunk_frames
+        if chunk is None:
+            plain = codecs.NPY_HEADER_BYTES + frames * self.n_mels * self.dtype.itemsize
+            yield "size", nbytes == plain
+        else:
+            yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
+        offset = rows["offset"].astype(np.int64)
+        aligned = (offset >= 0) & (offset % 512 == 0)
+        yield "offset", aligned & (offset + nbytes <= sizes[rows["shard"]])
+
+    def _unfit(self, what: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"the {what} in the index does not fit the manifest",
+            file=self._folder / self._info.index.file,
+            remedy=REBUILD,
+        )
 
     def _damaged(self, index: int, what: str) -> CorruptShardError:
-        info = self._info.shards[int(self._shard[index])]
-        return CorruptShardError(
-            what, file=self._folder / info.file, key=str(self.keys[index]), remedy=REBUILD
-        )
+        row = self._rows[index]
+        path = self._folder / self._info.shards[int(row["shard"])].file
+        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REBUILD)
 
 
 def open_shards(path: str | os.PathLike[str]) -> ShardSet:
@@ -338,19 +303,3 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     """
     folder = Path(path)
     return ShardSet(folder, load_manifest(folder))
-
-
-def _map_file(path: Path, expected: int) -> NDArray[np.uint8]:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected:
-                raise CorruptShardError(
-                    f"has {size} bytes, expected {expected}", file=path, remedy=REBUILD
-                )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise CorruptShardError(
-            f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
-        ) from None
-    return np.frombuffer(mapped, np.uint8)

@@ -60,10 +60,11 @@ class Permutation:
         n: Size of the range, from 1 to 2**63; or as many sizes (B,), for a bijection of its own
             for each position that is asked for.
         key: 64-bit key, see `derive_key`; or a uint64 array (B,) likewise.
+        largest: With many sizes: one that none exceeds. It decides the images too.
     """
 
-    def __init__(self, n: int | Indices, key: int | _U64) -> None:
-        largest = int(np.max(n, initial=1))
+    def __init__(self, n: int | Indices, key: int | _U64, largest: int | None = None) -> None:
+        largest = int(np.max(n)) if largest is None else largest
         bits = max(_FEWEST_BITS, (largest - 1).bit_length())
         self._n = np.asarray(n, np.uint64)
         self._shift = np.uint64(bits // 2)

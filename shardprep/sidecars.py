@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from shardprep.errors import CorruptShardError
 from shardprep.format import Manifest, SplitInfo, is_index
 from shardprep.source import Reject
+from shardprep.storage import sha256_of
 
 REBUILD = (
     "Run `shardprep verify` on the folder to see all that is damaged, then build the set again "
@@ -22,29 +21,28 @@ REBUILD = (
 
 
 def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
-    """The index rows of a split (N,), whole by their sha256; see FORMAT.md for the fields.
+    """The index rows of a split (N,), mapped, and whole by their sha256; FORMAT.md has the fields.
 
     Raises:
         CorruptShardError: The file is missing or damaged.
     """
     path = folder / split.index.file
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
+        if size != split.index.bytes:
+            raise CorruptShardError(
+                f"has {size} bytes, expected {split.index.bytes}", file=path, remedy=REBUILD
+            )
+        if sha256_of(path) != split.index.sha256:
+            raise CorruptShardError(
+                "its sha256 is not the one in the manifest", file=path, remedy=REBUILD
+            )
+        rows: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except OSError as error:
         raise CorruptShardError(
             f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
         ) from None
-    if len(data) != split.index.bytes:
-        raise CorruptShardError(
-            f"has {len(data)} bytes, expected {split.index.bytes}", file=path, remedy=REBUILD
-        )
-    if hashlib.sha256(data).hexdigest() != split.index.sha256:
-        raise CorruptShardError(
-            "its sha256 is not the one in the manifest", file=path, remedy=REBUILD
-        )
-    try:
-        rows: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, SyntaxError, EOFError, MemoryError) as error:
+    except (ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
         raise CorruptShardError(f"is no index ({error})", file=path, remedy=REBUILD) from None
     if not is_index(rows):
         raise CorruptShardError(f"has rows {rows.dtype}", file=path, remedy=REBUILD)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardprep import SegmentLoader, ShardprepError, Split, UtteranceLoader, open_shards
+from shardprep import (
+    CorruptShardError,
+    SegmentLoader,
+    ShardprepError,
+    Split,
+    UtteranceLoader,
+    open_shards,
+)
 from shardprep.sampling import crop_starts, epoch_order
 
 Batch = dict[str, torch.Tensor]
@@ -207,6 +216,7 @@ def test_state_is_plain_values(split: Split) -> None:
         "seed": 0,
         "split": "train",
         "fingerprint": split.fingerprint,
+        "order": "global",
     }
 
 
@@ -235,11 +245,120 @@ def test_state_of_another_seed_or_data_set_is_refused(
         {"rank": 2, "world_size": 2},
         {"batch_size": 29},
         {"batch_size": 8, "world_size": 4},
+        {"prefetch": -1},
     ],
 )
 def test_arguments_out_of_range_are_refused(split: Split, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="batch_size|batch of"):
         loader(split, **options)
+
+
+WINDOWED: dict[str, Any] = {"order": "windowed", "lanes": 4, "window_shards": 1}
+
+
+@pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": 3}, {"window_shards": 0}])
+def test_lanes_that_cannot_be_shared_out_are_refused(split: Split, options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="lanes"):
+        loader(split, **{**WINDOWED, **options})
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        loader(split, **WINDOWED, world_size=3)
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWED], ids=["global", "windowed"])
+@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "none"), ("float16", "zstd")])
+def test_every_way_to_the_batches_gives_the_same_bits(
+    edge_sets: dict[tuple[str, str], Path],
+    kind: tuple[str, str],
+    prefetch: int,
+    placement: str,
+    options: dict[str, Any],
+) -> None:
+    split = open_shards(edge_sets[kind])["train"]
+    options = {**options, "segment_frames": 100, "drop_last": False, "pad_value": -7.0}
+    plain = loader(split, **options, prefetch=0, placement="host")
+    other = loader(split, **options, prefetch=prefetch, placement=placement, device="cpu")
+    assert other.placement == placement
+    for _ in range(2):
+        batches = list(other)
+        assert same(batches, list(plain))
+        assert len(indices_of(split, batches)) == len(split)
+
+
+def test_on_a_cpu_the_split_stays_where_it_is(split: Split) -> None:
+    assert loader(split, device="cpu", placement="auto").placement == "host"
+
+
+def test_segments_are_converted_to_the_dtype_that_is_asked_for(split: Split) -> None:
+    own = joined(list(loader(split, dtype=torch.bfloat16)))
+    assert own["mel"].dtype == torch.bfloat16
+    assert torch.equal(own["mel"], joined(list(loader(split)))["mel"].to(torch.bfloat16))
+
+
+def test_batches_that_are_kept_are_not_overwritten(split: Split) -> None:
+    own = loader(split, prefetch=3)
+    kept = [next(iter(own)) for _ in range(5)]
+    copies = [{name: t.clone() for name, t in batch.items()} for batch in kept]
+    for _ in range(4):
+        list(own)
+    assert same(kept, copies)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_windowed_batches_are_the_same_at_any_world_size_that_divides_the_lanes(
+    split: Split, world_size: int
+) -> None:
+    options = {**WINDOWED, "batch_size": 8 // world_size, "drop_last": False}
+    batches = global_batches(split, world_size, **options)
+    assert same(batches, list(loader(split, **{**options, "batch_size": 8})))
+    found = indices_of(split, batches)
+    assert sorted(found) == list(range(len(split)))
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWED], ids=["global", "windowed"])
+def test_resuming_is_exact_with_batches_prepared_ahead(
+    split: Split, options: dict[str, Any]
+) -> None:
+    whole = list(loader(split, **options))
+    own = loader(split, **options, prefetch=4)
+    taken = list(itertools.islice(own, 3))
+    state = own.state_dict()
+    other = loader(split, **options, prefetch=4)
+    other.load_state_dict(state)
+    assert same(taken + list(other), whole)
+
+
+def test_position_of_another_order_is_refused(split: Split) -> None:
+    state = loader(split, **WINDOWED).state_dict()
+    for options in ({}, {**WINDOWED, "lanes": 2}, {**WINDOWED, "window_shards": 2}):
+        with pytest.raises(ShardprepError, match="Resume with"):
+            loader(split, **options).load_state_dict(state)
+    with pytest.raises(ShardprepError, match="global_batch 4"):
+        loader(split, **WINDOWED, batch_size=8).load_state_dict(state)
+
+
+def test_damage_met_by_the_prefetching_thread_reaches_the_reader(
+    edge_set: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(edge_set, folder)
+    (folder / "train-000001.tar").unlink()
+    own = loader(open_shards(folder)["train"], prefetch=3)
+    with pytest.raises(CorruptShardError, match=r"train-000001\.tar.*cannot be read"):
+        list(own)
+
+
+def test_no_thread_is_left_behind(split: Split) -> None:
+    own = loader(split, prefetch=3)
+    own._warmed = True  # That thread ends by itself.
+    for _ in range(3):
+        iterator = iter(own)
+        next(iterator)
+        iterator.close()  # type: ignore[attr-defined]
+    list(own)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("shardprep-prefetch")]
 
 
 def test_split_smaller_than_a_batch_is_one_batch_without_drop_last(split: Split) -> None:

@@ -269,7 +269,7 @@ def sign_index(folder: Path, rows: NDArray[Any]) -> None:
         ("label", 3, "label"),
         ("label", -2, "label"),
         ("frames", 0, "number of frames"),
-        ("frames", 2**32 - 1, "number of frames"),
+        ("frames", 2**32 - 1, "size"),
     ],
 )
 def test_index_that_points_outside_is_refused_even_when_signed(

@@ -1,0 +1,137 @@
+"""All shards of a split in one read-only stretch of memory, mapped one after another.
+
+A crop anywhere in the split is then one address, so that a whole batch is one gather. Python's
+own mmap cannot place files side by side, and keeps a file descriptor open for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.errors import CorruptShardError, StorageError
+from shardprep.sidecars import REBUILD
+
+_MAP_FIXED = 0x10
+_MADV_WILLNEED = 3
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class ShardMap:
+    """The bytes of some files, each from a page boundary on; a file is mapped when first needed.
+
+    What lies between the end of a file and the next one reads as zeros, and so does a file that
+    is not mapped yet.
+
+    Args:
+        files: Path and expected size in bytes of each file.
+
+    Attributes:
+        begins: Where each file begins (files,), in bytes.
+        bytes: Everything (total,) uint8, read-only; lives as long as anybody holds a view.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
+        self._files = files
+        sizes = np.array([size for _, size in files], np.int64)
+        self._room = -(-sizes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.begins: NDArray[np.int64] = np.cumsum(self._room) - self._room
+        self._region = _Region(int(self._room.sum()))
+        self.bytes: NDArray[np.uint8] = np.asarray(self._region)
+        self._mapped = np.zeros(len(files), bool)
+        self._missing = len(files)
+        self._lock = threading.Lock()
+
+    def need(self, shards: NDArray[np.int64]) -> None:
+        """Make sure that these files (B,) are mapped.
+
+        Raises:
+            CorruptShardError: A file is missing, or has another size than expected.
+            StorageError: The system maps no more files.
+        """
+        if self._missing:
+            for shard in np.unique(shards[~self._mapped[shards]]).tolist():
+                self._map(shard)
+
+    def read_ahead(self, shard: int) -> None:
+        """Ask the system to read a whole file into memory, in one sweep and in the background.
+
+        Raises:
+            CorruptShardError: The file is missing, or has another size than expected.
+        """
+        self.need(np.array([shard]))
+        address = self._region.address + int(self.begins[shard])
+        # Advice: where it is refused, the pages are read one by one as they are touched.
+        _libc.madvise(address, int(self._room[shard]), _MADV_WILLNEED)
+
+    def _map(self, shard: int) -> None:
+        with self._lock:
+            if self._mapped[shard]:
+                return
+            path, expected = self._files[shard]
+            try:
+                with open(path, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != expected:
+                        raise CorruptShardError(
+                            f"has {size} bytes, expected {expected}", file=path, remedy=REBUILD
+                        )
+                    self._region.put(int(self.begins[shard]), size, file.fileno())
+            except OSError as error:
+                raise CorruptShardError(
+                    f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
+                ) from None
+            self._mapped[shard] = True
+            self._missing -= 1
+
+
+class _Region:
+    """A stretch of address space; an array over it is the last to hold it."""
+
+    def __init__(self, size: int) -> None:
+        self.address = _mmap(None, max(size, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANON, -1)
+        self.__array_interface__ = {
+            "data": (self.address, True),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+        weakref.finalize(self, _libc.munmap, self.address, max(size, mmap.PAGESIZE))
+
+    def put(self, begin: int, size: int, handle: int) -> None:
+        """Map a file of `size` bytes from byte `begin` on."""
+        if size:
+            _mmap(self.address + begin, size, mmap.MAP_SHARED | _MAP_FIXED, handle)
+
+
+def _mmap(address: int | None, size: int, flags: int, handle: int) -> Any:
+    found = _libc.mmap(address, size, mmap.PROT_READ, flags, handle, 0)
+    if found == _FAILED:
+        raise StorageError(
+            f"the system maps no more memory: {os.strerror(ctypes.get_errno())}",
+            remedy="Raise the limits on address space (ulimit -v) and on mappings "
+            "(sysctl vm.max_map_count), or build with more --samples-per-shard.",
+        )
+    return found
