@@ -28,6 +28,16 @@ class DataConfig:
     """Crops in a micro-batch of one process."""
     pad_value: float = -20.0
     """Fills what an utterance shorter than its crop leaves [log-mel]."""
+    placement: Literal["auto", "host", "device"] = "auto"
+    """Where the training split lies: read from the shards, or kept on the GPU where it fits."""
+    order: Literal["global", "windowed"] = "global"
+    """Shuffle everything, or within a window, for data larger than memory."""
+    lanes: int = 8
+    """Sequences of shards read side by side, with order windowed."""
+    window_shards: int = 4
+    """Shuffling window of each lane, with order windowed [shards]."""
+    prefetch: int = 2
+    """Batches that a thread prepares ahead."""
     eval_frames: int = 32768
     """Largest padded area of a batch of whole utterances [frames]; a longer one goes alone."""
 
@@ -158,6 +168,9 @@ _TOO_LARGE = 2**63
 _AT_LEAST = {
     "data.segment_frames": 1,
     "data.batch_size": 1,
+    "data.lanes": 1,
+    "data.window_shards": 1,
+    "data.prefetch": 0,
     "data.eval_frames": 1,
     "model.dim": 1,
     "model.layers": 1,

@@ -85,7 +85,9 @@ class Trainer:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.global_batch = config.data.batch_size * config.train.accumulate * self.world_size
-        self.loader = build_train_loader(config, self.shards, self.rank, self.world_size)
+        self.loader = build_train_loader(
+            config, self.shards, self.rank, self.world_size, self.device
+        )
         self.step = 0
         self.best: dict[str, Any] = {"accuracy": None, "step": None}
         self._build_model()
@@ -109,7 +111,7 @@ class Trainer:
             f"{config.name}: {weights:,} weights, {len(self.shards.speakers):,} speakers, "
             f"{len(split):,} utterances to train on; {self.world_size} process(es) on "
             f"{self.device.type}, precision {self.accelerator.mixed_precision}, "
-            f"{self.global_batch:,} crops a step; "
+            f"{self.global_batch:,} crops a step, data on the {self.loader.placement}; "
             + (f"continues after step {self.step:,}" if self.step else f"run folder {config.run}")
         )
 

@@ -41,7 +41,7 @@ def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Ten
     """Move a batch to the device, in float32.
 
     Args:
-        batch: `mel` (B, T, F) and `length` (B,) on the CPU.
+        batch: `mel` (B, T, F), anywhere, and `length` (B,) on the CPU.
         device: Where the model is.
 
     Returns:

@@ -41,12 +41,13 @@ def build_optimizer(
 
 
 def build_train_loader(
-    config: Config, shards: ShardSet, rank: int, world_size: int
+    config: Config, shards: ShardSet, rank: int, world_size: int, device: torch.device
 ) -> SegmentLoader:
-    """This rank's part of the training split, as random crops.
+    """This rank's part of the training split, as random crops that arrive on `device`.
 
     Raises:
-        ConfigError: The split has fewer utterances than one micro-batch of all ranks.
+        ConfigError: The split has fewer utterances than one micro-batch of all ranks, or its
+            lanes cannot be shared out over them.
     """
     data, split = config.data, shards["train"]
     if len(split) < data.batch_size * world_size:
@@ -54,8 +55,20 @@ def build_train_loader(
             f"data.batch_size: found {data.batch_size} on {world_size} process(es), but "
             f"{data.shards} has only {len(split)} utterances to train on; take a smaller one"
         )
+    lanes, crops = data.lanes, data.batch_size * world_size
+    if data.order == "windowed" and (lanes % world_size or crops % lanes):
+        raise ConfigError(
+            f"data.lanes: found {lanes}; with data.order windowed it must be a multiple of the "
+            f"{world_size} process(es) and divide the {crops} crops of their micro-batches"
+        )
     return SegmentLoader(
         split,
+        order=data.order,
+        lanes=data.lanes,
+        window_shards=data.window_shards,
+        placement=data.placement,
+        prefetch=data.prefetch,
+        device=device,
         batch_size=data.batch_size,
         segment_frames=data.segment_frames,
         seed=config.train.seed,

@@ -20,7 +20,14 @@ Changes = dict[str, tuple[Any, Any]]
 
 # What a resumed run may not change: it would be another run, on other data, with other weights.
 _FIXED_PARTS = ("model.", "loss.")
-_FIXED = ("data.segment_frames", "data.pad_value", "train.seed")
+_FIXED = (
+    "data.segment_frames",
+    "data.pad_value",
+    "data.order",
+    "data.lanes",
+    "data.window_shards",
+    "train.seed",
+)
 
 
 def open_data(path: str, *, validated: bool) -> ShardSet:

@@ -58,19 +58,31 @@ def test_any_zstd_reader_inflates_the_whole_payload(dtype: str) -> None:
     np.testing.assert_array_equal(np.load(io.BytesIO(plain)), mel)
 
 
+def frame_spans(member: Any, frames: int, chunk: int) -> tuple[Any, Any]:
+    """Begin and size of the zstd frame of each chunk, from the seek table."""
+    begin = len(member) - int(codecs.table_bytes_from_end(np.array([frames]), chunk)[0])
+    packed = [size for size, _ in struct.iter_unpack("<II", member[begin:-9].tobytes())]
+    ends = np.cumsum(packed)
+    return ends[:-1], np.array(packed[1:])
+
+
 @given(frames=st.integers(1, 30), chunk=st.integers(1, 9), data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_chunk_range_inflates_to_just_its_frames(
     frames: int, chunk: int, data: st.DataObject
 ) -> None:
     mel = matrix(frames, 3, "<f2")
-    member = memoryview(codecs.encode(mel, CodecInfo("zstd", 3, chunk)))
+    member = np.frombuffer(codecs.encode(mel, CodecInfo("zstd", 3, chunk)), np.uint8)
     first = data.draw(st.integers(0, (frames - 1) // chunk))
     last = data.draw(st.integers(first, (frames - 1) // chunk))
-    table = codecs.seek_table_at(member, frames, chunk)
-    spans = zip(*codecs.chunk_spans(table, first, last), strict=True)
-    inflated = codecs.inflate_many([member[begin:end] for begin, end in spans])
-    assert b"".join(inflated) == mel[first * chunk : (last + 1) * chunk].tobytes()
+    at, nbytes = frame_spans(member, frames, chunk)
+    sizes = np.array([len(mel[c * chunk : (c + 1) * chunk]) * 6 for c in range(first, last + 1)])
+    wanted = slice(first, last + 1)
+    inflated = codecs.inflate_many(member, at[wanted], nbytes[wanted], sizes)
+    assert b"".join(map(bytes, inflated)) == mel[first * chunk : (last + 1) * chunk].tobytes()
+    for wrong in (sizes + 1, sizes - 1):
+        with pytest.raises(ValueError, match="."):
+            codecs.inflate_many(member, at[wanted], nbytes[wanted], wrong)
 
 
 def test_payload_ends_with_a_seek_table_of_the_seekable_format() -> None:
@@ -92,17 +104,16 @@ def test_payload_ends_with_a_seek_table_of_the_seekable_format() -> None:
 def test_every_flipped_bit_of_a_zstd_frame_is_noticed() -> None:
     mel = matrix(8, 3, "<f2")
     member = codecs.encode(mel, CodecInfo("zstd", 3, 8))
-    table = codecs.seek_table_at(memoryview(member), 8, 8)
-    (begin,), (end,) = codecs.chunk_spans(table, 0, 0)
+    at, nbytes = frame_spans(np.frombuffer(member, np.uint8), 8, 8)
     unseen = []
-    for bit in range(8 * int(begin), 8 * int(end)):
-        hurt = bytearray(member)
+    for bit in range(8 * int(at[0]), 8 * int(at[0] + nbytes[0])):
+        hurt = np.frombuffer(member, np.uint8).copy()
         hurt[bit // 8] ^= 1 << bit % 8
         try:
-            inflated = codecs.inflate_many([memoryview(hurt)[begin:end]])
+            inflated = codecs.inflate_many(hurt, at, nbytes, np.array([mel.nbytes]))
         except ValueError:
             continue
-        if b"".join(inflated) != mel.tobytes():
+        if b"".join(map(bytes, inflated)) != mel.tobytes():
             unseen.append(bit)
     assert unseen == []
 

@@ -388,3 +388,47 @@ def test_nothing_waits_for_the_device_between_log_steps(
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data.placement": "device"}, {"data.prefetch": 0}, {"data.prefetch": 7}],
+    ids=str,
+)
+def test_where_the_data_lie_and_who_fetches_them_changes_no_number(
+    make_config: ConfigFactory, changes: dict[str, Any]
+) -> None:
+    plain = make_config(name="plain", **{"data.placement": "host"})
+    other = make_config(name="other", **changes)
+    train(plain)
+    train(other)
+    assert records(plain) == records(other)
+    ours, theirs = (list(tensors(newest(config)["model"])) for config in (plain, other))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_run_in_windowed_order_resumes_exactly(make_config: ConfigFactory) -> None:
+    windowed = {"data.order": "windowed", "data.lanes": 4, "data.window_shards": 1}
+    whole, parts = (make_config(name=name, **windowed) for name in ("whole", "parts"))
+    train(whole)
+    train(make_config(name="parts", **windowed, **{"train.stop_step": 5}))
+    train(parts, resume=True)
+    assert records(parts, "train")[-1] == records(whole, "train")[-1]
+    assert records(whole, "train") != records(_global(make_config), "train")
+
+
+def _global(make_config: ConfigFactory) -> Config:
+    config = make_config(name="global")
+    train(config)
+    return config
+
+
+def test_lanes_that_do_not_divide_the_batch_are_refused(make_config: ConfigFactory) -> None:
+    with pytest.raises(ConfigError, match=r"data\.lanes: found 8.* divide the 4 crops"):
+        train(make_config(**{"data.order": "windowed"}))
+
+
+def test_the_order_of_a_run_cannot_be_changed(make_config: ConfigFactory) -> None:
+    train(make_config(**{"train.stop_step": 5}))
+    with pytest.raises(ConfigError, match=r"data\.order: found windowed"):
+        train(make_config(**{"data.order": "windowed", "data.lanes": 4}), resume=True)
