@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardprep.errors import ShardprepError
+from shardprep.prefetch import ahead
 from shardprep.reader import Split
 from shardprep.resident import ResidentSplit, fits
 from shardprep.sampling import Indices, crop_starts, epoch_order, length_batches, rank_slice
@@ -27,7 +26,6 @@ Placement = Literal["auto", "host", "device"]
 EpochOrder = Callable[[Indices], Indices]
 # Indices, starts, segments (None where they are cut on the device), labels, lengths.
 Crops = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
-Item = TypeVar("Item")
 
 # Samples of all ranks whose order and crops are computed at a time.
 _PLANNED = 16_384
@@ -186,7 +184,7 @@ class SegmentLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._warm()
-        ready = _ahead(self._crops(self.epoch, self._position), self._prefetch)
+        ready = ahead(self._crops(self.epoch, self._position), self._prefetch)
         with contextlib.closing(ready):
             for end, crops in ready:
                 self._position = end
@@ -313,23 +311,6 @@ def _read_all(split: Split) -> None:
             split.read_ahead(shard)
 
 
-def _ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
-    """The same items, `count` of them made ahead by a thread."""
-    if not count:
-        yield from items
-        return
-    done = object()
-    with ThreadPoolExecutor(1, "shardprep-prefetch") as thread:
-        waiting = deque(thread.submit(next, items, done) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not done:
-                waiting.append(thread.submit(next, items, done))
-                yield cast(Item, item)
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 class UtteranceLoader:
     """Whole utterances, batched by length, every one once over all ranks.
 
@@ -341,6 +322,7 @@ class UtteranceLoader:
         rank: This process's number.
         world_size: Number of processes.
         pad_value: Fills padded frames.
+        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
 
     Yields:
         Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,), length (B,) and
@@ -355,9 +337,13 @@ class UtteranceLoader:
         rank: int = 0,
         world_size: int = 1,
         pad_value: float = -20.0,
+        prefetch: int = 1,
     ) -> None:
-        if max_frames < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"max_frames {max_frames}, rank {rank} of {world_size}")
+        if max_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
+            raise ValueError(
+                f"max_frames {max_frames}, rank {rank} of {world_size}, prefetch {prefetch}"
+            )
+        self._prefetch = prefetch
         self.split = split
         self._pad_value = pad_value
         self._batches = length_batches(split.frames, max_frames)[rank::world_size]
@@ -367,6 +353,9 @@ class UtteranceLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        return ahead(self._read(), self._prefetch)
+
+    def _read(self) -> Iterator[Batch]:
         for indices in self._batches:
             longest = int(self.split.frames[indices].max())
             starts = np.zeros_like(indices)

@@ -1,0 +1,210 @@
+"""Opening, memory, a very large index, and data that are not in memory yet.
+
+    python scripts/bench_scale.py shards/ [--utterances 5000000] [--out scripts/results/scale.json]
+
+- Import and opening: `import shardprep`, and from there to the first batch, each in a new process.
+- Index: the set's train split is given an index of so many utterances, which point again and again
+  into the same shards, and one of 50,000; samples/s of both in turns, and the memory that a process
+  holds beyond the mapped pages.
+- Cold start (needs root, to drop the page cache): an epoch in windowed and in global order, against
+  `cat` of the same shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import numpy as np
+
+import shardprep
+from shardprep.format import MANIFEST_NAME, encode_manifest, load_manifest
+from shardprep.standings import machine
+
+SMALL = 50_000
+DROP = Path("/proc/sys/vm/drop_caches")
+
+IMPORT = """
+import time
+began = time.perf_counter()
+import shardprep
+print(time.perf_counter() - began)
+"""
+
+# Imports apart; then from nothing to a batch.
+OPEN = """
+import sys, time
+import shardprep
+shardprep.open_shards, shardprep.SegmentLoader
+import torch
+torch.zeros(8).index_select(0, torch.arange(2))
+began = time.perf_counter()
+split = shardprep.open_shards(sys.argv[1])["train"]
+opened = time.perf_counter()
+next(iter(shardprep.SegmentLoader(split, batch_size=256)))
+print(opened - began, time.perf_counter() - began)
+"""
+
+# Anonymous memory is what is held beyond the pages of mapped files.
+READ = """
+import itertools, re, sys, time
+import shardprep, torch
+def held():
+    status = open("/proc/self/status").read()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) * 1024
+shardprep.open_shards, shardprep.SegmentLoader
+torch.zeros(8).index_select(0, torch.arange(2))
+before = held()
+split = shardprep.open_shards(sys.argv[1])["train"]
+loader = shardprep.SegmentLoader(split, batch_size=256, order=sys.argv[3])
+batches = itertools.chain.from_iterable(itertools.repeat(loader))
+def rate(seconds):
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        next(batches)
+        count += 256
+    return count / passed
+rate(float(sys.argv[2]))
+print(rate(float(sys.argv[2])), held() - before)
+"""
+
+EPOCH = """
+import sys, time
+import shardprep, torch
+shardprep.open_shards, shardprep.SegmentLoader
+began = time.perf_counter()
+split = shardprep.open_shards(sys.argv[1])["train"]
+loader = shardprep.SegmentLoader(split, batch_size=256, order=sys.argv[2])
+for batch in loader:
+    pass
+print(time.perf_counter() - began)
+"""
+
+
+def run(script: str, *arguments: object) -> list[float]:
+    """The numbers that a script prints, in a new process."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return [float(word) for word in subprocess.check_output(command, text=True).split()]
+
+
+def repeat(shards: Path, target: Path, utterances: int) -> None:
+    """A set whose index names the utterances of `shards` again and again."""
+    manifest = load_manifest(shards)
+    train = manifest.splits["train"]
+    for shard in train.shards:
+        (target / shard.file).symlink_to((shards / shard.file).resolve())
+    rows = np.resize(np.load(shards / train.index.file, mmap_mode="r"), utterances)
+    path = target / train.index.file
+    np.save(path, rows)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    index = msgspec.structs.replace(train.index, bytes=path.stat().st_size, sha256=digest)
+    frames = int(rows["frames"].sum(dtype=np.int64))
+    split = msgspec.structs.replace(train, samples=utterances, frames=frames, index=index)
+    whole = msgspec.structs.replace(manifest, splits={"train": split}, rejects=None)
+    (target / MANIFEST_NAME).write_bytes(encode_manifest(whole))
+
+
+def opening(shards: Path, rounds: int) -> dict[str, float]:
+    """Medians of the seconds that importing and opening take, with the shards in memory."""
+    for shard in shards.glob("*.tar"):
+        shard.read_bytes()
+    imports = [run(IMPORT)[0] for _ in range(rounds)]
+    opens = [run(OPEN, shards) for _ in range(rounds)]
+    return {
+        "import_s": statistics.median(imports),
+        "open_s": statistics.median(opened for opened, _ in opens),
+        "first_batch_s": statistics.median(first for _, first in opens),
+    }
+
+
+def large_index(shards: Path, utterances: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Speed and memory with a small and a large index."""
+    found: dict[int, list[list[float]]] = {SMALL: [], utterances: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in found:
+            (Path(folder) / str(size)).mkdir()
+            repeat(shards, Path(folder) / str(size), size)
+        for _ in range(rounds):
+            for size, results in found.items():
+                results.append(run(READ, Path(folder) / str(size), seconds, "global"))
+    rate = {size: statistics.median(r for r, _ in results) for size, results in found.items()}
+    held = {size: statistics.median(h for _, h in results) for size, results in found.items()}
+    return {
+        "utterances": [SMALL, utterances],
+        "segments_per_s": [round(value) for value in rate.values()],
+        "ratio": rate[utterances] / rate[SMALL],
+        "held_mb": [value / 1e6 for value in held.values()],
+        "bytes_an_utterance_more": (held[utterances] - held[SMALL]) / (utterances - SMALL),
+    }
+
+
+def cold(shards: Path, rounds: int) -> dict[str, float] | None:
+    """Bytes a second of the shards, by `cat` and by an epoch; None without leave to drop caches."""
+    if not os.access(DROP, os.W_OK):
+        return None
+    infos = load_manifest(shards).splits["train"].shards
+    files, size = [str(shards / info.file) for info in infos], sum(info.bytes for info in infos)
+
+    def cat() -> float:
+        began = time.perf_counter()
+        with open(os.devnull, "wb") as nowhere:
+            subprocess.run(["cat", *files], stdout=nowhere, check=True)
+        return time.perf_counter() - began
+
+    ways: dict[str, Callable[[], float]] = {
+        "cat": cat,
+        "windowed": lambda: run(EPOCH, shards, "windowed")[0],
+        "global": lambda: run(EPOCH, shards, "global")[0],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            os.sync()
+            DROP.write_text("3")
+            seconds[name].append(way())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        **{f"{name}_mb_per_s": size / 1e6 / value for name, value in medians.items()},
+        "windowed_to_cat": medians["cat"] / medians["windowed"],
+        "global_to_cat": medians["cat"] / medians["global"],
+    }
+
+
+@click.command()
+@click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--utterances", default=5_000_000, show_default=True, help="Size of the large index.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--seconds", default=3.0, show_default=True, help="Length of a measurement.")
+@click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
+def main(shards: Path, utterances: int, rounds: int, seconds: float, out: Path | None) -> None:
+    """Measure, and print what was found as JSON."""
+    result = {
+        "machine": msgspec.to_builtins(machine()),
+        "set": {
+            "utterances": len(shardprep.open_shards(shards)["train"]),
+            "codec": load_manifest(shards).codec.name,
+        },
+        "opening": opening(shards, rounds),
+        "index": large_index(shards, utterances, rounds, seconds),
+        "cold": cold(shards, rounds),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    click.echo(text, nl=False)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
