@@ -1,11 +1,13 @@
 # make demo             the whole chain on a synthesised sample; DATA=folder for real data
 # make test             lint, type-check and test; make test-all adds the slow and GPU tests
 # make check            lint and type-check only
-# make bench            measure the loaders against each other and write scripts/results/
+# make bench            measure the loaders against their peers, from an environment of its own, and
+#                       write scripts/results/; DATA=folder for real data
 # make clean            remove what these made (not the data)
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 DATA ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -31,8 +33,17 @@ test: check
 test-all: check
 	$(BIN)/pytest
 
-bench: $(INSTALLED)
-	$(BIN)/python scripts/bench_loader.py --out scripts/results/loader.json
+# mosaicml-streaming pins old versions of libraries that it needs for text, images and clouds only,
+# so that pip finds no set of versions with the other peers; what it does need is in the extra.
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps mosaicml-streaming
+	touch $@
+
+bench: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python scripts/bench_loader.py $(if $(DATA),--dataset '$(DATA)') \
+		--out scripts/results/loader.json --plot scripts/results/loader.png
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

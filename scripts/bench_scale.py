@@ -6,6 +6,8 @@
 - Index: the set's train split is given an index of so many utterances, which point again and again
   into the same shards, and one of 50,000; samples/s of both in turns, and the memory that a process
   holds beyond the mapped pages.
+- Shuffle: how much oftener than by chance two utterances of a batch meet again in the next epoch of
+  the windowed order, for several numbers of lanes and sizes of window.
 - Cold start (needs root, to drop the page cache): an epoch in windowed and in global order, against
   `cat` of the same shards.
 """
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -30,7 +33,9 @@ import numpy as np
 
 import shardprep
 from shardprep.format import MANIFEST_NAME, encode_manifest, load_manifest
+from shardprep.sampling import Indices
 from shardprep.standings import machine
+from shardprep.windowed import WindowedOrder
 
 SMALL = 50_000
 DROP = Path("/proc/sys/vm/drop_caches")
@@ -181,6 +186,34 @@ def cold(shards: Path, rounds: int) -> dict[str, float] | None:
     }
 
 
+def meetings(one: Indices, other: Indices, batch: int) -> float:
+    """How often batch-mates of one epoch are so in the next; 1 is what chance gives."""
+    n = len(one)
+    place = np.empty(n, np.int64)
+    place[other] = np.arange(n) // batch
+    rows = one[: n // batch * batch].reshape(-1, batch)
+    rng = np.random.default_rng(0)
+    row = rng.integers(0, len(rows), 2_000_000)
+    first, second = rows[row, rng.integers(0, batch, (2, len(row)))]
+    pairs = first != second
+    return float((place[first] == place[second])[pairs].mean() * n / batch)
+
+
+def shuffle_quality(samples: tuple[int, ...], batch: int = 256) -> list[dict[str, float]]:
+    """Meetings of batch-mates in the windowed order of shards of these sizes."""
+    found = []
+    for lanes, window in itertools.product((1, 4, 8), (1, 2, 4, 8)):
+        one, other = (
+            WindowedOrder(samples, 0, epoch, global_batch=batch, lanes=lanes, window_shards=window)(
+                np.arange(sum(samples))
+            )
+            for epoch in (0, 1)
+        )
+        met = meetings(one, other, batch)
+        found.append({"lanes": lanes, "window_shards": window, "meetings_to_chance": met})
+    return found
+
+
 @click.command()
 @click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--utterances", default=5_000_000, show_default=True, help="Size of the large index.")
@@ -197,6 +230,7 @@ def main(shards: Path, utterances: int, rounds: int, seconds: float, out: Path |
         },
         "opening": opening(shards, rounds),
         "index": large_index(shards, utterances, rounds, seconds),
+        "shuffle": shuffle_quality(shardprep.open_shards(shards)["train"].shard_samples),
         "cold": cold(shards, rounds),
     }
     text = json.dumps(result, indent=2) + "\n"

@@ -59,9 +59,9 @@ def run_tasks(
             yield work(task, lambda nbytes: on_progress(1, nbytes))
         return
     # A fork server gives workers a clean start (no threads, no locks of the caller's), and loads
-    # PyTorch once for all of them.
+    # the modules once for all of them.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "shardprep.writer"])
+    context.set_forkserver_preload(["shardprep.writer"])
     progress, stop = context.RawArray("Q", 2 * len(tasks)), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(
         min(workers, len(tasks)), context, _enter_worker, (progress, stop)
@@ -113,9 +113,8 @@ def _enter_worker(progress: Any, stop: Any) -> None:
     _progress, _stop = progress, stop
     # Ctrl-C reaches the whole process group; the parent decides what becomes of the tasks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(1)
+    # For PyTorch, should a file need it: there are as many workers as there are cores to be used.
+    os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

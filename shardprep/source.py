@@ -12,7 +12,6 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -26,16 +25,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from shardprep.errors import SourceError, StorageError
+from shardprep.errors import SourceError
 from shardprep.format import MAX_KEY_BYTES, NO_LABEL
 
 METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
 
-# Troubles that pass: such a file must not be left out of the set.
-_NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 _HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
 
@@ -129,10 +125,11 @@ class _Entry(msgspec.Struct):
 
 @dataclass
 class _Scan:
-    """Utterances and rejects as they are found."""
+    """Utterances and rejects as they are found; of each folder, whether it is in the data set."""
 
     root: Path
     real_root: str
+    folders: dict[str, bool] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
     rejects: list[Reject] = field(default_factory=list)
@@ -163,17 +160,28 @@ class _Scan:
     def _regular_file(self, relative: str) -> os.stat_result:
         path = os.path.join(self.root, relative)
         try:
-            info = os.stat(path)
+            info = os.lstat(path)
+            if is_link := stat.S_ISLNK(info.st_mode):
+                info = os.stat(path)
         except FileNotFoundError:
             raise ValueError("the file does not exist") from None
         except OSError as error:
             raise ValueError(f"the file cannot be read: {error.strerror}") from None
-        real = os.path.realpath(path)
-        if os.path.commonpath([self.real_root, real]) != self.real_root:
+        if not (self._is_inside(path) if is_link else self._is_folder_inside(path)):
             raise ValueError("the path leads outside the data set through a link")
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("not a regular file")
         return info
+
+    def _is_inside(self, path: str) -> bool:
+        return os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
+
+    def _is_folder_inside(self, path: str) -> bool:
+        # Most files share their folder, and a resolved path costs a system call for each part.
+        folder = os.path.dirname(path)
+        if folder not in self.folders:
+            self.folders[folder] = self._is_inside(folder)
+        return self.folders[folder]
 
     def drop_repeated(self) -> None:
         """Reject every use of a file that is listed more than once: its label is in doubt."""
@@ -200,7 +208,7 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
         root: The data set's folder.
 
     Returns:
-        What was found. The `.pt` files are not opened; see `load_features`.
+        What was found. The `.pt` files are not opened; see `shardprep.features`.
 
     Raises:
         SourceError: The folder or one of the JSON files is not as it should be.
@@ -242,52 +250,6 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     )
 
 
-def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32]:
-    """Load one `.pt` file without running code that it may contain (weights_only).
-
-    Args:
-        path: The file.
-        n_mels: Mel bins F that it must have.
-        frames: Length T that it must have.
-
-    Returns:
-        Matrix (T, F), float32.
-
-    Raises:
-        ValueError: What is wrong with the file, in words for `Reject.reason`.
-        StorageError: The machine, not the file, is at fault; reading it later may well work.
-    """
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
-            raise StorageError(
-                f"cannot be read: {error}",
-                file=path,
-                remedy="Check the disk and the memory, then run the same command again.",
-            ) from error
-        # Whatever a hostile or broken file makes the unpickler raise means the same here.
-        raise ValueError(
-            f"not a tensor file that can be loaded safely: {_load_fault(error)}"
-        ) from None
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"holds a {type(loaded).__name__}, not a tensor")
-    dense = loaded.layout == torch.strided and loaded.device.type == "cpu" and not loaded.is_nested
-    if not dense or not loaded.is_floating_point():
-        found = f"{loaded.dtype} ({loaded.layout}, {loaded.device})"
-        raise ValueError(f"holds {found}, expected dense floating point")
-    if loaded.ndim != 2 or loaded.shape[1] != n_mels:
-        raise ValueError(f"has shape {tuple(loaded.shape)}, expected (mel_len, {n_mels})")
-    if loaded.shape[0] != frames:
-        raise ValueError(f"has {loaded.shape[0]} frames, but mel_len says {frames}")
-    mel: NDArray[np.float32] = np.ascontiguousarray(loaded.detach().float().resolve_neg().numpy())
-    if not np.isfinite(mel).all():
-        raise ValueError("has values that are not finite (NaN or infinity)")
-    return mel
-
-
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path:
@@ -312,15 +274,7 @@ def _key_of(relative: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _load_fault(error: Exception) -> str:
-    """What torch.load found, without its advice to load the file unsafely."""
-    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
-    lines = (line.strip() for line in str(error).splitlines())
-    said = [line for line in lines if line and not line.startswith(advice)]
-    return said[0][:200] if said else type(error).__name__
+    return not _SURROGATE.search(text)
 
 
 def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:

@@ -76,6 +76,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def fetch(path: str | os.PathLike[str]) -> None:
+    """Have the system read a file into its cache, without waiting for it.
+
+    Trouble with the file is left for its reader to find.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex digits."""
     with open(path, "rb", buffering=0) as file:

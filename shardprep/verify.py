@@ -15,6 +15,7 @@ import numpy as np
 
 from shardprep import codecs
 from shardprep.errors import CorruptShardError, FormatError
+from shardprep.features import load_features
 from shardprep.format import (
     MANIFEST_NAME,
     NO_LABEL,
@@ -24,7 +25,7 @@ from shardprep.format import (
 )
 from shardprep.reader import Split
 from shardprep.sidecars import read_rejects
-from shardprep.source import Source, load_features, scan_dataset
+from shardprep.source import Source, scan_dataset
 from shardprep.storage import sha256_of
 
 Advance = Callable[[int], None]

@@ -1,4 +1,4 @@
-"""The command line: `shardprep build | inspect | verify`. One module a command."""
+"""The command line: `shardprep build | inspect | verify | bench`. One module a command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from shardprep import __version__
+from shardprep.cli.bench import bench
 from shardprep.cli.build import build
 from shardprep.cli.inspect import inspect
 from shardprep.cli.verify import verify
@@ -42,6 +43,7 @@ def cli() -> None:
 cli.add_command(build)
 cli.add_command(inspect)
 cli.add_command(verify)
+cli.add_command(bench)
 
 
 def main() -> NoReturn:

@@ -51,6 +51,13 @@ def test_every_task_gives_its_result_and_its_progress(
     assert sum(nbytes for _, nbytes in seen) == sum(r.source_bytes for r in results)
 
 
+def test_worker_keeps_pytorch_to_one_thread_by_what_it_reads_at_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert list(run_tasks(os.getenv, ["OMP_NUM_THREADS"] * 3, 2, ignore)) == ["1"] * 3
+
+
 def test_no_task_is_no_work(work: ShardWriter) -> None:
     assert list(run_tasks(work, [], 2, ignore)) == []
 
@@ -75,7 +82,7 @@ def test_error_of_a_task_stops_the_others_at_their_next_utterance(
     bad, good = tasks[0], tasks[1].plan
     (bad.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
     # Seconds of work, which the other worker is at when the fault is found.
-    endless = ShardPlan(good.file, good.split, good.utterances * 3000)
+    endless = ShardPlan(good.file, good.split, good.utterances * 30_000)
     with pytest.raises(SourceError):
         list(run_tasks(work, [dataclasses.replace(bad, plan=endless), bad], 2, ignore))
     assert not (work.work.parent / good.file).exists()

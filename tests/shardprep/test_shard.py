@@ -17,7 +17,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from shardprep import BuildReport, SourceError, open_shards
+from shardprep import BuildReport, SourceError, open_shards, shard
 from shardprep.format import CodecInfo
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.shard import ShardTask, write_shard
@@ -97,6 +97,46 @@ def test_members_bear_no_trace_of_time_or_user(edge_set: Path) -> None:
     with tarfile.open(edge_set / "train-000000.tar") as tar:
         traits = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in tar}
     assert traits == {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
+
+
+@pytest.mark.parametrize("kind", SETS, ids="-".join)
+def test_bytes_are_those_that_tarfile_writes(
+    edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str]
+) -> None:
+    for path in edge_sets[kind].glob("*.tar"):
+        again = io.BytesIO()
+        with (
+            tarfile.open(path) as tar,
+            tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as copy,
+        ):
+            for member in tar:
+                plain_member = tarfile.TarInfo(member.name)
+                plain_member.size = member.size
+                copy.addfile(plain_member, tar.extractfile(member))
+        assert again.getvalue() == path.read_bytes()
+
+
+def test_every_file_is_fetched_once_before_it_is_read_and_not_far_ahead(
+    task: ShardTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    load = shard.load_features
+
+    def loading(path: Path, **options: Any) -> Any:
+        events.append(("load", str(path)))
+        return load(path, **options)
+
+    monkeypatch.setattr(shard, "_FILES_AHEAD", 3)
+    monkeypatch.setattr(shard, "fetch", lambda path: events.append(("fetch", path)))
+    monkeypatch.setattr(shard, "load_features", loading)
+    write_shard(task, io.BytesIO())
+    paths = [str(task.root / u.path) for u in task.plan.utterances]
+    for kind in ("fetch", "load"):
+        assert [path for what, path in events if what == kind] == paths
+    for number, path in enumerate(paths):
+        assert events.index(("fetch", path)) < events.index(("load", path))
+        if number >= 3:
+            assert events.index(("load", paths[number - 3])) < events.index(("fetch", path))
 
 
 def test_index_rows_point_at_the_payloads(edge_set: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shardprep import StorageError
-from shardprep.storage import publish, publish_bytes, sha256_of
+from shardprep.storage import fetch, publish, publish_bytes, sha256_of
 
 
 def test_name_appears_only_after_the_last_byte(tmp_path: Path) -> None:
@@ -103,3 +103,34 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = os.urandom(2_500_000)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_fetching_reads_ahead_and_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"x" * 10_000)
+    asked: list[tuple[str, int, int, int]] = []
+
+    def advise(handle: int, offset: int, length: int, advice: int) -> None:
+        asked.append((os.readlink(f"/proc/self/fd/{handle}"), offset, length, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    before = os.listdir("/proc/self/fd")
+    fetch(path)
+    assert asked == [(str(path), 0, 0, os.POSIX_FADV_WILLNEED)]
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_trouble_in_fetching_is_left_to_the_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ESPIPE, "Illegal seek")
+
+    fetch(tmp_path / "missing.pt")
+    (tmp_path / "a.pt").touch()
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    before = os.listdir("/proc/self/fd")
+    fetch(tmp_path / "a.pt")
+    assert os.listdir("/proc/self/fd") == before

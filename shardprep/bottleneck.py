@@ -1,0 +1,152 @@
+"""What holds our loader back: where the time of a batch goes, and if the disk is waited for."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardprep.contenders import CropShape, from_shards
+from shardprep.reader import Split, open_shards
+from shardprep.sampling import crop_starts, epoch_order
+from shardprep.turns import measure
+
+# Samples whose order and crops are computed at a time, as `SegmentLoader` does.
+_PLANNED = 16_384
+# Batches whose crops are gathered again and again; more than the caches of a processor hold.
+_DRAWN_BATCHES = 512
+# Crops from a cold cache fault many times a batch; fewer than one a batch cost next to nothing.
+_FAULTS_A_BATCH = 1.0
+_WHOLLY_CACHED = 0.99
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds of a batch: in all, and alone for its parts.
+
+    Attributes:
+        batch: From one batch to the next, as the loader gives them.
+        order: Computing which utterances come and where their crops start.
+        gather: `Split.crops`: copying or inflating them.
+    """
+
+    batch: float
+    order: float
+    gather: float
+
+    @property
+    def rest(self) -> float:
+        """What is neither: tensors, buffers, threads. None where the loader works ahead."""
+        return max(self.batch - self.order - self.gather, 0.0)
+
+
+def time_stages(folder: Path, name: str, shape: CropShape, seconds: float) -> Stages:
+    """Time a loader and its parts alone, `seconds` each."""
+    rate = measure(from_shards(folder, name, shape), seconds)
+    split = open_shards(folder)[name]
+    drawn = list(itertools.islice(_draws(split, shape), _DRAWN_BATCHES))
+    out = np.empty((shape.batch_size, shape.frames, shape.n_mels), split.dtype)
+    batches = itertools.cycle(drawn)
+
+    def gather() -> None:
+        split.crops(*next(batches), shape.frames, shape.pad_value, out)
+
+    blocks = _blocks(split, shape)
+    planned: list[int] = []
+    a_block = _seconds_a_call(lambda: planned.append(len(next(blocks)[0])), seconds)
+    return Stages(
+        shape.batch_size / rate.samples_per_s,
+        a_block * len(planned) / sum(planned) * shape.batch_size,
+        _seconds_a_call(gather, seconds),
+    )
+
+
+def _blocks(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
+    """Indices and starts of many full batches at once, for ever."""
+    end = len(split) // shape.batch_size * shape.batch_size
+    step = max(1, _PLANNED // shape.batch_size) * shape.batch_size
+    for epoch in itertools.count():
+        order = epoch_order(len(split), 0, epoch)
+        for at in range(0, end, step):
+            indices = order(np.arange(at, min(at + step, end), dtype=np.int64))
+            frames = split.frames[indices]
+            yield indices, crop_starts(indices, frames, shape.frames, seed=0, epoch=epoch)
+
+
+def _draws(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
+    """Indices and starts batch by batch, for ever."""
+    for indices, starts in _blocks(split, shape):
+        for at in range(0, len(indices), shape.batch_size):
+            own = slice(at, at + shape.batch_size)
+            yield indices[own], starts[own]
+
+
+def _seconds_a_call(call: Callable[[], object], seconds: float) -> float:
+    calls, began = 0, time.perf_counter()
+    while not calls or time.perf_counter() - began < seconds:
+        call()
+        calls += 1
+    return (time.perf_counter() - began) / calls
+
+
+def cached_share(files: Sequence[Path]) -> float:
+    """Share of the files' pages that lie in the page cache, 0 to 1; 1 for no pages at all."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    held = pages = 0
+    for path in files:
+        size = path.stat().st_size
+        if not size:
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            bits = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
+            view = np.frombuffer(mapped, np.uint8)
+            place, wanted = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size)
+            failed = libc.mincore(place, wanted, ctypes.c_void_p(bits.ctypes.data))
+            # A map cannot be closed while an array looks into it.
+            del view
+            if failed:
+                raise OSError(ctypes.get_errno(), "mincore", str(path))
+            held += int((bits & 1).sum())
+            pages += len(bits)
+    return held / pages if pages else 1.0
+
+
+def name_bottleneck(
+    stages: Stages, codec: str, *, faults: int, batches: int, cached: float, to_limit: float
+) -> str:
+    """One sentence on what a faster loader would need.
+
+    Args:
+        stages: Where the time goes.
+        codec: How the shards are stored.
+        faults: Major page faults of the process during the measurements.
+        batches: Batches of these measurements.
+        cached: Share of the shards in the page cache.
+        to_limit: Our rate as a share of memory's.
+    """
+    if faults >= _FAULTS_A_BATCH * batches or cached < _WHOLLY_CACHED:
+        return (
+            f"The disk: {faults:,} page faults waited for it in {batches:,} batches, and the page "
+            f"cache holds {cached:.0%} of the shards."
+        )
+    parts = {
+        "computing the order and the crop starts": stages.order,
+        "handing the batches over": stages.rest,
+        "copying the crops out of the maps"
+        if codec == "none"
+        else "inflating the chunks that the crops touch": stages.gather,
+    }
+    part = max(parts, key=lambda name: parts[name])
+    share = parts[part] / max(stages.batch, sum(parts.values()))
+    where = "Memory" if part.startswith("copying") else "The processor"
+    return (
+        f"{where}: {part} takes {share:.0%} of a batch's time; "
+        f"the loader runs at {to_limit:.2f} of the limit."
+    )

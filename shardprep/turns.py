@@ -1,0 +1,219 @@
+"""Measure loaders fairly: each in a process of its own, in turns, round by round.
+
+A process that ends takes its workers, threads and buffers with it, so that nothing of one loader
+runs while the next is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Beyond what it is given to measure, a loader may take this long to start and to fill its queues.
+_START_SECONDS = 120.0
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loader to measure.
+
+    Attributes:
+        name: What the tables call it.
+        kind: Which loader it is, e.g. "files" or "webdataset".
+        start: Begins to load; gives batches (mel (B, T, F), label (B,)) for ever.
+        files: What it reads, for warming the page cache.
+        workers: Its processes beside the first.
+    """
+
+    name: str
+    kind: str
+    start: Callable[[], Iterator[tuple[Any, Any]]]
+    files: Sequence[Path] = ()
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One measurement: samples a second, batches seen, and pages that came from the disk."""
+
+    samples_per_s: float
+    batches: int
+    major_faults: int
+
+
+@dataclass
+class Turns:
+    """What came of all rounds, by candidate; one that failed is in `failures` only."""
+
+    rates: dict[str, list[Rate]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """Samples a second, median over the rounds."""
+        return statistics.median(rate.samples_per_s for rate in self.rates[name])
+
+
+def take_turns(
+    candidates: Sequence[Candidate],
+    *,
+    rounds: int,
+    seconds: float,
+    on_turn: Callable[[str, Rate | None], None],
+    keep_going: bool = False,
+) -> Turns:
+    """Measure all candidates, one after the other, in each of several rounds.
+
+    Args:
+        candidates: Loaders, with names of their own.
+        rounds: How often each one is measured.
+        seconds: Length of a measurement; half as long is spent on warming up before it.
+        on_turn: Told of every measurement; of a failed one with None.
+        keep_going: Whether a candidate that fails is noted and left out, or ends it all.
+
+    Raises:
+        Exception: What a candidate raised, if not `keep_going`.
+    """
+    turns = Turns({candidate.name: [] for candidate in candidates})
+    for _ in range(rounds):
+        for candidate in candidates:
+            if candidate.name in turns.failures:
+                continue
+            warm(candidate.files)
+            try:
+                rate = in_own_process(
+                    partial(_measure_candidate, candidate, seconds), _START_SECONDS + 4 * seconds
+                )
+            except Exception as error:
+                if not keep_going:
+                    raise
+                turns.failures[candidate.name] = f"{type(error).__name__}: {error}"
+                del turns.rates[candidate.name]
+                on_turn(candidate.name, None)
+            else:
+                turns.rates[candidate.name].append(rate)
+                on_turn(candidate.name, rate)
+    return turns
+
+
+def _measure_candidate(candidate: Candidate, seconds: float) -> Rate:
+    return measure(candidate.start(), seconds, candidate.workers)
+
+
+def measure(batches: Iterator[tuple[Any, Any]], seconds: float, workers: int = 0) -> Rate:
+    """Draw batches for some time, and close them.
+
+    Before that, a batch of each worker is awaited, and half the time is spent on warming up.
+    """
+    with contextlib.closing(batches):  # type: ignore[type-var]
+        for _ in range(workers):
+            next(batches)
+        _draw(batches, seconds / 2)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        samples, count, passed = _draw(batches, seconds)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+    return Rate(samples / passed, count, faults)
+
+
+def _draw(batches: Iterator[tuple[Any, Any]], seconds: float) -> tuple[int, int, float]:
+    samples, count, began = 0, 0, time.perf_counter()
+    while not count or time.perf_counter() - began < seconds:
+        mel, _ = next(batches)
+        samples += len(mel)
+        count += 1
+    return samples, count, time.perf_counter() - began
+
+
+def in_own_process(task: Callable[[], T], timeout: float) -> T:
+    """Run a task in a forked process and end every process that it leaves behind.
+
+    Args:
+        task: What to run; its result and its errors must pickle.
+        timeout: Seconds that it may take.
+
+    Raises:
+        TimeoutError: It took longer.
+        RuntimeError: Its process died.
+        Exception: What the task raised.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run_and_send, args=(task, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            raise TimeoutError(f"no result within {timeout:.0f} s")
+        good, value = ours.recv()
+        process.join(timeout=10)
+    except EOFError:
+        process.join(timeout=10)
+        raise RuntimeError(f"its process died with exit code {process.exitcode}") from None
+    finally:
+        _end_group(process.pid)
+        process.join()
+        ours.close()
+    if not good:
+        raise value
+    result: T = value
+    return result
+
+
+def _end_group(leader: int | None) -> None:
+    assert leader is not None
+    # The group is gone where all have ended, and not there yet in the first moment.
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(leader, signal.SIGKILL)
+
+
+def _run_and_send(task: Callable[[], Any], theirs: Connection[Any, Any]) -> None:
+    # A group of its own: the parent, which gets the Ctrl-C, ends it with all its children.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        outcome: tuple[bool, Any] = (True, task())
+    except Exception as error:
+        outcome = (False, error)
+    try:
+        theirs.send(outcome)
+    except Exception:
+        theirs.send((False, RuntimeError(f"{type(outcome[1]).__name__}: {outcome[1]}")))
+    theirs.close()
+
+
+def warm(files: Sequence[Path]) -> bool:
+    """Read files into the page cache, if they fit there.
+
+    Returns:
+        Whether they fit.
+    """
+    if sum(path.stat().st_size for path in files) > free_memory():
+        return False
+    buffer = bytearray(_READ_BYTES)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return True
+
+
+def free_memory() -> int:
+    """Bytes that a process may still take, the page cache counted as free."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo tells no MemAvailable")

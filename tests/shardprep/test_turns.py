@@ -1,0 +1,156 @@
+"""Measurements are made apart, in turns, and count what was delivered."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shardprep import FormatError, turns
+from shardprep.turns import Candidate, Rate, Turns, in_own_process, measure, take_turns, warm
+
+Batches = Iterator[tuple[Any, Any]]
+
+
+def batches(size: int, closed: list[bool] | None = None) -> Batches:
+    try:
+        while True:
+            yield np.zeros((size, 4, 2)), np.zeros(size)
+    finally:
+        if closed is not None:
+            closed.append(True)
+
+
+def failing() -> Batches:
+    raise FormatError("is broken", file="x.tar")
+    yield
+
+
+def test_a_task_gets_a_process_of_its_own_and_gives_its_result_back() -> None:
+    assert in_own_process(os.getpid, 60) != os.getpid()
+    assert in_own_process(lambda: {"a": [1.5]}, 60) == {"a": [1.5]}
+
+
+def test_an_error_comes_back_as_what_it_was() -> None:
+    with pytest.raises(FormatError, match=r"^x\.tar: is broken$"):
+        in_own_process(lambda: next(failing()), 60)
+
+
+def test_an_error_that_cannot_travel_comes_back_in_words() -> None:
+    def task() -> None:
+        class Local(Exception):
+            pass
+
+        raise Local("too long")
+
+    with pytest.raises(RuntimeError, match="Local: too long"):
+        in_own_process(task, 60)
+
+
+def test_a_process_that_dies_is_reported() -> None:
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        in_own_process(lambda: os.kill(os.getpid(), signal.SIGKILL), 60)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_no_process_is_left_behind(tmp_path: Path, hangs: bool) -> None:
+    note = tmp_path / "pid"
+
+    def task() -> None:
+        child = subprocess.Popen(["sleep", "600"])
+        note.write_text(str(child.pid))
+        # Otherwise the interpreter complains that its child is still at work.
+        child.returncode = 0
+        while hangs:
+            time.sleep(1)
+
+    if hangs:
+        with pytest.raises(TimeoutError, match="no result within 2 s"):
+            in_own_process(task, 2)
+    else:
+        in_own_process(task, 60)
+    assert ended(int(note.read_text()))
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has gone, or is a zombie that nobody has waited for."""
+    for _ in range(500):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z"):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_measurement_counts_what_was_delivered_and_closes_the_loader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
+    closed: list[bool] = []
+    rate = measure(batches(6, closed), 20.0, workers=3)
+    assert closed == [True]
+    # The clock ticks when it is looked at, once a batch and twice more.
+    assert rate.batches == 20
+    assert rate.samples_per_s == 20 * 6 / 21
+
+
+def test_all_take_turns_round_by_round() -> None:
+    told: list[str] = []
+    candidates = [Candidate(name, "x", lambda: batches(2)) for name in ("a", "b")]
+    found = take_turns(
+        candidates, rounds=3, seconds=0.001, on_turn=lambda name, rate: told.append(name)
+    )
+    assert told == ["a", "b"] * 3
+    assert {name: len(rates) for name, rates in found.rates.items()} == {"a": 3, "b": 3}
+    assert not found.failures
+
+
+def test_a_candidate_that_fails_ends_it_all_or_is_left_out() -> None:
+    told: list[tuple[str, bool]] = []
+    candidates = [
+        Candidate("bad", "x", failing),
+        Candidate("good", "x", lambda: batches(2)),
+    ]
+
+    def run(**options: Any) -> Turns:
+        return take_turns(
+            candidates,
+            rounds=2,
+            seconds=0.001,
+            on_turn=lambda name, rate: told.append((name, rate is not None)),
+            **options,
+        )
+
+    with pytest.raises(FormatError, match="is broken"):
+        run()
+    assert told == []
+    found = run(keep_going=True)
+    assert told == [("bad", False), ("good", True), ("good", True)]
+    assert found.failures == {"bad": "FormatError: x.tar: is broken"}
+    assert list(found.rates) == ["good"]
+
+
+def test_the_median_of_the_rounds_counts() -> None:
+    rates = [Rate(value, 1, 0) for value in (5.0, 900.0, 7.0)]
+    assert Turns({"a": rates}).median("a") == 7.0
+
+
+def test_files_are_warmed_only_if_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(bytes(5000))
+    assert warm([path, path])
+    monkeypatch.setattr(turns, "free_memory", lambda: 9999)
+    assert not warm([path, path])
+    assert warm([])
+
+
+def test_free_memory_is_part_of_all_memory() -> None:
+    assert 0 < turns.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
