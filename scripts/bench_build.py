@@ -32,8 +32,8 @@ from typing import Any
 import click
 import msgspec
 
-from shardprep.standings import machine
-from shardprep.turns import warm
+from shardprep.bench.standings import machine
+from shardprep.bench.turns import warm
 
 DROP = Path("/proc/sys/vm/drop_caches")
 TAR = "tar cf"

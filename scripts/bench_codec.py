@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import shardprep
 from shardprep import codecs, source, writer
-from shardprep.standings import machine
+from shardprep.bench.standings import machine
 
 CHUNKS, LEVELS = (16, 32, 64, 128, 256), (1, 3, 9, 19)
 DEFAULT = (64, 3)

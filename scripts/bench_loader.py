@@ -41,16 +41,16 @@ import numpy as np
 from peers import NOT_ADVISED, PEERS, Peer
 
 import shardprep
-from shardprep.contenders import (
+from shardprep.bench.contenders import (
     CropShape,
     file_candidate,
     limit_candidates,
     limit_rows,
     shard_candidate,
 )
+from shardprep.bench.standings import LoaderResult, best_limit, machine, summarise
+from shardprep.bench.turns import Candidate, Rate, in_own_process, take_turns
 from shardprep.source import scan_dataset
-from shardprep.standings import LoaderResult, best_limit, machine, summarise
-from shardprep.turns import Candidate, Rate, in_own_process, take_turns
 
 BATCH, FRAMES = 256, 128
 MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST = 540, 0.5, 91, 7193

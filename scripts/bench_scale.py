@@ -32,9 +32,9 @@ import msgspec
 import numpy as np
 
 import shardprep
+from shardprep.bench.standings import machine
 from shardprep.format import MANIFEST_NAME, encode_manifest, load_manifest
 from shardprep.sampling import Indices
-from shardprep.standings import machine
 from shardprep.windowed import WindowedOrder
 
 SMALL = 50_000

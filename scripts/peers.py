@@ -37,7 +37,7 @@ from peer_formats import (
 )
 from torch.utils.data import DataLoader
 
-from shardprep.contenders import (
+from shardprep.bench.contenders import (
     SHUFFLE_BUFFER,
     Batch,
     CropShape,
@@ -46,7 +46,7 @@ from shardprep.contenders import (
     epochs,
     from_webdataset,
 )
-from shardprep.turns import Candidate
+from shardprep.bench.turns import Candidate
 
 WORKERS = (0, 2)
 

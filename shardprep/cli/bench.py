@@ -10,7 +10,7 @@ import click
 from shardprep.cli.output import print_json, progress_bar, size
 
 if TYPE_CHECKING:
-    from shardprep.bench import BenchReport, SetResult
+    from shardprep.bench.report import BenchReport, SetResult
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -62,7 +62,7 @@ def bench(shards: tuple[Path, ...], source: Path | None, as_json: bool, **option
     must hold the same utterances.
     """
     # Slow to import, and no other command needs all of it.
-    from shardprep.bench import BenchOptions, bench_shards
+    from shardprep.bench.report import BenchOptions, bench_shards
 
     with _Progress() as progress:
         report = bench_shards(shards, source, BenchOptions(**options), progress.advance)

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 import shardprep
-from shardprep.contenders import CropShape
-from shardprep.standings import LoaderResult
-from shardprep.turns import in_own_process
+from shardprep.bench.contenders import CropShape
+from shardprep.bench.standings import LoaderResult
+from shardprep.bench.turns import in_own_process
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

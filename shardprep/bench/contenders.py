@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shardprep import codecs
+from shardprep.bench.turns import Candidate, free_memory
 from shardprep.format import NO_LABEL, CodecInfo
 from shardprep.loader import SegmentLoader
 from shardprep.reader import ShardSet, open_shards
-from shardprep.turns import Candidate, free_memory
 
 Batch = tuple[Tensor, Tensor]
 Sample = tuple[NDArray[Any], int]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardprep.bottleneck import Stages, cached_share, name_bottleneck, time_stages
-from shardprep.contenders import CropShape
+from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
+from shardprep.bench.contenders import CropShape
 
 CALM = {"faults": 0, "batches": 1000, "cached": 1.0, "to_limit": 0.5}
 

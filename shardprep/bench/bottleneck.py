@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from shardprep.contenders import CropShape, from_shards
+from shardprep.bench.contenders import CropShape, from_shards
+from shardprep.bench.turns import measure
 from shardprep.reader import Split, open_shards
 from shardprep.sampling import crop_starts, epoch_order
-from shardprep.turns import measure
 
 # Samples whose order and crops are computed at a time, as `SegmentLoader` does.
 _PLANNED = 16_384

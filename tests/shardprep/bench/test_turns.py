@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardprep import FormatError, turns
-from shardprep.turns import Candidate, Rate, Turns, in_own_process, measure, take_turns, warm
+from shardprep import FormatError
+from shardprep.bench import turns
+from shardprep.bench.turns import Candidate, Rate, Turns, in_own_process, measure, take_turns, warm
 
 Batches = Iterator[tuple[Any, Any]]
 

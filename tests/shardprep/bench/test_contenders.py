@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from shardprep import BuildReport, Split, contenders, open_shards
-from shardprep.contenders import (
+from shardprep import BuildReport, Split, open_shards
+from shardprep.bench import contenders
+from shardprep.bench.contenders import (
     CropShape,
     epochs,
     file_candidate,
@@ -23,8 +24,8 @@ from shardprep.contenders import (
     shard_files,
     webdataset_candidate,
 )
+from shardprep.bench.turns import Candidate
 from shardprep.source import scan_dataset
-from shardprep.turns import Candidate
 
 # webdataset leaves it to the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -10,7 +10,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from shardprep.turns import Candidate, Turns
+from shardprep.bench.turns import Candidate, Turns
 
 LIMIT = "limit: gather from memory"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shardprep.bottleneck import Stages, cached_share, name_bottleneck, time_stages
-from shardprep.contenders import (
+from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
+from shardprep.bench.contenders import (
     CropShape,
     decode_member,
     file_candidate,
@@ -19,12 +19,7 @@ from shardprep.contenders import (
     shard_files,
     webdataset_candidate,
 )
-from shardprep.errors import CorruptShardError, FormatError, SourceError
-from shardprep.format import MANIFEST_NAME
-from shardprep.reader import ShardSet, Split, open_shards
-from shardprep.sidecars import REBUILD
-from shardprep.source import scan_dataset
-from shardprep.standings import (
+from shardprep.bench.standings import (
     LimitResult,
     LoaderResult,
     Machine,
@@ -33,7 +28,12 @@ from shardprep.standings import (
     summarise,
     usable_cores,
 )
-from shardprep.turns import Candidate, Turns, in_own_process, take_turns, warm
+from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, warm
+from shardprep.errors import CorruptShardError, FormatError, SourceError
+from shardprep.format import MANIFEST_NAME
+from shardprep.reader import ShardSet, Split, open_shards
+from shardprep.sidecars import REBUILD
+from shardprep.source import scan_dataset
 
 _STAGES_TIMEOUT = 300.0
 

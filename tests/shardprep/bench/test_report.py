@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shardprep import BuildReport, FormatError, SourceError, bench, open_shards
-from shardprep.bench import BenchOptions, BenchReport, bench_shards
-from shardprep.standings import LIMIT, LimitResult, best_limit, summarise
-from shardprep.turns import Candidate, Rate, Turns
+from shardprep import BuildReport, FormatError, SourceError, open_shards
+from shardprep.bench import report as bench
+from shardprep.bench.report import BenchOptions, BenchReport, bench_shards
+from shardprep.bench.standings import LIMIT, LimitResult, best_limit, summarise
+from shardprep.bench.turns import Candidate, Rate, Turns
 
 # webdataset leaves it to the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

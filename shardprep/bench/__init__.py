@@ -1,0 +1,1 @@
+"""Measure every way to read one data set on one machine: `shardprep bench`."""
