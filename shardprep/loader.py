@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardprep.buffers import BufferPool
 from shardprep.errors import ShardprepError
 from shardprep.prefetch import ahead
 from shardprep.reader import Split
@@ -126,6 +127,7 @@ class SegmentLoader:
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
         self._prefetch = prefetch
+        self._buffers = BufferPool(keep=prefetch + 2)
         self._position = 0
         rest = len(split) % self._global_batch
         self._end = len(split) - rest if drop_last else len(split)
@@ -250,11 +252,13 @@ class SegmentLoader:
         if self._resident is not None:
             return None
         split = self.split
-        mel = torch.empty(
-            (len(indices), self._segment_frames, split.n_mels),
-            dtype=torch.from_numpy(np.empty(0, split.dtype)).dtype,
-            pin_memory=self._device.type == "cuda",
-        )
+        shape = (len(indices), self._segment_frames, split.n_mels)
+        if self._device.type == "cuda":
+            # PyTorch keeps pinned buffers, and uses one again when its copy has been made.
+            stored = torch.from_numpy(np.empty(0, split.dtype)).dtype
+            mel = torch.empty(shape, dtype=stored, pin_memory=True)
+        else:
+            mel = torch.from_numpy(self._buffers.take(shape, split.dtype))
         split.crops(indices, starts, self._segment_frames, self._pad_value, out=mel.numpy())
         return mel
 
