@@ -29,7 +29,7 @@ EpochOrder = Callable[[Indices], Indices]
 Crops = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
 
 # Samples of all ranks whose order and crops are computed at a time.
-_PLANNED = 16_384
+PLANNED = 16_384
 
 
 class SegmentLoader:
@@ -199,7 +199,7 @@ class SegmentLoader:
         asked: set[int] = set()
         step = self._global_batch
         # Order and crops of many batches at once: NumPy's calls cost more than their work.
-        stride = max(1, _PLANNED // step) * step
+        stride = max(1, PLANNED // step) * step
         for block in range(position, self._end, stride):
             if isinstance(order, WindowedOrder):
                 self._read_ahead(order, block, stride, asked)

@@ -15,11 +15,10 @@ import numpy as np
 
 from shardprep.bench.contenders import CropShape, from_shards
 from shardprep.bench.turns import measure
+from shardprep.loader import PLANNED
 from shardprep.reader import Split, open_shards
 from shardprep.sampling import crop_starts, epoch_order
 
-# Samples whose order and crops are computed at a time, as `SegmentLoader` does.
-_PLANNED = 16_384
 # Batches whose crops are gathered again and again; more than the caches of a processor hold.
 _DRAWN_BATCHES = 512
 # Crops from a cold cache fault many times a batch; fewer than one a batch cost next to nothing.
@@ -71,7 +70,7 @@ def time_stages(folder: Path, name: str, shape: CropShape, seconds: float) -> St
 def _blocks(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
     """Indices and starts of many full batches at once, for ever."""
     end = len(split) // shape.batch_size * shape.batch_size
-    step = max(1, _PLANNED // shape.batch_size) * shape.batch_size
+    step = max(1, PLANNED // shape.batch_size) * shape.batch_size
     for epoch in itertools.count():
         order = epoch_order(len(split), 0, epoch)
         for at in range(0, end, step):
