@@ -112,6 +112,9 @@ class TrainConfig:
     """Steps from one line of metrics to the next."""
     save_steps: int = 2000
     """Steps from one checkpoint to the next; there is always one at the end."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped, as they are where the loss or the gradient is not a
+    finite number; one more ends the run. fp16 takes up to 16 to find its scale [steps]."""
     keep: int = 2
     """Checkpoints kept, newest first; best.pt is kept besides."""
     stop_step: int | None = None
@@ -188,6 +191,7 @@ _AT_LEAST = {
     "train.valid_steps": 0,
     "train.log_steps": 1,
     "train.save_steps": 1,
+    "train.max_skipped": 0,
     "train.keep": 1,
     "train.seed": 0,
 }

@@ -7,6 +7,7 @@ interrupted. Axis legend: B batch, T frames, F mel bins, S speakers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from trainer.factory import (
 )
 from trainer.interrupt import StopSignals
 from trainer.journal import Journal
-from trainer.metrics import combine, peak_memory_mib
+from trainer.metrics import Window, combine, peak_memory_mib
 from trainer.preflight import (
     Changes,
     check_same_data,
@@ -136,6 +137,7 @@ class Trainer:
             ),
             accumulate=config.train.accumulate,
             clip_norm=optim.clip_norm,
+            max_skipped=config.train.max_skipped,
             seed=config.train.seed,
         )
 
@@ -146,7 +148,7 @@ class Trainer:
             How the run ended; a checkpoint of that step has been written.
 
         Raises:
-            DivergedError: The loss or the gradient is not a finite number.
+            DivergedError: The loss or the gradient was not a finite number for too many steps.
             CheckpointError: A checkpoint cannot be written.
         """
         train = self.config.train
@@ -183,35 +185,42 @@ class Trainer:
         while True:
             yield from self.loader
 
-    def _window(self) -> list[float]:
-        """The meter of all ranks, after making sure that it is finite."""
+    def _window(self) -> Window:
+        """The meter of all ranks, after making sure that not too many steps were skipped."""
         sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
-        if sums[5]:
+        if sums.diverged:
             newest = self.checkpoints.latest()
             kept = f"{newest} is from before" if newest else "no checkpoint was written before"
             raise DivergedError(
-                f"step {int(sums[5])}: the loss or the gradient is not a finite number; {kept}. "
-                "Try a smaller --optim.lr, more --optim.warmup_steps, a smaller --optim.clip_norm, "
-                "or `accelerate launch --mixed_precision bf16` in place of fp16"
+                f"step {int(sums.diverged)}: the loss or the gradient is not a finite number, and "
+                f"train.max_skipped allows {self.config.train.max_skipped} such steps in a row; "
+                f"{kept}. Try a smaller --optim.lr, more --optim.warmup_steps, a smaller "
+                "--optim.clip_norm, or `accelerate launch --mixed_precision bf16` in place of fp16"
             )
         return sums
 
     def _log_training(self) -> None:
-        loss, correct, samples, norm, steps, _ = self._window()
+        sums = self._window()
         group = self.optimizer.param_groups[0]
-        record = {
+        record: dict[str, Any] = {
             "event": "train",
             "step": self.step,
             "epoch": self.loader.epoch,
-            "loss": loss / samples,
-            "accuracy": correct / samples,
-            "grad_norm": norm / steps if steps else None,
+            "loss": sums.loss / sums.samples if sums.samples else None,
+            "accuracy": sums.correct / sums.samples if sums.samples else None,
+            "grad_norm": sums.norm / sums.steps if sums.steps else None,
+            "skipped": int(sums.skipped),
             "lr": group["lr"],
             **self.train_step.throughput.rates(self.world_size),
             "peak_memory_mib": peak_memory_mib(self.device),
         }
         self.journal.record(record)
-        self.progress.show(record)
+        self.progress.show({key: math.nan if x is None else x for key, x in record.items()})
+        if sums.skipped:
+            self.progress.say(
+                f"note: {int(sums.skipped)} step(s) up to step {self.step:,} skipped: the loss or "
+                "the gradient was not a finite number"
+            )
         self.train_step.meter.reset()
         self.train_step.throughput.restart()
 
@@ -282,7 +291,7 @@ class Trainer:
                 **self._weights(),
                 **training_state(self.accelerator, self.optimizer, self.loader),
                 "global_batch": self.global_batch,
-                "window": window,
+                "window": list(window),
             }
             self.checkpoints.save(state, self.step)
         self.accelerator.wait_for_everyone()
@@ -305,7 +314,7 @@ class Trainer:
         self.step, self.best = saved["step"], saved["best"]
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.
-            self.train_step.meter.sums.copy_(torch.tensor(saved["window"], dtype=torch.float64))
+            self.train_step.meter.restore(saved["window"])
         return changed
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
     TrainerError            1   the run failed
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
     ├── CheckpointError     1   a checkpoint is missing, damaged or cannot be written
-    ├── DivergedError       1   the loss or the gradient is no longer a finite number
+    ├── DivergedError       1   too many steps in a row had no finite loss and gradient
     └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
 
 The number is the exit code of the process. Beside these, 130 and 143 mean that Ctrl-C or SIGTERM
@@ -40,7 +40,7 @@ class CheckpointError(TrainerError):
 
 
 class DivergedError(TrainerError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss or the gradient was not a finite number for too many steps in a row."""
 
 
 class PredictionError(TrainerError):

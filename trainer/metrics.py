@@ -5,56 +5,92 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Window(NamedTuple):
+    """The places of `Meter.sums`, of one rank or of all."""
+
+    loss: float
+    """Sum of the finite losses, each times its samples."""
+    correct: float
+    """Correct answers among these samples."""
+    samples: float
+    """Their number."""
+    norm: float
+    """Sum of the gradient norms of the steps taken."""
+    steps: float
+    """Steps taken, which are those whose gradient was finite."""
+    skipped: float
+    """Steps skipped."""
+    in_a_row: float
+    """Steps skipped just now without one between them that was taken; outlives a window."""
+    diverged: float
+    """First step at which these were too many, 0 for none; outlives a window."""
+
+
 class Meter:
     """Sums over the samples of a logging window, kept on the device.
 
-    The sums are one float64 vector, so that a log step costs one exchange between the ranks and
-    one copy to the host. Its places: sum of losses, correct, samples, sum of the finite
-    gradient norms, their number, first step that was not finite (0 for none).
+    The sums are one float64 vector with the places of `Window`, so that a log step costs one
+    exchange between the ranks and one copy to the host.
+
+    Args:
+        device: Where the losses are computed.
+        max_skipped: Steps in a row that may be skipped.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, max_skipped: int) -> None:
+        self.sums = torch.zeros(len(Window._fields), dtype=torch.float64, device=device)
+        self.max_skipped = max_skipped
 
     def add_batch(self, loss: Tensor, correct: Tensor, samples: int) -> None:
-        """Add a micro-batch: its mean loss (), its correct answers () and its size."""
-        self.sums[0] += loss * samples
-        self.sums[1] += correct
-        self.sums[2] += samples
+        """Add a micro-batch: its mean loss (), its correct answers () and its size.
 
-    def add_step(self, norm: Tensor, finite: Tensor, step: int) -> None:
-        """Add an optimiser step: the norm of its gradient (), and whether all was finite ()."""
-        usable = norm.isfinite()
-        self.sums[3] += torch.where(usable, norm, 0.0)
-        self.sums[4] += usable
-        first = ~finite & (self.sums[5] == 0)
-        self.sums[5] = torch.where(first, float(step), self.sums[5])
+        One whose loss is not finite is left out, for it would spoil the mean of the window.
+        """
+        usable = loss.isfinite()
+        self.sums[0] += torch.where(usable, loss * samples, 0.0)
+        self.sums[1] += correct * usable
+        self.sums[2] += samples * usable
+
+    def add_step(self, norm: Tensor, step: int) -> None:
+        """Add an optimiser step: the norm of its gradient (), not finite if it was skipped."""
+        taken = norm.isfinite()
+        self.sums[3] += torch.where(taken, norm, 0.0)
+        self.sums[4] += taken
+        self.sums[5] += ~taken
+        self.sums[6] = torch.where(taken, 0.0, self.sums[6] + 1)
+        first = (self.sums[6] > self.max_skipped) & (self.sums[7] == 0)
+        self.sums[7] = torch.where(first, float(step), self.sums[7])
 
     def reset(self) -> None:
         """Begin a new window."""
-        self.sums.zero_()
+        self.sums[:6] = 0
+
+    def restore(self, window: Sequence[float]) -> None:
+        """Continue a window that was cut off, as `combine` gave it."""
+        # Checkpoints from before steps were skipped have the first six places; the sixth is 0.
+        saved = torch.tensor(window, dtype=torch.float64)
+        self.sums[: len(saved)].copy_(saved)
 
 
-def combine(rows: Tensor) -> list[float]:
+def combine(rows: Tensor) -> Window:
     """Join the sums of all ranks.
 
     Args:
-        rows: (W, 6) sums of W ranks, as `Meter` keeps them.
+        rows: (W, 8) sums of W ranks, as `Meter` keeps them.
 
     Returns:
-        The places of `Meter.sums` for the whole; the gradient norms are those of rank 0, which
-        all ranks share, and the first step that was not finite is the earliest of any rank.
+        The sums for the whole. What counts steps is rank 0's: the gradient is exchanged, so all
+        ranks have the same norm and skip the same steps.
     """
     table = rows.cpu()
-    bad = table[:, 5][table[:, 5] > 0]
-    first = float(bad.min()) if len(bad) else 0.0
-    return [*table[:, :3].sum(0).tolist(), *table[0, 3:5].tolist(), first]
+    return Window(*table[:, :3].sum(0).tolist(), *table[0, 3:].tolist())
 
 
 class Throughput:

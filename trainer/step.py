@@ -1,4 +1,14 @@
-"""One optimiser step: micro-batches in, weights changed, sums in a meter; nothing waits."""
+"""One optimiser step: micro-batches in, weights changed, sums in a meter; nothing waits.
+
+A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
+optimiser and running statistics stay as they were, and the meter counts it. The norm of the
+averaged gradient, one number on all ranks, decides. A loss that is not finite makes it so.
+
+- With the fused optimiser of a GPU the decision stays on the device: its kernel is told by
+  `found_inf`, as a gradient scaler does it, to leave weights, moments and step count alone.
+- With float16 the scaler itself skips the step, in the same way, and lowers its scale.
+- An optimiser that is not fused is simply not called. Looking at the norm costs nothing on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +29,7 @@ Batches = Iterator[dict[str, Tensor]]
 
 
 class TrainStep:
-    """Takes optimiser steps with a prepared model, without ever waiting for the device.
+    """Takes optimiser steps with a prepared model, without ever waiting for a GPU.
 
     torch's generators are seeded from (seed, step, rank) before each step, so that dropout does
     not depend on what was computed before, in this process or another.
@@ -32,6 +42,7 @@ class TrainStep:
         rate: Learning rate of a step, from the number of steps before it.
         accumulate: Micro-batches of a step; their gradients are averaged.
         clip_norm: Largest norm of the whole gradient; 0 leaves it as it is.
+        max_skipped: Steps in a row that may be skipped before the meter calls it divergence.
         seed: Seed of the run.
 
     Attributes:
@@ -49,6 +60,7 @@ class TrainStep:
         *,
         accumulate: int,
         clip_norm: float,
+        max_skipped: int,
         seed: int,
     ) -> None:
         self.accelerator = accelerator
@@ -59,29 +71,43 @@ class TrainStep:
         self.accumulate = accumulate
         self.limit = clip_norm or math.inf
         self.seed = seed
-        self.meter = Meter(accelerator.device)
+        self.meter = Meter(accelerator.device, max_skipped)
         self.throughput = Throughput()
+        self._buffers = list(model.buffers())
 
     def __call__(self, batches: Batches, step: int) -> None:
         """Take the step that follows `step` others, on the next micro-batches."""
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        before = [buffer.clone() for buffer in self._buffers]
         for part in range(self.accumulate):
             batch = self.throughput.fetch(batches)
             exchange = part == self.accumulate - 1
             with nullcontext() if exchange else self.accelerator.no_sync(self.model):
                 loss = self._forward(batch)
-                self.accelerator.backward(loss / self.accumulate)
-            finite &= loss.detach().isfinite()
+                # One plus zero, or NaN: the gradient of an infinite loss may well be finite, and
+                # by the gradient alone the other ranks learn of it.
+                spoiler = 1 + 0 * loss.detach()
+                self.accelerator.backward(loss * spoiler / self.accumulate)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.limit)
-        if self.accelerator.scaler is None:
-            # With float16 an overflow is the scaler's to handle: it skips the step.
-            finite &= norm.isfinite()
-        self.optimizer.step()
+        self._move(norm.isfinite(), before)
         self.optimizer.zero_grad()
-        self.meter.add_step(norm, finite, step + 1)
+        self.meter.add_step(norm, step + 1)
+
+    def _move(self, finite: Tensor, before: list[Tensor]) -> None:
+        """Change the weights, or put the running statistics back to what they were before."""
+        bare = self.optimizer.optimizer
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()
+        elif bare.defaults.get("fused"):
+            bare.found_inf = (~finite).float()
+            self.optimizer.step()
+            del bare.found_inf
+        elif finite:
+            self.optimizer.step()
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         device = self.accelerator.device

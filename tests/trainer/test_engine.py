@@ -207,27 +207,71 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert newest(config)["step"] == 7
 
 
-@pytest.mark.parametrize("log_steps", [1, 4, 100])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    make_config: ConfigFactory, log_steps: int
-) -> None:
-    config = make_config(
-        **{"train.log_steps": log_steps, "train.save_steps": 2, "train.valid_steps": 0}
-    )
-    trainer = Trainer(config)
-    criterion, calls = trainer.train_step.criterion, iter(range(100))
+def spoil(trainer: Trainer, bad: set[int]) -> None:
+    """Make the losses of some steps, counted from 1, NaN."""
+    criterion, steps = trainer.train_step.criterion, iter(range(trainer.step + 1, 100))
 
     class Spoiled(torch.nn.Module):
         def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
             loss: Tensor = criterion(logits, labels)
-            return loss * math.nan if next(calls) == 4 else loss
+            return loss * math.nan if next(steps) in bad else loss
 
     trainer.train_step.criterion = Spoiled()
-    with pytest.raises(
-        DivergedError, match=r"^step 5: .*step-00000004\.pt is from before.*--optim"
-    ):
+
+
+@pytest.mark.parametrize("log_steps", [1, 4, 100])
+def test_losses_that_are_not_finite_stop_the_run_and_name_the_step(
+    make_config: ConfigFactory, log_steps: int
+) -> None:
+    config = make_config(
+        **{
+            "train.log_steps": log_steps,
+            "train.save_steps": 2,
+            "train.valid_steps": 0,
+            "train.max_skipped": 2,
+        }
+    )
+    trainer = Trainer(config)
+    # Steps 1 and 2 are as many as may be.
+    spoil(trainer, {1, 2, 5, 6, 7})
+    told = r"^step 7: .*max_skipped allows 2 .*step-00000006\.pt is from before.*--optim"
+    with pytest.raises(DivergedError, match=told):
         trainer.fit()
-    assert newest(config)["step"] == 4
+    assert newest(config)["step"] == 6
+
+
+def test_skipped_steps_are_recorded_and_leave_no_trace_in_the_means(
+    make_config: ConfigFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(config := make_config(**{"train.valid_steps": 0}))
+    spoil(trainer, {3, 4, 6})
+    trainer.fit()
+    trainer.close()
+    rows = records(config, "train")
+    assert [row["skipped"] for row in rows] == [0, 2, 1, 0, 0, 0]
+    assert [row["loss"] is None for row in rows] == [False, True] + 4 * [False]
+    assert [row["accuracy"] is None for row in rows] == [row["loss"] is None for row in rows]
+    assert [row["grad_norm"] is None for row in rows] == [row["loss"] is None for row in rows]
+    err = capsys.readouterr().err
+    assert err.count("note: ") == 2
+    assert "note: 2 step(s) up to step 4 skipped" in err
+
+
+@pytest.mark.parametrize("cut", [5, 6])
+def test_steps_skipped_in_a_row_are_counted_over_a_resumption(
+    make_config: ConfigFactory, cut: int
+) -> None:
+    # Steps are logged at 2, 4, 6: the cut falls within a window and at the end of one.
+    limits = {"train.max_skipped": 3, "train.save_steps": 100, "train.valid_steps": 0}
+    bad = {4, 5, 6, 7}
+    trainer = Trainer(make_config(**limits, **{"train.stop_step": cut}))
+    spoil(trainer, bad)
+    trainer.fit()
+    trainer.close()
+    trainer = Trainer(make_config(**limits), resume=True)
+    spoil(trainer, bad)
+    with pytest.raises(DivergedError, match="^step 7: "):
+        trainer.fit()
 
 
 def test_an_existing_run_is_not_overwritten(make_config: ConfigFactory) -> None:
