@@ -65,6 +65,24 @@ def skew(scores: Tensor, keys: int) -> Tensor:
     return shifted.view(*scores.shape[:-1], width - 1)[..., :keys]
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, drawn four values at a time on a CPU, which halves its cost there.
+
+    PyTorch's CPU kernel draws one 32-bit number a value, one after the other. Here a 64-bit number
+    serves four values of 16 bits, so that p is kept to within 2**-16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero values of x, any shape, with probability p and scale up the others; in training."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        limit = min(round(self.p * 2**16), 2**16 - 1)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 2**15
+        # One multiplication each way; the mask alone would be multiplied twice.
+        return x * (kept.to(x.dtype) * (1.0 / (1.0 - limit / 2**16)))
+
+
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over (B, C, T) whose statistics count valid frames only.
 
@@ -170,10 +188,10 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
             ff_dropout=ff_dropout,
             conv_dropout=conv_dropout,
         )
-        layers = self.conv.net
-        for index, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm1d):
-                layers[index] = MaskedBatchNorm1d(layer.num_features, layer.eps, layer.momentum)
+        for sequence in (self.ff1.fn.fn.net, self.ff2.fn.fn.net, self.conv.net):
+            for index, layer in enumerate(sequence):
+                sequence[index] = _ours(layer)
+        self.attn.fn.dropout = _ours(self.attn.fn.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode frames in their context.
@@ -220,16 +238,48 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
         return out
 
     def _convolve(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Convolution module: (B, T, D) -> (B, T, D)."""
-        for layer in self.conv.net:
-            if isinstance(layer, MaskedBatchNorm1d):
-                x = layer(x, mask)
-                continue
-            if isinstance(layer, conformer.conformer.DepthWiseConv1d) and mask is not None:
-                # Its neighbours beyond the end must be the zeros that an unpadded utterance sees.
-                x = x.masked_fill(~mask.unsqueeze(1), 0.0)  # (B, C, T)
-            x = layer(x)
-        return x
+        """Convolution module: (B, T, D) -> (B, T, D), frames by channels all along."""
+        norm, _, expand, _, depthwise, batch_norm, activation, project, _, dropout = self.conv.net
+        x = F.glu(_pointwise(expand, norm(x)), dim=-1)  # (B, T, D) -> (B, T, C)
+        # Beyond the end of an utterance must be the zeros that it sees when it is not padded.
+        x = convolve_depthwise(zero_padding(x, mask), depthwise.conv)
+        x = batch_norm(x.transpose(1, 2), mask).transpose(1, 2)
+        out: Tensor = dropout(_pointwise(project, activation(x)))
+        return out
+
+
+def convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Convolve every channel of x (B, T, C) with its own kernel, to the same number of frames.
+
+    On a CPU this goes by way of a two-dimensional convolution of one row: oneDNN has no fast
+    one-dimensional kernel for channels that lie next to one another (forward and backward of 32
+    x 128 frames of 288 channels: 16 against 55 ms).
+    """
+    reach = conv.kernel_size[0] // 2
+    if x.device.type != "cpu":
+        same: Tensor = F.conv1d(
+            x.transpose(1, 2), conv.weight, conv.bias, padding=reach, groups=conv.groups
+        )
+        return same.transpose(1, 2)
+    row = x.transpose(1, 2).unsqueeze(2)  # (B, T, C) -> (B, C, 1, T), channels last in memory
+    out = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, reach), groups=conv.groups)
+    return out.squeeze(2).transpose(1, 2)
+
+
+def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """A convolution of width 1, as the matrix product that it is: (B, T, in) -> (B, T, out)."""
+    return F.linear(x, conv.weight.squeeze(-1), conv.bias)
+
+
+def _ours(layer: nn.Module) -> nn.Module:
+    """What stands in for a layer of the package: the same function, masked or faster."""
+    if isinstance(layer, nn.BatchNorm1d):
+        return MaskedBatchNorm1d(layer.num_features, layer.eps, layer.momentum)
+    if isinstance(layer, conformer.conformer.Swish):
+        return nn.SiLU()
+    if isinstance(layer, nn.Dropout):
+        return Dropout(layer.p)
+    return layer
 
 
 class TransformerBlock(nn.Module):
