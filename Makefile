@@ -3,16 +3,22 @@
 # make check            lint and type-check only
 # make bench            measure the loaders against their peers, from an environment of its own, and
 #                       write scripts/results/; DATA=folder for real data
+# make bench-train      measure training against the course's code, and write scripts/results/train.json;
+#                       DATA=folder of a data set, ARGS='--batch 32 2048' and others of the script
+# make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and
+#                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' to
+#                       do it on CPUs
 # make clean            remove what these made (not the data)
 
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 DATA ?=
+ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench bench-train ladder clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +50,15 @@ $(BENCH_VENV)/.installed: pyproject.toml constraints.txt
 bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python scripts/bench_loader.py $(if $(DATA),--dataset '$(DATA)') \
 		--out scripts/results/loader.json --plot scripts/results/loader.png
+
+bench-train: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python scripts/bench_train.py $(if $(DATA),--dataset '$(DATA)') \
+		--out scripts/results/train.json $(ARGS)
+
+ladder: $(BENCH_VENV)/.installed
+	@test -n '$(DATA)' || { echo 'make ladder DATA=folder, with Dataset/ and test_labels.csv'; exit 2; }
+	$(BENCH_VENV)/bin/python scripts/ladder.py --data '$(DATA)' \
+		--out scripts/results/ladder.json --plot scripts/results/ladder.png $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,8 @@ class AttentivePooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weigh and sum frames (B, T, D) -> (B, D)."""
         weights = self.score(torch.tanh(self.hidden(x))).softmax(dim=1)  # (B, T, 1)
-        return (weights * x).sum(dim=1)
+        pooled: Tensor = (weights * x).sum(dim=1)
+        return pooled
 
 
 class Cosine(nn.Module):

@@ -34,6 +34,7 @@ import click
 import torch
 from ladder_jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
 from ladder_summary import RUNGS, Run, summarise, table
+from spread_options import SpreadCommand
 
 import shardprep
 from shardprep.bench.standings import machine
@@ -111,36 +112,12 @@ def _check(rungs: Sequence[str], settings: Settings) -> None:
             raise click.UsageError(f"there is no recipe {rung}.yaml; name the rungs with --rungs")
 
 
-class _Spread(click.Command):
-    """Takes `--seeds 0 1 2` for `--seeds 0 --seeds 1 --seeds 2`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the name of a repeatable option before each of its values."""
-        repeatable = {
-            name
-            for option in self.params
-            if isinstance(option, click.Option) and option.multiple
-            for name in option.opts
-        }
-        spread: list[str] = []
-        current, first = None, False
-        for word in args:
-            if word.startswith("-"):
-                current, first = (word if word in repeatable else None), True
-            elif current and not first:
-                spread.append(current)
-            else:
-                first = False
-            spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(cls=_Spread, context_settings={"show_default": True})
+@click.command(cls=SpreadCommand, context_settings={"show_default": True})
 @click.option("--data", type=_FOLDER, required=True, help="Holds Dataset/ and test_labels.csv.")
 @click.option("--rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
 @click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
@@ -153,7 +130,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--jobs", "parallel", type=_COUNT, default=1, help="Runs at a time.")
 @click.option("--threads", type=_COUNT, default=1, help="Threads a run computes with on a CPU.")
 @click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
-@click.option("--work", type=click.Path(path_type=Path), default="ladder", help="Work folder.")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/ladder", help="Work folder.")
 @click.option("--out", type=_NEW, help="Result file to write (JSON).")
 @click.option("--plot", type=_NEW, help="Picture of it to write (PNG); needs matplotlib.")
 @click.option("--dry-run", is_flag=True, help="Print the commands and do nothing.")
