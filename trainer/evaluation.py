@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainer.tta import Views
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Labels = NDArray[np.signedinteger[Any]]
+
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Evaluation:
     labelled: int
     loss_sum: float
     """Sum over the labelled utterances; 0 without a criterion."""
+    correct_top5: int = 0
+    """Labelled utterances whose speaker is among the five that score highest."""
 
     @property
     def accuracy(self) -> float:
@@ -32,9 +39,24 @@ class Evaluation:
         return self.correct / max(1, self.labelled)
 
     @property
+    def top5_accuracy(self) -> float:
+        """Share of the labelled utterances whose speaker is among the five highest."""
+        return self.correct_top5 / max(1, self.labelled)
+
+    @property
     def loss(self) -> float:
         """Mean loss of the labelled utterances, 0 where none is labelled."""
         return self.loss_sum / max(1, self.labelled)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a model makes of the utterances of a split."""
+
+    embeddings: NDArray[np.float32]
+    """(N, D), in the split's own order."""
+    evaluation: Evaluation
+    """How well they were recognised; it has no loss."""
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +81,6 @@ def on_one_process(total: Tensor) -> Tensor:
     return total
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -83,31 +104,99 @@ def evaluate(
     Returns:
         Counts over the whole split, equal on every rank.
     """
-    # Adding up one-hot contributions gathers by index, whatever the order and number of batches.
-    found = torch.zeros(2, len(labels), dtype=torch.int64, device=device)
+    tally = _Tally(labels, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    with _evaluating(model):
+        for batch in batches:
+            logits = model(*model_inputs(batch, device)).float()
+            tally.add(batch["index"], logits)
+            if criterion is not None:
+                loss_sum += _summed_loss(criterion, logits, batch["label"])
+    return tally.evaluation(reduce, reduce(loss_sum))
+
+
+def collect(
+    views: Views,
+    batches: Iterable[Mapping[str, Tensor]],
+    labels: Labels,
+    *,
+    device: torch.device,
+) -> Collected:
+    """Embed and classify every utterance of a split, on one process.
+
+    Args:
+        views: The model, on the device; left in the mode it was in.
+        batches: The whole split, as `evaluate` wants it.
+        labels: Class of every utterance of the split (N,), -1 where unknown; at least one.
+        device: Where the model is.
+
+    Returns:
+        Embeddings and counts; of the logits no more is kept, for they are (N, S).
+    """
+    tally = _Tally(labels, device)
+    embeddings = np.empty((0, 0), np.float32)
+    with _evaluating(views):
+        for batch in batches:
+            embedding, logits = views.embed_and_score(*model_inputs(batch, device))
+            tally.add(batch["index"], logits.float())
+            if not embeddings.size:
+                embeddings = np.empty((len(labels), embedding.shape[1]), np.float32)
+            embeddings[batch["index"].numpy()] = embedding.float().cpu().numpy()
+    return Collected(embeddings, tally.evaluation())
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the model is left in the mode it was in."""
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            logits = model(*model_inputs(batch, device)).float()
-            index = batch["index"].to(device, non_blocking=True)
-            answers = torch.stack((logits.argmax(1), torch.ones_like(index)))
-            found.index_add_(1, index, answers)
-            if criterion is not None:
-                loss_sum += _summed_loss(criterion, logits, batch["label"])
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-    found, loss_sum = reduce(found), reduce(loss_sum)
-    predictions, seen = found.cpu().numpy()
-    assert (seen == 1).all(), "an utterance was evaluated twice or not at all"
-    known = labels >= 0
-    return Evaluation(
-        predictions=predictions,
-        correct=int((predictions[known] == labels[known]).sum()),
-        labelled=int(known.sum()),
-        loss_sum=loss_sum.item(),
-    )
+
+
+class _Tally:
+    """The answers to a split, gathered by position, whatever the order and number of batches."""
+
+    def __init__(self, labels: Labels, device: torch.device) -> None:
+        self._labels = labels
+        self._truth = torch.from_numpy(labels.astype(np.int64)).to(device)
+        # Prediction, times seen, and the place of the truth; adding gathers by index.
+        self._found = torch.zeros(3, len(labels), dtype=torch.int64, device=device)
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Take note of logits (B, S) of the utterances at positions `index` (B,)."""
+        index = index.to(logits.device, non_blocking=True)
+        place = _place(logits, self._truth[index])
+        answers = torch.stack((logits.argmax(1), torch.ones_like(index), place))
+        self._found.index_add_(1, index, answers)
+
+    def evaluation(
+        self, reduce: Callable[[Tensor], Tensor] = on_one_process, loss_sum: Tensor | None = None
+    ) -> Evaluation:
+        """The counts over all ranks."""
+        predictions, seen, place = reduce(self._found).cpu().numpy()
+        assert (seen == 1).all(), "an utterance was evaluated twice or not at all"
+        known = self._labels >= 0
+        return Evaluation(
+            predictions=predictions,
+            correct=int((predictions[known] == self._labels[known]).sum()),
+            labelled=int(known.sum()),
+            loss_sum=0.0 if loss_sum is None else loss_sum.item(),
+            correct_top5=int((place[known] < TOP).sum()),
+        )
+
+
+def _place(logits: Tensor, truth: Tensor) -> Tensor:
+    """How many classes are ahead of the true one (B,); of equals the first is, as in argmax."""
+    truth = truth.clamp(min=0).unsqueeze(1)
+    own = logits.gather(1, truth)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    # Not `>`: whatever is not a number is ahead of, and behind, everything.
+    ahead = ~(logits <= own) | ((logits == own) & (classes < truth))
+    return ahead.sum(1)
 
 
 def _summed_loss(criterion: Criterion, logits: Tensor, labels: Tensor) -> Tensor:
