@@ -74,7 +74,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero values of x, any shape, with probability p and scale up the others; in training."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        native = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or self.p == 0 or native:
             return super().forward(x)
         limit = min(round(self.p * 2**16), 2**16 - 1)
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -113,7 +114,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         if not self.training or (mask is None and x.numel()):
             # Frames in rows: twice as fast where channels lie next to one another in memory.
             rows = super().forward(x.transpose(1, 2).flatten(0, 1))  # (B * T, C)
-            return rows.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            return rows.view(x.shape[0], x.shape[2], -1).transpose(1, 2)
         if mask is None:
             mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
         padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)

@@ -49,7 +49,7 @@ class ModelConfig:
     encoder: Literal["conformer", "transformer"] = "conformer"
     """Kind of block."""
     dim: int = 512
-    """Width of the encoder and of the embedding."""
+    """Width of the encoder."""
     layers: int = 1
     """Blocks."""
     heads: int = 8
@@ -64,22 +64,63 @@ class ModelConfig:
     """Length of the Conformer's depthwise convolution [frames], odd."""
     dropout: float = 0.1
     """Probability of dropping a value, 0 up to but not including 1."""
-    pooling: Literal["mean", "self_attentive"] = "self_attentive"
+    pooling: Literal["mean", "self_attentive", "attentive_statistics"] = "self_attentive"
     """How the frames become one embedding."""
+    center: bool = False
+    """Subtract the mean frame of each utterance, and with it a fixed filter of the channel."""
+    subsampling: int = 1
+    """Rate of the frames in the encoder: 1 for all, 2 for a front end that halves it."""
+    concat: bool = False
+    """Pool the outputs of all blocks side by side, not only those of the last."""
+    embedding_dim: int | None = None
+    """Width of the embedding, by BatchNorm and a matrix; null for that of what is pooled."""
     classifier: Literal["linear", "mlp", "cosine"] = "cosine"
     """Head over the embedding: one matrix, two with a ReLU between, or cosines."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Changes to training crops, on the device; a share of 0 leaves a change out."""
+
+    reverb: float = 0.0
+    """Crops that get the tail of a room [share]."""
+    reverb_seconds: tuple[float, float] = (0.1, 0.8)
+    """Shortest and longest time in which the tail falls by 60 dB [s]."""
+    channel: float = 0.0
+    """Deviation of a smooth curve over mel bins that is added to every crop [log-mel]."""
+    channel_points: int = 6
+    """Points that the curve runs through."""
+    babble: float = 0.0
+    """Crops that one to three other crops of the batch are heard with [share]."""
+    babble_snr: tuple[float, float] = (5.0, 20.0)
+    """Lowest and highest ratio of the powers [dB]."""
+    noise: float = 0.0
+    """Crops that get noise with a smooth spectrum [share]."""
+    noise_snr: tuple[float, float] = (5.0, 20.0)
+    """Lowest and highest ratio of the powers [dB]."""
+    time_masks: int = 0
+    """Spans of frames that are hidden (SpecAugment)."""
+    time_width: int = 10
+    """Longest of them [frames]."""
+    freq_masks: int = 0
+    """Spans of mel bins that are hidden (SpecAugment)."""
+    freq_width: int = 6
+    """Longest of them [mel bins]."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What is minimised."""
 
-    name: Literal["softmax", "am_softmax"] = "am_softmax"
-    """Plain or additive-margin softmax; the latter goes with model.classifier cosine."""
+    name: Literal["softmax", "am_softmax", "aam_softmax"] = "am_softmax"
+    """Plain, additive-margin or additive-angular-margin softmax; a margin goes with
+    model.classifier cosine."""
     margin: float | None = 0.2
-    """Margin of am_softmax [cosine]; null with softmax."""
+    """Margin of am_softmax [cosine] or aam_softmax [rad]; null with softmax."""
     scale: float | None = 30.0
-    """Scale of the cosines in am_softmax; null with softmax."""
+    """Scale of the cosines; null with softmax."""
+    margin_growth: float = 0.0
+    """Share of the run over which the margin grows from 0 in a straight line."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +153,8 @@ class TrainConfig:
     """Steps from one line of metrics to the next."""
     save_steps: int = 2000
     """Steps from one checkpoint to the next; there is always one at the end."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over the batches of all processes; otherwise each sees its own."""
     max_skipped: int = 20
     """Steps in a row that may be skipped, as they are where the loss or the gradient is not a
     finite number; one more ends the run. fp16 takes up to 16 to find its scale [steps]."""
@@ -119,6 +162,11 @@ class TrainConfig:
     """Checkpoints kept, newest first; best.pt is kept besides."""
     stop_step: int | None = None
     """Save and leave after this step, as an interruption would; the schedule is unchanged."""
+    average_decay: float = 0.0
+    """Share of the moving average of the weights that a step keeps; the average is validated and
+    saved for prediction. 0 keeps none."""
+    start_from: str | None = None
+    """Checkpoint whose weights a new run begins with, for fine-tuning; null for random ones."""
     seed: int = 0
     """Decides the initial weights, the order of the data and the dropout."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -135,6 +183,8 @@ class Config:
     """Data (--data.FIELD)"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model (--model.FIELD)"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation (--augment.FIELD)"""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss (--loss.FIELD)"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -157,9 +207,10 @@ class Config:
         return text
 
 
-_PARTS = {
+PARTS = {
     "data": DataConfig,
     "model": ModelConfig,
+    "augment": AugmentConfig,
     "loss": LossConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
@@ -183,6 +234,16 @@ _AT_LEAST = {
     "model.conv_expansion": 1,
     "model.kernel_size": 1,
     "model.dropout": 0,
+    "augment.reverb": 0,
+    "augment.channel": 0,
+    "augment.channel_points": 1,
+    "augment.babble": 0,
+    "augment.noise": 0,
+    "augment.time_masks": 0,
+    "augment.time_width": 0,
+    "augment.freq_masks": 0,
+    "augment.freq_width": 0,
+    "loss.margin_growth": 0,
     "optim.weight_decay": 0,
     "optim.warmup_steps": 0,
     "optim.clip_norm": 0,
@@ -193,6 +254,7 @@ _AT_LEAST = {
     "train.save_steps": 1,
     "train.max_skipped": 0,
     "train.keep": 1,
+    "train.average_decay": 0,
     "train.seed": 0,
 }
 
@@ -215,7 +277,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         ConfigError: A field is unknown or missing; another version of this package wrote it.
     """
     try:
-        return Config(values["name"], **{key: kind(**values[key]) for key, kind in _PARTS.items()})
+        parts = {key: kind(**values[key]) for key, kind in PARTS.items()}
+        return Config(values["name"], **parts)
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"the saved configuration has other fields than this version of trainer: {error}"
@@ -241,10 +304,13 @@ def check(config: Config) -> None:
         if key in _AT_LEAST and value < _AT_LEAST[key]:
             _refuse(key, value, f"{_AT_LEAST[key]} or more")
     _check_model(config.model)
+    _check_augment(config.augment)
     _check_loss(config.loss, config.model.classifier)
     train = config.train
     if config.optim.lr <= 0:
         _refuse("optim.lr", config.optim.lr, "more than 0")
+    if train.average_decay >= 1:
+        _refuse("train.average_decay", train.average_decay, "less than 1")
     if train.stop_step is not None and not 1 <= train.stop_step <= train.total_steps:
         allowed = f"null, or 1 to train.total_steps, {train.total_steps}"
         _refuse("train.stop_step", train.stop_step, allowed)
@@ -265,6 +331,10 @@ def shorten_warmup(config: Config) -> Config:
 def _check_model(model: ModelConfig) -> None:
     if model.dropout >= 1:
         _refuse("model.dropout", model.dropout, "less than 1")
+    if model.subsampling not in (1, 2):
+        _refuse("model.subsampling", model.subsampling, "1 or 2")
+    if model.embedding_dim is not None and model.embedding_dim < 1:
+        _refuse("model.embedding_dim", model.embedding_dim, "1 or more, or null")
     if model.encoder == "conformer" and model.kernel_size % 2 == 0:
         _refuse("model.kernel_size", model.kernel_size, "an odd number")
     if model.encoder == "conformer" and model.ff_dim % model.dim:
@@ -275,15 +345,29 @@ def _check_model(model: ModelConfig) -> None:
         _refuse("model.head_dim", found, "heads x head_dim = dim in a transformer")
 
 
+def _check_augment(augment: AugmentConfig) -> None:
+    for name in ("reverb", "babble", "noise"):
+        if (share := getattr(augment, name)) > 1:
+            _refuse(f"augment.{name}", share, "a share, 0 to 1")
+    for name in ("reverb_seconds", "babble_snr", "noise_snr"):
+        bounds = getattr(augment, name)
+        if not all(map(math.isfinite, bounds)) or bounds[0] > bounds[1]:
+            _refuse(f"augment.{name}", list(bounds), "two finite numbers, the lower one first")
+    if augment.reverb_seconds[0] <= 0:
+        _refuse("augment.reverb_seconds", list(augment.reverb_seconds), "times above 0")
+
+
 def _check_loss(loss: LossConfig, classifier: str) -> None:
-    margin_softmax = loss.name == "am_softmax"
+    margin_softmax = loss.name != "softmax"
     if margin_softmax != (classifier == "cosine"):
-        allowed = "cosine with loss.name am_softmax, linear or mlp with softmax"
+        allowed = "cosine with loss.name am_softmax or aam_softmax, linear or mlp with softmax"
         _refuse("model.classifier", f"{classifier} with loss.name {loss.name}", allowed)
     for key, value in (("loss.margin", loss.margin), ("loss.scale", loss.scale)):
         if (value is not None) != margin_softmax:
             found = f"{'null' if value is None else value} with loss.name {loss.name}"
-            _refuse(key, found, "a number with am_softmax, null with softmax")
+            _refuse(key, found, "a number with am_softmax or aam_softmax, null with softmax")
+    if loss.margin_growth > 1:
+        _refuse("loss.margin_growth", loss.margin_growth, "a share, 0 to 1")
     if loss.margin is not None and not 0 <= loss.margin < 2:
         _refuse("loss.margin", loss.margin, "0 up to but not including 2, in units of the cosine")
     if loss.scale is not None and loss.scale <= 0:

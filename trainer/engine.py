@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardprep import publish
+from trainer.average import AveragedModel
 from trainer.checkpoint import CheckpointFolder, State
 from trainer.config import Config
 from trainer.errors import DivergedError
@@ -27,6 +27,7 @@ from trainer.factory import (
     build_loss,
     build_model,
     build_optimizer,
+    build_plan,
     build_train_loader,
 )
 from trainer.interrupt import StopSignals
@@ -40,9 +41,15 @@ from trainer.preflight import (
     join_processes,
     open_data,
 )
-from trainer.schedule import learning_rate
-from trainer.snapshot import load_training, load_weights, training_state, weights_state
+from trainer.snapshot import (
+    load_training,
+    load_weights,
+    start_from,
+    training_state,
+    weights_state,
+)
 from trainer.step import TrainStep
+from trainer.sync_norm import synchronise
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Outcome:
 class Trainer:
     """A run: builds everything from a configuration, then trains.
 
-    In training, BatchNorm sees the batch of its own rank; rank 0's running statistics are the
-    ones that are validated and saved, on every rank.
+    In training, BatchNorm sees the batch of its own rank, or with `train.sync_batchnorm` those of
+    all; rank 0's running statistics are the ones that are validated and saved, on every rank.
 
     Args:
         config: A checked configuration.
@@ -120,21 +127,23 @@ class Trainer:
         config, optim = self.config, self.config.optim
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
+        if config.train.start_from is not None:
+            start_from(model, config.train.start_from, self.shards)
+        if config.train.sync_batchnorm:
+            synchronise(model)
         optimizer = build_optimizer(optim, model, self.device)
         model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.average: AveragedModel | None = None
+        if config.train.average_decay:
+            self.average = AveragedModel(self.bare, config.train.average_decay)
         self.criterion = build_loss(config.loss).to(self.device)
         self.train_step = TrainStep(
             self.accelerator,
             model,
             self.optimizer,
             self.criterion,
-            partial(
-                learning_rate,
-                peak=optim.lr,
-                warmup_steps=optim.warmup_steps,
-                total_steps=config.train.total_steps,
-            ),
+            build_plan(config, self.average, self.device),
             accumulate=config.train.accumulate,
             clip_norm=optim.clip_norm,
             max_skipped=config.train.max_skipped,
@@ -230,7 +239,7 @@ class Trainer:
         self._window()
         self._share_buffers()
         result = evaluate(
-            self.bare,
+            self.predictor,
             build_eval_loader(self.config.data, self.shards, "val", self.rank, self.world_size),
             self.shards["val"].labels,
             device=self.device,
@@ -259,10 +268,15 @@ class Trainer:
         )
         self.train_step.throughput.restart()
 
+    @property
+    def predictor(self) -> nn.Module:
+        """What is validated and saved for prediction: the averaged model, or the model itself."""
+        return self.bare if self.average is None else self.average.model
+
     def _share_buffers(self) -> None:
         """Give every rank the running statistics of rank 0, so that all validate one model."""
         if self.world_size > 1:
-            for buffer in self.bare.buffers():
+            for buffer in self.predictor.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def _agree(self, signal: int) -> int:
@@ -280,7 +294,7 @@ class Trainer:
 
     def _weights(self) -> State:
         """What predicting takes."""
-        state = weights_state(self.bare, self.config, self.shards)
+        state = weights_state(self.predictor, self.config, self.shards)
         return {"step": self.step, "best": self.best, **state}
 
     def _save(self) -> None:
@@ -290,6 +304,7 @@ class Trainer:
             state = {
                 **self._weights(),
                 **training_state(self.accelerator, self.optimizer, self.loader),
+                "raw": None if self.average is None else self.bare.state_dict(),
                 "global_batch": self.global_batch,
                 "window": list(window),
             }
@@ -309,7 +324,9 @@ class Trainer:
         )
         file = self.checkpoints.latest()
         assert file is not None
-        load_weights(self.bare, saved, file)
+        load_weights(self.predictor, saved, file)
+        if self.average is not None:
+            load_weights(self.bare, {"model": saved["raw"]}, file)
         load_training(self.accelerator, self.optimizer, self.loader, saved, file)
         self.step, self.best = saved["step"], saved["best"]
         if self.accelerator.is_main_process:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import nn
 
 from shardprep import SegmentLoader, ShardSet, UtteranceLoader
+from trainer.augment import Augment
+from trainer.average import AveragedModel
 from trainer.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
 from trainer.errors import ConfigError
-from trainer.losses import AMSoftmaxLoss, SoftmaxLoss
+from trainer.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 from trainer.model import SpeakerModel
+from trainer.schedule import learning_rate, margin
+from trainer.step import StepPlan
 
 
 def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerModel:
@@ -25,7 +31,24 @@ def build_loss(config: LossConfig) -> nn.Module:
         return SoftmaxLoss()
     assert config.margin is not None
     assert config.scale is not None
-    return AMSoftmaxLoss(config.margin, config.scale)
+    kind = AMSoftmaxLoss if config.name == "am_softmax" else AAMSoftmaxLoss
+    return kind(config.margin, config.scale)
+
+
+def build_plan(config: Config, average: AveragedModel | None, device: torch.device) -> StepPlan:
+    """What changes from step to step: learning rate, margin, augmentation and average."""
+    loss, total = config.loss, config.train.total_steps
+    rate = partial(
+        learning_rate,
+        peak=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=total,
+    )
+    grown = None
+    if loss.margin is not None and loss.margin_growth:
+        steps = math.ceil(loss.margin_growth * total)
+        grown = partial(margin, final=loss.margin, growth_steps=steps)
+    return StepPlan(rate, grown, Augment(**asdict(config.augment)).to(device), average)
 
 
 def build_optimizer(

@@ -9,6 +9,8 @@ Axis legend: B batch, S speakers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,9 @@ class AMSoftmaxLoss(nn.Module):
         margin: Cosine that the true speaker must be ahead by; 0 or more.
         scale: Inverse temperature of the softmax, above 0.
 
+    Attributes:
+        margin: May be set anew between steps, as a margin that grows is.
+
     Raises:
         ValueError: A negative margin or a scale that is not positive.
     """
@@ -72,8 +77,36 @@ class AMSoftmaxLoss(nn.Module):
         """
         _check(cosines, labels)
         wide = _widen(cosines)
-        margins = torch.zeros_like(wide).scatter_(1, labels.unsqueeze(1), self.margin)
-        return _mean_cross_entropy(self.scale * (wide - margins), labels)
+        return _mean_cross_entropy(self.scale * self._with_margin(wide, labels), labels)
+
+    def _with_margin(self, cosines: Tensor, labels: Tensor) -> Tensor:
+        margins = torch.zeros_like(cosines).scatter_(1, labels.unsqueeze(1), self.margin)
+        return cosines - margins
+
+
+class AAMSoftmaxLoss(AMSoftmaxLoss):
+    """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698, equation 3).
+
+    Cross-entropy of scale * cos(angle + margin) for the true speaker and scale * cos(angle) for the
+    others. Beyond angle = pi - margin, where the cosine would rise again, the true speaker gets
+    cos(angle) - margin * sin(margin), as the authors' own program has it.
+
+    Args:
+        margin: Angle that the true speaker must be ahead by [rad]; 0 or more.
+        scale: Inverse temperature of the softmax, above 0.
+
+    Raises:
+        ValueError: A negative margin or a scale that is not positive.
+    """
+
+    def _with_margin(self, cosines: Tensor, labels: Tensor) -> Tensor:
+        true = cosines.gather(1, labels.unsqueeze(1))  # (B, 1)
+        # The slope of the sine is endless at cosines of 1 and -1.
+        sine = (1.0 - true.square()).clamp(min=1e-12).sqrt()
+        moved = true * math.cos(self.margin) - sine * math.sin(self.margin)
+        straight = true - self.margin * math.sin(self.margin)
+        moved = torch.where(true > -math.cos(self.margin), moved, straight)
+        return cosines.scatter(1, labels.unsqueeze(1), moved)
 
 
 def _widen(logits: Tensor) -> Tensor:

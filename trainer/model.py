@@ -4,7 +4,8 @@ Whatever the classifier, the speaker it names is the argmax of `SpeakerModel.for
 never counts: an utterance has the same embedding alone, padded, or beside any batch-mates (in
 training, BatchNorm lets batch-mates be seen, their padding never).
 
-Axis legend: B batch, T frames, F mel bins, D model and embedding width, H heads, S speakers.
+Axis legend: B batch, T frames, F mel bins, D model width, E embedding width (D unless the recipe
+says otherwise), H heads, S speakers, L blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.blocks import ConformerBlock, TransformerBlock, zero_padding
-from trainer.pooling import MeanPooling, SelfAttentivePooling
+from trainer.augment import masked_mean
+from trainer.blocks import ConformerBlock, MaskedBatchNorm1d, TransformerBlock, zero_padding
+from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
 
 ENCODERS = ("conformer", "transformer")
-POOLINGS = ("mean", "self_attentive")
+POOLINGS = ("mean", "self_attentive", "attentive_statistics")
 CLASSIFIERS = ("linear", "mlp", "cosine")
 
 
@@ -48,6 +50,28 @@ class CosineClassifier(nn.Module):
             return features @ F.normalize(self.weight.to(dtype), dim=1).T
 
 
+class Embedding(nn.Module):
+    """From what was pooled to an embedding of another width: BatchNorm, then one matrix.
+
+    Args:
+        pooled: Width of what was pooled, P.
+        dim: Embedding width E.
+    """
+
+    def __init__(self, pooled: int, dim: int) -> None:
+        super().__init__()
+        self.norm = MaskedBatchNorm1d(pooled)
+        self.linear = nn.Linear(pooled, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, P) to (B, E), float32 at least, autocast or not."""
+        # With a mask, a batch of one utterance has a result as well.
+        everyone = x.new_ones((len(x), 1), dtype=torch.bool)
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.linear(self.norm(x.unsqueeze(2), everyone).squeeze(2))
+            return out
+
+
 class SpeakerModel(nn.Module):
     """An encoder of mel frames with a pooling layer and a classifier of speakers.
 
@@ -55,7 +79,7 @@ class SpeakerModel(nn.Module):
         n_mels: Mel bins F.
         n_speakers: Speakers S.
         encoder: "conformer" or "transformer".
-        dim: Model and embedding width D.
+        dim: Model width D.
         layers: Encoder blocks.
         heads: Attention heads H of each block.
         head_dim: Width of one head; None for dim / heads. A Transformer allows no other.
@@ -63,7 +87,11 @@ class SpeakerModel(nn.Module):
         conv_expansion: Width of the convolution in multiples of dim; Conformer only.
         kernel_size: Frames the depthwise convolution sees, odd; Conformer only.
         dropout: Probability of every dropout in the encoder.
-        pooling: "mean" or "self_attentive".
+        pooling: "mean", "self_attentive" or "attentive_statistics".
+        center: Subtract the mean frame of each utterance: a fixed filter of the channel.
+        subsampling: 1, or 2 for a front end that halves the rate of the frames.
+        concat: Pool the outputs of all blocks side by side (MFA-Conformer, arXiv 2203.15249).
+        embedding_dim: Width of the embedding; None for that of what is pooled.
         classifier: "linear", "mlp" (Linear, ReLU, Linear) or "cosine" (for AM-softmax).
 
     Raises:
@@ -85,6 +113,10 @@ class SpeakerModel(nn.Module):
         kernel_size: int = 31,
         dropout: float = 0.1,
         pooling: str = "self_attentive",
+        center: bool = False,
+        subsampling: int = 1,
+        concat: bool = False,
+        embedding_dim: int | None = None,
         classifier: str = "cosine",
     ) -> None:
         super().__init__()
@@ -101,16 +133,29 @@ class SpeakerModel(nn.Module):
             ff_dim=ff_dim,
             conv_expansion=conv_expansion,
             kernel_size=kernel_size,
+            embedding_dim=1 if embedding_dim is None else embedding_dim,
         )
-        self.prenet = nn.Linear(n_mels, dim)
+        if subsampling not in (1, 2):
+            raise ValueError(f"subsampling: found {subsampling}; allowed: 1 or 2")
+        self.center = center
+        self.subsampling = subsampling
+        self.concat = concat
+        # Half rate: each frame with its neighbours, every second time.
+        self.prenet = nn.Linear(n_mels * (3 if subsampling == 2 else 1), dim)
         build: Callable[..., nn.Module] = _transformer_block
         if encoder == "conformer":
             build = partial(_conformer_block, conv_expansion, kernel_size)
         self.blocks = nn.ModuleList(
             build(dim, heads, head_dim, ff_dim, dropout) for _ in range(layers)
         )
-        self.pooling = MeanPooling() if pooling == "mean" else SelfAttentivePooling(dim)
-        self.classifier = _build_classifier(classifier, dim, n_speakers)
+        width = dim * layers if concat else dim
+        self.joined_norm = nn.LayerNorm(width) if concat else nn.Identity()
+        self.pooling = _build_pooling(pooling, width, dim)
+        width *= 2 if pooling == "attentive_statistics" else 1
+        self.embedding: nn.Module = nn.Identity()
+        if embedding_dim is not None:
+            self.embedding, width = Embedding(width, embedding_dim), embedding_dim
+        self.classifier = _build_classifier(classifier, width, n_speakers)
 
     def embed(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed utterances.
@@ -122,7 +167,7 @@ class SpeakerModel(nn.Module):
                 be all T give the same embedding: no one looks, for that would wait for the device.
 
         Returns:
-            (B, D) embedding, float32 (float64 if the model is).
+            (B, E) embedding, float32 (float64 if the model is).
         """
         mask = None
         if lengths is not None:
@@ -130,11 +175,20 @@ class SpeakerModel(nn.Module):
             mask = frames < lengths.to(mel.device, non_blocking=True).unsqueeze(1)  # (B, T)
         # Padding goes before the first product, for NaN times a zero gradient is NaN.
         mel = zero_padding(mel.to(self.prenet.weight.dtype), mask)
+        if self.center:
+            mel = zero_padding(mel - masked_mean(mel, mask), mask)
+        if self.subsampling == 2:
+            mel = join_neighbours(mel)  # (B, T, F) -> (B, ceil(T / 2), 3 * F)
+            mask = None if mask is None else mask[:, ::2]
         # Under autocast the sum of all blocks stays in the wider dtype; only products are narrow.
         x = self.prenet(mel).to(torch.promote_types(mel.dtype, torch.float32))
+        outputs = []
         for block in self.blocks:
             x = block(x, mask)
-        embedding: Tensor = self.pooling(x, mask)
+            outputs.append(x)
+        if self.concat:
+            x = self.joined_norm(torch.cat(outputs, dim=2))  # (B, T, D) each -> (B, T, L * D)
+        embedding: Tensor = self.embedding(self.pooling(x, mask))
         return embedding
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -151,6 +205,30 @@ class SpeakerModel(nn.Module):
         embedding = self.embed(mel, lengths)
         scores: Tensor = self.classifier(embedding)
         return scores.to(embedding.dtype)
+
+
+def join_neighbours(mel: Tensor) -> Tensor:
+    """Every second frame with the one before and the one after it, zeros beyond the ends.
+
+    Args:
+        mel: (B, T, F), zero where it is padded.
+
+    Returns:
+        (B, ceil(T / 2), 3 * F).
+    """
+    padded = F.pad(mel, (0, 0, 1, 1 + mel.shape[1] % 2))
+    middle, after = padded[:, 1::2], padded[:, 2::2]
+    frames = (mel.shape[1] + 1) // 2
+    parts = (padded[:, 0::2][:, :frames], middle[:, :frames], after[:, :frames])
+    return torch.cat(parts, dim=2)
+
+
+def _build_pooling(name: str, width: int, hidden: int) -> nn.Module:
+    if name == "mean":
+        return MeanPooling()
+    if name == "self_attentive":
+        return SelfAttentivePooling(width, hidden)
+    return AttentiveStatisticsPooling(width, hidden)
 
 
 def _build_classifier(name: str, dim: int, speakers: int) -> nn.Module:

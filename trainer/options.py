@@ -11,7 +11,7 @@ from typing import NoReturn
 import jsonargparse
 import yaml
 
-from trainer.config import Config, check, shorten_warmup
+from trainer.config import PARTS, Config, check, shorten_warmup
 from trainer.errors import ConfigError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -108,13 +108,13 @@ def _read_file(path: str) -> Config:
 def _to_config(
     parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace, origin: str
 ) -> Config:
-    for part in ("data", "model", "loss", "optim", "train"):
+    for part in PARTS:
         if not isinstance(parsed[part], jsonargparse.Namespace):
             raise ConfigError(
                 f"{origin}: {part}: found {parsed[part]}, allowed is a mapping of its fields"
             )
     values = parser.instantiate(parsed)
-    return Config(values.name, values.data, values.model, values.loss, values.optim, values.train)
+    return Config(values.name, **{part: values[part] for part in PARTS})
 
 
 def _fault(config: Config) -> str | None:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from trainer.blocks import zero_padding
 
+# The slope of a square root is endless at 0.
+_LEAST_VARIANCE = 1e-6
+
 
 class MeanPooling(nn.Module):
     """The mean over valid frames."""
@@ -59,11 +62,43 @@ class SelfAttentivePooling(nn.Module):
             (B, D), float32 at least; zeros for an utterance without any frame.
         """
         x = zero_padding(x, mask)
+        weights = self.weigh(x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return (weights.unsqueeze(1) @ x.to(weights.dtype)).squeeze(1)  # (B, 1, T) @ (B, T, D)
+
+    def weigh(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The weight of every frame of x (B, T, D): (B, T), float32 at least, sums of 1."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = self.score(torch.tanh(self.hidden(x))).squeeze(-1).to(wide)  # (B, T)
         if mask is not None:
             # A finite floor, not -inf: an utterance without any frame must not become NaN.
             scores = scores.masked_fill(~mask, torch.finfo(wide).min)
-        weights = torch.softmax(scores, dim=1)
+        return torch.softmax(scores, dim=1)
+
+
+class AttentiveStatisticsPooling(SelfAttentivePooling):
+    """Weighted mean and weighted standard deviation, with the weights of self-attentive pooling.
+
+    Okabe, Koshinaka and Shinoda 2018 (arXiv 1803.10963), equations 5 and 6.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weigh and sum the valid frames, and measure how they vary.
+
+        Args:
+            x: (B, T, D). Padded frames may hold anything, NaN included.
+            mask: (B, T) bool, True on valid frames; None for all.
+
+        Returns:
+            (B, 2 * D), means then deviations, float32 at least; zeros and the least deviation for
+            an utterance without any frame.
+        """
+        x = zero_padding(x, mask)
+        weights = self.weigh(x, mask).unsqueeze(1)  # (B, 1, T)
         with torch.autocast(x.device.type, enabled=False):
-            return (weights.unsqueeze(1) @ x.to(wide)).squeeze(1)  # (B, 1, T) @ (B, T, D)
+            wide = x.to(weights.dtype)
+            mean = weights @ wide  # (B, 1, D)
+            # About the mean, not the difference of two squares: that would cancel in float32.
+            variance = (weights @ (wide - mean).square()).squeeze(1)
+            deviation = variance.clamp(min=_LEAST_VARIANCE).sqrt()
+            return torch.cat((mean.squeeze(1), deviation), dim=1)

@@ -19,13 +19,15 @@ from trainer.snapshot import RESUMED
 Changes = dict[str, tuple[Any, Any]]
 
 # What a resumed run may not change: it would be another run, on other data, with other weights.
-_FIXED_PARTS = ("model.", "loss.")
+_FIXED_PARTS = ("model.", "augment.", "loss.")
 _FIXED = (
     "data.segment_frames",
     "data.pad_value",
     "data.order",
     "data.lanes",
     "data.window_shards",
+    "train.average_decay",
+    "train.start_from",
     "train.seed",
 )
 

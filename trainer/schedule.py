@@ -25,6 +25,17 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+def margin(step: int, *, final: float, growth_steps: int) -> float:
+    """Margin of an optimiser step: from 0 up to `final` in a straight line, then constant.
+
+    Args:
+        step: Steps taken before this one.
+        final: Margin at the end.
+        growth_steps: Steps that it grows for; 0 for none.
+    """
+    return final * min(1.0, step / growth_steps) if growth_steps else final
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's generators for one optimiser step on one rank, 0 to 2**63 - 1.
 

@@ -9,7 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from shardprep import SegmentLoader, ShardSet
-from trainer.checkpoint import State
+from trainer.checkpoint import State, load
 from trainer.config import Config, config_from_dict
 from trainer.errors import CheckpointError, ConfigError
 from trainer.factory import build_model
@@ -28,6 +28,7 @@ RESUMED = (
     "processes",
     "global_batch",
     "window",
+    "raw",
 )
 
 
@@ -72,6 +73,23 @@ def load_weights(model: nn.Module, saved: State, file: Path) -> None:
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise _unfit(file, "weights", error) from error
+
+
+def start_from(model: nn.Module, path: str, shards: ShardSet) -> None:
+    """Put the weights of another run's checkpoint into a model, for fine-tuning.
+
+    Raises:
+        ConfigError: It was trained on other speakers.
+        CheckpointError: It cannot be read, or is of another model.
+    """
+    file = Path(path)
+    saved = load(file, needs=PREDICTED)
+    if list(saved["speakers"]) != list(shards.speakers):
+        raise ConfigError(
+            f"train.start_from: {path} knows {len(saved['speakers'])} speakers that are not the "
+            f"{len(shards.speakers)} of these shards; give a checkpoint trained on these speakers"
+        )
+    load_weights(model, saved, file)
 
 
 def load_model(saved: State, file: Path) -> SpeakerModel:

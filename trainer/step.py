@@ -15,17 +15,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from trainer.average import AveragedModel
 from trainer.evaluation import model_inputs
 from trainer.metrics import Meter, Throughput
 from trainer.schedule import step_seed
 
 Batches = Iterator[dict[str, Tensor]]
+
+
+def _as_it_is(mel: Tensor, lengths: Tensor | None) -> Tensor:
+    return mel
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a recipe adds to a plain step; functions take the number of steps before it."""
+
+    rate: Callable[[int], float]
+    """Learning rate."""
+    margin: Callable[[int], float] | None = None
+    """Margin of the criterion; None leaves it as it is."""
+    augment: Callable[[Tensor, Tensor | None], Tensor] = _as_it_is
+    """Changes crops (B, T, F) with valid frames (B,), or None for all, on the device."""
+    average: AveragedModel | None = None
+    """Follows the weights."""
 
 
 class TrainStep:
@@ -39,7 +59,7 @@ class TrainStep:
         model: mel (B, T, F) and lengths (B,) or None to logits (B, S).
         optimizer: Its learning rate is set anew for every step.
         criterion: Logits (B, S) and labels (B,) to their mean loss, a scalar.
-        rate: Learning rate of a step, from the number of steps before it.
+        plan: What changes from step to step.
         accumulate: Micro-batches of a step; their gradients are averaged.
         clip_norm: Largest norm of the whole gradient; 0 leaves it as it is.
         max_skipped: Steps in a row that may be skipped before the meter calls it divergence.
@@ -56,7 +76,7 @@ class TrainStep:
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         criterion: nn.Module,
-        rate: Callable[[int], float],
+        plan: StepPlan,
         *,
         accumulate: int,
         clip_norm: float,
@@ -67,7 +87,7 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
-        self.rate = rate
+        self.plan = plan
         self.accumulate = accumulate
         self.limit = clip_norm or math.inf
         self.seed = seed
@@ -79,7 +99,9 @@ class TrainStep:
         """Take the step that follows `step` others, on the next micro-batches."""
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = self.plan.rate(step)
+        if self.plan.margin is not None:
+            setattr(self.criterion, "margin", self.plan.margin(step))  # noqa: B010
         before = [buffer.clone() for buffer in self._buffers]
         for part in range(self.accumulate):
             batch = self.throughput.fetch(batches)
@@ -92,6 +114,8 @@ class TrainStep:
                 self.accelerator.backward(loss * spoiler / self.accumulate)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.limit)
         self._move(norm.isfinite(), before)
+        if self.plan.average is not None:
+            self.plan.average.update(step)
         self.optimizer.zero_grad()
         self.meter.add_step(norm, step + 1)
 
@@ -111,7 +135,10 @@ class TrainStep:
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         device = self.accelerator.device
-        logits = self.model(*model_inputs(batch, device)).float()  # (B, T, F) -> (B, S)
+        mel, lengths = model_inputs(batch, device)
+        # Under autocast the model takes narrow products by itself; powers need all their bits.
+        mel = self.plan.augment(mel, lengths)
+        logits = self.model(mel, lengths).float()  # (B, T, F) -> (B, S)
         labels = batch["label"].to(device, non_blocking=True)
         loss: Tensor = self.criterion(logits, labels)
         correct = (logits.detach().argmax(1) == labels).sum()

@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.engine import Outcome, Trainer
 from trainer.errors import CheckpointError, ConfigError, DivergedError
 from trainer.evaluation import Evaluation
+from trainer.step import StepPlan
 
 ConfigFactory = Callable[..., Config]
 TIMES = ("samples_per_second", "waiting", "peak_memory_mib", "seconds")
@@ -100,7 +101,7 @@ def test_records_after_the_resumed_checkpoint_are_written_anew(make_config: Conf
 def test_dropout_is_a_function_of_the_step_alone(make_config: ConfigFactory) -> None:
     trainer = Trainer(make_config())
     take = trainer.train_step
-    take.rate = lambda step: 0.0
+    take.plan = StepPlan(lambda step: 0.0)
     batch = next(iter(trainer.loader))
 
     def loss_of(step: int) -> float:
@@ -476,3 +477,88 @@ def test_the_order_of_a_run_cannot_be_changed(make_config: ConfigFactory) -> Non
     train(make_config(**{"train.stop_step": 5}))
     with pytest.raises(ConfigError, match=r"data\.order: found windowed"):
         train(make_config(**{"data.order": "windowed", "data.lanes": 4}), resume=True)
+
+
+STRONG_RECIPE: dict[str, Any] = {
+    "model.layers": 2,
+    "model.pooling": "attentive_statistics",
+    "model.center": True,
+    "model.subsampling": 2,
+    "model.concat": True,
+    "model.embedding_dim": 24,
+    "augment.reverb": 0.5,
+    "augment.channel": 1.0,
+    "augment.babble": 0.5,
+    "augment.noise": 0.5,
+    "augment.time_masks": 1,
+    "augment.freq_masks": 1,
+    "loss.margin_growth": 0.5,
+    "train.average_decay": 0.9,
+}
+
+
+def test_a_run_with_all_that_best_has_resumes_to_the_bit(make_config: ConfigFactory) -> None:
+    whole = make_config(name="whole", **STRONG_RECIPE)
+    outcome = train(whole)
+    train(make_config(name="parts", **STRONG_RECIPE, **{"train.stop_step": 5}))
+    parts = make_config(name="parts", **STRONG_RECIPE)
+    assert train(parts, resume=True) == outcome
+    assert records(parts) == records(whole)
+    one, other = newest(whole), newest(parts)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFactory) -> None:
+    config = make_config(**{"train.average_decay": 0.9, "train.valid_steps": 12})
+    trainer = Trainer(config)
+    trainer.fit()
+    assert trainer.average is not None
+    saved = newest(config)
+    averaged, raw = trainer.average.model.state_dict(), trainer.bare.state_dict()
+    assert all(torch.equal(saved["model"][key], averaged[key]) for key in averaged)
+    assert all(torch.equal(saved["raw"][key], raw[key]) for key in raw)
+    assert not torch.equal(averaged["prenet.weight"], raw["prenet.weight"])
+    best = load(config.run / "checkpoints" / "best.pt")["model"]
+    assert all(torch.equal(best[key], averaged[key]) for key in averaged)
+    trainer.close()
+
+
+def test_the_margin_grows_from_step_to_step(make_config: ConfigFactory) -> None:
+    trainer = Trainer(make_config(**{"loss.margin_growth": 0.5, "loss.margin": 0.3}))
+    margins = []
+    take = trainer.train_step._forward
+
+    def spy(batch: dict[str, Tensor]) -> Tensor:
+        margins.append(trainer.criterion.margin)
+        return take(batch)
+
+    trainer.train_step._forward = spy  # type: ignore[method-assign]
+    trainer.fit()
+    trainer.close()
+    assert margins == pytest.approx([0.3 * min(1, step / 6) for step in range(12)])
+
+
+def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigFactory) -> None:
+    first = make_config(name="first")
+    train(first)
+    last = max((first.run / "checkpoints").glob("step-*.pt"))
+    tuned = make_config(
+        name="tuned",
+        **{"train.start_from": last, "loss.margin": 0.5, "data.segment_frames": 96},
+    )
+    trainer = Trainer(tuned)
+    expected = load(last)["model"]
+    assert all(torch.equal(v, expected[k]) for k, v in trainer.bare.state_dict().items())
+    trainer.fit()
+    trainer.close()
+    assert not torch.equal(newest(tuned)["model"]["prenet.weight"], expected["prenet.weight"])
+
+
+def test_weights_of_another_model_are_refused(make_config: ConfigFactory) -> None:
+    first = make_config(name="first")
+    train(first)
+    last = max((first.run / "checkpoints").glob("step-*.pt"))
+    with pytest.raises(CheckpointError, match=f"{last.name}: the weights in it do not fit"):
+        Trainer(make_config(name="other", **{"train.start_from": last, "model.layers": 2}))
+    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+        Trainer(make_config(name="none", **{"train.start_from": "nowhere.pt"}))

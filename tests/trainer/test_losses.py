@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.losses import AMSoftmaxLoss, SoftmaxLoss
+from trainer.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 
-LOSSES = {"softmax": SoftmaxLoss, "am_softmax": AMSoftmaxLoss}
+LOSSES = {"softmax": SoftmaxLoss, "am_softmax": AMSoftmaxLoss, "aam_softmax": AAMSoftmaxLoss}
 
 
 def naive_am_softmax(cosines: Tensor, labels: Tensor, margin: float, scale: float) -> float:
@@ -42,6 +42,45 @@ def test_am_softmax_equals_the_paper(rows: int, seed: int, margin: float, scale:
     found = AMSoftmaxLoss(margin, scale)(cosines, labels).item()
     expected = naive_am_softmax(cosines, labels, margin, scale)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@given(
+    rows=st.integers(1, 6),
+    seed=st.integers(0, 999),
+    margin=st.floats(0, 0.8),
+    scale=st.floats(1, 64),
+)
+def test_aam_softmax_equals_the_paper(rows: int, seed: int, margin: float, scale: float) -> None:
+    cosines, labels = batch(rows, seed=seed)
+    total = 0.0
+    for row, label in zip(cosines.tolist(), labels.tolist(), strict=True):
+        angle = math.acos(row[label])
+        # Equation 3 of arXiv 1801.07698; past pi it would rise again, so it goes on straight.
+        moved = math.cos(angle + margin)
+        if angle + margin >= math.pi:
+            moved = math.cos(angle) - margin * math.sin(margin)
+        others = [scale * c for j, c in enumerate(row) if j != label]
+        top = max(scale * moved, *others)
+        summed = sum(math.exp(z - top) for z in (scale * moved, *others))
+        total += top + math.log(summed) - scale * moved
+    found = AAMSoftmaxLoss(margin, scale)(cosines, labels).item()
+    assert found == pytest.approx(total / rows, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
+def test_aam_softmax_has_finite_gradients_at_the_ends_of_the_cosine(cosine: float) -> None:
+    cosines = torch.tensor([[cosine, 0.1, 0.2]], requires_grad=True)
+    AAMSoftmaxLoss()(cosines, torch.tensor([0])).backward()
+    assert cosines.grad is not None
+    assert cosines.grad.isfinite().all()
+
+
+def test_a_larger_margin_of_the_true_speaker_costs_more() -> None:
+    cosines, labels = batch()
+    for kind in (AMSoftmaxLoss, AAMSoftmaxLoss):
+        losses = [kind(margin)(cosines, labels).item() for margin in (0.0, 0.1, 0.2, 0.4)]
+        assert losses == sorted(losses)
+        assert losses[0] == pytest.approx(naive_am_softmax(cosines, labels, 0.0, 30.0))
 
 
 def test_softmax_is_am_softmax_without_margin_and_scale() -> None:

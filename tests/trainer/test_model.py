@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.losses import AMSoftmaxLoss, SoftmaxLoss
-from trainer.model import CosineClassifier, SpeakerModel
+from trainer.model import CosineClassifier, Embedding, SpeakerModel, join_neighbours
 
 CONFORMER = {
     "encoder": "conformer",
@@ -36,7 +36,15 @@ TRANSFORMER = {
     "classifier": "mlp",
 }
 LINEAR = {**CONFORMER, "pooling": "mean", "classifier": "linear"}
-MODELS = {"conformer": CONFORMER, "transformer": TRANSFORMER, "linear": LINEAR}
+MFA = {
+    **CONFORMER,
+    "pooling": "attentive_statistics",
+    "center": True,
+    "subsampling": 2,
+    "concat": True,
+    "embedding_dim": 12,
+}
+MODELS = {"conformer": CONFORMER, "transformer": TRANSFORMER, "linear": LINEAR, "mfa": MFA}
 CONV = {"conv_expansion": 2, "kernel_size": 31, "head_dim": 64, "ff_dim": 2048}
 STRONG = {"encoder": "conformer", "dim": 512, "layers": 1, "heads": 8, **CONV}
 MEDIUM = {"encoder": "transformer", "dim": 160, "layers": 2, "heads": 8, "ff_dim": 256}
@@ -261,3 +269,50 @@ def test_a_model_that_cannot_be_says_what_was_found_and_is_allowed(
 def test_heads_of_a_conformer_may_be_wider_than_their_share() -> None:
     model = build("conformer", heads=3, head_dim=10)
     assert model.blocks[0].attn.fn.to_q.out_features == 30
+
+
+def test_all_blocks_reach_the_embedding_of_joined_outputs() -> None:
+    model = build("mfa", layers=3).eval()
+    seen: list[Tensor] = []
+    model.joined_norm.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    outputs: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, out: outputs.append(out))
+    assert model.embed(torch.randn(2, 21, 40)).shape == (2, 12)
+    assert seen[0].shape == (2, 11, 48)
+    assert torch.equal(seen[0], torch.cat(outputs, dim=2))
+
+
+@given(frames=st.integers(1, 9))
+@settings(max_examples=9, deadline=None)
+def test_half_the_rate_takes_every_second_frame_with_its_neighbours(frames: int) -> None:
+    mel = torch.randn(2, frames, 3)
+    zero = torch.zeros(2, 3)
+    expected = [
+        torch.cat(
+            [mel[:, t + d] if 0 <= t + d < frames else zero for d in (-1, 0, 1)],
+            dim=1,
+        )
+        for t in range(0, frames, 2)
+    ]
+    assert torch.equal(join_neighbours(mel), torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize("name", ["mfa", "conformer"])
+def test_centring_removes_a_fixed_filter_of_the_channel(name: str) -> None:
+    model = build(name, center=True).eval()
+    mel, lengths = padded([torch.randn(30, 40), torch.randn(17, 40)])
+    filtered = mel + 3 * torch.randn(2, 1, 40)
+    embedding = model.embed(mel, lengths)
+    torch.testing.assert_close(model.embed(filtered, lengths), embedding, atol=1e-4, rtol=0)
+    other = build(name, center=False).eval()
+    assert (other.embed(filtered, lengths) - other.embed(mel, lengths)).abs().max() > 1e-2
+
+
+def test_an_embedding_layer_equals_batch_norm_and_a_matrix() -> None:
+    layer = Embedding(6, 4).train()
+    oracle = nn.Sequential(nn.BatchNorm1d(6), layer.linear)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), oracle(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer.norm.running_var, oracle[0].running_var)
+    assert layer(x[:1]).isfinite().all()

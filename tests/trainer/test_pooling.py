@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.pooling import MeanPooling, SelfAttentivePooling
+from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
 
 Lengths = st.lists(st.integers(1, 12), min_size=1, max_size=4)
-POOLINGS = {"mean": MeanPooling, "self_attentive": lambda: SelfAttentivePooling(3, hidden=5)}
+POOLINGS = {
+    "mean": MeanPooling,
+    "self_attentive": lambda: SelfAttentivePooling(3, hidden=5),
+    "attentive_statistics": lambda: AttentiveStatisticsPooling(3, hidden=5),
+}
 
 
 def build(name: str) -> nn.Module:
@@ -25,8 +29,10 @@ def mask_of(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def naive_attentive(pooling: SelfAttentivePooling, utterance: Tensor) -> list[float]:
-    """Softmax over t of v . tanh(W h_t + b), in plain Python."""
+def naive_attentive(
+    pooling: SelfAttentivePooling, utterance: Tensor, values: Tensor | None = None
+) -> list[float]:
+    """Means of values by the softmax over t of v . tanh(W h_t + b), in plain Python."""
     weight, bias = pooling.hidden.weight.tolist(), pooling.hidden.bias.tolist()
     context = pooling.score.weight[0].tolist()
     scores = []
@@ -38,7 +44,7 @@ def naive_attentive(pooling: SelfAttentivePooling, utterance: Tensor) -> list[fl
         scores.append(math.exp(sum(v * u for v, u in zip(context, hidden, strict=True))))
     return [
         sum(s * h for s, h in zip(scores, column, strict=True)) / sum(scores)
-        for column in utterance.T.tolist()
+        for column in (utterance if values is None else values).T.tolist()
     ]
 
 
@@ -50,6 +56,23 @@ def test_self_attentive_pooling_equals_a_loop_over_valid_frames(lengths: list[in
     x = nn.utils.rnn.pad_sequence(utterances, batch_first=True, padding_value=torch.nan)
     expected = torch.tensor([naive_attentive(pooling, u) for u in utterances], dtype=x.dtype)
     torch.testing.assert_close(pooling(x, mask_of(lengths)), expected, atol=1e-12, rtol=0)
+
+
+@given(lengths=Lengths)
+@settings(max_examples=25, deadline=None)
+def test_attentive_statistics_equal_a_loop_over_valid_frames(lengths: list[int]) -> None:
+    pooling = AttentiveStatisticsPooling(3, hidden=5).double()
+    utterances = [torch.randn(length, 3, dtype=torch.float64) for length in lengths]
+    x = nn.utils.rnn.pad_sequence(utterances, batch_first=True, padding_value=torch.nan)
+    expected = []
+    for utterance in utterances:
+        mean = naive_attentive(pooling, utterance)
+        # Equation 6 of arXiv 1803.10963: the weighted mean of squares less the squared mean.
+        squares = naive_attentive(pooling, utterance, values=utterance.square())
+        variances = [s - m * m for s, m in zip(squares, mean, strict=True)]
+        expected.append(mean + [math.sqrt(max(v, 1e-6)) for v in variances])
+    found = pooling(x, mask_of(lengths))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=x.dtype), atol=1e-9, rtol=0)
 
 
 @given(lengths=Lengths)
@@ -90,7 +113,9 @@ def test_an_utterance_without_frames_gives_zeros_and_spares_its_batch_mates(name
     pooling = build(name)
     x = torch.randn(2, 7, 3)
     pooled = pooling(x, mask_of([7, 0]))
-    assert torch.equal(pooled[1], torch.zeros(3))
+    # The deviations of nothing are the least there is.
+    assert torch.equal(pooled[1][:3], torch.zeros(3))
+    assert torch.equal(pooled[1][3:], torch.full_like(pooled[1][3:], 1e-3))
     torch.testing.assert_close(pooled[0], pooling(x)[0])
 
 
@@ -104,7 +129,9 @@ def test_half_precision_frames_are_summed_in_float32(name: str) -> None:
     assert pooled.dtype == torch.float32
     if name == "mean":
         torch.testing.assert_close(pooled, x.double().mean(1).float(), rtol=1e-6, atol=0)
-    assert (pooled - 30).abs().max() < 0.1
+    assert (pooled[:, :3] - 30).abs().max() < 0.1
+    # Squares around 900 would leave nothing of a deviation of 1 in half precision.
+    assert ((pooled[:, 3:] - 1).abs() < 0.1).all()
 
 
 def test_attention_is_able_to_pick_a_single_frame() -> None:

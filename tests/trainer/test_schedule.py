@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from trainer.schedule import learning_rate, step_seed
+from trainer.schedule import learning_rate, margin, step_seed
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(5, 20), (1, 4), (19, 20)])
@@ -41,3 +41,9 @@ def test_seeds_are_repeatable_and_differ_in_every_argument() -> None:
     assert len(seeds) == len(places)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+def test_a_margin_grows_in_a_straight_line_and_stays() -> None:
+    margins = [margin(step, final=0.2, growth_steps=4) for step in range(7)]
+    assert margins == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
+    assert margin(0, final=0.2, growth_steps=0) == 0.2
