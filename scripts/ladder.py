@@ -8,7 +8,8 @@ utterances, which is used for scoring only. The rungs are the course's code as p
 (`course_baseline.py`), then our recipes simple, medium, strong, boss and best, each trained by the
 command that a user would give. All get the same number of training crops: steps are --segments
 through the crops of a step. Checkpoints are chosen by validation accuracy; test accuracy is that of
-whole utterances, EER that of the test split's own pairs.
+whole utterances, EER that of
+pairs of test utterances, drawn once, the same for all.
 
 A run that is done is a file in the work folder and is not made again; one that was interrupted goes
 on from its newest checkpoint. With --width the Conformers of course, strong and boss are narrowed
@@ -34,6 +35,7 @@ import click
 import torch
 from ladder_jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
 from ladder_summary import RUNGS, Run, summarise, table
+from ladder_trials import write_trials
 from spread_options import SpreadCommand
 
 import shardprep
@@ -168,6 +170,7 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # What is there is kept if it is of the same data.
     shardprep.build_shards(places.dataset, places.shards, shardprep.BuildOptions(overwrite=True))
+    write_trials(places.trials, places.dataset, places.labels)
     runs, failed = climb(jobs, places, parallel=parallel, threads=threads)
     result = {
         **asdict(machine()),

@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from ladder_summary import Run
+from ladder_trials import verify_embeddings
 
 from shardprep import publish
 from trainer.options import RECIPES, parse_args
@@ -67,6 +67,11 @@ class Places:
     def shards(self) -> Path:
         """The shards that our runs read."""
         return self.work / "shards"
+
+    @property
+    def trials(self) -> Path:
+        """The pairs of test utterances that all runs are verified on, if there are any."""
+        return self.work / "trials.txt"
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     launch += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
     launch += ["--mixed_precision", settings.precision, str(TRAIN)]
     shards = ["--shards", str(places.shards), "--split", "test", "--labels", str(places.labels)]
+    trials = ["--trials", str(places.trials), "--json"]
     predict = (sys.executable, "-m", "trainer.predict", str(runs / name), *shards)
-    score = (sys.executable, "-m", "trainer.score", str(runs / name), *shards, "--json")
     return Job(
         rung=rung,
         seed=seed,
@@ -148,7 +153,7 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
         batch_size=batch_size,
         train=(*launch, *options),
         predict=(*predict, "--out", str(_submission(places, name))),
-        score=score if find_spec("trainer.score") else (),
+        score=(sys.executable, "-m", "trainer.score", str(runs / name), *shards, *trials),
     )
 
 
@@ -219,11 +224,12 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
     else:
         run = _train_and_predict(job, places, log, threads, stop)
         _keep(kept, run)
-    if "eer" not in run:
+    if "eer" not in run and places.trials.exists():
         if job.score:
-            run.update(verification_of(json.loads(_carry_out(job.score, log, threads, stop))))
-        elif job.rung == "course" and find_spec("trainer.verification"):
-            run.update(verify_embeddings(_embeddings(places, job.name), places.labels))
+            answer = json.loads(_carry_out(job.score, log, threads, stop))
+            run.update({key: answer[key] for key in ("top5_accuracy", "eer", "min_dcf")})
+        else:
+            run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
         _keep(kept, run)
     return run
 
@@ -295,13 +301,3 @@ def read_metrics(file: Path) -> dict[str, Any]:
         "waiting": statistics.median(record["waiting"] for record in train),
         "peak_memory_mib": max(record["peak_memory_mib"] for record in train),
     }
-
-
-def verification_of(score: dict[str, Any]) -> dict[str, Any]:
-    """The figures of `trainer.score --json` that a ladder keeps."""
-    return {key: score.get(key) for key in ("top5", "eer", "min_dcf")}
-
-
-def verify_embeddings(file: Path, labels: Path) -> dict[str, Any]:
-    """EER and minDCF of embeddings, on the trials that our own runs are scored on."""
-    raise NotImplementedError
