@@ -171,7 +171,11 @@ def main(
     # What is there is kept if it is of the same data.
     shardprep.build_shards(places.dataset, places.shards, shardprep.BuildOptions(overwrite=True))
     write_trials(places.trials, places.dataset, places.labels)
-    runs, failed = climb(jobs, places, parallel=parallel, threads=threads)
+    try:
+        runs, failed = climb(jobs, places, parallel=parallel, threads=threads)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on", err=True)
+        sys.exit(130)
     result = {
         **asdict(machine()),
         "device": torch.cuda.get_device_name() if on_gpu else machine().cpu,

@@ -241,14 +241,15 @@ def _keep(file: Path, run: Run) -> None:
 
 def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: Event) -> Run:
     command, began = job.train, time.perf_counter()
-    if list((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt")):
+    resumed = any((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt"))
+    if resumed:
         command = (*command, "--resume")
     answer = _carry_out(command, log, threads, stop)
     seconds = time.perf_counter() - began
     if job.predict:
         _carry_out(job.predict, log, threads, stop)
         metrics = places.work / "runs" / job.name / "metrics.jsonl"
-        measured = {"seconds": seconds, **read_metrics(metrics)}
+        measured = {"seconds": None if resumed else seconds, **read_metrics(metrics)}
     else:
         measured = json.loads(answer)
     correct, total = score_submission(_submission(places, job.name), places.labels)
