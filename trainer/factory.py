@@ -59,7 +59,7 @@ def build_optimizer(
         model.parameters(),
         lr=config.lr,
         weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
+        fused=device.type in ("cuda", "cpu"),
     )
 
 

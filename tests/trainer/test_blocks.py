@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.blocks import QUERY_BLOCK, ConformerBlock, MaskedBatchNorm1d, TransformerBlock
+from trainer.blocks import (
+    QUERY_BLOCK,
+    ConformerBlock,
+    MaskedBatchNorm1d,
+    SelfAttention,
+    TransformerBlock,
+    drop,
+)
 
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "dim_head": 4, "ff_mult": 2, "conv_kernel_size": 7}
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
@@ -306,3 +313,47 @@ def test_inference_holds_no_tensor_of_frames_squared(name: str, masked: bool) ->
 @pytest.mark.slow
 def test_the_longest_utterance_passes_a_boss_block_in_bounded_memory() -> None:
     assert allocations(ConformerBlock(dim=512), 7193, 512, masked=True).largest < 7193**2
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_each_value_independently(p: float) -> None:
+    torch.manual_seed(0)
+    found = drop(torch.ones(400_003), p)
+    kept = found != 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.004)
+    assert found[kept].unique().item() == pytest.approx(1 / (1 - p), rel=1e-3)
+    for apart in (1, 2, 3, 4, 5):
+        together = (kept[apart:] & kept[:-apart]).double().mean().item()
+        assert together == pytest.approx((1 - p) ** 2, abs=0.004)
+
+
+def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
+    x = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
+    found = drop(x, 0.5)
+    found.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(found == 0, 0.0, 2.0).to(x.dtype))
+
+
+@pytest.mark.parametrize("lengths", [None, [9, 4, 1]])
+def test_self_attention_in_training_equals_pytorch(lengths: list[int] | None) -> None:
+    torch.manual_seed(0)
+    ours = SelfAttention(12, 3, batch_first=True).double().train()
+    oracle = nn.MultiheadAttention(12, 3, batch_first=True).double().train()
+    oracle.load_state_dict(ours.state_dict())
+    for weight in ours.parameters():
+        nn.init.normal_(weight)
+    oracle.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 9, 12, dtype=torch.float64)
+    padding = None
+    if lengths is not None:
+        beyond = torch.arange(9) >= torch.tensor(lengths)[:, None]
+        padding = torch.zeros(3, 9, dtype=x.dtype).masked_fill(beyond, -torch.inf)
+    results = []
+    for module in (ours, oracle):
+        out, weights = module(x, x, x, key_padding_mask=padding, need_weights=False)
+        assert weights is None
+        out.square().sum().backward()
+        results.append([out, *(w.grad for w in module.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
