@@ -39,7 +39,6 @@ from train_turns import FRAMES, MEASURED, WARM, Turn
 
 import shardprep
 from shardprep.bench.standings import machine, usable_cores
-from trainer.config import Config, flatten
 
 WORKERS = (0, 2)
 PRECISIONS = ("no", "bf16")
@@ -77,6 +76,8 @@ def take_turn(turn: Turn, threads: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(threads),
         "ACCELERATE_MIXED_PRECISION": turn.precision,
         "ACCELERATE_USE_CPU": str(turn.cpu).lower(),
+        # What `accelerate launch --dynamo_backend inductor` sets.
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if turn.compile else "NO",
     }
     script = Path(__file__).with_name("train_turns.py")
     done = subprocess.run(
@@ -190,7 +191,12 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--precision", multiple=True, type=click.Choice(["no", "bf16"]), default=("no", "bf16")
 )
-@click.option("--no-compile", is_flag=True, help="Leave compiled models out.")
+@click.option(
+    "--compile/--no-compile",
+    "with_compiled",
+    default=None,
+    help="Measure compiled models too.  [default: on a GPU]",
+)
 @click.option("--segments", type=_COUNT, help="Crops measured in a turn.  [default: by the device]")
 @click.option("--rounds", type=_COUNT, default=3)
 @click.option("--threads", type=_COUNT, default=usable_cores, show_default="the cores")
@@ -205,7 +211,7 @@ def main(
     width: int,
     heads: int,
     precision: tuple[str, ...],
-    no_compile: bool,
+    with_compiled: bool | None,
     segments: int | None,
     rounds: int,
     threads: int,
@@ -216,8 +222,7 @@ def main(
 ) -> None:
     """Measure all ways to train boss and print tables."""
     on_gpu = torch.cuda.is_available() and not cpu
-    can_compile = "train.compile" in flatten(Config().to_dict())
-    compiled = (False, True) if can_compile and not no_compile else (False,)
+    compiled = (False, True) if (on_gpu if with_compiled is None else with_compiled) else (False,)
     segments = segments or (GPU_SEGMENTS if on_gpu else CPU_SEGMENTS)
     with work_folder(work) as folder:
         given, shards = prepare(dataset, folder, utterances)

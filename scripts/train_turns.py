@@ -194,7 +194,6 @@ def our_config(turn: Turn, runs: str) -> Config:
         "train.log_steps": turn.window,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    words += ["--train.compile", "true"] if turn.compile else []
     return parse_args(["--config", str(RECIPES / "boss.yaml"), *words]).config
 
 
