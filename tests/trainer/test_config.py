@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import Config, config_from_dict, flatten
+from trainer.config import PARTS, Config, config_from_dict, flatten
 from trainer.errors import ConfigError
 from trainer.options import RECIPES, parse_args
 
@@ -54,6 +54,20 @@ def test_every_recipe_passes_the_checks_and_knows_only_existing_fields() -> None
         assert given.items() <= flatten(config.to_dict()).items(), path
 
 
+def test_best_has_all_that_is_ours() -> None:
+    config = parse_args(["--config", str(RECIPES / "best.yaml")]).config
+    model, augment = config.model, config.augment
+    expected = ("attentive_statistics", True, "cosine")
+    assert (model.pooling, model.concat, model.classifier) == expected
+        "attentive_statistics",
+        True,
+        "cosine",
+    )
+    assert min(augment.reverb, augment.channel, augment.babble, augment.noise) > 0
+    assert config.loss.margin_growth > 0
+    assert config.train.average_decay > 0
+
+
 def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
     simple = str(RECIPES / "simple.yaml")
     config = parse_args(["--config", simple, "--optim.lr", "3e-4", "--data.batch_size=16"]).config
@@ -90,6 +104,16 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
             ["loss.margin", "0.2", "null with softmax"],
         ),
         (["--train.stop_step", "70001"], ["train.stop_step", "70001", "70000"]),
+        (["--model.subsampling", "3"], ["model.subsampling", "found 3", "1 or 2"]),
+        (["--model.embedding_dim", "0"], ["model.embedding_dim", "found 0", "null"]),
+        (["--augment.noise", "1.5"], ["augment.noise", "1.5", "0 to 1"]),
+        (["--augment.reverb", "-0.1"], ["augment.reverb", "-0.1", "0 or more"]),
+        (["--augment.babble_snr", "[9, 3]"], ["augment.babble_snr", "[9.0, 3.0]", "lower one"]),
+        (["--augment.noise_snr", "[1]"], ["augment.noise_snr"]),
+        (["--augment.reverb_seconds", "[0, 1]"], ["augment.reverb_seconds", "above 0"]),
+        (["--loss.margin_growth", "2"], ["loss.margin_growth", "2.0", "0 to 1"]),
+        (["--loss.name", "aam_softmax", "--loss.margin", "null"], ["loss.margin", "aam_softmax"]),
+        (["--train.average_decay", "1"], ["train.average_decay", "1.0", "less than 1"]),
         (["--train.keep", "0"], ["train.keep", "found 0", "1 or more"]),
         (["--train.seed", "-1"], ["train.seed", "-1", "0 or more"]),
         (["--train.seed", str(2**63)], ["train.seed", str(2**63), "less than 2**63"]),
@@ -195,6 +219,7 @@ def test_a_warm_up_shorter_than_the_run_stays() -> None:
         [],
         ["--config", str(RECIPES / "medium.yaml"), "--optim.lr", "1e-7", "--train.stop_step=5"],
         ["--config", str(RECIPES / "smoke.yaml"), "--train.trackers=[]", "--name=2024"],
+        ["--config", str(RECIPES / "best.yaml"), "--augment.noise_snr", "[0, 15]"],
     ],
 )
 def test_yaml_reads_back_to_an_equal_configuration(tmp_path: Path, options: list[str]) -> None:
@@ -223,7 +248,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`accelerate launch` replaces all but 0 by 1" in text
     for key in flatten(Config().to_dict()):
         assert f"--{key}" in text
-    for part in ("data", "model", "loss", "optim", "train"):
+    for part in PARTS:
         kind = type(getattr(Config(), part))
         source = Path(__import__(kind.__module__, fromlist=["x"]).__file__).read_text()
         for field in dataclasses.fields(kind):
