@@ -4,10 +4,13 @@ A step whose loss or gradient is not finite, on any rank, is skipped on all of t
 optimiser and running statistics stay as they were, and the meter counts it. The norm of the
 averaged gradient, one number on all ranks, decides. A loss that is not finite makes it so.
 
-- With the fused optimiser of a GPU the decision stays on the device: its kernel is told by
-  `found_inf`, as a gradient scaler does it, to leave weights, moments and step count alone.
+- With the fused optimiser of a GPU or a CPU the decision stays on the device: its kernel is told
+  by `found_inf`, as a gradient scaler does it, to leave weights, moments and step count alone.
 - With float16 the scaler itself skips the step, in the same way, and lowers its scale.
-- An optimiser that is not fused is simply not called. Looking at the norm costs nothing on a CPU.
+- An optimiser that is not fused is simply not called, for which the host waits for the norm.
+
+Under mixed precision only products are narrow: every softmax, each norm and the loss are computed
+in float32. Fused attention takes narrow queries and keys, and sums their softmax in float32.
 """
 
 from __future__ import annotations
