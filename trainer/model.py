@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.augment import masked_mean
-from trainer.blocks import ConformerBlock, MaskedBatchNorm1d, TransformerBlock, zero_padding
+from trainer.blocks import ConformerBlock, TransformerBlock
+from trainer.layers import MaskedBatchNorm1d, zero_padding
 from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
 
 ENCODERS = ("conformer", "transformer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.blocks import zero_padding
+from trainer.layers import zero_padding
 
 # The slope of a square root is endless at 0.
 _LEAST_VARIANCE = 1e-6

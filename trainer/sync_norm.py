@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.blocks import MaskedBatchNorm1d
+from trainer.layers import MaskedBatchNorm1d
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import shardprep
 import trainer
-from trainer.blocks import MaskedBatchNorm1d
 from trainer.config import Config
 from trainer.factory import build_train_loader
+from trainer.layers import MaskedBatchNorm1d
 from trainer.sync_norm import SyncedBatchNorm1d, synchronise
 from trainer.train import main
 

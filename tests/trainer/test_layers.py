@@ -1,0 +1,144 @@
+"""Layers against PyTorch's own, on the frames that are valid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.layers import (
+    MaskedBatchNorm1d,
+    SelfAttention,
+    convolve_depthwise,
+    convolve_pointwise,
+    drop,
+)
+
+
+def mask_of(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_batch_norm_counts_valid_frames_only(momentum: float | None) -> None:
+    ours = MaskedBatchNorm1d(5, momentum=momentum).double()
+    mean = torch.zeros(5, dtype=torch.float64)
+    variance = torch.ones(5, dtype=torch.float64)
+    for step, lengths in enumerate(([9, 4, 1], [3, 3], [12]), start=1):
+        x = torch.randn(len(lengths), 5, max(lengths), dtype=torch.float64) * 3 + 2
+        valid = torch.tensor(
+            [[x[b, c, t] for b, n in enumerate(lengths) for t in range(n)] for c in range(5)],
+            dtype=torch.float64,
+        )
+        rate = 1 / step if momentum is None else momentum
+        mean = (1 - rate) * mean + rate * valid.mean(1)
+        variance = (1 - rate) * variance + rate * valid.var(1, correction=1)
+        output = ours(x.masked_fill(~mask_of(lengths)[:, None], torch.nan), mask_of(lengths))
+        expected = (x[0, :, 0] - valid.mean(1)) / (valid.var(1, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(output[0, :, 0], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(ours.running_mean, mean, atol=1e-12, rtol=0)
+        torch.testing.assert_close(ours.running_var, variance, atol=1e-12, rtol=0)
+        assert ours.num_batches_tracked == step
+
+
+def test_batch_norm_equals_pytorch_on_the_valid_frames_with_gradients() -> None:
+    ours, pytorch = MaskedBatchNorm1d(5).double(), nn.BatchNorm1d(5).double()
+    for norm in (ours, pytorch):
+        norm.weight.data = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
+        norm.bias.data = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    mask = mask_of([9, 4, 1])
+    x = torch.randn(3, 5, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(14, 5, dtype=torch.float64)
+    results = []
+    for norm, output in (
+        (ours, ours(x, mask).transpose(1, 2)[mask]),
+        (pytorch, pytorch(x.transpose(1, 2)[mask])),
+    ):
+        gradients = torch.autograd.grad((output * weight).sum(), [x, norm.weight, norm.bias])
+        results.append([output, *gradients])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0]])
+def test_batch_norm_keeps_its_statistics_when_there_is_no_variance(lengths: list[int]) -> None:
+    norm = MaskedBatchNorm1d(5)
+    before = [buffer.clone() for buffer in norm.buffers()]
+    mask = torch.arange(4) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    assert norm(torch.randn(len(lengths), 5, 4), mask).isfinite().all()
+    if not lengths:
+        norm(torch.randn(0, 5, 4))
+    for buffer, expected in zip(norm.buffers(), before, strict=True):
+        assert torch.equal(buffer, expected)
+
+
+def test_batch_norm_sums_half_precision_in_float32() -> None:
+    norm = MaskedBatchNorm1d(1)
+    # 70,000 frames around 60: a float16 sum overflows, a bfloat16 sum stalls.
+    x = (torch.randn(1, 1, 70_000) + 60).half()
+    norm(x, torch.ones(1, 70_000).bool())
+    assert norm.running_mean is not None
+    expected = 0.1 * x.double().mean()
+    torch.testing.assert_close(norm.running_mean[0].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_each_value_independently(p: float) -> None:
+    torch.manual_seed(0)
+    found = drop(torch.ones(400_003), p)
+    kept = found != 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.004)
+    assert found[kept].unique().item() == pytest.approx(1 / (1 - p), rel=1e-3)
+    for apart in (1, 2, 3, 4, 5):
+        together = (kept[apart:] & kept[:-apart]).double().mean().item()
+        assert together == pytest.approx((1 - p) ** 2, abs=0.004)
+
+
+def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
+    x = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
+    found = drop(x, 0.5)
+    found.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(found == 0, 0.0, 2.0).to(x.dtype))
+
+
+@pytest.mark.parametrize("lengths", [None, [9, 4, 1]])
+def test_self_attention_in_training_equals_pytorch(lengths: list[int] | None) -> None:
+    torch.manual_seed(0)
+    ours = SelfAttention(12, 3, batch_first=True).double().train()
+    oracle = nn.MultiheadAttention(12, 3, batch_first=True).double().train()
+    oracle.load_state_dict(ours.state_dict())
+    for weight in ours.parameters():
+        nn.init.normal_(weight)
+    oracle.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 9, 12, dtype=torch.float64)
+    padding = None
+    if lengths is not None:
+        beyond = torch.arange(9) >= torch.tensor(lengths)[:, None]
+        padding = torch.zeros(3, 9, dtype=x.dtype).masked_fill(beyond, -torch.inf)
+    results = []
+    for module in (ours, oracle):
+        out, weights = module(x, x, x, key_padding_mask=padding, need_weights=False)
+        assert weights is None
+        out.square().sum().backward()
+        results.append([out, *(w.grad for w in module.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("width", [1, 7, 31])
+def test_convolutions_equal_pytorch_with_gradients(width: int) -> None:
+    torch.manual_seed(0)
+    deep = nn.Conv1d(6, 6, width, groups=6, padding=width // 2).double()
+    point = nn.Conv1d(6, 4, 1).double()
+    x = torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for ours in (True, False):
+        if ours:
+            out = convolve_pointwise(point, convolve_depthwise(x, deep))
+        else:
+            out = point(deep(x.transpose(1, 2))).transpose(1, 2)
+        weights = (x, *deep.parameters(), *point.parameters())
+        results.append([out, *torch.autograd.grad(out.square().sum(), weights)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
