@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader, open_shards
 from trainer.checkpoint import CheckpointFolder, load
 from trainer.config import config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
+from trainer.evaluation import Collected, Labels, collect
 from trainer.rejects import LeftOut, read_left_out
 from trainer.snapshot import PREDICTED, load_model
 from trainer.tta import Views
@@ -110,6 +112,28 @@ class Session:
     def batches(self, part: Split) -> UtteranceLoader:
         """The whole utterances of a split, batched by length."""
         return UtteranceLoader(part, max_frames=self.max_frames, pad_value=self.pad_value)
+
+    def hear(self, part: Split, classes: Labels | None = None) -> Collected:
+        """Embed and classify every utterance of a split.
+
+        Args:
+            part: The split.
+            classes: The model's number of each utterance's speaker (N,), -1 where it has none;
+                None counts nothing. Not the split's labels: those number the shards' speakers.
+
+        Raises:
+            PredictionError: An embedding is not finite.
+        """
+        labels = np.full(len(part), -1) if classes is None else classes
+        found = collect(self.views, self.batches(part), labels, device=self.device)
+        bad = np.flatnonzero(~np.isfinite(found.embeddings).all(axis=1))
+        if len(bad):
+            raise PredictionError(
+                f"{self.file}: the embeddings of {len(bad)} utterances of {part.name} are not "
+                f"finite, the first is {part.keys[bad[0]]}; the run has diverged or the features "
+                "are faulty: take another checkpoint, or see `shardprep verify`"
+            )
+        return found
 
 
 def find_checkpoint(run: Path, choice: str) -> Path:

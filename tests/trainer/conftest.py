@@ -11,7 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import shardprep
+from trainer.checkpoint import CheckpointFolder
 from trainer.config import Config
+from trainer.factory import build_model
 from trainer.options import RECIPES, parse_args
 
 ConfigFactory = Callable[..., Config]
@@ -60,3 +62,25 @@ def make_config(shards: Path, tmp_path: Path) -> ConfigFactory:
         return parse_args(["--config", str(RECIPES / "smoke.yaml"), *options]).config
 
     return make
+
+
+@pytest.fixture
+def run(make_config: ConfigFactory, tmp_path: Path) -> Path:
+    """A run folder with a best and a last checkpoint of different random weights.
+
+    Its speakers are those of `shards` in another order: they are to be matched by name.
+    """
+    config, folder = make_config(), CheckpointFolder(tmp_path / "run")
+    for step, save in ((5, folder.save_best), (9, lambda state: folder.save(state, 9))):
+        torch.manual_seed(step)
+        model = build_model(config.model, 40, 3)
+        save(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "config": config.to_dict(),
+                "speakers": ["id00002", "id00000", "id00001"],
+                "n_mels": 40,
+            }
+        )
+    return tmp_path / "run"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import shardprep
-from trainer.evaluation import Evaluation, evaluate, model_inputs
+from trainer.evaluation import Evaluation, collect, evaluate, model_inputs
 from trainer.losses import SoftmaxLoss
 from trainer.model import SpeakerModel
+from trainer.tta import Views
 
 CPU = torch.device("cpu")
 
@@ -145,3 +146,56 @@ def test_lengths_are_given_only_where_something_is_padded() -> None:
     _, lengths = model_inputs({"mel": mel, "length": torch.tensor([5, 4])}, CPU)
     assert lengths is not None
     assert lengths.tolist() == [5, 4]
+
+
+class Table(torch.nn.Module):
+    """Answers from a table (N, S): the only mel value of an utterance is its row."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.rows[mel[:, 0, 0].long()]
+
+
+def test_the_five_highest_count_and_ties_go_as_in_argmax() -> None:
+    # Few values, so that ties abound.
+    rows = torch.randint(0, 4, (60, 9), generator=torch.Generator().manual_seed(0)).float()
+    labels = np.random.default_rng(0).integers(-1, 9, 60)
+    index = torch.arange(60)
+    batch = {
+        "mel": index.float().view(60, 1, 1),
+        "label": torch.from_numpy(labels),
+        "length": torch.ones(60, dtype=torch.int64),
+        "index": index,
+    }
+    result = evaluate(Table(rows), [batch], labels, device=CPU)
+    best, right = 0, 0
+    for row, label in zip(rows.tolist(), labels, strict=True):
+        ranked = sorted(range(9), key=lambda speaker: (-row[speaker], speaker))
+        best += label in ranked[:5]
+        right += label == ranked[0]
+    assert (result.correct, result.correct_top5) == (right, best)
+    assert result.top5_accuracy == best / (labels >= 0).sum()
+    nothing = evaluate(Table(rows * torch.nan), [batch], labels, device=CPU)
+    assert nothing.correct_top5 == 0
+
+
+@pytest.mark.parametrize("max_frames", [1, 700])
+def test_collected_embeddings_stand_in_the_order_of_the_split(
+    model: SpeakerModel, split: shardprep.Split, max_frames: int
+) -> None:
+    loader = shardprep.UtteranceLoader(split, max_frames=max_frames)
+    model.train()
+    found = collect(Views(model), loader, split.labels, device=CPU)
+    assert model.training
+    model.eval()
+    plain = evaluate(model, loader, split.labels, device=CPU)
+    assert found.embeddings.dtype == np.float32
+    assert found.evaluation.predictions.tolist() == plain.predictions.tolist()
+    assert found.evaluation.correct_top5 == plain.correct_top5 == 24
+    with torch.no_grad():
+        for index, embedding in enumerate(found.embeddings):
+            alone = model.embed(torch.from_numpy(split.read(index)).float()[None])[0]
+            assert np.allclose(embedding, alone.numpy(), atol=1e-5)

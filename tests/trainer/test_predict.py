@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,33 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import shardprep
-from trainer.checkpoint import CheckpointFolder
-from trainer.config import Config
 from trainer.errors import PredictionError
-from trainer.factory import build_model
 from trainer.predict import main, score_submission, write_submission
 
-# Not the order of the shards: labels are matched by name.
+# As the fixture `run` has them.
 NAMES = ["id00002", "id00000", "id00001"]
-
-
-@pytest.fixture
-def run(make_config: Callable[..., Config], tmp_path: Path) -> Path:
-    """A run folder with a best and a last checkpoint of different random weights."""
-    config, folder = make_config(), CheckpointFolder(tmp_path / "run")
-    for step, save in ((5, folder.save_best), (9, lambda state: folder.save(state, 9))):
-        torch.manual_seed(step)
-        model = build_model(config.model, 40, 3)
-        save(
-            {
-                "step": step,
-                "model": model.state_dict(),
-                "config": config.to_dict(),
-                "speakers": NAMES,
-                "n_mels": 40,
-            }
-        )
-    return tmp_path / "run"
 
 
 def predict(run: Path, *options: object) -> Result:
@@ -194,6 +171,29 @@ def test_too_little_memory_is_one_message(
     result = predict(run, "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert "--max-frames" in result.stderr
+
+
+def test_crops_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path: Path) -> None:
+    plain, none, some = (tmp_path / name for name in ("plain.csv", "none.csv", "some.csv"))
+    chosen = ("--split", "train", "--shards", shards, "--max-frames", 500)
+    assert predict(run, *chosen, "--out", plain).exit_code == 0
+    assert predict(run, *chosen, "--out", none, "--tta", 0).exit_code == 0
+    assert predict(run, *chosen, "--out", some, "--tta", 3, "--tta-frames", 30).exit_code == 0
+    assert none.read_bytes() == plain.read_bytes()
+    saved = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    from trainer.model import SpeakerModel
+
+    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
+    model.load_state_dict(saved["model"])
+    part, names = shardprep.open_shards(shards)["train"], []
+    for index in range(len(part)):
+        mel = torch.from_numpy(part.read(index)).float()
+        room = max(0, len(mel) - 30)
+        views = [mel] + [mel[start : start + 30] for start in (0, room // 2, room)]
+        with torch.no_grad():
+            scores = torch.stack([model(view[None])[0] for view in views]).mean(0)
+        names.append(NAMES[int(scores.argmax())])
+    assert [line.split(",")[1] for line in some.read_text().splitlines()[1:]] == names
 
 
 @pytest.mark.parametrize(

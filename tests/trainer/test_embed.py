@@ -1,0 +1,99 @@
+"""Embeddings on disk: the split's own order, no pickle, whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import shardprep
+from trainer.embed import main
+from trainer.model import SpeakerModel
+from trainer.tta import Views
+
+
+def embed(run: Path, *options: object) -> Result:
+    return CliRunner().invoke(main, [str(run), *map(str, options)])
+
+
+def model_of(run: Path, checkpoint: str = "best.pt") -> SpeakerModel:
+    saved = torch.load(run / "checkpoints" / checkpoint, weights_only=True)
+    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
+    model.load_state_dict(saved["model"])
+    return model
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("crops", [0, 2])
+def test_a_file_holds_what_each_utterance_gives_alone(
+    run: Path, shards: Path, tmp_path: Path, split: str, crops: int
+) -> None:
+    out = tmp_path / "new" / "embeddings.npz"
+    options = ("--split", split, "--out", out, "--tta", crops, "--max-frames", 400)
+    result = embed(run, *options, "--checkpoint", "last")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    data = shardprep.open_shards(shards)
+    part, views = data[split], Views(model_of(run, "step-00000009.pt"), crops, 64)
+    with np.load(out, allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    assert found["embeddings"].dtype == np.float32
+    assert found["keys"].tolist() == part.keys.tolist()
+    assert found["labels"].tolist() == part.labels.tolist()
+    assert tuple(found["speakers"]) == data.speakers
+    assert found["checkpoint"] == str(run / "checkpoints" / "step-00000009.pt")
+    assert (found["step"], found["split"], found["tta"]) == (9, split, crops)
+    assert found["fingerprint"] == data.manifest.fingerprint
+    # The crops of the run's training are the default.
+    assert found["tta_frames"] == (64 if crops else 0)
+    with torch.no_grad():
+        for index, row in enumerate(found["embeddings"]):
+            mel = torch.from_numpy(part.read(index)).float()[None]
+            assert np.allclose(row, views.embed_and_score(mel)[0][0].numpy(), atol=1e-5)
+
+
+def test_a_failed_write_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+
+    def fail(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    result = embed(run, "--out", tmp_path / "out" / "embeddings.npz")
+    assert result.exit_code == shardprep.StorageError.exit_code
+    assert "No space left" in result.stderr
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--split", "dev"], 1, "has no split dev, only train, val, test"),
+        (["--tta", "-1"], 2, "tta"),
+        (["--checkpoint", "nowhere.pt"], 1, "nowhere.pt: there is no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_has_one_message_and_its_code(
+    run: Path, tmp_path: Path, options: list[str], code: int, part: str
+) -> None:
+    result = embed(run, "--out", tmp_path / "out.npz", *options)
+    assert result.exit_code == code
+    assert part in result.stderr
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_model_that_diverged_is_named(run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["model"]["prenet.weight"].fill_(torch.nan)
+    torch.save(saved, file)
+    result = embed(run, "--out", tmp_path / "out.npz")
+    assert result.exit_code == 1
+    assert f"{file}: the embeddings of 6 utterances of val are not finite" in result.stderr
+    assert not (tmp_path / "out.npz").exists()

@@ -1,0 +1,246 @@
+"""The score of a run, against each utterance heard alone and a loop over thresholds."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import shardprep
+from trainer.model import SpeakerModel
+from trainer.score import main
+from trainer.trials import Trials, draw_trials
+
+# As the fixture `run` has them.
+NAMES = ["id00002", "id00000", "id00001"]
+
+
+def score(run: Path, *options: object) -> Result:
+    return CliRunner().invoke(main, [str(run), *map(str, options)])
+
+
+def score_json(run: Path, *options: object) -> dict[str, Any]:
+    result = score(run, "--json", *options)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def alone(run: Path, part: shardprep.Split) -> tuple[np.ndarray, list[str]]:
+    """The oracle: unit embeddings (N, D) in float64 and predicted names, one by one."""
+    saved = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    names = saved["speakers"]
+    model = SpeakerModel(40, len(names), **saved["config"]["model"]).eval()
+    model.load_state_dict(saved["model"])
+    rows, answers = [], []
+    with torch.no_grad():
+        for index in range(len(part)):
+            mel = torch.from_numpy(part.read(index)).float()[None]
+            rows.append(model.embed(mel)[0].double().numpy())
+            answers.append(names[int(model(mel).argmax())])
+    return np.array([row / np.linalg.norm(row) for row in rows]), answers
+
+
+def naive(scores: list[float], target: list[bool]) -> tuple[float, float]:
+    """EER and minDCF(.01) by a loop over the thresholds."""
+    same = [s for s, kind in zip(scores, target, strict=True) if kind]
+    others = [s for s, kind in zip(scores, target, strict=True) if not kind]
+    points = [
+        (sum(s < t for s in same) / len(same), sum(s >= t for s in others) / len(others))
+        for t in [*sorted(scores), float("inf")]
+    ]
+    cost = min(0.01 * miss + 0.99 * alarm for miss, alarm in points) / 0.01
+    for (miss, alarm), (then, there) in zip(points, points[1:], strict=False):
+        if then >= there:
+            share = (alarm - miss) / (alarm - miss + then - there)
+            return miss + share * (then - miss), cost
+    raise AssertionError
+
+
+def speakers_of(shards: Path, split: str) -> list[str]:
+    data = shardprep.open_shards(shards)
+    return [data.speakers[label] for label in data[split].labels]
+
+
+def test_all_pairs_of_a_split_give_what_a_loop_gives(run: Path, shards: Path) -> None:
+    part, truth = shardprep.open_shards(shards)["train"], speakers_of(shards, "train")
+    unit, answers = alone(run, part)
+    pairs = list(combinations(range(24), 2))
+    trials = shards.parent / "trials.txt"
+    keys = part.keys
+    trials.write_text(
+        "".join(f"{int(truth[a] == truth[b])} {keys[a]} {keys[b]}.pt\n" for a, b in pairs)
+    )
+    found = score_json(run, "--split", "train", "--trials", trials, "--max-frames", 500)
+    eer, dcf = naive(
+        [float(unit[a] @ unit[b]) for a, b in pairs], [truth[a] == truth[b] for a, b in pairs]
+    )
+    assert found["eer"] == pytest.approx(eer, abs=0.02)
+    assert found["min_dcf"] == pytest.approx(dcf, abs=0.02)
+    assert (found["trials"], found["target_trials"]) == (276, 84)
+    assert found["trials_from"] == str(trials)
+    right = sum(a == b for a, b in zip(answers, truth, strict=True))
+    assert found["accuracy"] == right / 24
+    assert found["top5_accuracy"] == 1
+    assert (found["labelled"], found["unknown_to_model"], found["cohort"]) == (24, 0, None)
+
+
+def test_text_says_the_same_as_json(run: Path) -> None:
+    found, result = score_json(run, "--as-norm", "--tta", 2), score(run, "--as-norm", "--tta", 2)
+    right = round(found["accuracy"] * 6)
+    assert result.stdout.splitlines() == [
+        f"top-1 accuracy on val: {found['accuracy']:.4f} ({right} of 6)",
+        "top-5 accuracy on val: 1.0000 (6 of 6)",
+        f"EER: {100 * found['eer']:.2f} %",
+        f"minDCF(0.01): {found['min_dcf']:.4f}",
+        "trials: 6 (3 of one speaker; drawn with seed 0)",
+        "cohort: the nearest 3 of 3 training speakers",
+    ]
+    assert (found["tta"], found["tta_frames"], found["cohort_size"]) == (2, 64, 3)
+
+
+def test_trials_are_drawn_by_the_seed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The scores of so few speakers come out alike for many draws, so the draws are compared.
+    drawn: list[Trials] = []
+
+    def spy(*arguments: Any) -> Trials:
+        drawn.append(draw_trials(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("trainer.score.draw_trials", spy)
+    options = ("--split", "train", "--pairs", 31)
+    first, again, _ = (score_json(run, *options, "--seed", seed) for seed in (4, 4, 5))
+    assert first == again
+    assert (first["trials"], first["target_trials"]) == (31, 15)
+    assert first["trials_from"] == "drawn with seed 4"
+    pairs = [set(zip(t.enroll.tolist(), t.test.tolist(), strict=True)) for t in drawn]
+    assert pairs[0] == pairs[1] != pairs[2]
+
+
+def test_no_crops_are_the_plain_score_and_no_pairs_no_verification(run: Path) -> None:
+    assert score_json(run, "--tta", 0, "--tta-frames", 30) == score_json(run)
+    bare = score_json(run, "--pairs", 0)
+    assert (bare["trials"], bare["eer"], bare["min_dcf"]) == (0, None, None)
+    assert "EER" not in score(run, "--pairs", 0).stdout
+
+
+def test_labels_tell_the_truth_of_the_test_split(run: Path, shards: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "test_labels.csv"
+    rows = dict(line.split(",") for line in truth.read_text().splitlines()[1:])
+    part = shardprep.open_shards(shards)["test"]
+    answers = alone(run, part)[1]
+    right = sum(rows[f"{key}.pt"] == name for key, name in zip(part.keys, answers, strict=True))
+    found = score_json(run, "--split", "test", "--labels", truth, "--pairs", 0)
+    assert (found["accuracy"], found["labelled"]) == (right / 5, 5)
+    # One row less is one utterance less, whose speaker takes part in nothing.
+    lines = truth.read_text().splitlines()
+    truth.write_text("\n".join(lines[:-1]) + "\n")
+    result = score(run, "--split", "test", "--labels", truth, "--pairs", 0, "--json")
+    assert json.loads(result.stdout)["labelled"] == 4
+    assert "note: 1 utterances of test have no label" in result.stderr
+
+
+def test_an_unlabelled_split_can_be_scored_by_a_list(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys, trials = shardprep.open_shards(shards)["test"].keys, tmp_path / "trials.txt"
+    trials.write_text(f"1 {keys[0]} {keys[1]}\n0 {keys[0]} {keys[2]}\n")
+    found = score_json(run, "--split", "test", "--trials", trials)
+    assert (found["accuracy"], found["top5_accuracy"], found["labelled"]) == (None, None, 0)
+    assert found["eer"] in (0, 1)
+
+
+def test_speakers_unknown_to_the_model_are_wrong_but_make_trials(run: Path, shards: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["speakers"] = ["id00002", "someone", "else"]
+    torch.save(saved, file)
+    truth = speakers_of(shards, "train")
+    answers = alone(run, shardprep.open_shards(shards)["train"])[1]
+    result = score(run, "--split", "train", "--json")
+    found = json.loads(result.stdout)
+    assert (found["labelled"], found["unknown_to_model"], found["trials"]) == (24, 16, 168)
+    assert found["accuracy"] == sum(a == b for a, b in zip(answers, truth, strict=True)) / 24
+    assert found["top5_accuracy"] == 8 / 24
+    assert "note: 16 utterances of train are from speakers unknown to the model" in result.stderr
+
+
+def test_more_speakers_in_the_shards_than_in_the_model(run: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["speakers"] = ["id00001"]
+    for name in [name for name in saved["model"] if name.startswith("classifier.")]:
+        saved["model"][name] = saved["model"][name][:1]
+    torch.save(saved, file)
+    found = score_json(run, "--as-norm")
+    assert (found["accuracy"], found["cohort"]) == (2 / 6, 3)
+
+
+def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: Path) -> None:
+    data = shardprep.open_shards(shards)
+    train, keys = alone(run, data["train"])[0], data["train"].keys
+    labels = data["train"].labels
+    means = np.array([train[labels == speaker].mean(0) for speaker in range(3)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    pairs = list(combinations(range(12), 2))
+    kinds = [bool(labels[a] == labels[b]) for a, b in pairs]
+    trials = tmp_path / "trials.txt"
+    trials.write_text(
+        "".join(
+            f"{int(kind)} {keys[a]} {keys[b]}\n" for kind, (a, b) in zip(kinds, pairs, strict=True)
+        )
+    )
+    scores = []
+    for a, b in pairs:
+        sides = [np.sort(means @ train[side])[-2:] for side in (a, b)]
+        scores.append(sum((train[a] @ train[b] - s.mean()) / s.std() for s in sides) / 2)
+    found = score_json(run, "--split", "train", "--trials", trials, "--as-norm", "--cohort-size", 2)
+    assert found["eer"] == pytest.approx(naive(scores, kinds)[0], abs=0.03)
+    assert (found["cohort"], found["cohort_size"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--split", "dev"], 1, "has no split dev"),
+        (["--split", "test"], 1, "split test of"),
+        (["--split", "test"], 1, "0 labelled utterances make only 0; no speaker has two"),
+        (["--split", "test"], 1, "give --trials, or give --labels"),
+        (["--pairs", "1000"], 1, "500 target pairs (one speaker) asked for"),
+        (["--pairs", "1"], 2, "at least 2"),
+        (["--pairs", "4", "--trials", "x"], 2, "exclude each other"),
+        (["--trials", "nowhere.txt"], 1, "nowhere.txt: cannot be read"),
+        (["--labels", "nowhere.csv"], 1, "nowhere.csv: cannot be read"),
+        (["--cohort-size", "1"], 2, "cohort-size"),
+        (["--checkpoint", "nowhere.pt"], 1, "nowhere.pt: there is no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_has_one_message_and_its_code(
+    run: Path, options: list[str], code: int, part: str
+) -> None:
+    result = score(run, *options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_faulty_files_are_named(run: Path, shards: Path, tmp_path: Path) -> None:
+    trials, labels = tmp_path / "trials.txt", tmp_path / "labels.csv"
+    key = shardprep.open_shards(shards)["val"].keys[0]
+    trials.write_text(f"1 {key} {key}\nyes {key} {key}\n")
+    assert f"{trials}, line 2: found" in score(run, "--trials", trials).stderr
+    labels.write_text("Id,Category\nstranger.pt,id00001\n")
+    wrong = score(run, "--labels", labels).stderr
+    assert f"1 of the 1 utterances in {labels} are missing, the first is stranger.pt" in wrong
+    labels.write_text(f"Id,Category\n{key}.pt,id00001\n{key},id00001\n")
+    assert f"{labels}: {key} occurs twice" in score(run, "--labels", labels).stderr
+
+
+def test_help_tells_the_exit_codes(run: Path) -> None:
+    assert "Exit codes: 0 done, 1 failed, 2 usage" in " ".join(score(run, "-h").output.split())
