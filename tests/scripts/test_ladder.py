@@ -52,7 +52,7 @@ def config_of(job: Any) -> Any:
 
 def test_means_spreads_and_checks_are_those_of_the_runs() -> None:
     found = summary.summarise(
-        runs_of(course=[0.60, 0.62], strong=[0.70, 0.74], boss=[0.80, 0.84], best=[0.91])
+        runs_of(course=[0.60, 0.62], strong=[0.70, 0.74], boss=[0.80, 0.84], best=[0.92])
     )
     assert list(found["rungs"]) == ["course", "strong", "boss", "best"]
     assert found["rungs"]["boss"]["test_accuracy"] == pytest.approx(
@@ -62,10 +62,10 @@ def test_means_spreads_and_checks_are_those_of_the_runs() -> None:
     assert found["rungs"]["boss"]["eer"] is None
     checks = {check["name"]: check for check in found["checks"]}
     assert checks["strong above course"]["found"] == pytest.approx(0.11)
-    assert checks["best above boss"]["found"] == pytest.approx(0.09)
-    gone = "share of the errors of {} that {} does not make"
+    assert checks["best above boss"]["found"] == pytest.approx(0.10)
+    gone = "{1} without at least half of the errors of {0} (share gone)"
     assert checks[gone.format("course", "boss")]["found"] == pytest.approx(1 - 0.18 / 0.39)
-    assert checks[gone.format("boss", "best")]["found"] == pytest.approx(0.5)
+    assert checks[gone.format("boss", "best")]["found"] == pytest.approx(1 - 0.08 / 0.18)
     assert all(check["passed"] for check in found["checks"])
 
 
@@ -78,11 +78,17 @@ def test_a_rung_below_the_one_before_is_flagged() -> None:
         "strong above medium": False,
         "boss above strong": True,
         "best above boss": False,
-        "share of the errors of boss that best does not make": False,
+        "best without at least half of the errors of boss (share gone)": False,
     }
     text = summary.table(found)
     assert "NOT SO: strong above medium: -0.0500" in text
     assert "| best | 0.7900 | 0.9000 | - | - | - |" in text
+
+
+def test_less_than_half_of_the_errors_gone_is_flagged() -> None:
+    for best, enough in ((0.89, False), (0.91, True)):
+        checks = summary.summarise(runs_of(boss=[0.8], best=[best]))["checks"]
+        assert [check["passed"] for check in checks] == [True, enough]
 
 
 def test_an_order_that_seeds_cross_is_not_clear() -> None:
