@@ -22,7 +22,6 @@ from trainer.inference import (
     open_session,
     reported_errors,
 )
-from trainer.inference import find_checkpoint as find_checkpoint
 from trainer.labels import HEADER, missing_rows, read_labels
 from trainer.rejects import LeftOut
 

@@ -68,27 +68,51 @@ def speakers_of(shards: Path, split: str) -> list[str]:
     return [data.speakers[label] for label in data[split].labels]
 
 
-def test_all_pairs_of_a_split_give_what_a_loop_gives(run: Path, shards: Path) -> None:
+def write_trials(path: Path, keys: Any, pairs: list[tuple[int, int]], kinds: list[bool]) -> Path:
+    rows = zip(kinds, pairs, strict=True)
+    path.write_text("".join(f"{int(kind)} {keys[a]} {keys[b]}.pt\n" for kind, (a, b) in rows))
+    return path
+
+
+def some_kinds(count: int) -> list[bool]:
+    """Answers that have nothing to do with the voices, so that there are errors to count."""
+    return (np.random.default_rng(0).random(count) < 0.4).tolist()
+
+
+def test_all_pairs_of_a_split_give_what_a_loop_gives(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
     part, truth = shardprep.open_shards(shards)["train"], speakers_of(shards, "train")
     unit, answers = alone(run, part)
     pairs = list(combinations(range(24), 2))
-    trials = shards.parent / "trials.txt"
-    keys = part.keys
-    trials.write_text(
-        "".join(f"{int(truth[a] == truth[b])} {keys[a]} {keys[b]}.pt\n" for a, b in pairs)
-    )
+    kinds = some_kinds(len(pairs))
+    trials = write_trials(tmp_path / "trials.txt", part.keys, pairs, kinds)
     found = score_json(run, "--split", "train", "--trials", trials, "--max-frames", 500)
-    eer, dcf = naive(
-        [float(unit[a] @ unit[b]) for a, b in pairs], [truth[a] == truth[b] for a, b in pairs]
-    )
+    eer, dcf = naive([float(unit[a] @ unit[b]) for a, b in pairs], kinds)
+    assert 0.2 < eer < 0.8
+    # Scores that float32 cannot tell apart may change places.
     assert found["eer"] == pytest.approx(eer, abs=0.02)
     assert found["min_dcf"] == pytest.approx(dcf, abs=0.02)
-    assert (found["trials"], found["target_trials"]) == (276, 84)
+    assert (found["trials"], found["target_trials"]) == (276, sum(kinds))
     assert found["trials_from"] == str(trials)
     right = sum(a == b for a, b in zip(answers, truth, strict=True))
     assert found["accuracy"] == right / 24
     assert found["top5_accuracy"] == 1
     assert (found["labelled"], found["unknown_to_model"], found["cohort"]) == (24, 0, None)
+
+
+def test_drawn_trials_are_those_of_the_true_speakers(run: Path, shards: Path) -> None:
+    unit = alone(run, shardprep.open_shards(shards)["val"])[0]
+    truth = speakers_of(shards, "val")
+    pairs = list(combinations(range(6), 2))
+    kinds = [truth[a] == truth[b] for a, b in pairs]
+    # All 3 target pairs there are, and 3 of the 12 others.
+    found = score_json(run)
+    assert (found["trials"], found["target_trials"]) == (6, 3)
+    separable = min(unit[a] @ unit[b] for (a, b), kind in zip(pairs, kinds, strict=True) if kind)
+    others = max(unit[a] @ unit[b] for (a, b), kind in zip(pairs, kinds, strict=True) if not kind)
+    assert separable > others
+    assert (found["eer"], found["min_dcf"]) == (0, 0)
 
 
 def test_text_says_the_same_as_json(run: Path) -> None:
@@ -188,21 +212,19 @@ def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: P
     labels = data["train"].labels
     means = np.array([train[labels == speaker].mean(0) for speaker in range(3)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    pairs = list(combinations(range(12), 2))
-    kinds = [bool(labels[a] == labels[b]) for a, b in pairs]
-    trials = tmp_path / "trials.txt"
-    trials.write_text(
-        "".join(
-            f"{int(kind)} {keys[a]} {keys[b]}\n" for kind, (a, b) in zip(kinds, pairs, strict=True)
-        )
-    )
-    scores = []
-    for a, b in pairs:
-        sides = [np.sort(means @ train[side])[-2:] for side in (a, b)]
-        scores.append(sum((train[a] @ train[b] - s.mean()) / s.std() for s in sides) / 2)
-    found = score_json(run, "--split", "train", "--trials", trials, "--as-norm", "--cohort-size", 2)
-    assert found["eer"] == pytest.approx(naive(scores, kinds)[0], abs=0.03)
+    pairs, scores = list(combinations(range(24), 2)), []
+    for one, other in pairs:
+        sides = [np.sort(means @ train[side])[-2:] for side in (one, other)]
+        parts = [(train[one] @ train[other] - side.mean()) / side.std() for side in sides]
+        scores.append(sum(parts) / 2)
+    # Answers that are right of the normalised scores, and of these only.
+    kinds = [bool(score > sorted(scores)[-40]) for score in scores]
+    trials = write_trials(tmp_path / "trials.txt", keys, pairs, kinds)
+    options = ("--split", "train", "--trials", trials)
+    found = score_json(run, *options, "--as-norm", "--cohort-size", 2)
+    assert found["eer"] < 0.02
     assert (found["cohort"], found["cohort_size"]) == (3, 2)
+    assert score_json(run, *options)["eer"] > 0.05
 
 
 @pytest.mark.parametrize(
