@@ -77,7 +77,7 @@ def padded(parts: list[Tensor], extra: int = 0, value: float = -20.0) -> tuple[T
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("recipe", ["simple", "medium", "strong", "boss"])
+@pytest.mark.parametrize("recipe", ["simple", "medium", "strong", "boss", "best"])
 def test_a_file_of_every_recipe_gives_the_models_results_at_any_size(
     recipe: str, form: str
 ) -> None:
