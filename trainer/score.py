@@ -127,7 +127,7 @@ def true_names(session: Session, part: Split, labels: Path | None) -> list[str |
 def choose_trials(
     options: TrialOptions, session: Session, part: Split, names: Sequence[str | None]
 ) -> Trials | None:
-    """The trials to score, or None where none are wanted.
+    """The trials to score, or None where none are wanted, or none can be drawn unasked.
 
     Raises:
         PredictionError: The list is faulty, or there are not as many pairs as are to be drawn.
@@ -139,9 +139,11 @@ def choose_trials(
     numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
     speakers = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
     targets = nontargets = min(_DRAWN, *possible_trials(speakers))
-    if options.pairs is not None or not targets:
-        pairs = options.pairs or 2
-        targets, nontargets = pairs // 2, pairs - pairs // 2
+    if options.pairs is not None:
+        targets, nontargets = options.pairs // 2, options.pairs - options.pairs // 2
+    elif not targets:
+        note(f"{part.name} has no pairs of one speaker and of two; no EER and no minDCF")
+        return None
     try:
         return draw_trials(speakers, targets, nontargets, options.seed)
     except ValueError as error:

@@ -154,6 +154,13 @@ def test_no_crops_are_the_plain_score_and_no_pairs_no_verification(run: Path) ->
     assert "EER" not in score(run, "--pairs", 0).stdout
 
 
+def test_a_split_without_pairs_has_no_verification_and_says_so(run: Path) -> None:
+    result = score(run, "--split", "test", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["eer"] is None
+    assert "note: test has no pairs of one speaker and of two" in result.stderr
+
+
 def test_labels_tell_the_truth_of_the_test_split(run: Path, shards: Path, tmp_path: Path) -> None:
     truth = tmp_path / "test_labels.csv"
     rows = dict(line.split(",") for line in truth.read_text().splitlines()[1:])
@@ -231,9 +238,9 @@ def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: P
     ("options", "code", "part"),
     [
         (["--split", "dev"], 1, "has no split dev"),
-        (["--split", "test"], 1, "split test of"),
-        (["--split", "test"], 1, "0 labelled utterances make only 0; no speaker has two"),
-        (["--split", "test"], 1, "give --trials, or give --labels"),
+        (["--split", "test", "--pairs", "4"], 1, "split test of"),
+        (["--split", "test", "--pairs", "4"], 1, "0 labelled utterances make only 0; no speaker"),
+        (["--split", "test", "--pairs", "4"], 1, "give --trials, or give --labels"),
         (["--pairs", "1000"], 1, "500 target pairs (one speaker) asked for"),
         (["--pairs", "1"], 2, "at least 2"),
         (["--pairs", "4", "--trials", "x"], 2, "exclude each other"),
