@@ -4,6 +4,7 @@
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
     ├── CheckpointError     1   a checkpoint is missing, damaged or cannot be written
     ├── DivergedError       1   too many steps in a row had no finite loss and gradient
+    ├── ExportError         1   a model cannot be exported, or the file computes something else
     └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
 
 The number is the exit code of the process. Beside these, 130 and 143 mean that Ctrl-C or SIGTERM
@@ -45,3 +46,7 @@ class DivergedError(TrainerError):
 
 class PredictionError(TrainerError):
     """A checkpoint, a data set and a label file do not fit together."""
+
+
+class ExportError(TrainerError):
+    """A model cannot be exported, or the exported file does not compute what the model does."""

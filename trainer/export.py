@@ -26,7 +26,7 @@ from torch import Tensor
 from shardprep import publish
 from trainer.checkpoint import State, load
 from trainer.config import config_from_dict
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, ExportError, TrainerError
 from trainer.inference import find_checkpoint, reported_errors
 from trainer.model import SpeakerModel
 from trainer.snapshot import PREDICTED, load_model
@@ -55,10 +55,6 @@ PARITY_CASES = (
 TRACED_CASE = (48, (48, 20, 5))
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class ExportError(TrainerError):
-    """A model cannot be exported, or the exported file does not compute what the model does."""
 
 
 def to_onnx(model: SpeakerModel, metadata: dict[str, str]) -> bytes:

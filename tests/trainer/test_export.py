@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from trainer import export
 from trainer.checkpoint import CheckpointFolder, load
 from trainer.config import Config, config_from_dict
-from trainer.errors import ConfigError, TrainerError
-from trainer.export import ExportError, choose_format, export_model, main
+from trainer.errors import ConfigError, ExportError, TrainerError
+from trainer.export import choose_format, export_model, main
 from trainer.factory import build_model
 from trainer.model import SpeakerModel
 from trainer.options import RECIPES, parse_args
