@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.layers import frame_mask, masked_mean
+
 _NEPERS_PER_DECIBEL = math.log(10.0) / 10.0
 # A log-mel is the log of a mean over few FFT bins; of stationary noise it has about this deviation.
 _NOISE_DEVIATION = 0.8
@@ -87,9 +89,7 @@ class Augment(nn.Module):
         """
         if not self.training or not len(mel):
             return mel
-        mask = None
-        if lengths is not None:
-            mask = torch.arange(mel.shape[1], device=mel.device) < lengths.unsqueeze(1)
+        mask = frame_mask(lengths, mel.shape[1])
         if self.reverb:
             room = reverberate(mel, _between(mel, self.reverb_seconds))
             mel = torch.where(_chosen(mel, self.reverb), room, mel)
@@ -101,15 +101,16 @@ class Augment(nn.Module):
             spectrum = 2.0 * smooth_curve(mel, self.channel_points)
             sound = spectrum + _NOISE_DEVIATION * torch.randn_like(mel)
             mel = self._mix(mel, sound, self.noise, self.noise_snr, mask)
-        # What is hidden becomes the mean of its bin, which tells least.
+        return self._hide(mel, mask) if self.time_masks or self.freq_masks else mel
+
+    def _hide(self, mel: Tensor, mask: Tensor | None) -> Tensor:
+        """SpecAugment; what is hidden becomes the mean of its bin, which tells least."""
         hidden = torch.zeros_like(mel, dtype=torch.bool)
         for _ in range(self.time_masks):
             hidden |= _span(mel, 1, self.time_width).unsqueeze(2)
         for _ in range(self.freq_masks):
             hidden |= _span(mel, 2, self.freq_width).unsqueeze(1)
-        if self.time_masks or self.freq_masks:
-            mel = torch.where(hidden, masked_mean(mel, mask), mel)
-        return mel
+        return torch.where(hidden, masked_mean(mel, mask), mel)
 
     def _mix(
         self,
@@ -168,14 +169,6 @@ def smooth_curve(mel: Tensor, points: int) -> Tensor:
     return F.interpolate(knots, mel.shape[2], mode="linear", align_corners=True)
 
 
-def masked_mean(mel: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean frame of each utterance of mel (B, T, F) over valid frames: (B, 1, F)."""
-    if mask is None:
-        return mel.mean(1, keepdim=True)
-    valid = mel.masked_fill(~mask.unsqueeze(2), 0.0).sum(1, keepdim=True)
-    return valid / mask.sum(1).clamp(min=1).view(-1, 1, 1)
-
-
 def _level(mel: Tensor, mask: Tensor | None) -> Tensor:
     """Log of the mean power over valid frames and bins: (B, T, F) -> (B, 1, 1)."""
     if mask is not None:
@@ -219,6 +212,7 @@ def _span(mel: Tensor, axis: int, longest: int) -> Tensor:
     """For each crop a span of 0 to `longest` places along an axis: (B, size) bool."""
     size = mel.shape[axis]
     width = torch.randint(0, longest + 1, (len(mel), 1), device=mel.device)
-    start = torch.rand(len(mel), 1, device=mel.device) * (size - width + 1).clamp(min=1)
+    room = (size - width + 1).clamp(min=1)
+    start = (torch.rand(len(mel), 1, device=mel.device) * room).floor()
     place = torch.arange(size, device=mel.device)
-    return (place >= start.floor()) & (place < start.floor() + width)
+    return (place >= start) & (place < start + width)

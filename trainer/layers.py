@@ -23,6 +23,20 @@ def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
+def frame_mask(lengths: Tensor | None, frames: int) -> Tensor | None:
+    """Which frames are valid: lengths (B,) to (B, T) bool on their device; None stays None."""
+    if lengths is None:
+        return None
+    return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over valid frames of x (B, T, D): (B, 1, D), zeros where there is no frame."""
+    if mask is None:
+        return x.mean(1, keepdim=True)
+    return zero_padding(x, mask).sum(1, keepdim=True) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
+
+
 class Dropout(nn.Dropout):
     """`nn.Dropout`, with `drop` in training on a CPU."""
 

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.augment import masked_mean
 from trainer.blocks import ConformerBlock, TransformerBlock
-from trainer.layers import MaskedBatchNorm1d, zero_padding
+from trainer.layers import MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
 from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
 
 ENCODERS = ("conformer", "transformer")
@@ -170,10 +169,9 @@ class SpeakerModel(nn.Module):
         Returns:
             (B, E) embedding, float32 (float64 if the model is).
         """
-        mask = None
         if lengths is not None:
-            frames = torch.arange(mel.shape[1], device=mel.device)
-            mask = frames < lengths.to(mel.device, non_blocking=True).unsqueeze(1)  # (B, T)
+            lengths = lengths.to(mel.device, non_blocking=True)
+        mask = frame_mask(lengths, mel.shape[1])  # (B, T)
         # Padding goes before the first product, for NaN times a zero gradient is NaN.
         mel = zero_padding(mel.to(self.prenet.weight.dtype), mask)
         if self.center:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.layers import zero_padding
+from trainer.layers import masked_mean, zero_padding
 
 # The slope of a square root is endless at 0.
 _LEAST_VARIANCE = 1e-6
@@ -28,10 +28,8 @@ class MeanPooling(nn.Module):
         Returns:
             (B, D), float32 at least; zeros for an utterance without any frame.
         """
-        wide = zero_padding(x, mask).to(torch.promote_types(x.dtype, torch.float32))
-        if mask is None:
-            return wide.mean(1)
-        return wide.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return masked_mean(wide, mask).squeeze(1)
 
 
 class SelfAttentivePooling(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.augment import Augment, masked_mean, mix, reverberate, smooth_curve
+from trainer.augment import Augment, mix, reverberate, smooth_curve
 
 ALL: dict[str, Any] = {
     "reverb": 0.5,
@@ -138,11 +138,3 @@ def test_a_single_crop_and_an_empty_batch_pass() -> None:
     augment = Augment(**ALL).train()
     assert augment(crops(1)).shape == (1, 50, 40)
     assert augment(crops()[:0]).shape == (0, 50, 40)
-
-
-def test_the_mean_frame_leaves_padding_out() -> None:
-    mel = crops(2)
-    mel[1, 30:] = torch.nan
-    mask = torch.arange(50) < torch.tensor([50, 30])[:, None]
-    expected = torch.stack([mel[0].mean(0), mel[1, :30].mean(0)])
-    torch.testing.assert_close(masked_mean(mel, mask)[:, 0], expected)

@@ -12,6 +12,7 @@ from trainer.layers import (
     convolve_depthwise,
     convolve_pointwise,
     drop,
+    masked_mean,
 )
 
 
@@ -142,3 +143,11 @@ def test_convolutions_equal_pytorch_with_gradients(width: int) -> None:
         results.append([out, *torch.autograd.grad(out.square().sum(), weights)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+def test_the_mean_frame_leaves_padding_out() -> None:
+    mel = torch.randn(2, 50, 40)
+    mel[1, 30:] = torch.nan
+    mask = torch.arange(50) < torch.tensor([50, 30])[:, None]
+    expected = torch.stack([mel[0].mean(0), mel[1, :30].mean(0)])
+    torch.testing.assert_close(masked_mean(mel, mask)[:, 0], expected)
