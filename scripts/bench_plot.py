@@ -5,17 +5,15 @@ python scripts/bench_plot.py scripts/results/loader.json scripts/results/loader.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import click
+from plot_style import FAINT, INK, OTHER, OURS, bare, command, finish, start, title
 
-OURS, FILES, PEER = "#c2410c", "#475569", "#94a3b8"
-INK, FAINT = "#1e293b", "#64748b"
-# Inches; at this resolution about twice the width that a README is shown at.
-WIDTH, BAR, MARGIN, DPI = 9.0, 0.30, 1.5, 200
+PEER = "#94a3b8"
+# Heights [inches].
+BAR, MARGIN = 0.30, 1.5
 
 
 def best_by_loader(loaders: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -32,16 +30,11 @@ def best_by_loader(loaders: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the picture of a result."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = best_by_loader(result["loaders"])
     limit = next(row for row in result["loaders"] if row["kind"] == "limit")["samples_per_s"]
-    figure, axes = pyplot.subplots(figsize=(WIDTH, MARGIN + BAR * len(rows)), dpi=DPI)
+    figure, axes = start(MARGIN + BAR * len(rows))
     rates = [row["samples_per_s"] for row in rows]
-    colours = [{"shardprep": OURS, "files": FILES}.get(row["kind"], PEER) for row in rows]
+    colours = [{"shardprep": OURS, "files": OTHER}.get(row["kind"], PEER) for row in rows]
     axes.barh([row["name"] for row in rows], rates, color=colours, height=0.72)
     for place, (row, rate) in enumerate(zip(rows, rates, strict=True)):
         ours = row["kind"] == "shardprep"
@@ -69,8 +62,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     _frame(axes, min(rates), limit)
     _title(axes, result)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
-    pyplot.close(figure)
+    finish(figure, path)
 
 
 def _frame(axes: Any, slowest: float, limit: float) -> None:
@@ -80,49 +72,23 @@ def _frame(axes: Any, slowest: float, limit: float) -> None:
     axes.minorticks_off()
     axes.set_xlabel("crops per second", fontsize=9, color=FAINT)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(axis="x", color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
+    bare(axes, "x")
     axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
-    axes.tick_params(axis="x", length=0, labelsize=8, labelcolor=FAINT)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
 
 
 def _title(axes: Any, result: dict[str, Any]) -> None:
     size, frames, n_mels = result["batch"]
-    axes.set_title(
+    title(
+        axes,
         "Random crops a second, by loader",
-        loc="left",
-        fontsize=12,
-        color=INK,
-        pad=34,
-        weight="bold",
-    )
-    axes.annotate(
         f"{result['dataset']['utterances']:,} utterances, batches of {size} of {frames} x {n_mels} "
         f"{result['dtype']}, warm page cache, each with its best number of workers\n"
         f"{result['cores']} cores, {result['cpu']}, {result['date']}; "
         f"medians of {result['rounds']} rounds in one run",
-        (0, 1),
-        (0, 7),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=8,
-        color=FAINT,
-        va="bottom",
     )
 
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-@click.command()
-@click.argument("result", type=_FILE)
-@click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
-def main(result: Path, picture: Path) -> None:
-    """Draw the RESULT file into PICTURE (PNG)."""
-    draw(json.loads(result.read_text()), picture)
-
+main = command(draw)
 
 if __name__ == "__main__":
     main()

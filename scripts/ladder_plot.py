@@ -5,29 +5,21 @@ python scripts/ladder_plot.py scripts/results/ladder.json scripts/results/ladder
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import click
+from plot_style import FAINT, INK, OTHER, OURS, bare, command, finish, start, title
 
-OURS, COURSE, INK, FAINT = "#c2410c", "#475569", "#1e293b", "#64748b"
-DPI = 200
 # Seeds stand side by side within this share of a rung's place.
 SPREAD = 0.22
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the picture of a result."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(result["rungs"])
-    figure, axes = pyplot.subplots(figsize=(9.0, 4.6), dpi=DPI)
+    figure, axes = start(4.6)
     for place, name in enumerate(names):
-        colour = COURSE if name == "course" else OURS
+        colour = OTHER if name == "course" else OURS
         runs = [run for run in result["runs"] if run["rung"] == name]
         middle = (len(runs) - 1) / 2
         for number, run in enumerate(sorted(runs, key=lambda run: run["seed"])):
@@ -49,8 +41,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
     _frame(axes, names)
     _title(axes, result)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
-    pyplot.close(figure)
+    finish(figure, path)
 
 
 def _frame(axes: Any, names: list[str]) -> None:
@@ -59,12 +50,8 @@ def _frame(axes: Any, names: list[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}")
     axes.set_ylabel("accuracy", fontsize=9, color=FAINT)
-    axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
+    bare(axes, "y")
     axes.tick_params(axis="x", length=0)
-    axes.tick_params(axis="y", length=0, labelsize=8, labelcolor=FAINT)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
     for label, face in (("test, whole utterances", OURS), ("validation, best", "white")):
         axes.scatter([], [], s=42, facecolor=face, edgecolor=OURS, label=label)
     axes.legend(loc="lower right", fontsize=9, frameon=False, labelcolor=INK)
@@ -73,39 +60,17 @@ def _frame(axes: Any, names: list[str]) -> None:
 def _title(axes: Any, result: dict[str, Any]) -> None:
     settings, data = result["settings"], result["dataset"]
     width = f"Conformers of width {settings['width']}, " if settings["width"] else ""
-    axes.set_title(
+    title(
+        axes,
         "Speakers recognised, rung by rung",
-        loc="left",
-        fontsize=12,
-        color=INK,
-        pad=34,
-        weight="bold",
-    )
-    axes.annotate(
         f"{data['speakers']:,} speakers, {data['labelled']:,} labelled and {data['test']:,} test "
         f"utterances; {settings['segments']:,} training crops a run, {width}"
         f"{len(settings['seeds'])} seed(s)\n"
         f"{result['device']}, {result['date']}; a dot is a run, a line the mean on the test set",
-        (0, 1),
-        (0, 7),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=8,
-        color=FAINT,
-        va="bottom",
     )
 
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-@click.command()
-@click.argument("result", type=_FILE)
-@click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
-def main(result: Path, picture: Path) -> None:
-    """Draw the RESULT file into PICTURE (PNG)."""
-    draw(json.loads(result.read_text()), picture)
-
+main = command(draw)
 
 if __name__ == "__main__":
     main()
