@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         StorageError,
     )
     from shardprep.format import Manifest
-    from shardprep.loader import SegmentLoader, UtteranceLoader
+    from shardprep.loader import SegmentLoader
     from shardprep.options import BuildOptions
     from shardprep.reader import ShardSet, Split, open_shards
     from shardprep.storage import publish
@@ -49,7 +49,7 @@ _HOMES = {
     "SourceError": "errors",
     "Split": "reader",
     "StorageError": "errors",
-    "UtteranceLoader": "loader",
+    "UtteranceLoader": "utterances",
     "VerifyReport": "verify",
     "build_shards": "writer",
     "open_shards": "reader",

@@ -14,6 +14,12 @@ from __future__ import annotations
 
 import os
 
+REPAIR = (
+    "`shardprep verify DST --deep` names all that is damaged, `shardprep repair DST --source "
+    "Dataset/` puts it right, and with --drop instead of a source what is damaged is left out."
+)
+"""Remedy of errors about a damaged set."""
+
 
 class ShardprepError(Exception):
     """Base of all errors of this package.

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from shardprep.buffers import BufferPool
-from shardprep.errors import ShardprepError
+from shardprep.errors import CorruptShardError, ShardprepError
+from shardprep.guard import OnCorrupt, ReadGuard, Verification
 from shardprep.prefetch import ahead
 from shardprep.reader import Split
 from shardprep.resident import ResidentSplit, fits
-from shardprep.sampling import Indices, crop_starts, epoch_order, length_batches, rank_slice
+from shardprep.sampling import Indices, crop_starts, epoch_order, rank_slice
 from shardprep.windowed import WindowedOrder
 
 Batch = dict[str, Tensor]
@@ -67,6 +68,14 @@ class SegmentLoader:
             where that takes at most `shardprep.resident.SHARE` of the free memory of a CUDA
             device.
         prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
+        verify_reads: Whether the crc32 of an utterance is checked before its segments are used:
+            "never", "once" in this process, or "always". A split that goes to the device is always
+            checked as it is loaded.
+        on_corrupt: What a damaged utterance leads to: "raise" an error, or "skip" it. The next
+            whole utterance of this rank's part of the batch then comes twice, so that batches
+            keep their size and ranks stay in step.
+        max_corrupt: Damaged utterances of this rank that "skip" bears; one more is an error, and
+            so is a batch without a whole one.
 
     Attributes:
         placement: "host" or "device", as was decided.
@@ -76,9 +85,10 @@ class SegmentLoader:
         int64, always on the host: the frames of each segment that are not padding.
 
     Raises:
-        ValueError: An argument is out of range, or the split is smaller than one global batch
-            and drop_last is on.
-        CorruptShardError: A split that is to lie on the device is damaged.
+        ValueError: An argument is out of range, the split is smaller than one global batch and
+            drop_last is on, or damage is to be skipped that nobody looks for.
+        CorruptShardError: A split that is to lie on the device is damaged. While iterating: a
+            shard cannot be read, or an utterance was found to be damaged.
     """
 
     def __init__(
@@ -100,6 +110,9 @@ class SegmentLoader:
         dtype: torch.dtype | None = None,
         placement: Placement = "auto",
         prefetch: int = 2,
+        verify_reads: Verification = "never",
+        on_corrupt: OnCorrupt = "raise",
+        max_corrupt: int = 100,
     ) -> None:
         if batch_size < 1 or segment_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
             raise ValueError(
@@ -134,12 +147,20 @@ class SegmentLoader:
         if placement == "auto":
             placement = "device" if fits(split, self._device) else "host"
         self.placement = placement
-        self._resident = ResidentSplit(split, self._device) if placement == "device" else None
+        self._guard = ReadGuard(split, verify_reads, on_corrupt, max_corrupt)
+        self._resident = None
+        if placement == "device":
+            self._resident = ResidentSplit(split, self._device, self._guard)
         self._warmed = placement == "device"
 
     def __len__(self) -> int:
         """Batches a whole epoch gives each rank."""
         return -(-self._end // self._global_batch)
+
+    @property
+    def damaged(self) -> dict[str, CorruptShardError]:
+        """Damaged utterances that this rank has met, by key, and what is wrong with each."""
+        return {error.key or "": error for error in list(self._guard.damaged.values())}
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; nothing happens if it is the current one."""
@@ -214,10 +235,12 @@ class SegmentLoader:
             lengths = np.minimum(self.split.frames[indices], self._segment_frames)
             at = 0
             for end, share in zip(ends, shares, strict=True):
-                own = slice(at, at := at + share.stop - share.start)
+                own: Any = np.arange(at, at := at + share.stop - share.start)
+                if (places := self._guard.stand_ins(indices[own])) is not None:
+                    own = own[places]
                 mel = self._host_mel(indices[own], starts[own])
-                length = torch.from_numpy(lengths[own].copy())
-                yield end, (indices[own], starts[own], mel, labels[own].clone(), length)
+                length = torch.from_numpy(lengths[own])
+                yield end, (indices[own], starts[own], mel, labels[own], length)
 
     def _plan(
         self, order: EpochOrder, epoch: int, begins: range, shares: list[slice]
@@ -313,69 +336,3 @@ def _read_all(split: Split) -> None:
     with contextlib.suppress(ShardprepError):
         for shard in range(len(split.shard_samples)):
             split.read_ahead(shard)
-
-
-class UtteranceLoader:
-    """Whole utterances, batched by length, every one once over all ranks.
-
-    Ranks may yield different numbers of batches: do not synchronise them batch by batch.
-
-    Args:
-        split: What to read.
-        max_frames: Most frames of a batch, padding counted; a longer utterance travels alone.
-        rank: This process's number.
-        world_size: Number of processes.
-        pad_value: Fills padded frames.
-        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
-
-    Yields:
-        Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,), length (B,) and
-        index (B,), the positions in the split, all int64.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        *,
-        max_frames: int = 32_768,
-        rank: int = 0,
-        world_size: int = 1,
-        pad_value: float = -20.0,
-        prefetch: int = 1,
-    ) -> None:
-        if max_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
-            raise ValueError(
-                f"max_frames {max_frames}, rank {rank} of {world_size}, prefetch {prefetch}"
-            )
-        self._prefetch = prefetch
-        self.split = split
-        self._pad_value = pad_value
-        self._batches = length_batches(split.frames, max_frames)[rank::world_size]
-
-    def __len__(self) -> int:
-        """Batches that this rank yields."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return ahead(self._read(), self._prefetch)
-
-    def _read(self) -> Iterator[Batch]:
-        for indices in self._batches:
-            longest = int(self.split.frames[indices].max())
-            starts = np.zeros_like(indices)
-            batch = _crop_batch(self.split, indices, starts, longest, self._pad_value)
-            yield {**batch, "index": torch.from_numpy(indices)}
-
-
-def _crop_batch(
-    split: Split,
-    indices: np.ndarray[Any, np.dtype[np.int64]],
-    starts: np.ndarray[Any, np.dtype[np.int64]],
-    length: int,
-    pad_value: float,
-) -> Batch:
-    return {
-        "mel": torch.from_numpy(split.crops(indices, starts, length, pad_value)),
-        "label": torch.from_numpy(split.labels[indices].astype(np.int64)),
-        "length": torch.from_numpy(np.minimum(split.frames[indices], length)),
-    }

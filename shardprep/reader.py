@@ -17,11 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
-from shardprep.errors import CorruptShardError, FormatError
+from shardprep.errors import REPAIR, CorruptShardError, FormatError
 from shardprep.format import NO_LABEL, Manifest, load_manifest
+from shardprep.manifest_watch import ManifestWatch
 from shardprep.shardmap import ShardMap
-from shardprep.sidecars import REBUILD, load_index, read_rejects
+from shardprep.sidecars import load_index, read_rejects
 from shardprep.source import Reject
+
+CRC_FAULT = "the stored bytes do not match their crc32"
 
 # Index rows that are checked at a time.
 _BLOCK = 1 << 18
@@ -39,6 +42,7 @@ class ShardSet(Mapping[str, "Split"]):
         self.path = path
         self.manifest = manifest
         self._open: dict[str, Split] = {}
+        self._watch = ManifestWatch(path, manifest.fingerprint)
 
     @property
     def speakers(self) -> tuple[str, ...]:
@@ -64,15 +68,26 @@ class ShardSet(Mapping[str, "Split"]):
 
         Raises:
             FormatError: The set has no such split.
-            CorruptShardError: The split's files do not fit the manifest.
+            CorruptShardError: The split's index is damaged, or a shard is missing or has another
+                size than the manifest says.
         """
         if name not in self.manifest.splits:
             raise FormatError(
                 f"there is no split {name!r}; the set has {', '.join(self.splits)}", file=self.path
             )
         if name not in self._open:
-            self._open[name] = Split(self.path, name, self.manifest)
+            split = Split(self.path, name, self.manifest)
+            split.check_sizes()
+            self._open[name] = split
         return self._open[name]
+
+    def check_unchanged(self) -> None:
+        """Make sure that the folder still holds the set that was opened; costs a `stat`.
+
+        Raises:
+            CorruptShardError: It holds another set, or none.
+        """
+        self._watch.check()
 
     def __iter__(self) -> Any:
         return iter(self.manifest.splits)
@@ -108,7 +123,10 @@ class Split:
         self._info = manifest.splits[name]
         self._rows = load_index(folder, self._info)
         shards = self._info.shards
-        self._map = ShardMap([(folder / shard.file, shard.bytes) for shard in shards])
+        self._map = ShardMap(
+            [(folder / shard.file, shard.bytes) for shard in shards],
+            ManifestWatch(folder, manifest.fingerprint).check,
+        )
         self.labels: NDArray[np.int32] = np.empty(len(self._rows), np.int32)
         self.frames: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
         # Where each payload begins, in bytes of the map.
@@ -152,13 +170,13 @@ class Split:
             raise IndexError(f"utterance {index} of a split of {len(self)}")
         payload = self._payload(index)
         if zlib.crc32(payload) != self._rows["crc32"][index]:
-            raise self._damaged(index, "the stored bytes do not match their crc32")
+            raise self.damaged(index)
         try:
             mel = codecs.decode(payload, self._codec)
         except ValueError as error:
-            raise self._damaged(index, f"the stored bytes cannot be decoded ({error})") from None
+            raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
         if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
-            raise self._damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
+            raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
         return mel
 
     def crops(
@@ -169,7 +187,7 @@ class Split:
         pad_value: float = -20.0,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        """A batch of crops, straight from the memory maps; crc32s are not checked.
+        """A batch of crops, straight from the memory maps; crc32s are not checked (see `intact`).
 
         Args:
             indices: Positions in the split (B,).
@@ -189,8 +207,7 @@ class Split:
         start = np.asarray(starts, np.int64)
         if length < 1 or index.ndim != 1 or index.shape != start.shape:
             raise ValueError("crops needs indices (B,), starts (B,) and a positive length")
-        if index.size and (index.min() < 0 or index.max() >= len(self)):
-            raise IndexError(f"indices reach beyond a split of {len(self)}")
+        self._check_range(index)
         if ((start < 0) | (start >= self.frames[index])).any():
             raise IndexError("a crop starts outside its utterance")
         shape = (len(index), length, self.n_mels)
@@ -207,8 +224,38 @@ class Split:
             self._cropper(begin, end, frames, start, valid, pad_value, out)
         except DamagedChunk as error:
             what = f"a chunk cannot be inflated ({error})"
-            raise self._damaged(int(index[error.row]), what) from None
+            raise self.damaged(int(index[error.row]), what) from None
         return out
+
+    def intact(self, indices: ArrayLike) -> NDArray[np.bool_]:
+        """Whether the stored bytes of utterances match their crc32.
+
+        Args:
+            indices: Positions in the split (B,).
+
+        Returns:
+            True for each that is whole (B,).
+
+        Raises:
+            IndexError: There is no such position.
+            CorruptShardError: A shard cannot be read at all.
+        """
+        index = np.asarray(indices, np.int64)
+        self._check_range(index)
+        self._map.need(self._rows["shard"][index])
+        begin = self._begin[index]
+        end, memory = begin + self._rows["nbytes"][index], self._map.bytes.data
+        found = [zlib.crc32(memory[a:b]) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+        whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
+        return whole
+
+    def check_sizes(self) -> None:
+        """Make sure that every shard is there and as large as the manifest says.
+
+        Raises:
+            CorruptShardError: One is not.
+        """
+        self._map.check_sizes()
 
     @functools.cached_property
     def _cropper(self) -> Cropper:
@@ -233,6 +280,16 @@ class Split:
     def nbytes(self) -> int:
         """Size of all matrices once inflated, in bytes."""
         return self._info.frames * self.n_mels * self.dtype.itemsize
+
+    def _check_range(self, index: NDArray[np.int64]) -> None:
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"indices reach beyond a split of {len(self)}")
+
+    def damaged(self, index: int, what: str = CRC_FAULT) -> CorruptShardError:
+        """The error that says what is wrong with an utterance's stored bytes."""
+        row = self._rows[index]
+        path = self._folder / self._info.shards[int(row["shard"])].file
+        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REPAIR)
 
     def _payload(self, index: int) -> memoryview:
         row = self._rows[index]
@@ -283,13 +340,8 @@ class Split:
         return CorruptShardError(
             f"the {what} in the index does not fit the manifest",
             file=self._folder / self._info.index.file,
-            remedy=REBUILD,
+            remedy=REPAIR,
         )
-
-    def _damaged(self, index: int, what: str) -> CorruptShardError:
-        row = self._rows[index]
-        path = self._folder / self._info.shards[int(row["shard"])].file
-        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REBUILD)
 
 
 def open_shards(path: str | os.PathLike[str]) -> ShardSet:

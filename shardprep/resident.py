@@ -5,11 +5,15 @@ Axis legend: B batch, T frames, F mel bins.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shardprep.errors import CorruptShardError
+from shardprep.guard import ReadGuard
 from shardprep.reader import Split
 
 SHARE = 0.4
@@ -35,12 +39,13 @@ class ResidentSplit:
     Args:
         split: What to load; the crc32 of each utterance is checked.
         device: Where to.
+        guard: Decides what a damaged utterance leads to.
 
     Raises:
-        CorruptShardError: An utterance is damaged.
+        CorruptShardError: An utterance is damaged, and that is not to be borne.
     """
 
-    def __init__(self, split: Split, device: torch.device) -> None:
+    def __init__(self, split: Split, device: torch.device, guard: ReadGuard) -> None:
         self._device = device
         self._frames = split.frames
         self._first: NDArray[np.int64] = np.cumsum(split.frames) - split.frames
@@ -52,9 +57,10 @@ class ResidentSplit:
         while index < len(split):
             at = int(self._first[index])
             stop = max(index + 1, int(np.searchsorted(self._first, at + piece_frames)))
-            piece = np.concatenate([split.read(i) for i in range(index, stop)])
+            piece = np.concatenate([_read(split, i, guard) for i in range(index, stop)])
             self.mel[at : at + len(piece)].copy_(torch.from_numpy(piece))
             index = stop
+        guard.vouch_for_all()
 
     def crops(
         self, indices: NDArray[np.int64], starts: NDArray[np.int64], length: int, pad_value: float
@@ -79,3 +85,14 @@ class ResidentSplit:
         if (valid < length).any():
             mel.masked_fill_((steps >= count).unsqueeze(2), pad_value)
         return mel
+
+
+def _read(split: Split, index: int, guard: ReadGuard) -> NDArray[Any]:
+    """An utterance, or zeros where it is damaged and that is borne: nobody will ask for them."""
+    try:
+        return split.read(index)
+    except CorruptShardError as error:
+        if error.key is None:
+            raise
+        guard.report(index, error)
+        return np.zeros((int(split.frames[index]), split.n_mels), split.dtype)

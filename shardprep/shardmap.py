@@ -11,15 +11,14 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import CorruptShardError, StorageError
-from shardprep.sidecars import REBUILD
+from shardprep.errors import REPAIR, CorruptShardError, StorageError
 
 _MAP_FIXED = 0x10
 _MADV_WILLNEED = 3
@@ -47,14 +46,18 @@ class ShardMap:
 
     Args:
         files: Path and expected size in bytes of each file.
+        confirm: Called after a file was mapped; raises if it may be one of another set.
 
     Attributes:
         begins: Where each file begins (files,), in bytes.
         bytes: Everything (total,) uint8, read-only; lives as long as anybody holds a view.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], confirm: Callable[[], None] = lambda: None
+    ) -> None:
         self._files = files
+        self._confirm = confirm
         sizes = np.array([size for _, size in files], np.int64)
         self._room = -(-sizes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.begins: NDArray[np.int64] = np.cumsum(self._room) - self._room
@@ -75,6 +78,18 @@ class ShardMap:
             for shard in np.unique(shards[~self._mapped[shards]]).tolist():
                 self._map(shard)
 
+    def check_sizes(self) -> None:
+        """Look at every file, without opening it.
+
+        Raises:
+            CorruptShardError: A file is missing, or has another size than expected.
+        """
+        for path, expected in self._files:
+            try:
+                _check_size(path, os.stat(path).st_size, expected)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+
     def read_ahead(self, shard: int) -> None:
         """Ask the system to read a whole file into memory, in one sweep and in the background.
 
@@ -93,18 +108,22 @@ class ShardMap:
             path, expected = self._files[shard]
             try:
                 with open(path, "rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != expected:
-                        raise CorruptShardError(
-                            f"has {size} bytes, expected {expected}", file=path, remedy=REBUILD
-                        )
-                    self._region.put(int(self.begins[shard]), size, file.fileno())
+                    _check_size(path, os.fstat(file.fileno()).st_size, expected)
+                    self._region.put(int(self.begins[shard]), expected, file.fileno())
             except OSError as error:
-                raise CorruptShardError(
-                    f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
-                ) from None
+                raise _unreadable(path, error) from None
+            self._confirm()
             self._mapped[shard] = True
             self._missing -= 1
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)
+
+
+def _unreadable(path: Path, error: OSError) -> CorruptShardError:
+    return CorruptShardError(f"cannot be read: {error.strerror}", file=path, remedy=REPAIR)
 
 
 class _Region:

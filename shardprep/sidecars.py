@@ -9,15 +9,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import CorruptShardError
+from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.format import Manifest, SplitInfo, is_index
 from shardprep.source import Reject
 from shardprep.storage import sha256_of
-
-REBUILD = (
-    "Run `shardprep verify` on the folder to see all that is damaged, then build the set again "
-    "with --overwrite."
-)
 
 
 def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
@@ -31,21 +26,21 @@ def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
         size = path.stat().st_size
         if size != split.index.bytes:
             raise CorruptShardError(
-                f"has {size} bytes, expected {split.index.bytes}", file=path, remedy=REBUILD
+                f"has {size} bytes, expected {split.index.bytes}", file=path, remedy=REPAIR
             )
         if sha256_of(path) != split.index.sha256:
             raise CorruptShardError(
-                "its sha256 is not the one in the manifest", file=path, remedy=REBUILD
+                "its sha256 is not the one in the manifest", file=path, remedy=REPAIR
             )
         rows: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except OSError as error:
         raise CorruptShardError(
-            f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
+            f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
         ) from None
     except (ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
-        raise CorruptShardError(f"is no index ({error})", file=path, remedy=REBUILD) from None
+        raise CorruptShardError(f"is no index ({error})", file=path, remedy=REPAIR) from None
     if not is_index(rows):
-        raise CorruptShardError(f"has rows {rows.dtype}", file=path, remedy=REBUILD)
+        raise CorruptShardError(f"has rows {rows.dtype}", file=path, remedy=REPAIR)
     return rows
 
 
@@ -65,5 +60,5 @@ def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
         raise CorruptShardError(
             f"is not the list of rejected utterances that the manifest names ({error})",
             file=path,
-            remedy=REBUILD,
+            remedy=REPAIR,
         ) from None

@@ -29,10 +29,9 @@ from shardprep.bench.standings import (
     usable_cores,
 )
 from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, warm
-from shardprep.errors import CorruptShardError, FormatError, SourceError
+from shardprep.errors import REPAIR, CorruptShardError, FormatError, SourceError
 from shardprep.format import MANIFEST_NAME
 from shardprep.reader import ShardSet, Split, open_shards
-from shardprep.sidecars import REBUILD
 from shardprep.source import scan_dataset
 
 _STAGES_TIMEOUT = 300.0
@@ -181,11 +180,11 @@ def _check_whole(shard_set: ShardSet, split: str) -> None:
             size = path.stat().st_size
         except OSError as error:
             raise CorruptShardError(
-                f"cannot be read: {error.strerror}", file=path, remedy=REBUILD
+                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
             ) from None
         if size != shard.bytes:
             raise CorruptShardError(
-                f"has {size} bytes, expected {shard.bytes}", file=path, remedy=REBUILD
+                f"has {size} bytes, expected {shard.bytes}", file=path, remedy=REPAIR
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardprep import BuildOptions, BuildReport, build_shards
+from shardprep import BuildOptions, BuildReport, Split, build_shards, open_shards
 from shardprep.cli import main
 
 # From one frame up, around the lengths of a zstd chunk (64) and of a crop (128).
@@ -73,6 +75,33 @@ def edge_sets(edge_source: Path) -> dict[tuple[str, str], Path]:
 def edge_set(edge_sets: dict[tuple[str, str], Path]) -> Path:
     """Shards of `edge_source` with the options that are the default."""
     return edge_sets["float16", "none"]
+
+
+@pytest.fixture
+def edge_split(edge_set: Path) -> Split:
+    """Split train of `edge_set`: 28 utterances of 1 to 700 frames."""
+    return open_shards(edge_set)["train"]
+
+
+@pytest.fixture
+def spoilt(
+    edge_sets: dict[tuple[str, str], Path], tmp_path: Path
+) -> Callable[..., tuple[Split, list[int]]]:
+    """`spoilt(indices, codec)`: a copy's split train, a bit of these utterances flipped."""
+
+    def make(indices: Sequence[int], codec: str = "none") -> tuple[Split, list[int]]:
+        folder = Path(shutil.copytree(edge_sets["float16", codec], tmp_path / "spoilt"))
+        split = open_shards(folder)["train"]
+        for index in indices:
+            row = split.locations[index]
+            with open(folder / f"train-{row['shard']:06d}.tar", "r+b") as file:
+                file.seek(int(row["offset"]) + int(row["nbytes"]) // 2)
+                (byte,) = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 4]))
+        return split, list(indices)
+
+    return make
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from shardprep import (
     SegmentLoader,
     ShardprepError,
     Split,
-    UtteranceLoader,
     open_shards,
 )
 from shardprep.sampling import crop_starts, epoch_order
@@ -343,8 +342,8 @@ def test_damage_met_by_the_prefetching_thread_reaches_the_reader(
 ) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(edge_set, folder)
-    (folder / "train-000001.tar").unlink()
     own = loader(open_shards(folder)["train"], prefetch=3)
+    (folder / "train-000001.tar").unlink()
     with pytest.raises(CorruptShardError, match=r"train-000001\.tar.*cannot be read"):
         list(own)
 
@@ -364,46 +363,3 @@ def test_no_thread_is_left_behind(split: Split) -> None:
 def test_split_smaller_than_a_batch_is_one_batch_without_drop_last(split: Split) -> None:
     (batch,) = loader(split, batch_size=100, drop_last=False)
     assert len(batch["label"]) == len(split)
-
-
-@pytest.mark.parametrize("world_size", range(1, 9))
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_whole_utterances_come_once_each_over_all_ranks(
-    edge_sets: dict[tuple[str, str], Path], codec: str, world_size: int
-) -> None:
-    split = open_shards(edge_sets["float16", codec])["train"]
-    seen = []
-    for rank in range(world_size):
-        own = UtteranceLoader(split, max_frames=600, rank=rank, world_size=world_size)
-        batches = list(own)
-        assert len(batches) == len(own)
-        for batch in batches:
-            size, longest = batch["mel"].shape[:2]
-            assert size * longest <= 600 or size == 1
-            assert longest == batch["length"].max()
-            for row, index in enumerate(batch["index"].tolist()):
-                mel = split.read(index)
-                np.testing.assert_array_equal(batch["mel"][row, : len(mel)], mel)
-                assert (batch["mel"][row, len(mel) :] == -20.0).all()
-                assert batch["length"][row] == len(mel)
-                assert batch["label"][row] == split.labels[index]
-                seen.append(index)
-    assert sorted(seen) == list(range(len(split)))
-
-
-def test_utterances_of_like_length_share_a_batch(split: Split) -> None:
-    padded = sum(b["mel"].shape[0] * b["mel"].shape[1] for b in UtteranceLoader(split))
-    assert sum(len(b["index"]) for b in UtteranceLoader(split)) == len(split)
-    assert padded >= split.frames.sum()
-    tight = sum(
-        b["mel"].shape[0] * b["mel"].shape[1] for b in UtteranceLoader(split, max_frames=1000)
-    )
-    assert tight < 1.35 * split.frames.sum()
-
-
-@pytest.mark.parametrize("options", [{"max_frames": 0}, {"rank": 1}, {"rank": -1}])
-def test_utterance_loader_refuses_arguments_out_of_range(
-    split: Split, options: dict[str, int]
-) -> None:
-    with pytest.raises(ValueError, match="max_frames"):
-        UtteranceLoader(split, **options)

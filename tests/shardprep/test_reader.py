@@ -204,21 +204,78 @@ def test_crops_find_a_damaged_zstd_chunk(
 @pytest.mark.parametrize("cut", [1, 512, 5000])
 def test_truncated_shard_is_refused_with_both_sizes(damaged: Callable[..., Path], cut: int) -> None:
     folder = damaged("none", "train-000001.tar", lambda data: data.__delitem__(slice(-cut, None)))
-    split = open_shards(folder)["train"]
-    index = int(np.flatnonzero(split.locations["shard"] == 1)[0])
     size = (folder / "train-000001.tar").stat().st_size
-    for call in (lambda: split.read(index), lambda: split.crops([index], [0], 1)):
-        with pytest.raises(CorruptShardError, match=f"has {size} bytes, expected {size + cut}"):
-            call()
+    with pytest.raises(CorruptShardError, match=f"has {size} bytes, expected {size + cut}"):
+        open_shards(folder)["train"]
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "train.index.npy"])
-def test_missing_file_is_named(damaged: Callable[..., Path], name: str) -> None:
+def test_missing_file_is_named_on_opening(damaged: Callable[..., Path], name: str) -> None:
     folder = damaged("none", name, lambda data: None)
     (folder / name).unlink()
     with pytest.raises(CorruptShardError, match="cannot be read: No such file") as caught:
-        [open_shards(folder)["train"].read(index) for index in range(16)]
+        open_shards(folder)["train"]
     assert caught.value.file == str(folder / name)
+    assert "shardprep repair" in str(caught.value)
+
+
+def test_shard_lost_after_opening_is_refused(damaged: Callable[..., Path]) -> None:
+    folder = damaged("none", "train-000001.tar", lambda data: None)
+    split = open_shards(folder)["train"]
+    index = int(np.flatnonzero(split.locations["shard"] == 1)[0])
+    (folder / "train-000001.tar").write_bytes(b"")
+    for call in (lambda: split.read(index), lambda: split.crops([index], [0], 1)):
+        with pytest.raises(CorruptShardError, match="has 0 bytes, expected"):
+            call()
+
+
+@pytest.mark.parametrize("opened_before", [True, False])
+def test_set_that_is_replaced_while_it_is_read_is_recognised(
+    damaged: Callable[..., Path], edge_source: Path, build: Callable[..., Any], opened_before: bool
+) -> None:
+    folder = damaged("none", "train-000001.tar", lambda data: None)
+    shard_set = open_shards(folder)
+    split = shard_set["train"]
+    before = [split.read(i) for i in range(len(split))] if opened_before else []
+    # The same sizes, other contents.
+    build(edge_source, folder, samples_per_shard=8, val_fraction=0.2, seed=1, overwrite=True)
+    with pytest.raises(CorruptShardError, match=f"fingerprint was {split.fingerprint} and is now"):
+        shard_set.check_unchanged()
+    if opened_before:
+        # Maps keep the files that were there.
+        for index, mel in enumerate(before):
+            np.testing.assert_array_equal(split.read(index), mel)
+    else:
+        sizes = [info.bytes for info in shard_set.manifest.splits["train"].shards]
+        (folder / "train-000000.tar").write_bytes(bytes(sizes[0]))
+        with pytest.raises(CorruptShardError, match="changed while it was being read"):
+            split.crops([0], [0], 1)
+
+
+def test_set_that_is_as_it_was_passes(damaged: Callable[..., Path]) -> None:
+    folder = damaged("none", "train-000001.tar", lambda data: None)
+    shard_set = open_shards(folder)
+    shard_set.check_unchanged()
+    # Copied back, it has another inode and another time.
+    data = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CorruptShardError, match="no manifest"):
+        shard_set.check_unchanged()
+    (folder / "manifest.json").write_bytes(data)
+    shard_set.check_unchanged()
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_intact_tells_the_damaged_from_the_whole(
+    spoilt: Callable[..., tuple[Split, list[int]]], codec: str
+) -> None:
+    split, bad = spoilt([2, 7], codec)
+    indices = np.array([7, 0, 2, 27, 7])
+    assert split.intact(indices).tolist() == [False, True, False, True, False]
+    with pytest.raises(IndexError):
+        split.intact([28])
+    with pytest.raises(IndexError):
+        split.intact([-1])
 
 
 @pytest.mark.parametrize(
