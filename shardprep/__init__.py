@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shardprep.reader import ShardSet, Split, open_shards
     from shardprep.storage import publish
     from shardprep.streaming import stream
+    from shardprep.utterances import UtteranceLoader
     from shardprep.verify import Fault, VerifyReport, verify_shards
     from shardprep.writer import BuildReport, build_shards
 

@@ -105,7 +105,7 @@ def lost_index(folder: Path) -> None:
         (unfinished, 4, 1, "unfinished build"),
         (other_version, 4, 1, "found format 'shardprep' version 9"),
         (lost_index, 1, 1, "train.index.npy"),
-        (lambda folder: (folder / "train-000001.tar").unlink(), 0, 1, "train-000001.tar"),
+        (lambda folder: (folder / "train-000001.tar").unlink(), 1, 1, "train-000001.tar"),
     ],
     ids=["whole", "no manifest", "unfinished", "version", "no index", "no shard"],
 )
