@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shardprep.loader import SegmentLoader
     from shardprep.options import BuildOptions
     from shardprep.reader import ShardSet, Split, open_shards
+    from shardprep.repair import RepairReport, repair_shards
     from shardprep.storage import publish
     from shardprep.streaming import stream
     from shardprep.utterances import UtteranceLoader
@@ -44,6 +45,7 @@ _HOMES = {
     "Fault": "verify",
     "FormatError": "errors",
     "Manifest": "format",
+    "RepairReport": "repair",
     "SegmentLoader": "loader",
     "ShardSet": "reader",
     "ShardprepError": "errors",
@@ -55,6 +57,7 @@ _HOMES = {
     "build_shards": "writer",
     "open_shards": "reader",
     "publish": "storage",
+    "repair_shards": "repair",
     "stream": "streaming",
     "verify_shards": "verify",
 }
@@ -67,6 +70,7 @@ __all__ = [
     "Fault",
     "FormatError",
     "Manifest",
+    "RepairReport",
     "SegmentLoader",
     "ShardSet",
     "ShardprepError",
@@ -78,6 +82,7 @@ __all__ = [
     "build_shards",
     "open_shards",
     "publish",
+    "repair_shards",
     "stream",
     "verify_shards",
 ]

@@ -114,7 +114,7 @@ def write_shard(
     Raises:
         SourceError: An utterance is faulty and the task does not skip.
     """
-    tar = _TarWriter(file)
+    tar = TarWriter(file)
     rows, rejects, source_bytes = [], [], 0
     for utterance in _fetching_ahead(task):
         try:
@@ -126,7 +126,7 @@ def write_shard(
                 raise reject.error(task.root) from None
             rejects.append(reject)
         else:
-            rows.append(_add_sample(tar, utterance, payload, codecs.member_suffix(task.codec)))
+            rows.append(add_sample(tar, utterance, payload, codecs.member_suffix(task.codec)))
         source_bytes += utterance.nbytes
         advance(utterance.nbytes)
     tar.close()
@@ -151,7 +151,8 @@ def _encode(task: ShardTask, utterance: Utterance) -> bytes:
     return codecs.encode(mel.astype(np.dtype(task.dtype).newbyteorder("<")), task.codec)
 
 
-def _add_sample(tar: _TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
+def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
+    """Append the members of an utterance, whose matrix is encoded as `payload`."""
     offset = tar.add(utterance.key + suffix, payload)
     if utterance.label != NO_LABEL:
         tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
@@ -179,7 +180,7 @@ def _member_head(name: bytes, size: int) -> bytearray:
     return head
 
 
-class _TarWriter:
+class TarWriter:
     """Appends members to a ustar archive, counting and hashing what it writes."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -26,6 +26,8 @@ from shardprep.shard import ShardRecord, ShardTask, write_shard
 from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors, sync_folder
 
 _OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
+# What `storage.publish` appends to the name of a file that is not whole yet.
+_TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 _LOCK_NAME = "lock"
 _RECORD_SUFFIX = ".json"
 
@@ -56,8 +58,7 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
             yield None
             return
         _check_manifest_is_ours(target)
-        work.mkdir(parents=True, exist_ok=True)
-        with _lock(work):
+        with hold(target) as work:
             # Only now is it certain that nobody else is about to finish the set.
             if _is_finished(target) and not overwrite:
                 # What is left of a build that was killed as it finished; shards in it would be
@@ -70,19 +71,29 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
 
 
 @contextlib.contextmanager
-def _lock(work: Path) -> Iterator[None]:
+def hold(target: Path) -> Iterator[Path]:
+    """Make the work folder of `target`, if need be, and be the only one who writes there.
+
+    Yields:
+        The work folder.
+
+    Raises:
+        BuildError: Somebody else holds it.
+    """
+    work = target / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
     # A lock of the operating system: gone with the process that held it, however it died.
     lock = filelock.FileLock(work / _LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise BuildError(
-            "another build is at work in this folder",
+            "another build or repair is at work in this folder",
             file=work.parent,
             remedy="Wait for it to end.",
         ) from None
     try:
-        yield
+        yield work
     finally:
         lock.release()
 
@@ -138,6 +149,12 @@ def install(work: Path, names: Collection[str], manifest: bytes) -> None:
         publish_bytes(target / MANIFEST_NAME, manifest, scratch=work)
         shutil.rmtree(work)
         sync_folder(target)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name is one that builds write, whole or half."""
+    stem = _TEMPORARY.sub("", name)
+    return bool(_OURS.fullmatch(stem)) or (stem != name and stem == MANIFEST_NAME)
 
 
 def _check_manifest_is_ours(target: Path) -> None:

@@ -21,6 +21,7 @@ from shardprep.format import (
     NO_LABEL,
     WORK_FOLDER,
     Manifest,
+    encode_manifest,
     load_manifest,
 )
 from shardprep.reader import Split
@@ -100,6 +101,8 @@ def verify_shards(
         return report
     report.files = 1 + len(manifest.files())
     report.bytes = sum(info.bytes for info in manifest.files().values())
+    if (folder / MANIFEST_NAME).read_bytes() != encode_manifest(manifest):
+        report.faults.append(Fault(MANIFEST_NAME, "", "says the same, in bytes no build wrote"))
     report.faults.extend(_file_faults(folder, manifest, advance))
     if deep or source is not None:
         for name in manifest.splits:

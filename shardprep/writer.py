@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from shardprep.format import (
 from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
-from shardprep.shard import ShardRecord, ShardTask, write_shard
+from shardprep.shard import IndexRow, ShardRecord, ShardTask, write_shard
 from shardprep.sidecars import read_rejects
 from shardprep.source import METADATA, Reject, Source, scan_dataset
 from shardprep.storage import publish_bytes, storage_errors
@@ -122,12 +122,12 @@ def build_shards(
     scanned = scan_dataset(source)
     if scanned.rejects and options.on_error == "fail":
         raise _first_of(scanned)
-    tasks = _tasks(scanned, options)
+    tasks = shard_tasks(scanned, options)
     if not tasks:
         raise _nothing_to_pack(scanned)
     report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
     if options.dry_run:
-        records = _run(tasks, _check_only, options, listener, report)
+        records = _run(tasks, check_shard, options, listener, report)
         _fill_report(report, scanned, records)
     else:
         with claim(target, options.overwrite) as work:
@@ -154,7 +154,8 @@ def _nothing_to_pack(source: Source) -> ShardprepError:
     return SourceError("lists no utterance", file=source.root / METADATA, key="speakers")
 
 
-def _tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
+def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
+    """Every shard that a build with these options has to write, in order."""
     plans = plan_shards(
         source,
         val_fraction=options.val_fraction,
@@ -233,7 +234,8 @@ def _write_missing(
     return [kept[task.plan.file] for task in tasks]
 
 
-def _check_only(task: ShardTask, advance: Advance) -> ShardRecord:
+def check_shard(task: ShardTask, advance: Advance) -> ShardRecord:
+    """The record of a shard, without writing it."""
     with open(os.devnull, "wb") as nowhere:
         return write_shard(task, nowhere, advance)
 
@@ -248,9 +250,19 @@ def _run(
     utterances = [utterance for task in tasks for utterance in task.plan.utterances]
     report.utterances_read = len(utterances)
     report.source_bytes = sum(utterance.nbytes for utterance in utterances)
-    listener.start(report.utterances_read, report.source_bytes)
-    workers = options.workers or len(os.sched_getaffinity(0))
-    results = run_tasks(work, tasks, workers, listener.advance)
+    return run_shards(tasks, work, options.workers, listener)
+
+
+def run_shards(
+    tasks: list[ShardTask],
+    work: Callable[[ShardTask, Advance], ShardRecord],
+    workers: int,
+    listener: ProgressListener,
+) -> list[ShardRecord]:
+    """Carry out shard tasks on `workers` processes, 0 for the cores; records as they came."""
+    utterances = [utterance for task in tasks for utterance in task.plan.utterances]
+    listener.start(len(utterances), sum(utterance.nbytes for utterance in utterances))
+    results = run_tasks(work, tasks, workers or len(os.sched_getaffinity(0)), listener.advance)
     try:
         return list(results)
     finally:
@@ -284,23 +296,6 @@ def _publish_set(
     report: BuildReport,
 ) -> None:
     """Write the index files and rejects.jsonl, and move the complete set to its place."""
-    by_split: dict[str, list[ShardRecord]] = {}
-    for record in records:
-        if record.info.samples:
-            by_split.setdefault(_split_of(record), []).append(record)
-    splits = {
-        name: SplitInfo(
-            samples=report.splits[name].samples,
-            frames=report.splits[name].frames,
-            index=_write_file(work, index_name(name), _index_bytes(own)),
-            shards=tuple(record.info for record in own),
-        )
-        for name, own in by_split.items()
-    }
-    listing = None
-    if report.rejects:
-        lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in report.rejects)
-        listing = _write_file(work, REJECTS_NAME, lines)
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -308,31 +303,56 @@ def _publish_set(
         dtype=options.dtype,
         codec=options.codec_info,
         speakers=source.speakers,
-        splits=splits,
-        rejects=listing,
+        splits=publish_indexes(work, records),
+        rejects=publish_rejects(work, report.rejects),
         source_fingerprint=source.fingerprint,
         build=options.record,
     )
     install(work, manifest.files(), encode_manifest(manifest))
 
 
-def _index_bytes(records: list[ShardRecord]) -> bytes:
-    keys = [row.key.encode() for record in records for row in record.rows]
-    dtype = index_dtype(max(map(len, keys), default=1))
-    rows = np.array(
+def publish_indexes(work: Path, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
+    """Write the index file of every split that has utterances; the manifest's entries of them."""
+    by_split: dict[str, list[ShardRecord]] = {}
+    for record in records:
+        if record.info.samples:
+            by_split.setdefault(_split_of(record), []).append(record)
+    return {
+        name: SplitInfo(
+            samples=sum(record.info.samples for record in own),
+            frames=sum(record.info.frames for record in own),
+            index=_publish_file(work, index_name(name), index_bytes(record.rows for record in own)),
+            shards=tuple(record.info for record in own),
+        )
+        for name, own in by_split.items()
+    }
+
+
+def publish_rejects(work: Path, rejects: Sequence[Reject]) -> FileInfo | None:
+    """Write rejects.jsonl, if there are any; the manifest's entry of it."""
+    if not rejects:
+        return None
+    lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
+    return _publish_file(work, REJECTS_NAME, lines)
+
+
+def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
+    """The index file of a split: the rows of its shards, one after the other."""
+    rows = [(number, row) for number, own in enumerate(shards) for row in own]
+    keys = [row.key.encode() for _, row in rows]
+    table = np.array(
         [
-            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, row.key.encode())
-            for number, record in enumerate(records)
-            for row in record.rows
+            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
+            for (number, row), key in zip(rows, keys, strict=True)
         ],
-        dtype,
+        index_dtype(max(map(len, keys), default=1)),
     )
     buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
+    np.save(buffer, table, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _write_file(work: Path, name: str, data: bytes) -> FileInfo:
+def _publish_file(work: Path, name: str, data: bytes) -> FileInfo:
     publish_bytes(work / name, data)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 

@@ -1,4 +1,4 @@
-"""The command line: `shardprep build | inspect | verify | bench`. One module a command."""
+"""The command line: `shardprep build | inspect | verify | repair | bench`. One module a command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shardprep import __version__
 from shardprep.cli.bench import bench
 from shardprep.cli.build import build
 from shardprep.cli.inspect import inspect
+from shardprep.cli.repair import repair
 from shardprep.cli.verify import verify
 from shardprep.errors import ShardprepError
 
@@ -43,6 +44,7 @@ def cli() -> None:
 cli.add_command(build)
 cli.add_command(inspect)
 cli.add_command(verify)
+cli.add_command(repair)
 cli.add_command(bench)
 
 

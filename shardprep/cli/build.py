@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shardprep.cli.output import hours, print_json, progress_bar, size
+from shardprep.cli.output import hours, print_json, size
+from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
-from shardprep.writer import BuildReport, ProgressListener, build_shards
+from shardprep.writer import BuildReport, build_shards
 
 _EPILOG = """
 \b
@@ -90,7 +90,7 @@ def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
-    report = build_shards(source, destination, BuildOptions(**options), _Progress())
+    report = build_shards(source, destination, BuildOptions(**options), BuildProgress("build"))
     if as_json:
         print_json(report)
     else:
@@ -99,23 +99,6 @@ def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
         click.echo(_warning(report), err=True)
     for note in report.notes:
         click.echo(f"shardprep: note: {note}", err=True)
-
-
-class _Progress(ProgressListener):
-    """A bar with utterances/s, MB/s and the time left."""
-
-    def start(self, utterances: int, nbytes: int) -> None:
-        self._bar = progress_bar(utterances, "utt", "build")
-        self._began, self._nbytes = time.monotonic(), 0
-
-    def advance(self, utterances: int, nbytes: int) -> None:
-        self._nbytes += nbytes
-        rate = self._nbytes / 1e6 / max(time.monotonic() - self._began, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-        self._bar.update(utterances)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def _print_summary(report: BuildReport) -> None:

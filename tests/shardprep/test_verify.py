@@ -105,6 +105,16 @@ def alter_manifest(shards: Path) -> None:
     (shards / "manifest.json").write_text(text.replace('"ann"', '"eve"'))
 
 
+def other_spelling(shards: Path) -> None:
+    # A bit that leaves the meaning of a number as it is.
+    text = (shards / "manifest.json").read_text()
+    manifest = load_manifest(shards)
+    build = msgspec.structs.replace(manifest.build, val_fraction=1e-07)
+    text = encode_manifest(msgspec.structs.replace(manifest, build=build)).decode()
+    assert "1e-7" in text
+    (shards / "manifest.json").write_text(text.replace("1e-7", "1E-7"))
+
+
 def lose_index(shards: Path) -> None:
     (shards / "val.index.npy").unlink()
 
@@ -124,6 +134,7 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
     "extra shard": (add, {"train-000009.tar": "does not belong to the set"}),
     "stale temporary file": (stale_temporary, {f"{SHARD}.x.tmp": "does not belong to the set"}),
     "altered manifest": (alter_manifest, {"manifest.json": "was altered"}),
+    "manifest spelt otherwise": (other_spelling, {"manifest.json": "in bytes no build wrote"}),
     "missing index": (lose_index, {"val.index.npy": "is missing"}),
     "index of another split": (other_index, {"train.index.npy": "expected"}),
     "folder in a shard's place": (folder_for_shard, {SHARD: ""}),

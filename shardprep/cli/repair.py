@@ -1,0 +1,81 @@
+"""`shardprep repair DST`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from shardprep.cli.output import print_json
+from shardprep.cli.progress import BuildProgress
+from shardprep.format import REJECTS_NAME
+from shardprep.repair import RepairReport, repair_shards
+
+
+@click.command(short_help="Put the damaged shard set DST right.")
+@click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
+@click.option(
+    "--source",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="SRC",
+    help="Build damaged shards anew from the data set that DST was built from.",
+)
+@click.option(
+    "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default="the cores",
+    help="Processes that build shards.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.pass_context
+def repair(
+    context: click.Context,
+    shards: str,
+    source: str | None,
+    drop: bool,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Put the damaged shard set DST right.
+
+    What can be had from DST itself needs no more: an index from its shards, and a shard from its
+    index, unless the matrices in it are damaged. Those come from --source, to the same bytes as
+    before; or --drop makes the set anew without them, which is then another set to runs that are
+    to be resumed. Exits with 0 if DST is whole now, with 1 if damage is left.
+    """
+    if source is not None and drop:
+        raise click.UsageError("give --source or --drop, not both")
+    report = repair_shards(
+        shards,
+        source=source,
+        drop=drop,
+        workers=workers,
+        listener=BuildProgress("repair"),
+    )
+    if as_json:
+        print_json({**dataclasses.asdict(report), "whole": report.whole})
+    else:
+        _print(report, asked=source is not None or drop)
+    context.exit(0 if report.whole else 1)
+
+
+def _print(report: RepairReport, *, asked: bool) -> None:
+    for name in report.repaired:
+        click.echo(f"{name}: as it was built again")
+    for name in report.removed:
+        click.echo(f"{name}: removed, was left over")
+    for reject in report.dropped:
+        click.echo(f"{reject.key or reject.file}: dropped, {reject.reason}")
+    for fault in report.faults:
+        click.echo(str(fault))
+    state = "whole" if report.whole else f"{len(report.faults)} faults left"
+    click.echo(
+        f"{report.path}: {state} ({len(report.repaired)} files repaired, "
+        f"{len(report.dropped)} utterances dropped, {report.seconds:.1f} s)"
+    )
+    if not report.whole and not asked:
+        click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)

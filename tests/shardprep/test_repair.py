@@ -1,0 +1,381 @@
+"""Damage of every kind is put right to the byte, or what is lost is left out and listed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shardprep import (
+    BuildError,
+    FormatError,
+    SourceError,
+    StorageError,
+    build_shards,
+    open_shards,
+    repair_shards,
+    verify_shards,
+)
+from shardprep.format import WORK_FOLDER
+from shardprep.unfinished import hold
+
+Build = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+Damage = Callable[[Path], Any]
+
+SHARD, OTHER, INDEX = "train-000001.tar", "train-000000.tar", "train.index.npy"
+OPTIONS = {"samples_per_shard": 8, "val_fraction": 0.2, "on_error": "skip"}
+
+
+def flip(name: str, at: Callable[[Path], int]) -> Damage:
+    """Flip a bit of a file, at the byte that `at` finds."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[at(folder)] ^= 16
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def payload(number: int) -> Callable[[Path], int]:
+    """A byte of the matrix of an utterance in SHARD."""
+
+    def at(folder: Path) -> int:
+        rows = np.load(folder / INDEX)
+        row = rows[rows["shard"] == 1][number]
+        return int(row["offset"]) + int(row["nbytes"]) // 2
+
+    return at
+
+
+def of_member(suffix: str) -> Callable[[Path], int]:
+    """The first byte of the content of a member of SHARD."""
+
+    def at(folder: Path) -> int:
+        data = (folder / SHARD).read_bytes()
+        return data.index(suffix.encode() + b"\0") // 512 * 512 + 512
+
+    return at
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / SHARD, 3000)
+
+
+def swap(folder: Path) -> None:
+    (folder / SHARD).rename(folder / "x")
+    (folder / OTHER).rename(folder / SHARD)
+    (folder / "x").rename(folder / OTHER)
+
+
+def several(*damages: Damage) -> Damage:
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def lost(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def reformat(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+# What the set itself has enough to mend, and what takes the source.
+BY_ITSELF: dict[str, Damage] = {
+    "tar header": flip(SHARD, lambda folder: 5),
+    "label": flip(SHARD, of_member(".cls")),
+    "JSON": flip(SHARD, of_member(".json")),
+    "end of the tar": flip(SHARD, lambda folder: -3),
+    "index": flip(INDEX, lambda folder: -3),
+    "index lost": lost(INDEX),
+    "index of another split": lambda folder: shutil.copy(folder / "val.index.npy", folder / INDEX),
+    "shards swapped": swap,
+    "shard renamed": lambda folder: (folder / SHARD).rename(folder / "train-000007.tar"),
+    "manifest reformatted": reformat,
+    "left over": lambda folder: (folder / "train-000009.tar").write_bytes(b""),
+    "half a file left over": lambda folder: (folder / f"{SHARD}.ab_12.tmp").write_bytes(b""),
+}
+BY_SOURCE: dict[str, Damage] = {
+    "matrix": flip(SHARD, payload(2)),
+    "truncated": cut,
+    "shard lost": lost(SHARD),
+    "shard and index": several(flip(SHARD, payload(0)), flip(INDEX, lambda folder: -3)),
+    "rejects": flip("rejects.jsonl", lambda folder: 4),
+    "everything": lambda folder: [p.write_bytes(b"") for p in folder.glob("[!m]*")],
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, edge_source: Path) -> Path:
+    """`edge_source` with a file that the build leaves out."""
+    root = Path(shutil.copytree(edge_source, tmp_path_factory.mktemp("source") / "Dataset"))
+    (root / "ann-004.pt").write_bytes(b"garbage")
+    return root
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def original(request: pytest.FixtureRequest, source: Path) -> Path:
+    """A whole set of two shards a split and more, with a list of rejects; not to be changed."""
+    from shardprep import BuildOptions
+
+    shards = source.parent / request.param
+    options: Any = {**OPTIONS, "codec": request.param, "workers": 1}
+    build_shards(source, shards, BuildOptions(**options))
+    return shards
+
+
+@pytest.fixture
+def shards(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("name", [*BY_ITSELF, *BY_SOURCE])
+def test_with_the_source_everything_comes_back_to_the_byte(
+    original: Path, shards: Path, source: Path, contents: Contents, name: str
+) -> None:
+    {**BY_ITSELF, **BY_SOURCE}[name](shards)
+    assert not verify_shards(shards).whole
+    report = repair_shards(shards, source=source, workers=1)
+    assert report.whole
+    assert not report.dropped
+    assert report.repaired or report.removed
+    assert contents(shards) == contents(original)
+    assert report.fingerprint == open_shards(original).manifest.fingerprint
+
+
+@pytest.mark.parametrize("name", BY_ITSELF)
+@pytest.mark.parametrize("drop", [False, True])
+def test_damage_beside_the_matrices_needs_no_source(
+    original: Path, shards: Path, contents: Contents, name: str, drop: bool
+) -> None:
+    BY_ITSELF[name](shards)
+    report = repair_shards(shards, drop=drop)
+    assert report.whole
+    assert not report.dropped
+    assert contents(shards) == contents(original)
+
+
+@pytest.mark.parametrize("name", BY_SOURCE)
+def test_without_a_source_what_is_lost_stays_as_it_is(
+    original: Path, shards: Path, contents: Contents, name: str
+) -> None:
+    BY_SOURCE[name](shards)
+    before = contents(shards)
+    report = repair_shards(shards)
+    assert not report.whole
+    assert {fault.file for fault in report.faults} <= before.keys() | {SHARD}
+    after = contents(shards)
+    for file, sha256 in after.items():
+        assert sha256 in (before.get(file), contents(original)[file])
+
+
+def values(shards: Path) -> dict[str, bytes]:
+    """Every matrix and label by key."""
+    return {
+        f"{name}/{key}": split.read(i).tobytes() + split.labels[i].tobytes()
+        for name, split in open_shards(shards).items()
+        for i, key in enumerate(split.keys)
+    }
+
+
+@pytest.mark.parametrize(("name", "gone"), [("matrix", 1), ("truncated", None), ("shard lost", 7)])
+def test_dropping_leaves_out_what_is_lost_and_lists_it(
+    original: Path, shards: Path, source: Path, build: Build, name: str, gone: int | None
+) -> None:
+    BY_SOURCE[name](shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    assert verify_shards(shards, deep=True).whole
+    before, after = values(original), values(shards)
+    keys = {f"train/{reject.key}" for reject in report.dropped}
+    assert after == {key: mel for key, mel in before.items() if key not in keys}
+    assert len(keys) == len(report.dropped) == (gone or len(keys))
+    assert 0 < len(keys) <= 7
+    found, was = open_shards(shards), open_shards(original)
+    assert found.rejects == (*was.rejects, *report.dropped)
+    for reject in report.dropped:
+        assert reject.file == f"{reject.key}.pt"
+        assert reject.speaker == reject.key.partition("-")[0]
+        assert "damaged" in reject.reason
+    assert found.manifest.fingerprint == report.fingerprint != was.manifest.fingerprint
+    # All that the source has is packed or listed.
+    assert verify_shards(shards, against=source).whole
+    with pytest.raises(BuildError, match="built from another source or with other options"):
+        build(source, shards, **OPTIONS, codec=was.manifest.codec.name)
+    flip(OTHER, lambda folder: 1000)(shards)
+    with pytest.raises(SourceError, match="not the data set that"):
+        repair_shards(shards, source=source)
+
+
+def test_dropping_what_index_and_shard_have_lost(original: Path, shards: Path) -> None:
+    BY_SOURCE["shard and index"](shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    (reject,) = report.dropped
+    split = open_shards(original)["train"]
+    count = int((split.locations["shard"] == 1).sum())
+    assert (reject.file, reject.key) == (SHARD, "")
+    assert reject.reason.startswith(f"{count} utterances")
+    lost_keys = {f"train/{key}" for key in split.keys[split.locations["shard"] == 1]}
+    assert values(shards) == {k: v for k, v in values(original).items() if k not in lost_keys}
+
+
+def test_a_listing_that_is_damaged_keeps_the_lines_that_can_be_read(
+    original: Path, shards: Path
+) -> None:
+    text = (shards / "rejects.jsonl").read_bytes()
+    (shards / "rejects.jsonl").write_bytes(text + b"{nonsense\n")
+    assert repair_shards(shards, drop=True).whole
+    assert open_shards(shards).rejects == open_shards(original).rejects
+
+
+def test_nothing_left_is_an_error_and_changes_nothing(shards: Path, contents: Contents) -> None:
+    for path in shards.glob("*.tar"):
+        path.write_bytes(b"")
+    before = contents(shards)
+    with pytest.raises(BuildError, match="no utterance of the set is whole"):
+        repair_shards(shards, drop=True)
+    shutil.rmtree(shards / WORK_FOLDER)
+    assert contents(shards) == before
+
+
+def test_source_that_has_changed_is_refused(
+    shards: Path, source: Path, tmp_path: Path, contents: Contents
+) -> None:
+    flip(SHARD, payload(2))(shards)
+    before = contents(shards)
+    other = Path(shutil.copytree(source, tmp_path / "Other"))
+    data = bytearray((other / "metadata.json").read_bytes())
+    (other / "metadata.json").write_bytes(data.replace(b'"ann"', b'"eve"'))
+    with pytest.raises(SourceError, match="not the data set that .* was built from"):
+        repair_shards(shards, source=other)
+    # Of the same size, so that only the bytes tell.
+    shutil.rmtree(other)
+    shutil.copytree(source, other)
+    for path in other.glob("*.pt"):
+        if "bob" in path.name or "cleo" in path.name:
+            shutil.copy(source / "ann-003.pt", path)
+    with pytest.raises((SourceError, BuildError)):
+        repair_shards(shards, source=other, workers=1)
+    shutil.rmtree(shards / WORK_FOLDER)
+    assert contents(shards) == before
+
+
+def test_files_of_others_are_left_alone_and_named(shards: Path) -> None:
+    (shards / "notes.txt").write_text("mine")
+    report = repair_shards(shards, drop=True)
+    assert [fault.file for fault in report.faults] == ["notes.txt"]
+    assert (shards / "notes.txt").read_text() == "mine"
+
+
+def test_whole_set_is_left_as_it_is(original: Path, shards: Path, contents: Contents) -> None:
+    times = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    report = repair_shards(shards)
+    assert report.whole
+    assert not report.repaired
+    assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == times
+    assert contents(shards) == contents(original)
+
+
+def test_folder_without_a_set_or_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no manifest"):
+        repair_shards(tmp_path / "nowhere")
+    with hold(shards), pytest.raises(BuildError, match="another build or repair is at work"):
+        repair_shards(shards)
+    (shards / "manifest.json").write_text("{}")
+    with pytest.raises(FormatError):
+        repair_shards(shards)
+
+
+# Kills repairs before their first, second, ... call to the operating system that changes a disk.
+KILLS = """
+import os, shutil, signal, sys
+from pathlib import Path
+from shardprep import repair_shards
+
+def deadly(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+
+damaged, root = map(Path, sys.argv[1:])
+status, fatal = signal.SIGKILL, 0
+while status == signal.SIGKILL:
+    fatal += 1
+    shutil.copytree(damaged, root / f"{fatal:03d}")
+    child = os.fork()
+    if child == 0:
+        left = fatal
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        repair_shards(root / f"{fatal:03d}", drop=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+sys.exit(status)
+"""
+
+
+def test_repair_killed_at_any_step_goes_on_to_the_same_set(
+    shards: Path, tmp_path: Path, contents: Contents
+) -> None:
+    several(flip(SHARD, payload(2)), flip("val.index.npy", lambda folder: -3))(shards)
+    (tmp_path / "killed").mkdir()
+    subprocess.run([sys.executable, "-c", KILLS, shards, tmp_path / "killed"], check=True)
+    dropped = repair_shards(shards, drop=True).dropped
+    assert len(dropped) == 1
+    expected = contents(shards)
+    folders = sorted((tmp_path / "killed").iterdir())
+    assert len(folders) > 25
+    for folder in folders:
+        report = repair_shards(folder, drop=True)
+        assert report.whole
+        assert contents(folder) == expected, folder
+
+
+def test_command_says_what_it_did(
+    run_cli: Callable[..., subprocess.CompletedProcess[str]], shards: Path, source: Path
+) -> None:
+    key = str(open_shards(shards)["train"].keys[np.load(shards / INDEX)["shard"].searchsorted(1)])
+    flip(SHARD, payload(0))(shards)
+    done = run_cli("repair", shards)
+    assert done.returncode == 1
+    assert f"{SHARD}: its sha256 is not the one in the manifest" in done.stdout
+    assert "give --source SRC, or --drop" in done.stderr
+    assert run_cli("repair", shards, "--drop", "--source", source).returncode == 2
+    copy = Path(shutil.copytree(shards, shards.parent / "copy"))
+    done = run_cli("repair", shards, "--source", source, "--workers", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{SHARD}: as it was built again" in done.stdout
+    done = run_cli("repair", copy, "--drop")
+    assert done.returncode == 0
+    assert f"{key}: dropped, its stored bytes were damaged in {SHARD}" in done.stdout
+    assert "1 utterances dropped" in done.stdout
+    assert run_cli("verify", copy, "--deep").returncode == 0
+
+
+def test_disk_that_refuses_is_a_storage_error(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(SHARD, of_member(".cls"))(shards)
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(StorageError, match="No space left"):
+            repair_shards(shards)
+    assert repair_shards(shards).whole
