@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,39 +243,106 @@ def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
         assert contents(folder) == expected, folder
 
 
+CHANGES = ("fsync", "replace", "fchmod", "mkdir", "unlink", "rmdir")
+
+
+def refuse_at(step: int, number: int, patch: pytest.MonkeyPatch) -> None:
+    """Let the `step`-th call to the system that changes the disk fail with an error number."""
+    calls = itertools.count(1)
+
+    def count() -> None:
+        if next(calls) == step:
+            raise OSError(number, os.strerror(number))
+
+    def refusing(function: Callable[..., Any]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            count()
+            return function(*arguments, **options)
+
+        return call
+
+    class Raw(io.FileIO):
+        def write(self, data: Any) -> int | None:
+            count()
+            return super().write(data)
+
+    def fdopen(handle: int, mode: str, buffering: int) -> io.BufferedWriter:
+        # Small, so that a shard takes many writes.
+        return io.BufferedWriter(Raw(handle, mode), 4096)
+
+    patch.setattr(os, "fdopen", fdopen)
+    for name in CHANGES:
+        patch.setattr(os, name, refusing(getattr(os, name)))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "failing"])
 def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
     small_source: Path,
     tmp_path: Path,
     build: Build,
     contents: Contents,
     monkeypatch: pytest.MonkeyPatch,
+    number: int,
 ) -> None:
     build(small_source, tmp_path / "fresh", **SMALL)
     refused = 0
     for step in itertools.count(1):
-        calls = itertools.count(1)
-
-        def refusing(function: Callable[..., Any], step: int = step, calls: Any = calls) -> Any:
-            def call(*arguments: Any, **options: Any) -> Any:
-                if next(calls) == step:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return function(*arguments, **options)
-
-            return call
-
         shards = tmp_path / str(step)
         with monkeypatch.context() as patch:
-            for name in ("fsync", "replace", "fchmod"):
-                patch.setattr(os, name, refusing(getattr(os, name)))
+            refuse_at(step, number, patch)
             fault = storage_fault(build, small_source, shards)
-        if fault is None:
-            break
-        assert "No space left on device. Check free space" in fault
-        refused += 1
-        assert_final_names_are_whole(shards)
+        if fault is not None:
+            assert f"{os.strerror(number)}. Check free space" in fault
+            refused += 1
+            if shards.exists():
+                assert_final_names_are_whole(shards)
         build(small_source, shards, **SMALL)
         assert contents(shards) == contents(tmp_path / "fresh")
-    assert refused > 30
+        if fault is None and step > refused + 10:
+            # The step lies behind the end; of those before, only clean-up may fail unnoticed.
+            break
+    assert refused > 60
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_build_on_a_full_disk_goes_on_when_there_is_room(
+    small_source: Path,
+    small_disk: Path,
+    tmp_path: Path,
+    contents: Contents,
+) -> None:
+    (small_disk / "ballast").write_bytes(bytes(180_000))
+    shards = small_disk / "shards"
+    options = ["--samples-per-shard=3", "--on-error=skip", "--workers=2"]
+    command = [sys.executable, "-m", "shardprep", "build", small_source, shards, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 6
+    assert "No space left on device. Check free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (shards / "manifest.json").exists()
+    (small_disk / "ballast").unlink()
+    # On a disk that may not be written, nothing changes.
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 6
+    assert "Read-only file system" in done.stderr
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    build_shards(small_source, tmp_path / "fresh", BuildOptions(workers=1, **SMALL))  # type: ignore[arg-type]
+    assert contents(shards) == contents(tmp_path / "fresh")
 
 
 def storage_fault(build: Build, source: Path, shards: Path) -> str | None:
