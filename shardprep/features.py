@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import StorageError
+from shardprep.format import MOST_INFLATION
 from shardprep.ptfile import read_matrix
+from shardprep.storage import open_regular, read_bytes
+from shardprep.tensorfile import StoredTensor, read_tensor
 
 # Troubles that pass: such a file must not be left out of the set.
 _NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-# The most that a recognised file holds: bytes of a number, and bytes around all numbers.
-_MOST_ITEMSIZE, _MOST_AROUND = 8, 1 << 16
-_ZIP_MAGIC = b"PK\3\4"
+# The most that a file may have: so many times the matrix in float64, and what may be around it.
+_MOST_TIMES, _MOST_ITEMSIZE, _MOST_AROUND = 8, 8, 16 << 20
 
 
 def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32]:
@@ -40,49 +40,46 @@ def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32
         StorageError: The machine, not the file, is at fault; reading it later may well work.
     """
     with _machine_or_file(path):
-        matrix = _read_plain(path, frames * n_mels * _MOST_ITEMSIZE + _MOST_AROUND)
-    if matrix is None:
-        matrix = _load_by_torch(path, n_mels, frames)
-    _check_shape(matrix.shape, n_mels, frames)
+        stored = _read_stored(path, n_mels, frames)
+        if isinstance(stored, StoredTensor):
+            # Before a copy is made: a view of few numbers can pretend to any size.
+            _check_shape(stored.numbers.shape, n_mels, frames)
+            if stored.repeats:
+                raise ValueError("is a view that repeats its numbers; save tensor.clone()")
+            stored = stored.values()
+    _check_shape(stored.shape, n_mels, frames)
     with np.errstate(all="ignore"):
-        mel: NDArray[np.float32] = np.ascontiguousarray(matrix, dtype=np.float32)
+        mel: NDArray[np.float32] = np.ascontiguousarray(stored, dtype=np.float32)
     if not np.isfinite(mel).all():
         raise ValueError("has values that are not finite (NaN or infinity)")
     return mel
 
 
-def _read_plain(path: Path, most: int) -> NDArray[Any] | None:
-    """The matrix of a file that can be read without PyTorch; None for any other."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            # A larger file cannot be what the metadata say, and may not fit into memory.
-            return read_matrix(file.read(size)) if size <= most else None
-    except OSError as error:
-        if error.errno in _NOT_THE_FILE:
-            raise
-        return None
+def _read_stored(path: Path, n_mels: int, frames: int) -> StoredTensor | NDArray[Any]:
+    """The matrix of a file, or the tensor of one that is not recognised as a plain matrix."""
+    data = _read(path, frames * n_mels)
+    matrix = read_matrix(data)
+    return read_tensor(data) if matrix is None else matrix
 
 
-def _load_by_torch(path: Path, n_mels: int, frames: int) -> NDArray[Any]:
-    # Seconds to import, which most builds need not spend.
-    import torch
+def _read(path: Path, numbers: int) -> bytes:
+    """The bytes of a file, unless it is much larger than so many numbers need."""
+    with open_regular(path) as file:
+        info = os.fstat(file.fileno())
+        _check_size(info, numbers)
+        return read_bytes(file, info.st_size)
 
-    with _machine_or_file(path):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        damaged = _damaged_record(path)
-    if damaged is not None:
-        raise ValueError(f"is damaged: the CRC-32 of its record {damaged} is another")
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"holds a {type(loaded).__name__}, not a tensor")
-    dense = loaded.layout == torch.strided and loaded.device.type == "cpu" and not loaded.is_nested
-    if not dense or not loaded.is_floating_point():
-        found = f"{loaded.dtype} ({loaded.layout}, {loaded.device})"
-        raise ValueError(f"holds {found}, expected dense floating point")
-    # Before a copy is made: a view of few numbers can pretend to any size.
-    _check_shape(tuple(loaded.shape), n_mels, frames)
-    matrix: NDArray[Any] = loaded.detach().float().resolve_neg().numpy()
-    return matrix
+
+def _check_size(info: os.stat_result, numbers: int) -> None:
+    most = _MOST_AROUND + _MOST_TIMES * _MOST_ITEMSIZE * numbers
+    if info.st_size > most:
+        raise ValueError(
+            f"has {info.st_size} bytes, far more than its frames need; save tensor.clone(), so "
+            "that what the tensor is a part of is left out"
+        )
+    # A file may claim any size, and have nothing but holes.
+    if info.st_size > max(_MOST_AROUND, MOST_INFLATION * info.st_blocks * 512):
+        raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
 
 
 @contextlib.contextmanager
@@ -90,36 +87,14 @@ def _machine_or_file(path: Path) -> Iterator[None]:
     """Tell trouble with the machine, a StorageError, from trouble with the file, a ValueError."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno in _NOT_THE_FILE:
             raise StorageError(
                 f"cannot be read: {error}",
                 file=path,
                 remedy="Check the disk and the memory, then run the same command again.",
             ) from error
-        # Whatever a hostile or broken file makes the unpickler raise means the same here.
-        raise ValueError(
-            f"not a tensor file that can be loaded safely: {_load_fault(error)}"
-        ) from None
-
-
-def _damaged_record(path: Path) -> str | None:
-    """The first record of a zip file whose content is not what was stored, if there is one.
-
-    PyTorch's reader does not look at checksums.
-    """
-    try:
-        with open(path, "rb") as file:
-            # By this alone PyTorch tells a zip file from its older format, which has no checksums.
-            if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-                return None
-            archive = zipfile.ZipFile(file)
-            # torch.save can be told not to compute checksums, and then writes zeros.
-            if not any(record.CRC for record in archive.infolist()):
-                return None
-            return archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        return f"({error})"
+        raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
 def _check_shape(shape: tuple[int, ...], n_mels: int, frames: int) -> None:
@@ -127,11 +102,3 @@ def _check_shape(shape: tuple[int, ...], n_mels: int, frames: int) -> None:
         raise ValueError(f"has shape {shape}, expected (mel_len, {n_mels})")
     if shape[0] != frames:
         raise ValueError(f"has {shape[0]} frames, but mel_len says {frames}")
-
-
-def _load_fault(error: Exception) -> str:
-    """What torch.load found, without its advice to load the file unsafely."""
-    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
-    lines = (line.strip() for line in str(error).splitlines())
-    said = [line for line in lines if line and not line.startswith(advice)]
-    return said[0][:200] if said else type(error).__name__

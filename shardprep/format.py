@@ -23,6 +23,15 @@ WORK_FOLDER = ".shardprep-build"
 NO_LABEL = -1
 # A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
 MAX_KEY_BYTES = 88
+# Largest sizes that a reader accepts, so that a hostile set cannot claim its memory.
+MAX_N_MELS = 4096
+MAX_CHUNK_FRAMES = 65_536
+MAX_MANIFEST_BYTES = 16 << 20
+# A matrix may be so large whatever is stored of it, and otherwise so many times what is stored.
+SMALL_MATRIX_BYTES = 64 << 20
+MOST_INFLATION = 64
+# A member's size, in the index.
+MAX_MEMBER_BYTES = 2**32 - 1
 # Mels of hop 160 at 16 kHz; used for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100
 

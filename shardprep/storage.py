@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +92,47 @@ def fetch(path: str | os.PathLike[str]) -> None:
             os.close(handle)
 
 
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open a file to be read, without a buffer.
+
+    Raises:
+        OSError: It cannot be opened, or is a pipe, a device or a folder: such could keep its
+            reader waiting, or never end.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write into it.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return io.FileIO(handle)
+
+
+def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            what = f"it has {size} bytes, more than the {most} that such a file may have"
+            raise OSError(errno.EFBIG, what, os.fspath(path))
+        return read_bytes(file, size)
+
+
+def read_bytes(file: io.FileIO, size: int) -> bytes:
+    """The next `size` bytes of a file, fewer only at its end."""
+    data = file.read(size)
+    # The system reads at most 2 GiB at a time.
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex digits."""
-    with open(path, "rb", buffering=0) as file:
+    """SHA-256 of a file's bytes, as lower-case hex digits. OSError if it is no regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

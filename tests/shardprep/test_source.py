@@ -84,8 +84,8 @@ def set_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
     "missing file": (missing, "does not exist"),
-    "garbage": (raw(lambda data: b"garbage" * 99), "loaded safely: Unsupported operand"),
-    "empty file": (raw(lambda data: b""), "loaded safely: EOFError"),
+    "garbage": (raw(lambda data: b"garbage" * 99), "loaded safely: "),
+    "empty file": (raw(lambda data: b""), "loaded safely: "),
     "truncated file": (
         raw(lambda data: data[:-100]),
         "not a tensor file",
@@ -96,8 +96,8 @@ UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
     "dict of tensors": (tensor(lambda mel: {"mel": mel}), "holds a dict, not a tensor"),
     "int tensor": (tensor(lambda mel: mel.int()), r"holds torch\.int32 .*floating point"),
     "complex tensor": (tensor(lambda mel: mel + 0j), r"torch\.complex64 .*floating point"),
-    "sparse tensor": (tensor(lambda mel: mel.to_sparse()), "expected dense"),
-    "meta tensor": (tensor(lambda mel: mel.to("meta")), "expected dense"),
+    "sparse tensor": (tensor(lambda mel: mel.to_sparse()), "which no dense tensor needs"),
+    "meta tensor": (tensor(lambda mel: mel.to("meta")), "which no dense tensor needs"),
     "wrong width": (tensor(lambda mel: mel[:, :39]), r"has shape \(\d+, 39\), expected"),
     "transposed": (tensor(lambda mel: mel.T.contiguous()), r"has shape \(40, \d+\), expected"),
     "one dimension": (tensor(lambda mel: mel.flatten()), r"has shape \(\d+,\), expected"),
