@@ -8,6 +8,8 @@
 # make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and
 #                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' to
 #                       do it on CPUs
+# make torture          injure sets and builds in every way, kill and resume training, soak for MINUTES
+#                       (10), and write scripts/results/{torture,soak}.json; takes half an hour
 # make clean            remove what these made (not the data)
 
 PYTHON ?= python3
@@ -15,10 +17,11 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 DATA ?=
 ARGS ?=
+MINUTES ?= 10
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench bench-train ladder clean
+.PHONY: demo test test-all check bench bench-train ladder torture clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +62,10 @@ ladder: $(BENCH_VENV)/.installed
 	@test -n '$(DATA)' || { echo 'make ladder DATA=folder, with Dataset/ and test_labels.csv'; exit 2; }
 	$(BENCH_VENV)/bin/python scripts/ladder.py --data '$(DATA)' \
 		--out scripts/results/ladder.json --plot scripts/results/ladder.png $(ARGS)
+
+torture: $(INSTALLED)
+	$(BIN)/python scripts/torture.py --out scripts/results/torture.json
+	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --out scripts/results/soak.json
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
