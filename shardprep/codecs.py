@@ -9,6 +9,7 @@ Any zstd reader that reads on across frames inflates the whole; a crop inflates 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -19,8 +20,16 @@ import zstandard
 from numpy.typing import NDArray
 
 from shardprep.format import CodecInfo
+from shardprep.limits import most_matrix_bytes
 
 NPY_HEADER_BYTES = 128
+# What NumPy takes for a header at most; ours has 128 bytes.
+_MOST_HEADER_BYTES = 1 << 14
+# The largest window that every zstd reader must grant.
+_USUAL_WINDOW_BYTES = 8 << 20
+# The largest that zstd grants unless it is asked to.
+_MOST_WINDOW_BYTES = 128 << 20
+_PIECE_BYTES = 1 << 20
 
 _SKIPPABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
@@ -49,20 +58,64 @@ def encode(mel: NDArray[Any], codec: CodecInfo) -> bytes:
     return b"".join(packed) + _seek_table(packed, plain)
 
 
-def decode(data: bytes | memoryview, codec: CodecInfo) -> NDArray[Any]:
+def decode(data: bytes | memoryview, codec: CodecInfo, most: int | None = None) -> NDArray[Any]:
     """Decode a member's payload to its (T, F) matrix.
 
+    Args:
+        data: The payload.
+        codec: How it is stored.
+        most: Bytes that the matrix may have; by default as many as `limits.most_matrix_bytes`
+            allows for so large a payload.
+
     Raises:
-        ValueError: The payload is not what `encode` writes.
+        ValueError: The payload is not what `encode` writes, or the matrix is larger.
     """
+    most = most_matrix_bytes(len(data)) if most is None else most
     if codec.name == "zstd":
-        try:
-            reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
-            data = reader.read()
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from None
-    matrix: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    return matrix
+        return _parse_npy(_inflate(data, most + _MOST_HEADER_BYTES), most)
+    return _parse_npy(data, most)
+
+
+def _inflate(data: bytes | memoryview, most: int) -> bytearray:
+    # A frame may also ask for a window, memory that is taken before it is known what it holds.
+    window = min(max(most, _USUAL_WINDOW_BYTES), _MOST_WINDOW_BYTES)
+    plain = bytearray()
+    try:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=window)
+        reader = decompressor.stream_reader(data, read_across_frames=True)
+        # Room is taken for as much as is asked for; mels shrink to no less than half.
+        while part := reader.read(min(2 * len(data) + _MOST_HEADER_BYTES, _PIECE_BYTES)):
+            plain += part
+            if len(plain) > most:
+                raise ValueError(f"it inflates to more than {most} bytes")
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    return plain
+
+
+def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
+    """The matrix of an npy file of format 1 or 2, which is the caller's own."""
+    file = io.BytesIO(data[:_MOST_HEADER_BYTES])
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    except (SyntaxError, RecursionError, MemoryError, EOFError, OverflowError) as error:
+        raise ValueError(f"its npy header is damaged ({error})") from None
+    if dtype.kind not in "fiu" or dtype.subdtype is not None:
+        raise ValueError(f"its npy header says {dtype}, not numbers; nothing is ever unpickled")
+    if fortran or len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"its npy header says {shape}, not a matrix in C order")
+    size, begin = math.prod(shape) * dtype.itemsize, file.tell()
+    if size > most:
+        raise ValueError(f"its npy header says {shape}, more than {most} bytes")
+    if begin + size != len(data):
+        raise ValueError(f"{len(data) - begin} bytes follow its npy header, expected {size}")
+    matrix: NDArray[Any] = np.frombuffer(data, dtype, offset=begin).reshape(shape)
+    own = isinstance(data, bytearray) and matrix.flags.aligned
+    return matrix if own else matrix.copy()
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:

@@ -15,6 +15,9 @@ from shardprep.shardmap import ShardMap
 
 Indices = NDArray[np.int64]
 
+# Seek tables and inflated chunks that are held at once, in bytes; a batch of more goes by halves.
+_MOST_HELD = 64 << 20
+
 
 class Cropper(Protocol):
     """Copies crops out of a map.
@@ -126,6 +129,10 @@ class ZstdCropper:
         length, n_mels = out.shape[1:]
         chunk, width = self._chunk, n_mels * out.itemsize
         first, last = start // chunk, (start + valid - 1) // chunk
+        held = codecs.ENTRY_BYTES * (last + 2) + (last - first + 1) * chunk * width
+        if len(start) > 1 and int(held.sum()) > _MOST_HELD:
+            self._halves(begin, end, frames, start, valid, pad_value, out)
+            return
         at, nbytes = self._segments(begin, end, frames, first, last)
         number = _ragged(first, last - first + 1)
         row = np.repeat(np.arange(len(start)), last - first + 1)
@@ -147,6 +154,24 @@ class ZstdCropper:
             flat[to : to + b - a] = memoryview(data)[a:b]
         for short in np.flatnonzero(valid < length).tolist():
             out[short, int(valid[short]) :] = pad_value
+
+    def _halves(
+        self,
+        begin: Indices,
+        end: Indices,
+        frames: Indices,
+        start: Indices,
+        valid: Indices,
+        pad_value: float,
+        out: NDArray[Any],
+    ) -> None:
+        half = len(start) // 2
+        for at in (slice(half), slice(half, None)):
+            of_each = (begin[at], end[at], frames[at], start[at], valid[at])
+            try:
+                self(*of_each, pad_value, out[at])
+            except DamagedChunk as error:
+                raise DamagedChunk(error.row + (at.start or 0), str(error)) from None
 
     def _segments(
         self, begin: Indices, end: Indices, frames: Indices, first: Indices, last: Indices

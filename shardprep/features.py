@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import StorageError
-from shardprep.format import MOST_INFLATION
+from shardprep.limits import MAX_INFLATION
 from shardprep.ptfile import read_matrix
 from shardprep.storage import open_regular, read_bytes
 from shardprep.tensorfile import StoredTensor, read_tensor
@@ -78,7 +78,7 @@ def _check_size(info: os.stat_result, numbers: int) -> None:
             "that what the tensor is a part of is left out"
         )
     # A file may claim any size, and have nothing but holes.
-    if info.st_size > max(_MOST_AROUND, MOST_INFLATION * info.st_blocks * 512):
+    if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
         raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
 
 

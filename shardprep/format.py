@@ -12,6 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import FormatError
+from shardprep.limits import (
+    MAX_MANIFEST_BYTES,
+    MAX_MANIFEST_VALUES,
+    json_values,
+    manifest_faults,
+)
+from shardprep.storage import read_at_most
 
 FORMAT = "shardprep"
 VERSION = 1
@@ -23,15 +30,6 @@ WORK_FOLDER = ".shardprep-build"
 NO_LABEL = -1
 # A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
 MAX_KEY_BYTES = 88
-# Largest sizes that a reader accepts, so that a hostile set cannot claim its memory.
-MAX_N_MELS = 4096
-MAX_CHUNK_FRAMES = 65_536
-MAX_MANIFEST_BYTES = 16 << 20
-# A matrix may be so large whatever is stored of it, and otherwise so many times what is stored.
-SMALL_MATRIX_BYTES = 64 << 20
-MOST_INFLATION = 64
-# A member's size, in the index.
-MAX_MEMBER_BYTES = 2**32 - 1
 # Mels of hop 160 at 16 kHz; used for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100
 
@@ -159,6 +157,7 @@ def is_index(rows: NDArray[Any]) -> bool:
     return (
         rows.ndim == 1
         and "key" in names
+        and rows.dtype["key"].itemsize <= MAX_KEY_BYTES
         and rows.dtype == index_dtype(max(1, rows.dtype["key"].itemsize))
     )
 
@@ -176,8 +175,12 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_at_most(path, MAX_MANIFEST_BYTES)
     except OSError as error:
+        if path.exists():
+            raise FormatError(
+                f"cannot be read: {error.strerror}", file=path, remedy=_UNKNOWN_REMEDY
+            ) from None
         unfinished = (folder / WORK_FOLDER).is_dir()
         raise FormatError(
             "holds an unfinished build"
@@ -196,6 +199,8 @@ def load_manifest(folder: Path) -> Manifest:
 
 def decode_manifest(data: bytes, path: Path) -> Manifest:
     """Parse the bytes of a manifest; `path` is named in errors. Raises FormatError."""
+    if json_values(data) > MAX_MANIFEST_VALUES:
+        raise FormatError("holds too many values", file=path, remedy=_UNKNOWN_REMEDY)
     try:
         head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         name = msgspec.json.decode(head.get("format", msgspec.Raw(b"null")))
@@ -206,28 +211,31 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
         ) from None
     if (name, version) != (FORMAT, VERSION):
         raise FormatError(
-            f"found format {name!r} version {version!r}, expected {FORMAT!r} version {VERSION}",
+            f"found format {name!r:.100} version {version!r:.100}, "
+            f"expected {FORMAT!r} version {VERSION}",
             file=path,
             remedy=_UNKNOWN_REMEDY,
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise FormatError(str(error), file=path, remedy=_UNKNOWN_REMEDY) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(str(error)[:300], file=path, remedy=_UNKNOWN_REMEDY) from None
     if manifest.fingerprint != _fingerprint(manifest):
         raise FormatError(
             "was altered: its fingerprint does not match its contents",
             file=path,
             remedy="Restore the file, or build the shards again with --overwrite.",
         )
-    _check_names(manifest, path)
+    _check(manifest, path)
     return manifest
 
 
-def _check_names(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: Path) -> None:
     for name in (*manifest.files(), *manifest.splits):
         if Path(name).name != name or name.startswith("."):
-            raise FormatError("names a file outside the folder", file=path, key=name)
+            raise FormatError("names a file outside the folder", file=path, key=ascii(name)[:100])
+    for field, what in manifest_faults(manifest):
+        raise FormatError(what, file=path, key=field, remedy=_UNKNOWN_REMEDY)
 
 
 def _fingerprint(manifest: Manifest) -> str:

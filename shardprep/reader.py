@@ -19,6 +19,7 @@ from shardprep import codecs
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
 from shardprep.errors import REPAIR, CorruptShardError, FormatError
 from shardprep.format import NO_LABEL, Manifest, load_manifest
+from shardprep.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
 from shardprep.manifest_watch import ManifestWatch
 from shardprep.shardmap import ShardMap
 from shardprep.sidecars import load_index, read_rejects
@@ -172,7 +173,8 @@ class Split:
         if zlib.crc32(payload) != self._rows["crc32"][index]:
             raise self.damaged(index)
         try:
-            mel = codecs.decode(payload, self._codec)
+            size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
+            mel = codecs.decode(payload, self._codec, size)
         except ValueError as error:
             raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
         if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
@@ -332,6 +334,9 @@ class Split:
             yield "size", nbytes == plain
         else:
             yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
+            size = frames * self.n_mels * self.dtype.itemsize
+            most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
+            yield "number of frames for what is stored", size <= most
         offset = rows["offset"].astype(np.int64)
         aligned = (offset >= 0) & (offset % 512 == 0)
         yield "offset", aligned & (offset + nbytes <= sizes[rows["shard"]])

@@ -23,6 +23,7 @@ import numpy as np
 from shardprep import codecs
 from shardprep.features import load_features
 from shardprep.format import NO_LABEL, CodecInfo, ShardInfo
+from shardprep.limits import MAX_MEMBER_BYTES, most_matrix_bytes
 from shardprep.plan import ShardPlan
 from shardprep.source import Reject, Utterance
 from shardprep.storage import fetch
@@ -148,7 +149,16 @@ def _encode(task: ShardTask, utterance: Utterance) -> bytes:
     mel = load_features(task.root / utterance.path, n_mels=task.n_mels, frames=utterance.frames)
     if task.dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
         raise ValueError("has values beyond the range of float16; use --dtype float32")
-    return codecs.encode(mel.astype(np.dtype(task.dtype).newbyteorder("<")), task.codec)
+    stored = mel.astype(np.dtype(task.dtype).newbyteorder("<"))
+    if stored.nbytes + codecs.NPY_HEADER_BYTES > MAX_MEMBER_BYTES:
+        raise ValueError(f"takes {stored.nbytes} bytes, more than a member of a shard may have")
+    payload = codecs.encode(stored, task.codec)
+    if len(payload) > MAX_MEMBER_BYTES or stored.nbytes > most_matrix_bytes(len(payload)):
+        raise ValueError(
+            f"shrinks from {stored.nbytes} to {len(payload)} bytes, more than readers believe; "
+            "use --codec none"
+        )
+    return payload
 
 
 def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:

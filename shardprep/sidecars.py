@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import REPAIR, CorruptShardError
-from shardprep.format import Manifest, SplitInfo, is_index
+from shardprep.format import FileInfo, Manifest, SplitInfo, is_index
+from shardprep.limits import MAX_REJECTS_BYTES
 from shardprep.source import Reject
-from shardprep.storage import sha256_of
+from shardprep.storage import open_regular, read_at_most
+
+# Index rows whose keys are looked at at once.
+_BLOCK = 1 << 18
+# Bytes of a key, and the zeros that fill its field: no dot, no control character.
+_ALLOWED = bytes(b for b in range(256) if b == 0 or (b >= 32 and b not in b".\x7f"))
 
 
 def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
@@ -23,25 +31,56 @@ def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
     """
     path = folder / split.index.file
     try:
-        size = path.stat().st_size
-        if size != split.index.bytes:
-            raise CorruptShardError(
-                f"has {size} bytes, expected {split.index.bytes}", file=path, remedy=REPAIR
-            )
-        if sha256_of(path) != split.index.sha256:
-            raise CorruptShardError(
-                "its sha256 is not the one in the manifest", file=path, remedy=REPAIR
-            )
-        rows: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        rows = _map_index(path, split.index)
+        _check_keys(rows)
     except OSError as error:
         raise CorruptShardError(
             f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
         ) from None
-    except (ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
-        raise CorruptShardError(f"is no index ({error})", file=path, remedy=REPAIR) from None
-    if not is_index(rows):
-        raise CorruptShardError(f"has rows {rows.dtype}", file=path, remedy=REPAIR)
+    except (ValueError, SyntaxError, EOFError, MemoryError, OverflowError, RecursionError) as error:
+        raise CorruptShardError(f"is no index ({error})"[:300], file=path, remedy=REPAIR) from None
     return rows
+
+
+def _map_index(path: Path, entry: FileInfo) -> NDArray[Any]:
+    check_whole(path, entry)
+    # Not by np.load, which would also open pickles and zip files.
+    rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    if not is_index(rows):
+        raise CorruptShardError(f"has rows {rows.dtype}"[:300], file=path, remedy=REPAIR)
+    return rows
+
+
+def check_whole(path: Path, entry: FileInfo) -> None:
+    """Make sure that a small file is the one that the manifest names, by size and sha256.
+
+    Raises:
+        OSError: It cannot be read.
+        CorruptShardError: It is another.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise CorruptShardError(
+                f"has {size} bytes, expected {entry.bytes}", file=path, remedy=REPAIR
+            )
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise CorruptShardError(
+                "its sha256 is not the one in the manifest", file=path, remedy=REPAIR
+            )
+
+
+def _check_keys(rows: NDArray[Any]) -> None:
+    """ValueError where a key is none that a build writes; in blocks, by the speed of memory."""
+    for at in range(0, len(rows), _BLOCK):
+        keys = np.ascontiguousarray(rows["key"][at : at + _BLOCK])
+        data = keys.tobytes()
+        # NumPy takes the zeros behind a key for padding, so that others lie within one.
+        inner = data.count(0) != keys.size * keys.itemsize - int(np.char.str_len(keys).sum())
+        if inner or data.translate(None, _ALLOWED) or not np.char.str_len(keys).all():
+            raise ValueError("a key is empty, or has a dot or a control character")
+        if not data.isascii():
+            np.char.decode(keys, "utf-8")
 
 
 def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
@@ -54,11 +93,17 @@ def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
         return ()
     path = folder / manifest.rejects.file
     try:
-        lines = path.read_bytes().splitlines()
+        if manifest.rejects.bytes > MAX_REJECTS_BYTES:
+            raise ValueError(f"it has more than {MAX_REJECTS_BYTES} bytes")
+        check_whole(path, manifest.rejects)
+        lines = read_at_most(path, MAX_REJECTS_BYTES).splitlines()
         return tuple(msgspec.json.decode(line, type=Reject) for line in lines)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CorruptShardError(
-            f"is not the list of rejected utterances that the manifest names ({error})",
-            file=path,
-            remedy=REPAIR,
-        ) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:300]
+    raise CorruptShardError(
+        f"is not the list of rejected utterances that the manifest names ({why})",
+        file=path,
+        remedy=REPAIR,
+    )

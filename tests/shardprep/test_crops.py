@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shardprep import CorruptShardError, Split, open_shards
+from shardprep import CorruptShardError, Split, codecs, open_shards
 from shardprep.format import FileInfo, encode_manifest, load_manifest
 
 LONGEST = 7193
@@ -109,3 +109,24 @@ def test_signed_index_with_a_huge_count_is_refused_before_anything_is_mapped(
     (folder / "manifest.json").write_bytes(encode_manifest(signed))
     with pytest.raises(CorruptShardError, match="is no index"):
         open_shards(folder)["train"]
+
+
+def test_batch_that_would_hold_too_much_at_once_goes_by_parts(
+    edge_sets: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_shards(edge_sets["float16", "zstd"])["train"]
+    indices = np.arange(len(split))
+    whole = split.crops(indices, split.frames // 3, 128)
+    sizes: list[int] = []
+    inflate = codecs.inflate_many
+
+    def counting(*arguments: Any) -> Any:
+        chunks = inflate(*arguments)
+        sizes.append(sum(map(len, chunks)))
+        return chunks
+
+    monkeypatch.setattr(codecs, "inflate_many", counting)
+    monkeypatch.setattr("shardprep.crops._MOST_HELD", 4096)
+    np.testing.assert_array_equal(split.crops(indices, split.frames // 3, 128), whole)
+    assert len(sizes) > 4
+    assert max(sizes) <= 4096

@@ -314,5 +314,5 @@ def test_finished_set_with_a_damaged_list_of_rejects_is_named(
     build(source, tmp_path / "shards", on_error="skip")
     listing = tmp_path / "shards" / "rejects.jsonl"
     listing.write_bytes(b"x" * len(listing.read_bytes()))
-    with pytest.raises(CorruptShardError, match=r"rejects\.jsonl: is not the list"):
+    with pytest.raises(CorruptShardError, match=r"rejects\.jsonl: its sha256 is not the one"):
         build(source, tmp_path / "shards", on_error="skip")
