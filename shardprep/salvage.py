@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,42 +13,44 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from shardprep import codecs
-from shardprep.format import NO_LABEL, CodecInfo, Manifest, ShardInfo
+from shardprep.errors import CorruptShardError
+from shardprep.format import NO_LABEL, Manifest, ShardInfo
 from shardprep.shard import IndexRow, ShardRecord, TarWriter, add_sample
 from shardprep.source import Reject, Utterance
+from shardprep.storage import open_regular
+from shardprep.tarwalk import content, walk
+
+# Bytes of a number in decimal text.
+_MOST_LABEL = 20
 
 
 def index_of_tar(path: Path, manifest: Manifest) -> tuple[IndexRow, ...]:
     """The index rows of a shard that is whole, by its own headers.
 
     Raises:
-        tarfile.TarError: It is no tar of a build.
+        CorruptShardError: It is no tar of a build.
     """
+    try:
+        with open_regular(path) as tar:
+            return tuple(_rows(tar, manifest))
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise CorruptShardError(f"is not a shard of a build ({error})", file=path) from None
+
+
+def _rows(tar: io.FileIO, manifest: Manifest) -> Iterator[IndexRow]:
     suffix = codecs.member_suffix(manifest.codec)
-    with tarfile.open(path, "r:") as tar:
-        return tuple(_rows(tar, suffix, manifest.codec))
-
-
-def _rows(tar: tarfile.TarFile, suffix: str, codec: CodecInfo) -> Iterator[IndexRow]:
-    members = iter(tar)
+    members = walk(tar)
     for mel in members:
         key = mel.name.removesuffix(suffix)
         about = next(members, None)
         label = NO_LABEL
         if about is not None and about.name == f"{key}.cls":
-            label, about = int(_content(tar, about)), next(members, None)
+            label, about = int(content(tar, about, _MOST_LABEL)), next(members, None)
         if key == mel.name or about is None or about.name != f"{key}.json":
-            raise tarfile.ReadError(f"{mel.name} is not the first member of an utterance")
-        payload = _content(tar, mel)
-        frames = len(codecs.decode(payload, codec))
-        yield IndexRow(mel.offset_data, mel.size, frames, label, zlib.crc32(payload), key)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise tarfile.ReadError(f"{member.name} is no file")
-    return file.read()
+            raise tarfile.ReadError(f"{mel.name!a} is not the first member of an utterance")
+        payload = content(tar, mel, mel.size)
+        frames = len(codecs.decode(payload, manifest.codec))
+        yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
 
 
 def rewrite_shard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -27,9 +28,13 @@ from shardprep.format import (
 from shardprep.reader import Split
 from shardprep.sidecars import read_rejects
 from shardprep.source import Source, scan_dataset
-from shardprep.storage import sha256_of
+from shardprep.storage import open_regular, sha256_of
+from shardprep.tarwalk import Member, content, walk
 
 Advance = Callable[[int], None]
+
+# More than a label, or what is said of an utterance, takes.
+_MOST_TEXT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -175,20 +180,21 @@ def _tar_faults(
     """Walk a tar by its own headers and compare what is met with the index."""
     suffix = codecs.member_suffix(manifest.codec)
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = iter(tar)
+        with open_regular(path) as tar:
+            members = walk(tar)
             for index in map(int, indices):
                 for fault in _sample_faults(tar, members, split, index, suffix, manifest):
                     yield Fault(path.name, str(split.keys[index]), fault)
             if (extra := next(members, None)) is not None:
-                yield Fault(path.name, extra.name, "is a member that the index does not know")
-    except (tarfile.TarError, OSError, EOFError) as error:
+                name = extra.name if extra.name.isprintable() else ascii(extra.name)
+                yield Fault(path.name, name, "is a member that the index does not know")
+    except (tarfile.TarError, OSError) as error:
         yield Fault(path.name, "", f"is not a whole tar: {error}")
 
 
 def _sample_faults(
-    tar: tarfile.TarFile,
-    members: Iterator[tarfile.TarInfo],
+    tar: io.FileIO,
+    members: Iterator[Member],
     split: Split,
     index: int,
     suffix: str,
@@ -198,39 +204,34 @@ def _sample_faults(
     faults = []
     key, row, label = str(split.keys[index]), split.locations[index], int(split.labels[index])
     mel = _next(members)
-    if mel.name != key + suffix or not mel.isreg():
-        faults.append(f"the tar has {mel.name} where the index has {key + suffix}")
-    if (mel.offset_data, mel.size) != (int(row["offset"]), int(row["nbytes"])):
+    if mel.name != key + suffix:
+        faults.append(f"the tar has {mel.name!a} where the index has {key + suffix}")
+    if (mel.offset, mel.size) != (int(row["offset"]), int(row["nbytes"])):
         faults.append("lies elsewhere in the tar than the index says")
-    elif zlib.crc32(_content(tar, mel)) != int(row["crc32"]):
+    elif zlib.crc32(content(tar, mel, mel.size)) != int(row["crc32"]):
         faults.append("the member's bytes do not match the crc32 in the index")
     if label != NO_LABEL:
         cls = _next(members)
-        if cls.name != f"{key}.cls" or _content(tar, cls) != str(label).encode():
-            faults.append(f"{cls.name} is not the label {label}")
+        if cls.name != f"{key}.cls" or content(tar, cls, _MOST_TEXT) != str(label).encode():
+            faults.append(f"{cls.name!a} is not the label {label}")
     about = _next(members)
     speaker = None if label == NO_LABEL else manifest.speakers[label]
     try:
-        content = json.loads(_content(tar, about))
+        said = json.loads(content(tar, about, _MOST_TEXT))
         expected = {"frames": int(split.frames[index]), "speaker": speaker}
-        agrees = all(content[name] == value for name, value in expected.items())
-    except (ValueError, KeyError, TypeError):
+        agrees = all(said[name] == value for name, value in expected.items())
+    except (ValueError, KeyError, TypeError, RecursionError):
         agrees = False
     if about.name != f"{key}.json" or not agrees:
-        faults.append(f"{about.name} does not agree with the index")
+        faults.append(f"{about.name!a} does not agree with the index")
     return faults
 
 
-def _next(members: Iterator[tarfile.TarInfo]) -> tarfile.TarInfo:
+def _next(members: Iterator[Member]) -> Member:
     member = next(members, None)
     if member is None:
         raise tarfile.ReadError("it ends before the last sample of the index")
     return member
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return b"" if file is None else file.read()
 
 
 def _source_faults(
