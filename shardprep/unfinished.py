@@ -21,15 +21,25 @@ import msgspec
 
 from shardprep.errors import BuildError
 from shardprep.format import FORMAT, MANIFEST_NAME, REJECTS_NAME, WORK_FOLDER
+from shardprep.limits import MAX_MANIFEST_BYTES
 from shardprep.pool import Advance
 from shardprep.shard import ShardRecord, ShardTask, write_shard
-from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors, sync_folder
+from shardprep.storage import (
+    publish,
+    publish_bytes,
+    read_at_most,
+    sha256_of,
+    storage_errors,
+    sync_folder,
+)
 
 _OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
 # What `storage.publish` appends to the name of a file that is not whole yet.
 _TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 _LOCK_NAME = "lock"
 _RECORD_SUFFIX = ".json"
+# Bytes that the record of a shard takes for each utterance, at most.
+_MOST_RECORD = 1 << 14
 
 
 @contextlib.contextmanager
@@ -78,9 +88,16 @@ def hold(target: Path) -> Iterator[Path]:
         The work folder.
 
     Raises:
-        BuildError: Somebody else holds it.
+        BuildError: Somebody else holds it, or it is a link to another place.
     """
     work = target / WORK_FOLDER
+    for path in (work, work / _LOCK_NAME):
+        if path.is_symlink():
+            raise BuildError(
+                "is a link, and nothing is written or removed where it leads",
+                file=path,
+                remedy="Remove it.",
+            )
     work.mkdir(parents=True, exist_ok=True)
     # A lock of the operating system: gone with the process that held it, however it died.
     lock = filelock.FileLock(work / _LOCK_NAME)
@@ -159,8 +176,14 @@ def is_ours(name: str) -> bool:
 
 def _check_manifest_is_ours(target: Path) -> None:
     path = target / MANIFEST_NAME
-    # Damaged or not: other programs too keep a file of this name.
-    if path.exists() and f'"{FORMAT}"'.encode() not in path.read_bytes():
+    try:
+        # Damaged or not: other programs too keep a file of this name.
+        ours = f'"{FORMAT}"'.encode() in read_at_most(path, MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:
+        ours = False
+    if not ours:
         raise BuildError(
             "is not the manifest of a shard set, and will not be replaced",
             file=path,
@@ -178,18 +201,41 @@ def _is_foreign(target: Path) -> bool:
 
 
 def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
+    most = _MOST_RECORD * (1 + len(task.plan.utterances))
     try:
-        record = msgspec.json.decode(_record_path(work, task).read_bytes(), type=ShardRecord)
+        data = read_at_most(_record_path(work, task), most)
+        record = msgspec.json.decode(data, type=ShardRecord)
         shard = work / task.plan.file
         if not shard.exists():
             # Killed while it was moving files, an earlier build has brought it home already.
             shard = work.parent / task.plan.file
         # From the cheap check to the costly one.
-        if record.inputs != task.inputs or shard.stat().st_size != record.info.bytes:
+        if not _is_of(record, task) or shard.stat().st_size != record.info.bytes:
             return None
-        return record if sha256_of(shard) == record.info.sha256 else None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        whole = not shard.is_symlink() and sha256_of(shard) == record.info.sha256
+        return record if whole else None
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _is_of(record: ShardRecord, task: ShardTask) -> bool:
+    """Whether a record can be what came of a task; its file names lead to what is moved."""
+    planned = {utterance.key: utterance for utterance in task.plan.utterances}
+    keys = [row.key for row in record.rows]
+    return (
+        record.inputs == task.inputs
+        and record.info.file == task.plan.file
+        and record.info.samples == len(keys) == len(set(keys))
+        and record.info.frames == sum(row.frames for row in record.rows)
+        and {*keys, *(reject.key for reject in record.rejects)} == planned.keys()
+        and all(
+            (row.frames, row.label) == (planned[row.key].frames, planned[row.key].label)
+            and min(row.offset, row.nbytes, row.crc32) >= 0
+            and row.offset + row.nbytes <= record.info.bytes
+            and max(row.nbytes, row.crc32) < 2**32
+            for row in record.rows
+        )
+    )
 
 
 def _record_path(work: Path, task: ShardTask) -> Path:
