@@ -1,6 +1,7 @@
 """Opening, memory, a very large index, and data that are not in memory yet.
 
-    python scripts/bench_scale.py shards/ [--utterances 5000000] [--out scripts/results/scale.json]
+    python scripts/bench_scale.py shards/ [--utterances 5000000] [--only opening index]
+        [--out scripts/results/scale.json]
 
 - Import and opening: `import shardprep`, and from there to the first batch, each in a new process.
 - Index: the set's train split is given an index of so many utterances, which point again and again
@@ -8,6 +9,7 @@
   holds beyond the mapped pages.
 - Shuffle: how much oftener than by chance two utterances of a batch meet again in the next epoch of
   the windowed order, for several numbers of lanes and sizes of window.
+- Checking: two epochs with each `verify_reads`, the shards in memory, in turns.
 - Cold start (needs root, to drop the page cache): an epoch in windowed and in global order, against
   `cat` of the same shards.
 """
@@ -30,6 +32,7 @@ from typing import Any
 import click
 import msgspec
 import numpy as np
+from spread_options import SpreadCommand
 
 import shardprep
 from shardprep.bench.standings import machine
@@ -96,6 +99,19 @@ for batch in loader:
 print(time.perf_counter() - began)
 """
 
+CHECK = """
+import sys, time
+import shardprep, torch
+shardprep.open_shards, shardprep.SegmentLoader
+split = shardprep.open_shards(sys.argv[1])["train"]
+loader = shardprep.SegmentLoader(split, batch_size=256, verify_reads=sys.argv[2])
+for _ in range(2):
+    began = time.perf_counter()
+    for batch in loader:
+        pass
+    print(len(loader) * 256 / (time.perf_counter() - began))
+"""
+
 
 def run(script: str, *arguments: object) -> list[float]:
     """The numbers that a script prints, in a new process."""
@@ -152,6 +168,24 @@ def large_index(shards: Path, utterances: int, rounds: int, seconds: float) -> d
         "held_mb": [value / 1e6 for value in held.values()],
         "bytes_an_utterance_more": (held[utterances] - held[SMALL]) / (utterances - SMALL),
     }
+
+
+def checking(shards: Path, rounds: int) -> list[dict[str, Any]]:
+    """Segments a second of the first and the second epoch, by `verify_reads`."""
+    for shard in shards.glob("*.tar"):
+        shard.read_bytes()
+    found: dict[str, list[list[float]]] = {"never": [], "once": [], "always": []}
+    for _ in range(rounds):
+        for choice, results in found.items():
+            results.append(run(CHECK, shards, choice))
+    return [
+        {
+            "verify_reads": choice,
+            "first_epoch_per_s": round(statistics.median(first for first, _ in results)),
+            "second_epoch_per_s": round(statistics.median(second for _, second in results)),
+        }
+        for choice, results in found.items()
+    ]
 
 
 def cold(shards: Path, rounds: int) -> dict[str, float] | None:
@@ -214,24 +248,37 @@ def shuffle_quality(samples: tuple[int, ...], batch: int = 256) -> list[dict[str
     return found
 
 
-@click.command()
+PARTS = ("opening", "index", "shuffle", "checking", "cold")
+
+
+@click.command(cls=SpreadCommand)
 @click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--utterances", default=5_000_000, show_default=True, help="Size of the large index.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--seconds", default=3.0, show_default=True, help="Length of a measurement.")
+@click.option("--only", multiple=True, type=click.Choice(PARTS), default=PARTS)
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
-def main(shards: Path, utterances: int, rounds: int, seconds: float, out: Path | None) -> None:
+def main(
+    shards: Path,
+    utterances: int,
+    rounds: int,
+    seconds: float,
+    only: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Measure, and print what was found as JSON."""
+    train = shardprep.open_shards(shards)["train"]
+    parts: dict[str, Callable[[], Any]] = {
+        "opening": lambda: opening(shards, rounds),
+        "index": lambda: large_index(shards, utterances, rounds, seconds),
+        "shuffle": lambda: shuffle_quality(train.shard_samples),
+        "checking": lambda: checking(shards, rounds),
+        "cold": lambda: cold(shards, rounds),
+    }
     result = {
         "machine": msgspec.to_builtins(machine()),
-        "set": {
-            "utterances": len(shardprep.open_shards(shards)["train"]),
-            "codec": load_manifest(shards).codec.name,
-        },
-        "opening": opening(shards, rounds),
-        "index": large_index(shards, utterances, rounds, seconds),
-        "shuffle": shuffle_quality(shardprep.open_shards(shards)["train"].shard_samples),
-        "cold": cold(shards, rounds),
+        "set": {"utterances": len(train), "codec": load_manifest(shards).codec.name},
+        **{name: parts[name]() for name in PARTS if name in only},
     }
     text = json.dumps(result, indent=2) + "\n"
     click.echo(text, nl=False)
