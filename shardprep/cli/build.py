@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shardprep.cli.output import hours, print_json, size
+from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
@@ -113,7 +113,7 @@ def _print_summary(report: BuildReport) -> None:
             f"{name:<7}{split.samples:>12,}{split.frames:>13,}{hours(split.frames):>12}"
             f"{split.shards:>8}{size(split.bytes):>12}"
         )
-    click.echo(f"{report.speakers} speakers, {_utterances(len(report.rejects))} rejected")
+    click.echo(f"{report.speakers} speakers, {count(len(report.rejects), 'utterance')} rejected")
     if report.shards_kept:
         click.echo(f"{report.shards_kept} shards kept from the unfinished build")
     if not report.up_to_date:
@@ -128,13 +128,9 @@ def _print_summary(report: BuildReport) -> None:
 
 
 def _warning(report: BuildReport) -> str:
-    count = _utterances(len(report.rejects))
+    rejected = count(len(report.rejects), "utterance")
     if report.dry_run:
         listed = "\n".join(f"  {reject.file}: {reject.reason}" for reject in report.rejects)
-        return f"shardprep: warning: {count} would be left out:\n{listed}"
+        return f"shardprep: warning: {rejected} would be left out:\n{listed}"
     where = Path(report.destination) / REJECTS_NAME
-    return f"shardprep: warning: {count} left out; {where} lists them with reasons"
-
-
-def _utterances(count: int) -> str:
-    return f"{count:,} utterance{'' if count == 1 else 's'}"
+    return f"shardprep: warning: {rejected} left out; {where} lists them with reasons"

@@ -26,6 +26,11 @@ def hours(frames: int) -> str:
     return f"{frames / FRAMES_PER_SECOND / 3600:.2f} h"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things, e.g. 1 utterance or 2 utterances."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def print_json(content: Any) -> None:
     """Print dataclasses, structs and builtins as JSON on stdout."""
     click.echo(json.dumps(msgspec.to_builtins(content), indent=2))

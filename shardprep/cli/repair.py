@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from shardprep.cli.output import print_json
+from shardprep.cli.output import count, print_json
 from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.repair import RepairReport, repair_shards
@@ -72,10 +72,10 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         click.echo(f"{reject.key or reject.file}: dropped, {reject.reason}")
     for fault in report.faults:
         click.echo(str(fault))
-    state = "whole" if report.whole else f"{len(report.faults)} faults left"
+    state = "whole" if report.whole else f"{count(len(report.faults), 'fault')} left"
     click.echo(
-        f"{report.path}: {state} ({len(report.repaired)} files repaired, "
-        f"{len(report.dropped)} utterances dropped, {report.seconds:.1f} s)"
+        f"{report.path}: {state} ({count(len(report.repaired), 'file')} repaired, "
+        f"{count(len(report.dropped), 'utterance')} dropped, {report.seconds:.1f} s)"
     )
     if not report.whole and not asked:
         click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)

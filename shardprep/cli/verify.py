@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shardprep.cli.output import print_json, progress_bar, size
+from shardprep.cli.output import count, print_json, progress_bar, size
 from shardprep.errors import FormatError
 from shardprep.format import load_manifest
 from shardprep.verify import verify_shards
@@ -40,7 +40,7 @@ def verify(
             click.echo(str(fault))
         read = f", {report.samples:,} samples read" if report.samples else ""
         click.echo(
-            f"{shards}: {'whole' if report.whole else f'{len(report.faults)} faults'} "
+            f"{shards}: {'whole' if report.whole else count(len(report.faults), 'fault')} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
     context.exit(0 if report.whole else 1)

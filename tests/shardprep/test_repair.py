@@ -362,7 +362,7 @@ def test_command_says_what_it_did(
     done = run_cli("repair", copy, "--drop")
     assert done.returncode == 0
     assert f"{key}: dropped, its stored bytes were damaged in {SHARD}" in done.stdout
-    assert "1 utterances dropped" in done.stdout
+    assert "1 utterance dropped" in done.stdout
     assert run_cli("verify", copy, "--deep").returncode == 0
 
 
