@@ -23,6 +23,10 @@ MAX_MEMBER_BYTES = 2**32 - 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MANIFEST_VALUES = 600_000
 MAX_REJECTS_BYTES = 64 << 20
+# Of metadata.json and the others of a data set: four hundred thousand utterances.
+MAX_JSON_BYTES = 32 << 20
+MAX_UNICODE_JSON_BYTES = 16 << 20
+MAX_JSON_VALUES = 1_200_000
 # A matrix may be so large whatever is stored of it, and otherwise so many times what is stored.
 SMALL_MATRIX_BYTES = 64 << 20
 MAX_INFLATION = 64

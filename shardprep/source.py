@@ -12,6 +12,7 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -28,11 +29,26 @@ import msgspec
 
 from shardprep.errors import SourceError
 from shardprep.format import MAX_KEY_BYTES, NO_LABEL
+from shardprep.limits import (
+    MAX_JSON_BYTES,
+    MAX_JSON_VALUES,
+    MAX_N_MELS,
+    MAX_UNICODE_JSON_BYTES,
+    json_values,
+)
+from shardprep.storage import read_at_most
 
 METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
 
+# Characters of a path or of a speaker's name; files of a repeated one in a reason; rejects, of
+# which a data set that is worth packing has few.
+_MOST_SHOWN = 300
+_MOST_LISTED = 10
+_MOST_REJECTS = 100_000
+
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
+_TOO_LARGE = "Split the data set into several, or leave out of the file what is not needed."
 _HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
 
 
@@ -136,7 +152,7 @@ class _Scan:
 
     def add(self, raw: Any, split: str, speaker: str | None, label: int) -> None:
         path = raw.get("feature_path") if isinstance(raw, dict) else None
-        shown = path if isinstance(path, str) else json.dumps(raw)[:200]
+        shown = path[:_MOST_SHOWN] if isinstance(path, str) else _shown(raw)
         key = ""
         try:
             entry = msgspec.convert(raw, _Entry)
@@ -150,12 +166,19 @@ class _Scan:
         except (msgspec.ValidationError, ValueError) as error:
             # A lone surrogate, which JSON can spell, has no place in rejects.jsonl.
             shown = shown.encode(errors="backslashreplace").decode()
-            self.rejects.append(Reject(shown, key, speaker, split, str(error)))
+            self._reject(Reject(shown, key, speaker, split, str(error)))
             return
         self.uses[key] += 1
         self.found[split].append(
             Utterance(key, relative, speaker, label, entry.mel_len, info.st_size, info.st_mtime_ns)
         )
+
+    def _reject(self, reject: Reject) -> None:
+        self.rejects.append(reject)
+        if len(self.rejects) > _MOST_REJECTS:
+            error = self.rejects[0].error(self.root)
+            error.what += f" (and {_MOST_REJECTS} more utterances are faulty)"
+            raise error
 
     def _regular_file(self, relative: str) -> os.stat_result:
         path = os.path.join(self.root, relative)
@@ -193,9 +216,9 @@ class _Scan:
         for split, utterances in self.found.items():
             for utterance in utterances:
                 if utterance.key in labels:
-                    listed = ", ".join(labels[utterance.key])
+                    listed = ", ".join(labels[utterance.key][:_MOST_LISTED])
                     reason = f"the same file is listed {self.uses[utterance.key]} times: {listed}"
-                    self.rejects.append(
+                    self._reject(
                         Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
                     )
             self.found[split] = [u for u in utterances if u.key not in labels]
@@ -219,11 +242,11 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     labels = _labels(folder, metadata["speakers"])
     scan = _Scan(folder, os.path.realpath(folder))
     for speaker, entries in metadata["speakers"].items():
-        if not _is_unicode(speaker):
+        if not _is_unicode(speaker) or len(speaker) > _MOST_SHOWN:
             raise SourceError(
-                "the name of a speaker is not valid Unicode",
+                f"the name of a speaker is not valid Unicode of at most {_MOST_SHOWN} characters",
                 file=folder / METADATA,
-                key=f"speakers.{speaker!a}",
+                key=f"speakers.{speaker[:_MOST_SHOWN]!a}",
             )
         if not isinstance(entries, list):
             raise SourceError("is not a list", file=folder / METADATA, key=f"speakers.{speaker}")
@@ -250,7 +273,17 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     )
 
 
+def _shown(raw: Any) -> str:
+    """What stands in the place of a path, cut short."""
+    try:
+        return json.dumps(raw)[:200]
+    except RecursionError:
+        return type(raw).__name__
+
+
 def _inside(path: str) -> str:
+    if len(path) > _MOST_SHOWN:
+        raise ValueError(f"the path has {len(path)} characters, expected at most {_MOST_SHOWN}")
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise ValueError("the path leads outside the data set")
@@ -279,11 +312,17 @@ def _is_unicode(text: str) -> bool:
 
 def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        data = read_at_most(path, MAX_JSON_BYTES)
+        if json_values(data) > MAX_JSON_VALUES or not (
+            data.isascii() or len(data) <= MAX_UNICODE_JSON_BYTES
+        ):
+            raise SourceError("holds more than this release takes", file=path, remedy=_TOO_LARGE)
+        content = json.loads(data, object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise SourceError("does not exist", file=path, remedy=_HOMEWORK) from None
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        remedy = _TOO_LARGE if error.errno == errno.EFBIG else None
+        raise SourceError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON: {error}", file=path) from None
     if not isinstance(content, dict):
@@ -299,14 +338,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
+        raise ValueError(f"the key {twice[:_MOST_SHOWN]!r} occurs twice in one object")
     return content
 
 
 def _n_mels(content: dict[str, Any], path: Path) -> int:
     n_mels = int(content["n_mels"])
-    if not 1 <= n_mels <= 4096:
-        raise SourceError(f"is {n_mels}, expected 1 to 4096", file=path, key="n_mels")
+    if not 1 <= n_mels <= MAX_N_MELS:
+        raise SourceError(f"is {n_mels}, expected 1 to {MAX_N_MELS}", file=path, key="n_mels")
     return n_mels
 
 

@@ -5,17 +5,23 @@ Slower than `SegmentLoader`, which reads by index; here every byte of every shar
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
+from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep import codecs
-from shardprep.errors import CorruptShardError, FormatError
+from shardprep.errors import REPAIR, CorruptShardError, FormatError
 from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, load_manifest
+from shardprep.limits import SMALL_MATRIX_BYTES
+from shardprep.storage import open_regular
+from shardprep.tarwalk import walk
 
 _CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
 
@@ -48,7 +54,8 @@ def stream(
 
     Raises:
         FormatError: The folder has no such split.
-        CorruptShardError: While iterating: a sample cannot be decoded.
+        CorruptShardError: While iterating: a shard of the folder is no plain tar, or a sample
+            cannot be decoded.
     """
     defaults = {
         "nodesplitter": wds.split_by_node,
@@ -60,6 +67,9 @@ def stream(
         "seed": seed,
     }
     pipeline = wds.WebDataset(_urls(source, split), **{**defaults, **options})
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        opener = [isinstance(stage, StreamingOpen | FileCache) for stage in pipeline.pipeline]
+        pipeline.pipeline.insert(opener.index(True), _check_shards)
     if shuffle:
         pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
     return pipeline.map(decode_sample)
@@ -79,8 +89,8 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
         about = json.loads(sample.get("json", b"{}"))
         label = int(sample.get("cls", NO_LABEL))
         speaker = about.get("speaker")
-    except (ValueError, EOFError, AttributeError) as error:
-        raise CorruptShardError(f"cannot be decoded ({error})", file=url, key=key) from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptShardError(f"cannot be decoded ({error})"[:300], file=url, key=key) from None
     return {
         "__key__": key,
         "mel": mel,
@@ -103,3 +113,35 @@ def _urls(source: str | os.PathLike[str] | Sequence[str], split: str) -> Any:
             file=folder / MANIFEST_NAME,
         )
     return [str(folder / shard.file) for shard in manifest.splits[split].shards]
+
+
+def _check_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Look at the headers of each shard before webdataset opens it.
+
+    webdataset inflates what is no tar, follows extended headers and sparse files, and reads every
+    member whole.
+    """
+    for shard in shards:
+        path = Path(shard["url"])
+        try:
+            with open_regular(path) as file:
+                _check_members(file)
+        except OSError as error:
+            raise CorruptShardError(
+                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
+            ) from None
+        except tarfile.TarError as error:
+            raise CorruptShardError(
+                f"is not a whole tar: {error}", file=path, remedy=REPAIR
+            ) from None
+        yield shard
+
+
+def _check_members(file: io.FileIO) -> None:
+    # Holes of a file take no room on the disk, but would in memory.
+    most = max(SMALL_MATRIX_BYTES, 512 * os.fstat(file.fileno()).st_blocks)
+    names = set()
+    for member in walk(file):
+        if member.size > most or member.name in names:
+            raise tarfile.ReadError(f"{member.name[:100]!a} is there twice, or holds holes")
+        names.add(member.name)
