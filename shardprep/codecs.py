@@ -12,6 +12,7 @@ import io
 import math
 import struct
 import threading
+import tokenize
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,18 @@ _SKIPPABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _FOOTER_BYTES = 9
 ENTRY_BYTES = 8
+
+# What NumPy raises on a header that is none; it reads them with Python's own parser.
+NPY_FAULTS = (
+    ValueError,
+    SyntaxError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    tokenize.TokenError,
+)
 
 _local = threading.local()
 
@@ -102,7 +115,7 @@ def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    except (SyntaxError, RecursionError, MemoryError, EOFError, OverflowError) as error:
+    except NPY_FAULTS as error:
         raise ValueError(f"its npy header is damaged ({error})") from None
     if dtype.kind not in "fiu" or dtype.subdtype is not None:
         raise ValueError(f"its npy header says {dtype}, not numbers; nothing is ever unpickled")

@@ -13,6 +13,9 @@ Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIG
 from __future__ import annotations
 
 import os
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 REPAIR = (
     "`shardprep verify DST --deep` names all that is damaged, `shardprep repair DST --source "
@@ -50,6 +53,8 @@ class ShardprepError(Exception):
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.key) if part)
         text = f"{where}: {self.what}" if where else self.what
+        # Names come from files, and must not move the cursor of a terminal.
+        text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
         return f"{text}. {self.remedy}" if self.remedy else text
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -339,7 +339,7 @@ class Split:
             yield "number of frames for what is stored", size <= most
         offset = rows["offset"].astype(np.int64)
         aligned = (offset >= 0) & (offset % 512 == 0)
-        yield "offset", aligned & (offset + nbytes <= sizes[rows["shard"]])
+        yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)
 
     def _unfit(self, what: str) -> CorruptShardError:
         return CorruptShardError(

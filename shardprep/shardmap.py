@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import REPAIR, CorruptShardError, StorageError
+from shardprep.storage import open_regular
 
 _MAP_FIXED = 0x10
 _MADV_WILLNEED = 3
@@ -107,7 +108,7 @@ class ShardMap:
                 return
             path, expected = self._files[shard]
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
                     _check_size(path, os.fstat(file.fileno()).st_size, expected)
                     self._region.put(int(self.begins[shard]), expected, file.fileno())
             except OSError as error:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from shardprep.codecs import NPY_FAULTS
 from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.format import FileInfo, Manifest, SplitInfo, is_index
 from shardprep.limits import MAX_REJECTS_BYTES
@@ -37,7 +38,7 @@ def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
         raise CorruptShardError(
             f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
         ) from None
-    except (ValueError, SyntaxError, EOFError, MemoryError, OverflowError, RecursionError) as error:
+    except NPY_FAULTS as error:
         raise CorruptShardError(f"is no index ({error})"[:300], file=path, remedy=REPAIR) from None
     return rows
 

@@ -169,6 +169,10 @@ class _Scan:
             self._reject(Reject(shown, key, speaker, split, str(error)))
             return
         self.uses[key] += 1
+        if self.uses[key] > _MOST_REJECTS:
+            raise SourceError(
+                f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
+            )
         self.found[split].append(
             Utterance(key, relative, speaker, label, entry.mel_len, info.st_size, info.st_mtime_ns)
         )

@@ -121,7 +121,10 @@ def _from_zip(data: bytes) -> StoredTensor:
         raise ValueError("its numbers are big-endian")
     if "data.pkl" not in records:
         raise ValueError("it has no record data.pkl")
-    call = _tensor(_run(io.BytesIO(records["data.pkl"])))
+    program = io.BytesIO(records["data.pkl"])
+    call = _tensor(_run(program))
+    if program.read(1):
+        raise ValueError("its pickle goes on after its end")
     if f"data/{call.storage.key}" not in records:
         raise ValueError(f"it has no record data/{call.storage.key}")
     return _placed(call, records[f"data/{call.storage.key}"])

@@ -53,3 +53,8 @@ def test_pickle_keeps_the_kind_and_every_field(kind: type[errors.ShardprepError]
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert (str(again), again.file, again.key) == (str(error), "a.tar", "k")
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal() -> None:
+    error = ShardprepError("is bad", file="a\x1b[2J.pt", key="k\0")
+    assert str(error) == r"a\x1b[2J.pt: k\x00: is bad"

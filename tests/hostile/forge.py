@@ -1,0 +1,149 @@
+"""Small valid sets, and the tools to forge them: every checksum is made true again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardprep import BuildOptions, codecs
+from shardprep.format import CodecInfo
+from shardprep.source import scan_dataset
+from shardprep.unfinished import ShardWriter
+from shardprep.writer import shard_tasks
+
+N_MELS = 5
+Edit = Callable[[Any], Any]
+
+
+def write_dataset(folder: Path) -> None:
+    """Two speakers of three utterances, and one of the test split, of N_MELS mels."""
+    folder.mkdir(parents=True)
+    speakers: dict[str, list[dict[str, Any]]] = {}
+    for number in range(6):
+        entry = {"feature_path": f"uttr-{number}.pt", "mel_len": 70 + number}
+        torch.save(torch.randn(70 + number, N_MELS), folder / f"uttr-{number}.pt")
+        speakers.setdefault(f"id{number % 2}", []).append(entry)
+    torch.save(torch.randn(33, N_MELS), folder / "uttr-9.pt")
+    test = {"n_mels": N_MELS, "utterances": [{"feature_path": "uttr-9.pt", "mel_len": 33}]}
+    (folder / "metadata.json").write_text(json.dumps({"n_mels": N_MELS, "speakers": speakers}))
+    (folder / "testdata.json").write_text(json.dumps(test))
+
+
+def options(**values: Any) -> BuildOptions:
+    """How sets are built here: in this process, three utterances a shard."""
+    return BuildOptions(**{"workers": 1, "samples_per_shard": 3, **values})
+
+
+def edit_record(target: Path, edit: Edit) -> None:
+    """Leave one whole shard of an unfinished build of `Dataset` in `target`, its record edited."""
+    work = target / ".shardprep-build"
+    work.mkdir()
+    task = shard_tasks(scan_dataset(target.parent / "Dataset"), options())[0]
+    ShardWriter(work)(task, lambda nbytes: None)
+    path = work / f"{task.plan.file}.json"
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+
+
+def sign(shards: Path, edit: Edit = lambda content: None) -> None:
+    """Make sizes, checksums and fingerprint true, and only then `edit` what the manifest says."""
+    path = shards / "manifest.json"
+    content = json.loads(path.read_text())
+    for split in content["splits"].values():
+        for entry in (split["index"], *split["shards"]):
+            file = shards / entry["file"]
+            if file.is_file():
+                entry["bytes"] = file.stat().st_size
+                with open(file, "rb") as opened:
+                    entry["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    edit(content)
+    content["fingerprint"] = ""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+def edit_index(shards: Path, edit: Edit, split: str = "train") -> None:
+    """Let `edit` change the rows of an index, in place or by returning others."""
+    path = shards / f"{split}.index.npy"
+    rows = np.load(path)
+    changed = edit(rows)
+    np.save(path, rows if changed is None else changed)
+    sign(shards)
+
+
+def replace_payload(shards: Path, payload: bytes, frames: int | None = None) -> None:
+    """Store other bytes for the only utterance of the test split, index and checksums true."""
+    path = shards / "test-000000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    members[0] = members[0][0], payload
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+    def row(rows: Any) -> None:
+        rows["nbytes"], rows["crc32"] = len(payload), zlib.crc32(payload)
+        rows["frames"] = rows["frames"] if frames is None else frames
+
+    edit_index(shards, row, "test")
+    if frames is not None:
+
+        def totals(content: Any) -> None:
+            content["splits"]["test"]["frames"] = frames
+            content["splits"]["test"]["shards"][0]["frames"] = frames
+
+        sign(shards, totals)
+
+
+def edit_payload(shards: Path, edit: Callable[[bytes], bytes]) -> None:
+    """Change the stored bytes of the only utterance of the test split."""
+    row = np.load(shards / "test.index.npy")[0]
+    data = (shards / "test-000000.tar").read_bytes()[row["offset"] :][: row["nbytes"]]
+    replace_payload(shards, edit(data))
+
+
+def write_tar(shards: Path, change: Callable[[tarfile.TarInfo, int], bytes | None]) -> None:
+    """Write the shard of the test split anew; `change` may alter each header, or add bytes.
+
+    Its payload stays where the index says, if the change permits it.
+    """
+    path = shards / "test-000000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    data = b""
+    for number, (member, content) in enumerate(members):
+        before = change(member, number) or b""
+        padding = bytes(-len(content) % 512)
+        data += before + member.tobuf(tarfile.GNU_FORMAT) + content + padding
+    path.write_bytes(data + bytes(1024))
+    sign(shards)
+
+
+def holes(path: Path, size: int) -> None:
+    """Make a file `size` bytes long, all of those that it has not holes."""
+    with open(path, "ab") as file:
+        file.truncate(size)
+
+
+def set_entry(dataset: Path, **values: Any) -> None:
+    """Change what the metadata say of uttr-0.pt."""
+    path = dataset / "metadata.json"
+    content = json.loads(path.read_text())
+    content["speakers"]["id0"][0].update(values)
+    path.write_text(json.dumps(content))
+
+
+def encoded(frames: int, codec: CodecInfo) -> bytes:
+    return codecs.encode(np.zeros((frames, N_MELS), "<f2"), codec)
