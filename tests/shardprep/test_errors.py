@@ -56,5 +56,5 @@ def test_pickle_keeps_the_kind_and_every_field(kind: type[errors.ShardprepError]
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal() -> None:
-    error = ShardprepError("is bad", file="a\x1b[2J.pt", key="k\0")
+    error = errors.ShardprepError("is bad", file="a\x1b[2J.pt", key="k\0")
     assert str(error) == r"a\x1b[2J.pt: k\x00: is bad"
