@@ -193,7 +193,9 @@ def test_second_build_is_refused_while_the_first_lives(
     before = contents(unfinished)
     with held(unfinished):
         for overwrite in (False, True):
-            with pytest.raises(BuildError, match="another build or repair is at work in this folder"):
+            with pytest.raises(
+                BuildError, match="another build or repair is at work in this folder"
+            ):
                 build(source, unfinished, overwrite=overwrite, **OPTIONS)
         assert contents(unfinished) == before
     # Its lock died with it.
