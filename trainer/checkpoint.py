@@ -9,16 +9,21 @@ leaves the previous checkpoint in place.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import pickle
 import re
-import zipfile
+import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shardprep import StorageError, publish
-from trainer.errors import CheckpointError
+from trainer.archive import check_values, vet
+from trainer.errors import CheckpointError, DamagedCheckpointError, is_out_of_memory
 
 State = dict[str, Any]
 
@@ -27,35 +32,40 @@ _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def load(path: Path, needs: Iterable[str] = ()) -> State:
-    """Read a checkpoint onto the CPU, with `weights_only=True`.
+    """Read a checkpoint onto the CPU, whoever it is from.
+
+    No code in it is run, and the memory taken is in proportion to its size.
 
     Args:
         path: The file.
         needs: Entries that it must have.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of another format version, or lacks an
-            entry.
+        DamagedCheckpointError: The file is torn, or a byte of it has changed.
+        CheckpointError: It is missing, of another format version, lacks an entry, or holds
+            what a checkpoint never does.
     """
     try:
-        # PyTorch writes checksums but does not compare them when it reads.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
-        state: State = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    # A damaged pickle can raise nearly anything.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        kind = DamagedCheckpointError if error.errno == errno.EIO else CheckpointError
+        raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not a whole checkpoint ({reason}); if it is one of a run, delete it to "
-            "fall back on the one before it"
+            f"{path}: refused, for it holds what no checkpoint of trainer does ({_brief(error)}); "
+            "take one that trainer wrote"
+        ) from error
+    # A damaged file can raise nearly anything.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise DamagedCheckpointError(
+            f"{path}: not a whole checkpoint ({_brief(error)}); --resume goes on from the one "
+            "before it, and --checkpoint FILE takes another"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
@@ -69,6 +79,27 @@ def load(path: Path, needs: Iterable[str] = ()) -> State:
             "this version of trainer"
         )
     return state
+
+
+def _read(path: Path) -> State:
+    # To open a pipe would wait for a writer; a folder is refused by name.
+    if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise OSError("neither a file nor a folder")
+    with path.open("rb") as file:
+        vet(file)
+        state: State = torch.load(file, map_location="cpu", weights_only=True)
+    check_values(state)
+    return state
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint of a run that is whole."""
+
+    file: Path
+    state: State
+    damaged: tuple[DamagedCheckpointError, ...]
+    """Of newer ones, what is the matter with each; the newest first."""
 
 
 class CheckpointFolder:
@@ -99,6 +130,32 @@ class CheckpointFolder:
         found = self.steps()
         return found[-1] if found else None
 
+    def load_newest(self, needs: Iterable[str] = ()) -> Newest:
+        """Read the newest step checkpoint, or if that is damaged, the one before it.
+
+        Args:
+            needs: Entries that it must have.
+
+        Raises:
+            CheckpointError: There is none, all are damaged, or the newest whole one cannot serve.
+        """
+        damaged: list[DamagedCheckpointError] = []
+        for file in reversed(self.steps()):
+            try:
+                return Newest(file, load(file, needs), tuple(damaged))
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+        if not damaged:
+            raise CheckpointError(
+                f"{self.folder}: there is no checkpoint to resume from; start without --resume, "
+                "or name the run with --name and --train.runs"
+            )
+        raise CheckpointError(
+            f"{self.folder}: none of the {len(damaged)} checkpoints is whole; check the disk, then "
+            "start another run with --name NAME, from the best weights so far if those are whole: "
+            f"--train.start_from {self.best} ({damaged[0]})"
+        )
+
     def save(self, state: State, step: int) -> Path:
         """Write a step checkpoint, then delete the oldest beyond `keep`.
 
@@ -111,7 +168,9 @@ class CheckpointFolder:
         _write(path, state)
         older = [other for other in self.steps() if _step_of(other) < step]
         for stale in older[: max(0, len(older) + 1 - self.keep)]:
-            stale.unlink()
+            # One that cannot be deleted now is tried again after the next save.
+            with contextlib.suppress(OSError):
+                stale.unlink()
         return path
 
     def save_best(self, state: State) -> Path:
@@ -127,6 +186,10 @@ class CheckpointFolder:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
         for leftover in self.folder.glob("*.pt.*.tmp"):
             leftover.unlink()
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _step_of(path: Path) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 
 from trainer.errors import ConfigError
+from trainer.kinds import is_a
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,9 @@ class TrainConfig:
     """Checkpoints kept, newest first; best.pt is kept besides."""
     stop_step: int | None = None
     """Save and leave after this step, as an interruption would; the schedule is unchanged."""
+    hang_seconds: float = 1800.0
+    """Time without a step, on any process, after which the run ends with a report of what each
+    process was doing; 0 waits for ever [s]."""
     average_decay: float = 0.0
     """Share of the moving average of the weights that a step keeps; the average is validated and
     saved for prediction. 0 keeps none."""
@@ -254,6 +258,7 @@ _AT_LEAST = {
     "train.save_steps": 1,
     "train.max_skipped": 0,
     "train.keep": 1,
+    "train.hang_seconds": 0,
     "train.average_decay": 0,
     "train.seed": 0,
 }
@@ -274,15 +279,21 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """Rebuild the configuration that `Config.to_dict` gave, as checkpoints keep it.
 
     Raises:
-        ConfigError: A field is unknown or missing; another version of this package wrote it.
+        ConfigError: A field is unknown, missing or of another type; another version of this
+            package wrote it.
     """
     try:
         parts = {key: kind(**values[key]) for key, kind in PARTS.items()}
-        return Config(values["name"], **parts)
+        config = Config(values["name"], **parts)
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"the saved configuration has other fields than this version of trainer: {error}"
         ) from error
+    for part in (config, *parts.values()):
+        for key, hint in get_type_hints(type(part)).items():
+            if key not in PARTS and not is_a(value := getattr(part, key), hint):
+                raise ConfigError(f"{key}: found a {type(value).__name__} in the saved settings")
+    return config
 
 
 def check(config: Config) -> None:

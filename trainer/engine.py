@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from shardprep import publish
 from trainer.average import AveragedModel
-from trainer.checkpoint import CheckpointFolder, State
+from trainer.checkpoint import CheckpointFolder, Newest, State
 from trainer.config import Config
-from trainer.errors import DivergedError
+from trainer.errors import CheckpointError, DivergedError
 from trainer.evaluation import evaluate
 from trainer.factory import (
     build_eval_loader,
@@ -39,6 +40,7 @@ from trainer.preflight import (
     check_same_run,
     choose_checkpoint,
     join_processes,
+    meeting_place,
     open_data,
 )
 from trainer.snapshot import (
@@ -50,6 +52,7 @@ from trainer.snapshot import (
 )
 from trainer.step import TrainStep
 from trainer.sync_norm import synchronise
+from trainer.watchdog import COMPUTING, READING, SAVING, VALIDATING, WAITING, Watchdog
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,22 @@ class Trainer:
 
     Args:
         config: A checked configuration.
-        resume: Continue from the newest checkpoint of the run folder.
+        resume: Continue from the newest checkpoint of the run folder, or from the one before it
+            if that is damaged.
+        since: When the launcher that starts this run anew was itself started, in seconds since the
+            epoch: checkpoints from after it are continued from as well. None on a first start.
 
     Raises:
         ConfigError: The data or the run folder does not allow this run.
-        CheckpointError: The checkpoint to continue from is missing or damaged.
+        CheckpointError: There is no checkpoint to continue from, or none that is whole.
         ShardprepError: The shards cannot be read.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False) -> None:
+    def __init__(self, config: Config, *, resume: bool = False, since: float | None = None) -> None:
         self.config = config
         self.shards = open_data(config.data.shards, validated=config.train.valid_steps > 0)
         self.checkpoints = CheckpointFolder(config.run, config.train.keep)
-        saved = choose_checkpoint(self.checkpoints, config, resume=resume)
+        found = choose_checkpoint(self.checkpoints, config, resume=resume, since=since)
         self.accelerator = join_processes(config)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -97,9 +103,10 @@ class Trainer:
             config, self.shards, self.rank, self.world_size, self.device
         )
         self.step = 0
+        self.newest: Path | None = None
         self.best: dict[str, Any] = {"accuracy": None, "step": None}
         self._build_model()
-        changed = {} if saved is None else self._restore(saved)
+        changed = {} if found is None else self._restore(found)
         if self.accelerator.is_main_process:
             self.checkpoints.sweep()
             with publish(config.run / "config.yaml") as file:
@@ -108,7 +115,15 @@ class Trainer:
             self.accelerator, config.run, step=self.step, total=config.train.total_steps
         )
         self.progress = self.journal.progress
+        self.watchdog = Watchdog(
+            config.train.hang_seconds,
+            rank=self.rank,
+            world_size=self.world_size,
+            store=meeting_place(),
+        )
         self._introduce()
+        for error in found.damaged if found else ():
+            self.progress.say(f"WARNING: {error}; goes on from step {self.step:,}")
         for key, (before, now) in changed.items():
             self.progress.say(f"note: {key} was {before} and is now {now}")
 
@@ -158,13 +173,13 @@ class Trainer:
 
         Raises:
             DivergedError: The loss or the gradient was not a finite number for too many steps.
-            CheckpointError: A checkpoint cannot be written.
+            CheckpointError: The last checkpoint cannot be written.
         """
         train = self.config.train
         batches = self._batches()
         signal = 0
         self.train_step.throughput.restart()
-        with StopSignals() as signals:
+        with StopSignals() as signals, self.watchdog:
             while self.step < train.total_steps:
                 self.train_step(batches, self.step)
                 self.step += 1
@@ -177,7 +192,7 @@ class Trainer:
                 signal = self._agree(signals.received)
                 stop = last or bool(signal) or self.step == train.stop_step
                 if stop or self.step % train.save_steps == 0:
-                    self._save()
+                    self._save(last=stop)
                 if stop:
                     break
         self.progress.close()
@@ -192,14 +207,19 @@ class Trainer:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield from self.loader
+            self.watchdog.enter(READING, self.step)
+            for batch in self.loader:
+                self.watchdog.enter(COMPUTING, self.step)
+                yield batch
+                self.watchdog.enter(READING, self.step)
 
     def _window(self) -> Window:
         """The meter of all ranks, after making sure that not too many steps were skipped."""
         sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
         if sums.diverged:
-            newest = self.checkpoints.latest()
-            kept = f"{newest} is from before" if newest else "no checkpoint was written before"
+            kept = "no checkpoint was written before"
+            if self.newest is not None:
+                kept = f"{self.newest} is from before"
             raise DivergedError(
                 f"step {int(sums.diverged)}: the loss or the gradient is not a finite number, and "
                 f"train.max_skipped allows {self.config.train.max_skipped} such steps in a row; "
@@ -238,9 +258,11 @@ class Trainer:
         started = time.perf_counter()
         self._window()
         self._share_buffers()
+        data, place = self.config.data, (self.rank, self.world_size)
+        batches = build_eval_loader(data, self.shards, "val", *place)
         result = evaluate(
             self.predictor,
-            build_eval_loader(self.config.data, self.shards, "val", self.rank, self.world_size),
+            self.watchdog.each(batches, VALIDATING, self.step),
             self.shards["val"].labels,
             device=self.device,
             criterion=self.criterion,
@@ -258,9 +280,10 @@ class Trainer:
         self.journal.record(record)
         better = self.best["accuracy"] is None or result.accuracy > self.best["accuracy"]
         if better:
-            self.best = {"accuracy": result.accuracy, "step": self.step}
-            if self.accelerator.is_main_process:
-                self.checkpoints.save_best(self._weights())
+            before, self.best = self.best, {"accuracy": result.accuracy, "step": self.step}
+            # The best is what is on the disk: one that is not can still be surpassed, and saved.
+            if self.accelerator.is_main_process and not self._written(self.checkpoints.save_best):
+                self.best = before
         self.progress.say(
             f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
             f"({result.correct:,} of {result.labelled:,}), loss {result.loss:.4f}"
@@ -297,23 +320,54 @@ class Trainer:
         state = weights_state(self.predictor, self.config, self.shards)
         return {"step": self.step, "best": self.best, **state}
 
-    def _save(self) -> None:
-        """Write a checkpoint; every rank waits until it is on the disk."""
+    def _save(self, *, last: bool) -> None:
+        """Write a checkpoint; every rank waits until it is on the disk, or has been refused.
+
+        Raises:
+            CheckpointError: It was refused, and was the last one.
+        """
         window = self._window()
-        if self.accelerator.is_main_process:
+        failed = False
+        main = self.accelerator.is_main_process
+        self.watchdog.enter(SAVING if main else WAITING, self.step)
+        if main:
             state = {
-                **self._weights(),
                 **training_state(self.accelerator, self.optimizer, self.loader),
                 "raw": None if self.average is None else self.bare.state_dict(),
                 "global_batch": self.global_batch,
                 "window": list(window),
             }
-            self.checkpoints.save(state, self.step)
-        self.accelerator.wait_for_everyone()
+            failed = not self._written(lambda weights: self._keep({**weights, **state}))
+        told = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
+        if last and bool(told.any()):
+            raise CheckpointError(
+                f"step {self.step:,}, at which the run ends, is not saved: see the warning above; "
+                f"make room, then go on from {self.newest or 'the beginning'} with --resume"
+            )
         self.train_step.throughput.restart()
 
-    def _restore(self, saved: State) -> Changes:
+    def _keep(self, state: State) -> None:
+        self.newest = self.checkpoints.save(state, self.step)
+
+    def _written(self, write: Callable[[State], object]) -> bool:
+        """Hand what predicting takes to a writer; a disk that refuses ends nothing."""
+        try:
+            write(self._weights())
+        except CheckpointError as error:
+            newest = "none is saved yet"
+            if self.newest is not None:
+                newest = f"the newest that is saved is {self.newest.name}"
+            self.journal.warn(
+                self.step,
+                f"step {self.step:,}: {error}; {newest}, training goes on, and the next save "
+                "tries again",
+            )
+            return False
+        return True
+
+    def _restore(self, found: Newest) -> Changes:
         """Continue from a checkpoint; returns the fields that were changed, as they may be."""
+        file, saved = found.file, found.state
         check_same_data(self.shards, saved, self.config.data.shards)
         changed = check_same_run(
             self.config,
@@ -322,13 +376,11 @@ class Trainer:
             precision=str(self.accelerator.mixed_precision),
             processes=self.world_size,
         )
-        file = self.checkpoints.latest()
-        assert file is not None
         load_weights(self.predictor, saved, file)
         if self.average is not None:
             load_weights(self.bare, {"model": saved["raw"]}, file)
         load_training(self.accelerator, self.optimizer, self.loader, saved, file)
-        self.step, self.best = saved["step"], saved["best"]
+        self.step, self.best, self.newest = saved["step"], saved["best"], file
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.
             self.train_step.meter.restore(saved["window"])
@@ -336,5 +388,5 @@ class Trainer:
 
     def close(self) -> None:
         """Finish the trackers, the bar and the process group."""
-        self.progress.close()
+        self.journal.close()
         self.accelerator.end_training()

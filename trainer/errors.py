@@ -2,13 +2,14 @@
 
     TrainerError            1   the run failed
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
-    ├── CheckpointError     1   a checkpoint is missing, damaged or cannot be written
+    ├── CheckpointError     1   a checkpoint is missing, cannot serve or cannot be written
+    │   └── DamagedCheckpointError  a checkpoint is torn, or a byte of it has changed
     ├── DivergedError       1   too many steps in a row had no finite loss and gradient
     ├── ExportError         1   a model cannot be exported, or the file computes something else
     └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
 
 The number is the exit code of the process. Beside these, 130 and 143 mean that Ctrl-C or SIGTERM
-ended a run, after it saved.
+ended a run, after it saved, and 124 that no process got on for `train.hang_seconds`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class ConfigError(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint is missing, damaged or cannot be written."""
+    """A checkpoint is missing, cannot serve or cannot be written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is torn, or a byte of it has changed; the one before it may serve."""
 
 
 class DivergedError(TrainerError):

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from shardprep import publish
-from trainer.checkpoint import State, load
+from trainer.checkpoint import State
 from trainer.config import config_from_dict
 from trainer.errors import ConfigError, ExportError, TrainerError
 from trainer.inference import find_checkpoint, reported_errors
 from trainer.model import SpeakerModel
-from trainer.snapshot import PREDICTED, load_model
+from trainer.snapshot import load_described, load_model
 from trainer.traceable import Traceable
 
 FORMAT_VERSION = 1
@@ -285,7 +285,7 @@ def _export(run: Path, out: Path, form: str, checkpoint: str) -> None:
     file = find_checkpoint(run, checkpoint)
     if out.resolve() in (file.resolve(), *(run / "checkpoints").resolve().glob("*.pt")):
         raise ConfigError(f"{out}: is a checkpoint; give --out another name")
-    saved = load(file, needs=PREDICTED)
+    saved = load_described(file)
     model = load_model(saved, file).eval()
     click.echo(f"{file}, after {saved['step']:,} steps", err=True)
     data, deviation = export_model(model, form, describe(saved))

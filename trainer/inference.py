@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader, open_shards
-from trainer.checkpoint import CheckpointFolder, load
+from trainer.checkpoint import CheckpointFolder
 from trainer.config import config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
 from trainer.evaluation import Collected, Labels, collect
 from trainer.rejects import LeftOut, read_left_out
-from trainer.snapshot import PREDICTED, load_model
+from trainer.snapshot import load_described, load_model
 from trainer.tta import Views
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
@@ -169,7 +169,7 @@ def open_session(options: ModelOptions) -> Session:
         ShardprepError: The shards cannot be read.
     """
     file = find_checkpoint(options.run, options.checkpoint)
-    saved = load(file, needs=PREDICTED)
+    saved = load_described(file)
     config = config_from_dict(saved["config"])
     shards = open_shards(options.shards or config.data.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tqdm import tqdm
 from shardprep import publish
 
 Record = dict[str, Any]
+
+_TRACKERS = "the files of train.trackers"
 
 
 class MetricsLog:
@@ -25,11 +29,26 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting = b""
 
     def append(self, record: Record) -> None:
-        """Add a record, as one write of one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record as one line, after those that could not be written before.
+
+        Raises:
+            OSError: The file is as it was; the record is written with the next one.
+        """
+        self._waiting += json.dumps(record).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                # A disk that is all but full takes a part, and refuses the rest.
+                rest = self._waiting
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = b""
 
     def truncate(self, step: int) -> None:
         """Drop the records after `step`, and lines that are none, as a kill may leave.
@@ -121,6 +140,7 @@ class Journal:
         self._accelerator = accelerator
         self._main = bool(accelerator.is_main_process)
         self._log = MetricsLog(run / "metrics.jsonl")
+        self._refused: set[str] = set()
         if self._main:
             self._log.truncate(step)
         purge = {"tensorboard": {"purge_step": step + 1}}
@@ -129,11 +149,42 @@ class Journal:
 
     def record(self, record: Record) -> None:
         """Write an event, a dict with `event` and `step`, to metrics.jsonl and the trackers."""
-        if self._main:
-            self._log.append(record)
+        self._append(record)
         values = {
             f"{record['event']}/{key}": value
             for key, value in record.items()
             if key not in ("event", "step")
         }
-        self._accelerator.log(values, step=record["step"])
+        # A tracker that has failed once may hang the next time.
+        if _TRACKERS not in self._refused:
+            with self._forgiving(_TRACKERS, "no more is written there"):
+                self._accelerator.log(values, step=record["step"])
+
+    def warn(self, step: int, text: str) -> None:
+        """Say loudly that something has failed, on stderr and in metrics.jsonl."""
+        self.progress.say(f"WARNING: {text}")
+        self._append({"event": "warning", "step": step, "text": text})
+
+    def close(self) -> None:
+        """Leave the bar as it stands, and finish the trackers."""
+        self.progress.close()
+        for tracker in self._accelerator.trackers:
+            with self._forgiving(_TRACKERS, "the end of the curves may be missing"):
+                tracker.finish()
+        self._accelerator.trackers = []
+
+    def _append(self, record: Record) -> None:
+        if self._main:
+            with self._forgiving("metrics.jsonl", "what is missing is written once there is room"):
+                self._log.append(record)
+
+    @contextlib.contextmanager
+    def _forgiving(self, what: str, outcome: str) -> Iterator[None]:
+        """Training goes on where it cannot be told of; that is said once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._refused:
+                reason = error.strerror or str(error)
+                self.progress.say(f"WARNING: {what} cannot be written ({reason}); {outcome}")
+            self._refused.add(what)

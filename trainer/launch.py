@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.errors import ConfigError
@@ -117,10 +118,29 @@ def _options(command: list[str]) -> str:
     return " ".join(command).replace("-", "_")
 
 
+def restarted_since(environment: Mapping[str, str]) -> float | None:
+    """When the launcher began that has started this process anew, as torchrun does on a failure.
+
+    Args:
+        environment: Of this process.
+
+    Returns:
+        Seconds since the epoch, or None if this is the first start.
+    """
+    if not int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return None
+    # The 22nd field, counted from behind the name, which may hold anything.
+    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
 def start_processes(number: int) -> int:
     """Run this program again as `number` processes that know of one another, and wait.
 
     Ctrl-C reaches them from the terminal; SIGTERM, and the death of the launcher, are passed on.
+    A process that the system killed is named on stderr.
 
     Returns:
         The exit code: 0 if all ended well, else that of the first that did not.
@@ -159,9 +179,11 @@ def _free_port() -> int:
 def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
     failed, deadline, told = 0, float("inf"), False
     while None in (codes := [worker.poll() for worker in workers]):
-        if not failed and (bad := [code for code in codes if code]):
+        if not failed and any(codes):
             # The others are stuck in an exchange with it; the main one may still have a word.
-            failed, deadline = bad[0], time.monotonic() + _GRACE_SECONDS
+            failed, deadline = _first(codes), time.monotonic() + _GRACE_SECONDS
+            if failed < 0 and not signals.received:
+                print(_obituary(codes.index(failed), -failed), file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
             break
         if signals.received == signal.SIGTERM and not told:
@@ -169,6 +191,25 @@ def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
             for worker in workers:
                 worker.terminate()
         time.sleep(_POLL_SECONDS)
-    code = failed or next((code for code in codes if code), 0)
+    code = failed or _first(codes)
     # A negative code names the signal that killed a worker.
     return code if code >= 0 else 128 - code
+
+
+def _first(codes: Sequence[int | None]) -> int:
+    """The code that explains the others, which fail when one of them is killed; 0 for none."""
+    return min((code for code in codes if code), key=lambda code: code > 0, default=0)
+
+
+def _obituary(rank: int, number: int) -> str:
+    """What to tell of a process that died of signal `number`, and what to do."""
+    why: dict[int, str] = {
+        signal.SIGKILL: " (out of memory?)",
+        signal.SIGBUS: " (a shard was changed or its disk failed while it was mapped; run "
+        "`shardprep verify`)",
+    }
+    name, reason = signal.Signals(number).name, why.get(number, "")
+    return (
+        f"error: process {rank} was killed by {name}{reason}; give the same command with --resume "
+        "to go on from the newest checkpoint"
+    )

@@ -140,8 +140,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         usage="accelerate launch [flags] trainer/train.py [--config FILE] [--FIELD VALUE ...]",
         description="Train a speaker classifier on shards. Precision, devices and processes are "
         "flags of `accelerate launch`; all the rest is below.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 Ctrl-C and 143 SIGTERM "
-        "(both after saving); errors of the shards have those of `shardprep`. These are the codes "
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process got on for "
+        "train.hang_seconds, 130 Ctrl-C and 143 SIGTERM (both after saving); errors of the shards "
+        "have those of `shardprep`. These are the codes "
         "of the process itself: `accelerate launch` replaces all but 0 by 1. Without --config the "
         "boss recipe is read.",
         exit_on_error=False,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch import distributed
+from torch._C._distributed_c10d import Store
 
 from shardprep import ShardSet, open_shards
-from trainer.checkpoint import CheckpointFolder, State, load
+from trainer.checkpoint import CheckpointFolder, Newest, State
 from trainer.config import Config, flatten
-from trainer.errors import CheckpointError, ConfigError
-from trainer.snapshot import RESUMED
+from trainer.errors import ConfigError
+from trainer.snapshot import RESUMED, check_description
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -30,6 +33,9 @@ _FIXED = (
     "train.start_from",
     "train.seed",
 )
+
+# The process group counts milliseconds in 32 bits.
+_LONGEST_SECONDS = 1e6
 
 
 def open_data(path: str, *, validated: bool) -> ShardSet:
@@ -64,27 +70,36 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
     return shards
 
 
-def choose_checkpoint(folder: CheckpointFolder, config: Config, *, resume: bool) -> State | None:
+def choose_checkpoint(
+    folder: CheckpointFolder, config: Config, *, resume: bool, since: float | None = None
+) -> Newest | None:
     """Load the checkpoint to continue from, or make sure that none would be overwritten.
+
+    Args:
+        folder: Of the run.
+        config: Of the run.
+        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
+        since: When a launcher that has started this run anew was started itself, in seconds since
+            the epoch; None if this is the first start. Checkpoints from after it are this run's
+            own, and are continued from without being told to.
 
     Raises:
         ConfigError: There are checkpoints and `resume` is not given.
-        CheckpointError: `resume` is given and there is none, or it is damaged or not whole.
+        CheckpointError: `resume` is given and there is none, or none that is whole.
     """
     newest = folder.latest()
-    if not resume:
-        if newest is not None:
+    if not resume and newest is not None:
+        if since is None or newest.stat().st_mtime < since:
             raise ConfigError(
                 f"name: the run folder {config.run} already has checkpoints, the newest "
                 f"{newest.name}; continue it with --resume, or start another with --name NAME"
             )
+        resume = True
+    if not resume:
         return None
-    if newest is None:
-        raise CheckpointError(
-            f"{folder.folder}: there is no checkpoint to resume from; start without --resume, "
-            "or name the run with --name and --train.runs"
-        )
-    return load(newest, needs=RESUMED)
+    found = folder.load_newest(RESUMED)
+    check_description(found.state, found.file)
+    return found
 
 
 def check_same_run(
@@ -148,7 +163,9 @@ def join_processes(config: Config) -> Accelerator:
         ConfigError: The flags of the launch do not suit the device, or not all processes can be
             met: each would train, and write, on its own.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started, hang = int(os.environ.get("WORLD_SIZE", "1")), config.train.hang_seconds
+    # The watchdog, which knows more, is to speak first.
+    timeout = timedelta(seconds=min(2 * hang, _LONGEST_SECONDS) + 300)
     try:
         accelerator = Accelerator(
             # Unless told so, accelerate does not join processes that have nothing but CPUs.
@@ -156,6 +173,7 @@ def join_processes(config: Config) -> Accelerator:
             log_with=list(config.train.trackers) or None,
             # Event files go into the run folder itself: TensorBoard calls the run by its name.
             project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if hang else None,
         )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
@@ -170,3 +188,10 @@ def join_processes(config: Config) -> Accelerator:
             f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
         )
     return accelerator
+
+
+def meeting_place() -> Store | None:
+    """The store through which the processes of the launch have met; None for one on its own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.distributed_c10d._get_default_store()

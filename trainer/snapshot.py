@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from shardprep import SegmentLoader, ShardSet
 from trainer.checkpoint import State, load
-from trainer.config import Config, config_from_dict
+from trainer.config import Config, check, config_from_dict
 from trainer.errors import CheckpointError, ConfigError
 from trainer.factory import build_model
 from trainer.model import SpeakerModel
@@ -83,7 +85,7 @@ def start_from(model: nn.Module, path: str, shards: ShardSet) -> None:
         CheckpointError: It cannot be read, or is of another model.
     """
     file = Path(path)
-    saved = load(file, needs=PREDICTED)
+    saved = load_described(file)
     if list(saved["speakers"]) != list(shards.speakers):
         raise ConfigError(
             f"train.start_from: {path} knows {len(saved['speakers'])} speakers that are not the "
@@ -92,17 +94,74 @@ def start_from(model: nn.Module, path: str, shards: ShardSet) -> None:
     load_weights(model, saved, file)
 
 
+def load_described(file: Path) -> State:
+    """Read a checkpoint and make sure that it says of its model what it must, as it must.
+
+    Raises:
+        CheckpointError: It cannot be read, or an entry is not of the kind that it should be.
+    """
+    saved = load(file, needs=PREDICTED)
+    check_description(saved, file)
+    return saved
+
+
+def check_description(saved: State, file: Path) -> None:
+    """Make sure of the kinds of the entries that describe a model; `file` is named in errors.
+
+    Raises:
+        CheckpointError: Naming the entry.
+    """
+    step, n_mels, speakers, weights = (
+        saved[key] for key in ("step", "n_mels", "speakers", "model")
+    )
+    sound = {
+        "steps": type(step) is int and 0 <= step < 2**63,
+        "mel bins": type(n_mels) is int and 1 <= n_mels < 2**31,
+        "speakers": type(speakers) is list
+        and 0 < len(speakers) == len({name for name in speakers if isinstance(name, str)}),
+        "weights": isinstance(weights, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()),
+    }
+    for what, good in sound.items():
+        if not good:
+            raise CheckpointError(
+                f"{file}: its {what} are of another kind than trainer saves; take another one"
+            )
+    try:
+        check(config_from_dict(saved["config"]))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise _unfit(file, "settings", error) from error
+
+
 def load_model(saved: State, file: Path) -> SpeakerModel:
     """Build the model that a checkpoint describes, with its weights; `file` is named in errors.
+
+    What the model takes is known to be what the file holds before any memory is taken.
 
     Raises:
         CheckpointError: Its configuration describes no model, or not that of its weights.
     """
+    check_description(saved, file)
+    config = config_from_dict(saved["config"]).model
+    sizes = saved["n_mels"], len(saved["speakers"])
+    found = {name: tuple(weight.shape) for name, weight in saved["model"].items()}
+
+    def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = build_model(replace(config, layers=layers), *sizes)
+        return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
     try:
-        config = config_from_dict(saved["config"])
-        model = build_model(config.model, saved["n_mels"], len(saved["speakers"]))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise _unfit(file, "settings", error) from error
+        # Even a block without weights takes memory: count those of one before making them all.
+        one, two = len(shapes(1)), len(shapes(2))
+        if len(found) != one + (config.layers - 1) * (two - one):
+            raise ValueError(f"{len(found)} tensors are not those of {config.layers} blocks")
+        for name, shape in shapes(config.layers).items():
+            if found.get(name) != shape:
+                raise ValueError(f"{name}: found {found.get(name)}, expected {shape}")
+        model = build_model(config, *sizes)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise _unfit(file, "weights", error) from error
     load_weights(model, saved, file)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ from trainer.launch import (
     launch_command,
     parent_command,
     processes_to_start,
+    restarted_since,
     start_processes,
 )
 from trainer.options import Invocation, parse_args
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 usage or configuration, 130 after Ctrl-C, 143 after
         SIGTERM, and the codes of `shardprep` for shards that cannot be read and disks that
-        refuse.
+        refuse. A run that hangs leaves with 124 by itself; one that a signal kills has 128 and the
+        signal's number.
     """
     try:
         return _run(parse_args(sys.argv[1:] if argv is None else argv))
@@ -81,7 +84,7 @@ def _train(asked: Invocation) -> int:
 
     if _rank() == 0:
         _note(asked.notes)
-    trainer = Trainer(asked.config, resume=asked.resume)
+    trainer = Trainer(asked.config, resume=asked.resume, since=restarted_since(os.environ))
     try:
         outcome = trainer.fit()
         if _rank() == 0:
@@ -142,4 +145,6 @@ def _rank() -> int:
 
 
 if __name__ == "__main__":
+    # A shard that is cut short while it is mapped, or whose disk fails, ends the process by SIGBUS.
+    faulthandler.enable()
     sys.exit(main())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import CheckpointFolder, load
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedCheckpointError
 
 
 def names(folder: CheckpointFolder) -> list[str]:
@@ -87,7 +87,7 @@ def test_a_torn_file_is_named_with_the_remedy(tmp_path: Path, kept: float) -> No
     path = CheckpointFolder(tmp_path).save({"w": torch.randn(1000)}, 5)
     size = int(kept if kept > 1 else kept * path.stat().st_size)
     os.truncate(path, size)
-    with pytest.raises(CheckpointError, match=r"step-00000005\.pt: not a whole.*delete it"):
+    with pytest.raises(DamagedCheckpointError, match=r"5\.pt: not a whole.*--resume goes on"):
         load(path)
 
 
@@ -96,7 +96,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"step-00000005\.pt: not a whole .*checksum"):
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000005\.pt: not a whole .*checksum"):
         load(path)
 
 
@@ -118,7 +118,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save({"format": 1, "x": Harm()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil\.pt: not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt: refused, .*it names posix\.mkdir"):
         load(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists()
 

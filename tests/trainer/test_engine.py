@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -333,17 +334,54 @@ def test_another_data_set_is_refused(
         Trainer(make_config(), resume=True)
 
 
-def test_a_torn_checkpoint_is_refused_and_the_one_before_still_serves(
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 9000), flip, Path.touch])
+def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
     make_config: ConfigFactory,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    whole = make_config(name="whole")
+    train(whole)
+    parts = make_config(name="parts")
+    train(parts)
+    last = parts.run / "checkpoints" / "step-00000012.pt"
+    if damage is Path.touch:
+        last.unlink()
+    damage(last)
+    capsys.readouterr()
+    assert train(parts, resume=True).finished
+    err = capsys.readouterr().err
+    assert "WARNING: " in err
+    assert f"{last}: not a whole checkpoint (" in err
+    assert "; goes on from step 6" in err
+    assert records(parts) == records(whole)
+    for name in ("best.pt", "step-00000012.pt"):
+        found, expected = (load(c.run / "checkpoints" / name) for c in (parts, whole))
+        assert found["step"] == expected["step"]
+        assert list(map(torch.equal, tensors(found), tensors(expected))).count(False) == 0
+
+
+def test_without_a_whole_checkpoint_the_remedy_is_told(make_config: ConfigFactory) -> None:
     config = make_config()
     train(config)
-    last = config.run / "checkpoints" / "step-00000012.pt"
-    last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"step-00000012\.pt: not a whole checkpoint"):
+    for path in (config.run / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the 2 .* --train\.start_from .*best\.pt"):
         Trainer(config, resume=True)
-    last.unlink()
-    assert train(config, resume=True).finished
+
+
+def test_another_format_is_no_damage(make_config: ConfigFactory) -> None:
+    config = make_config()
+    train(config)
+    torch.save({"format": 2}, config.run / "checkpoints" / "step-00000012.pt")
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt: checkpoint format 2 found"):
+        Trainer(config, resume=True)
 
 
 def test_data_that_does_not_allow_the_run_is_refused_with_the_remedy(

@@ -1,0 +1,216 @@
+"""Ends a run that no longer gets on, and says what every process was doing.
+
+A hanging disk, a stopped process or a machine that is gone leave the others waiting in an exchange
+of gradients, in silence. Here a thread in each process tells the others every few seconds how far
+its process has come, through the store by which they met; the training itself only notes what it
+is about to do, and never waits for any of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import TypeVar
+
+from torch._C._distributed_c10d import Store
+
+# As `timeout` does, so that it is told from a failure.
+EXIT_CODE = 124
+
+READING, COMPUTING, VALIDATING = "reading data", "computing", "validating"
+SAVING, WAITING = "saving", "waiting for process 0 to save"
+# What a process does by itself; in all else it may be waiting for another.
+_ALONE = (READING, SAVING)
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far a process has come, as it says itself."""
+
+    ticks: int = 0
+    """Rises as long as the process runs at all."""
+    count: int = 0
+    """Rises with whatever the process begins."""
+    step: int = 0
+    """Steps done."""
+    phase: str = "starting"
+    """What it does."""
+    seconds: float = 0.0
+    """How long it has been at it."""
+
+
+class Watchdog:
+    """Watches the run while entered; also takes note of what this process does.
+
+    Time is counted while the process runs: one that was stopped and goes on finds no alarm.
+
+    Args:
+        seconds: Time in which no process begins anything, after which all leave with `EXIT_CODE`;
+            0 never does.
+        rank: Of this process.
+        world_size: Number of processes.
+        store: Where they meet; None for a process on its own.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        store: Store | None = None,
+    ) -> None:
+        self.seconds = seconds
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._interval = min(5.0, seconds / 8)
+        self._note = (0, 0, "starting")
+        self._reports = {rank: Report()}
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def enter(self, phase: str, step: int) -> None:
+        """Note what this process does from now on, having done `step` steps."""
+        self._note = (self._note[0] + 1, step, phase)
+
+    def each(self, items: Iterable[Item], phase: str, step: int) -> Iterator[Item]:
+        """Pass items on, and note every one."""
+        for item in items:
+            self.enter(phase, step)
+            yield item
+
+    def __enter__(self) -> Watchdog:
+        targets = [self._watch, *([] if self._store is None else [self._exchange])]
+        if self.seconds:
+            self._threads = [threading.Thread(target=each, daemon=True) for each in targets]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            # A store that hangs must not keep the process from leaving.
+            thread.join(timeout=5.0)
+
+    def _exchange(self) -> None:
+        store = self._store
+        assert store is not None
+        # The group's own store is locked while the training waits for something in it; releases
+        # of PyTorch that cannot make another connection to it are slower to tell.
+        if hasattr(store, "clone"):
+            store = store.clone()
+        keys = [f"trainer/watchdog/{rank}" for rank in range(self.world_size)]
+        while not self._stopped.wait(self._interval):
+            # A host that has left, or does not answer, shows by the silence of all.
+            with contextlib.suppress(RuntimeError):
+                store.set(keys[self.rank], json.dumps(astuple(self._reports[self.rank])))
+                rows = store.multi_get(keys)
+                others = {rank: Report(*json.loads(row)) for rank, row in enumerate(rows)}
+                self._reports.update({r: x for r, x in others.items() if r != self.rank})
+
+    def _watch(self) -> None:
+        still, silence = Stillness(), Silence(self.world_size)
+        while not self._stopped.wait(self._interval):
+            before, (count, step, phase) = self._reports[self.rank], self._note
+            seconds = before.seconds + self._interval if count == before.count else 0.0
+            self._reports[self.rank] = Report(before.ticks + 1, count, step, phase, seconds)
+            reports = dict(self._reports)
+            silence.hear(reports, self._interval)
+            if still.hear(reports, self._interval) >= self.seconds:
+                self._end(reports, silence.beyond(self.seconds / 2))
+                return
+
+    def _end(self, reports: Mapping[int, Report], silent: Sequence[int]) -> None:
+        """Report, unless a lower rank does, and leave."""
+        if set(silent).issuperset(range(self.rank)):
+            print(describe(reports, silent, self.seconds), file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all as soon as one has left: let the other one speak first.
+            time.sleep(1.0 + 3 * self._interval)
+        if reports[self.rank].phase in _ALONE:
+            faulthandler.dump_traceback(all_threads=True)
+        os._exit(EXIT_CODE)
+
+
+class Stillness:
+    """For how long nothing has begun on any process, as far as one of them hears."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._seconds = 0.0
+
+    def hear(self, reports: Mapping[int, Report], passed: float) -> float:
+        """Take in what is known `passed` seconds after the last time; returns seconds."""
+        counts = {rank: report.count for rank, report in reports.items()}
+        self._seconds = self._seconds + passed if counts == self._counts else 0.0
+        self._counts = counts
+        return self._seconds
+
+
+class Silence:
+    """For how long each process has not been heard of.
+
+    Args:
+        world_size: Number of processes.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._ticks = dict.fromkeys(range(world_size), -1)
+        self._seconds = dict.fromkeys(range(world_size), 0.0)
+
+    def hear(self, reports: Mapping[int, Report], passed: float) -> None:
+        """Take in what is known `passed` seconds after the last time."""
+        for rank, ticks in self._ticks.items():
+            now = reports[rank].ticks if rank in reports else ticks
+            self._seconds[rank] = self._seconds[rank] + passed if now == ticks else 0.0
+            self._ticks[rank] = now
+
+    def beyond(self, seconds: float) -> list[int]:
+        """Ranks that have been silent for at least so long."""
+        return [rank for rank, silent in self._seconds.items() if silent >= seconds]
+
+
+def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: float) -> str:
+    """What one process says of all, as lines.
+
+    Args:
+        reports: The last that was heard of each, by rank; a rank may be missing.
+        silent: Ranks that no longer answer.
+        seconds: For how long nothing has begun [s].
+    """
+    alone = [
+        rank for rank, x in sorted(reports.items()) if x.phase in _ALONE and rank not in silent
+    ]
+    if silent:
+        what = f"{_named(silent)} no longer answers: it was stopped, or its machine hangs"
+        if len(silent) > 1 and 0 in silent:
+            what += ", or process 0 does, through which the others are heard"
+    elif alone:
+        phases = sorted({reports[rank].phase for rank in alone})
+        what = f"{_named(alone)} is stuck in {' and '.join(phases)}: look at its disks"
+    else:
+        what = "all are computing, or wait for one another"
+    lines = [f"error: no process has begun anything for {seconds:g} s, train.hang_seconds; {what}"]
+    for rank in sorted({*reports, *silent}):
+        last = reports.get(rank)
+        tale = "was never heard of"
+        if last is not None:
+            tale = f"after step {last.step:,}, {last.phase} for {last.seconds:.0f} s"
+            tale += ", no answer since" if rank in silent else ""
+        lines.append(f"  process {rank}: {tale}")
+    return "\n".join([*lines, "--resume goes on from the newest checkpoint"])
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return "process " + " and ".join(map(str, ranks))
