@@ -10,18 +10,22 @@
 #                       do it on CPUs
 # make torture          injure sets and builds in every way, kill and resume training, soak for MINUTES
 #                       (10), and write scripts/results/{torture,soak}.json; takes half an hour
+# make fuzz             fuzz every reader of foreign files for SECONDS (600) each, from an environment
+#                       of its own; findings go to fuzz-found/, figures to scripts/results/fuzz.json
 # make clean            remove what these made (not the data)
 
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+FUZZ_VENV ?= .venv-fuzz
 DATA ?=
 ARGS ?=
 MINUTES ?= 10
+SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench bench-train ladder torture clean
+.PHONY: demo test test-all check bench bench-train ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,5 +71,14 @@ torture: $(INSTALLED)
 	$(BIN)/python scripts/torture.py --out scripts/results/torture.json
 	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --out scripts/results/soak.json
 
+$(FUZZ_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	touch $@
+
+fuzz: $(FUZZ_VENV)/.installed
+	$(FUZZ_VENV)/bin/python scripts/fuzz.py --seconds $(SECONDS) --found fuzz-found \
+		--out scripts/results/fuzz.json
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(FUZZ_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
