@@ -132,3 +132,35 @@ def test_pickled_array_is_never_loaded() -> None:
     np.save(buffer, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="pickle"):
         codecs.decode(buffer.getvalue(), CodecInfo("none"))
+
+
+def test_zstd_is_inflated_to_no_more_than_the_limit() -> None:
+    codec = CodecInfo("zstd", 3, 64)
+    mel = np.zeros((4000, 40), "<f2")
+    payload = codecs.encode(mel, codec)
+    np.testing.assert_array_equal(codecs.decode(payload, codec, mel.nbytes), mel)
+    with pytest.raises(ValueError, match="more than"):
+        codecs.decode(payload, codec, mel.nbytes - 1)
+    with pytest.raises(ValueError, match="inflates to more than"):
+        codecs.decode(payload, codec, 1000)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "what"),
+    [
+        ("(3, 5)", "<f2", "0 bytes follow its npy header, expected 30"),
+        (f"({2**60}, 5)", "<f2", "more than"),
+        ("(3,)", "<f2", "not a matrix in C order"),
+        ("(-3, -5)", "<f2", "not a matrix in C order"),
+        ("(3, 5)", "|O", "not numbers; nothing is ever unpickled"),
+        ("(3, 5)", "|S4", "not numbers"),
+        ("(3, 5)", "(2,)<f2", "not"),
+        ("(" * 60, "<f2", "damaged"),
+        ("__import__('os')", "<f2", "."),
+    ],
+)
+def test_npy_header_that_lies_is_a_value_error(shape: str, dtype: str, what: str) -> None:
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", 182) + text.encode().ljust(181) + b"\n"
+    with pytest.raises(ValueError, match=what):
+        codecs.decode(data, CodecInfo("none"))

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from shardprep import StorageError
-from shardprep.storage import fetch, publish, publish_bytes, sha256_of
+from shardprep.storage import (
+    fetch,
+    open_regular,
+    publish,
+    publish_bytes,
+    read_at_most,
+    sha256_of,
+)
 
 
 def test_name_appears_only_after_the_last_byte(tmp_path: Path) -> None:
@@ -134,3 +141,17 @@ def test_trouble_in_fetching_is_left_to_the_reader(
     before = os.listdir("/proc/self/fd")
     fetch(tmp_path / "a.pt")
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_pipes_devices_and_folders_are_never_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+
+
+def test_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_at_most(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes, more than the 4"):
+        read_at_most(tmp_path / "a", 4)
