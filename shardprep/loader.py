@@ -28,6 +28,8 @@ Placement = Literal["auto", "host", "device"]
 EpochOrder = Callable[[Indices], Indices]
 # Indices, starts, segments (None where they are cut on the device), labels, lengths.
 Crops = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
+# The position behind a batch, its segments that stand in for damaged ones, and the batch.
+Planned = tuple[int, int, Crops]
 
 # Samples of all ranks whose order and crops are computed at a time.
 PLANNED = 16_384
@@ -79,6 +81,7 @@ class SegmentLoader:
 
     Attributes:
         placement: "host" or "device", as was decided.
+        replaced: Segments that were delivered in the place of those of damaged utterances.
 
     Yields:
         Dicts of tensors: mel (B, T, F), label (B,) int64, both on `device`, and length (B,)
@@ -130,6 +133,7 @@ class SegmentLoader:
             check_lanes(lanes, window_shards, self._global_batch, world_size)
         self.split = split
         self.epoch = 0
+        self.replaced = 0
         self._segment_frames = segment_frames
         self._seed = seed
         self._rank, self._world_size = rank, world_size
@@ -209,13 +213,14 @@ class SegmentLoader:
         self._warm()
         ready = ahead(self._crops(self.epoch, self._position), self._prefetch)
         with contextlib.closing(ready):
-            for end, crops in ready:
+            for end, replaced, crops in ready:
                 self._position = end
+                self.replaced += replaced
                 yield self._deliver(crops)
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _crops(self, epoch: int, position: int) -> Iterator[tuple[int, Crops]]:
-        """Segments of this rank's batches on the host, and the position behind each batch."""
+    def _crops(self, epoch: int, position: int) -> Iterator[Planned]:
+        """Segments of this rank's batches on the host."""
         order = self._epoch_order(epoch)
         asked: set[int] = set()
         step = self._global_batch
@@ -236,11 +241,13 @@ class SegmentLoader:
             at = 0
             for end, share in zip(ends, shares, strict=True):
                 own: Any = np.arange(at, at := at + share.stop - share.start)
+                replaced = 0
                 if (places := self._guard.stand_ins(indices[own])) is not None:
+                    replaced = int((places != np.arange(len(own))).sum())
                     own = own[places]
                 mel = self._host_mel(indices[own], starts[own])
                 length = torch.from_numpy(lengths[own])
-                yield end, (indices[own], starts[own], mel, labels[own], length)
+                yield end, replaced, (indices[own], starts[own], mel, labels[own], length)
 
     def _plan(
         self, order: EpochOrder, epoch: int, begins: range, shares: list[slice]

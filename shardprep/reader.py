@@ -251,6 +251,15 @@ class Split:
         whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
         return whole
 
+    def map_all(self) -> None:
+        """Map every shard now, so that later reads are of what is there now, come what may.
+
+        Raises:
+            CorruptShardError: A shard is missing, has another size than the manifest says, or the
+                folder holds another set by now.
+        """
+        self._map.need(np.arange(len(self._info.shards)))
+
     def check_sizes(self) -> None:
         """Make sure that every shard is there and as large as the manifest says.
 

@@ -39,6 +39,13 @@ class DataConfig:
     """Shuffling window of each lane, with order windowed [shards]."""
     prefetch: int = 2
     """Batches that a thread prepares ahead."""
+    verify_reads: Literal["never", "once", "always"] = "once"
+    """Whether the crc32 of an utterance is checked before its crops are used."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """What a damaged utterance leads to: the end of the run, or it is left out; skip goes with a
+    data.verify_reads other than never."""
+    max_corrupt: int = 100
+    """Damaged utterances of one process that skip bears; one more ends the run."""
     eval_frames: int = 32768
     """Largest padded area of a batch of whole utterances [frames]; a longer one goes alone."""
 
@@ -229,6 +236,7 @@ _AT_LEAST = {
     "data.lanes": 1,
     "data.window_shards": 1,
     "data.prefetch": 0,
+    "data.max_corrupt": 0,
     "data.eval_frames": 1,
     "model.dim": 1,
     "model.layers": 1,
@@ -318,6 +326,8 @@ def check(config: Config) -> None:
     _check_augment(config.augment)
     _check_loss(config.loss, config.model.classifier)
     train = config.train
+    if config.data.on_corrupt == "skip" and config.data.verify_reads == "never":
+        _refuse("data.verify_reads", "never", "once or always with data.on_corrupt skip")
     if config.optim.lr <= 0:
         _refuse("optim.lr", config.optim.lr, "more than 0")
     if train.average_decay >= 1:

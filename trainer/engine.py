@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardprep import publish
+from shardprep import CorruptShardError, publish
 from trainer.average import AveragedModel
 from trainer.checkpoint import CheckpointFolder, Newest, State
 from trainer.config import Config
@@ -103,6 +103,8 @@ class Trainer:
             config, self.shards, self.rank, self.world_size, self.device
         )
         self.step = 0
+        self._replaced = 0
+        self._shards_changed = False
         self.newest: Path | None = None
         self.best: dict[str, Any] = {"accuracy": None, "step": None}
         self._build_model()
@@ -239,6 +241,7 @@ class Trainer:
             "accuracy": sums.correct / sums.samples if sums.samples else None,
             "grad_norm": sums.norm / sums.steps if sums.steps else None,
             "skipped": int(sums.skipped),
+            "corrupt": self._corrupt(),
             "lr": group["lr"],
             **self.train_step.throughput.rates(self.world_size),
             "peak_memory_mib": peak_memory_mib(self.device),
@@ -252,6 +255,12 @@ class Trainer:
             )
         self.train_step.meter.reset()
         self.train_step.throughput.restart()
+
+    def _corrupt(self) -> int:
+        """Crops since the last log step, of all ranks, whose utterance was damaged."""
+        before, self._replaced = self._replaced, self.loader.replaced
+        found = torch.tensor([self._replaced - before], device=self.device)
+        return int(self.accelerator.gather(found).sum())
 
     def _validate(self) -> None:
         """Validate on whole utterances, and keep the weights if they are the best so far."""
@@ -267,6 +276,7 @@ class Trainer:
             device=self.device,
             criterion=self.criterion,
             reduce=lambda total: self.accelerator.reduce(total, "sum"),
+            incomplete=data.on_corrupt == "skip",
         )
         record = {
             "event": "valid",
@@ -327,6 +337,7 @@ class Trainer:
             CheckpointError: It was refused, and was the last one.
         """
         window = self._window()
+        self._look_at_shards()
         failed = False
         main = self.accelerator.is_main_process
         self.watchdog.enter(SAVING if main else WAITING, self.step)
@@ -345,6 +356,23 @@ class Trainer:
                 f"make room, then go on from {self.newest or 'the beginning'} with --resume"
             )
         self.train_step.throughput.restart()
+
+    def _look_at_shards(self) -> None:
+        """Warn, once, if the folder holds another set than the one that is trained on.
+
+        What is open already is that of the run; a shard that is not yet would be an error.
+        """
+        if self._shards_changed or not self.accelerator.is_main_process:
+            return
+        try:
+            self.shards.check_unchanged()
+        except CorruptShardError as error:
+            self._shards_changed = True
+            self.journal.warn(
+                self.step,
+                f"{error.file}: {error.what}; the run goes on with the shards that it has open, "
+                "and can be resumed only on the set that it began on",
+            )
 
     def _keep(self, state: State) -> None:
         self.newest = self.checkpoints.save(state, self.step)

@@ -25,7 +25,7 @@ class Evaluation:
     """Counts over a split; ratios are made from them last, never averaged."""
 
     predictions: Labels
-    """Class of each utterance (N,), in the split's own order."""
+    """Class of each utterance (N,), in the split's own order; -1 for one that was left out."""
     correct: int
     labelled: int
     loss_sum: float
@@ -89,6 +89,7 @@ def evaluate(
     device: torch.device,
     criterion: Criterion | None = None,
     reduce: Callable[[Tensor], Tensor] = on_one_process,
+    incomplete: bool = False,
 ) -> Evaluation:
     """Classify every utterance of a split, whole.
 
@@ -100,6 +101,7 @@ def evaluate(
         device: Where the model is.
         criterion: Mean loss of logits (B, S) and labels (B,); None leaves the loss out.
         reduce: Sums a tensor over the ranks; called the same number of times on each.
+        incomplete: Whether the batches may leave utterances out, as damaged ones are.
 
     Returns:
         Counts over the whole split, equal on every rank.
@@ -112,7 +114,7 @@ def evaluate(
             tally.add(batch["index"], logits)
             if criterion is not None:
                 loss_sum += _summed_loss(criterion, logits, batch["label"])
-    return tally.evaluation(reduce, reduce(loss_sum))
+    return tally.evaluation(reduce, reduce(loss_sum), incomplete=incomplete)
 
 
 def collect(
@@ -174,12 +176,18 @@ class _Tally:
         self._found.index_add_(1, index, answers)
 
     def evaluation(
-        self, reduce: Callable[[Tensor], Tensor] = on_one_process, loss_sum: Tensor | None = None
+        self,
+        reduce: Callable[[Tensor], Tensor] = on_one_process,
+        loss_sum: Tensor | None = None,
+        *,
+        incomplete: bool = False,
     ) -> Evaluation:
-        """The counts over all ranks."""
+        """The counts over all ranks; `incomplete` if utterances may have been left out."""
         predictions, seen, place = reduce(self._found).cpu().numpy()
-        assert (seen == 1).all(), "an utterance was evaluated twice or not at all"
-        known = self._labels >= 0
+        assert (seen <= 1).all(), "an utterance was evaluated twice"
+        assert incomplete or seen.all(), "an utterance was not evaluated"
+        predictions[seen == 0] = -1
+        known = (self._labels >= 0) & (seen == 1)
         return Evaluation(
             predictions=predictions,
             correct=int((predictions[known] == self._labels[known]).sum()),

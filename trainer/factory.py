@@ -98,6 +98,9 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
         pad_value=data.pad_value,
+        verify_reads=data.verify_reads,
+        on_corrupt=data.on_corrupt,
+        max_corrupt=data.max_corrupt,
     )
 
 
@@ -111,4 +114,6 @@ def build_eval_loader(
         rank=rank,
         world_size=world_size,
         pad_value=config.pad_value,
+        on_corrupt=config.on_corrupt,
+        max_corrupt=config.max_corrupt,
     )

@@ -67,6 +67,9 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
             f"data.shards: {path} has no utterances in a val split to validate on; build it with "
             "`shardprep build --val-fraction 0.1`, or do without: --train.valid_steps 0"
         )
+    # A set that is replaced later leaves the files of this one to the run.
+    for name in ("train", "val") if validated else ("train",):
+        shards[name].map_all()
     return shards
 
 

@@ -57,6 +57,7 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
     found: set[str] = set()
     for rank in range(world_size):
         own, plain = (loader(split, **{**options, **o}, rank=rank) for o in ({}, reference))
+        twice = 0
         for _ in range(2):
             for batch, before in zip(own, plain, strict=True):
                 # The crops of a rank are all different, so that one tells its utterance.
@@ -68,10 +69,12 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
                     home = was.index(crop)
                     assert batch["label"][place] == before["label"][home]
                     assert batch["length"][place] == before["length"][home]
+                    twice += home != place
                     if home != place:
                         # Those between were damaged too.
                         between = was[place:home] if home > place else was[place:] + was[:home]
                         assert not set(between) & set(now)
+        assert own.replaced == twice
         found |= own.damaged.keys()
     assert found == {str(split.keys[index]) for index in bad}
 

@@ -95,8 +95,21 @@ def test_an_utterance_counted_twice_or_left_out_is_noticed(
 ) -> None:
     batches = list(shardprep.UtteranceLoader(split, max_frames=700))
     for wrong in (batches[1:], [*batches, batches[0]]):
-        with pytest.raises(AssertionError, match="twice or not at all"):
+        with pytest.raises(AssertionError, match="twice|not evaluated"):
             evaluate(model, wrong, split.labels, device=CPU)
+
+
+def test_what_may_be_left_out_counts_nowhere(model: SpeakerModel, split: shardprep.Split) -> None:
+    batches = list(shardprep.UtteranceLoader(split, max_frames=700))
+    whole = evaluate(model, batches, split.labels, device=CPU)
+    gone = batches[0]["index"].numpy()
+    part = evaluate(model, batches[1:], split.labels, device=CPU, incomplete=True)
+    assert (part.predictions[gone] == -1).all()
+    assert part.labelled == whole.labelled - len(gone)
+    right = whole.predictions[gone] == split.labels[gone]
+    assert part.correct == whole.correct - int(right.sum())
+    with pytest.raises(AssertionError, match="twice"):
+        evaluate(model, [*batches, batches[0]], split.labels, device=CPU, incomplete=True)
 
 
 def test_unlabelled_utterances_are_predicted_but_not_counted(
