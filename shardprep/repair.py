@@ -19,9 +19,10 @@ from typing import Any
 import msgspec
 from numpy.typing import NDArray
 
-from shardprep.errors import BuildError, SourceError
+from shardprep.errors import BuildError, CorruptShardError, SourceError
 from shardprep.format import (
     MANIFEST_NAME,
+    NO_LABEL,
     REJECTS_NAME,
     Manifest,
     ShardInfo,
@@ -29,12 +30,20 @@ from shardprep.format import (
     encode_manifest,
     load_manifest,
 )
+from shardprep.limits import MAX_MANIFEST_BYTES, MAX_REJECTS_BYTES
 from shardprep.options import BuildOptions
 from shardprep.salvage import index_of_tar, rewrite_shard
 from shardprep.shard import ShardRecord
 from shardprep.sidecars import load_index
 from shardprep.source import Reject, scan_dataset
-from shardprep.storage import publish, publish_bytes, sha256_of, storage_errors, sync_folder
+from shardprep.storage import (
+    publish,
+    publish_bytes,
+    read_at_most,
+    sha256_of,
+    storage_errors,
+    sync_folder,
+)
 from shardprep.unfinished import ShardWriter, hold, install, is_ours
 from shardprep.verify import Fault, verify_shards
 from shardprep.writer import (
@@ -139,7 +148,7 @@ def _finish_installing(folder: Path, work: Path) -> bool:
     pending = work / MANIFEST_NAME
     if (folder / MANIFEST_NAME).exists() or not pending.exists():
         return False
-    data = pending.read_bytes()
+    data = read_at_most(pending, MAX_MANIFEST_BYTES)
     install(work, decode_manifest(data, pending).files(), data)
     return True
 
@@ -281,7 +290,17 @@ class _Repair:
     def _shards_of(self, name: str) -> Iterator[tuple[ShardInfo, NDArray[Any] | None]]:
         """The shards of a split with their index rows, None where the index is damaged."""
         split = self.manifest.splits[name]
-        rows = None if split.index.file in self.damaged else load_index(self.folder, split)
+        rows = None
+        if split.index.file not in self.damaged:
+            rows = load_index(self.folder, split)
+            labels, sizes = rows["label"], max((s.bytes for s in split.shards), default=0)
+            known = (labels >= NO_LABEL) & (labels < len(self.manifest.speakers))
+            if not (known & (rows["nbytes"] <= sizes)).all():
+                raise CorruptShardError(
+                    "is true to its sha256, but not an index that a build wrote",
+                    file=self.folder / split.index.file,
+                    remedy="Build the set anew.",
+                )
         for number, shard in enumerate(split.shards):
             yield shard, None if rows is None else rows[rows["shard"] == number]
 
@@ -311,8 +330,9 @@ class _Repair:
         found: list[Reject] = []
         if self.manifest.rejects is not None:
             with contextlib.suppress(OSError):
-                for line in (self.folder / REJECTS_NAME).read_bytes().splitlines():
-                    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                data = read_at_most(self.folder / REJECTS_NAME, MAX_REJECTS_BYTES)
+                for line in data.splitlines():
+                    with contextlib.suppress(ValueError, RecursionError):
                         found.append(msgspec.json.decode(line, type=Reject))
         return found
 

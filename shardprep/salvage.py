@@ -17,7 +17,7 @@ from shardprep.errors import CorruptShardError
 from shardprep.format import NO_LABEL, Manifest, ShardInfo
 from shardprep.shard import IndexRow, ShardRecord, TarWriter, add_sample
 from shardprep.source import Reject, Utterance
-from shardprep.storage import open_regular
+from shardprep.storage import open_regular, read_bytes
 from shardprep.tarwalk import content, walk
 
 # Bytes of a number in decimal text.
@@ -96,16 +96,16 @@ def _lost(utterance: Utterance, shard: str) -> Reject:
 def _payloads(path: Path, rows: NDArray[Any]) -> Iterator[bytes | None]:
     """The stored bytes of each row, None where the file does not give them."""
     with contextlib.ExitStack() as opened:
-        file: BinaryIO | None = None
+        file: io.FileIO | None = None
         with contextlib.suppress(OSError):
-            file = opened.enter_context(open(path, "rb"))
+            file = opened.enter_context(open_regular(path))
         for row in rows:
             payload = None
             # A folder in its place, or a sector that the disk cannot read.
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.seek(int(row["offset"]))
-                    payload = file.read(int(row["nbytes"]))
+                    payload = read_bytes(file, int(row["nbytes"]))
             yield payload
 
 

@@ -272,6 +272,13 @@ def index_shard_of_no_file(folder: Path) -> None:
 
 
 @kind("plain")
+def index_label_of_nobody(folder: Path) -> None:
+    """an index has labels of speakers that there are not, and a shard is cut short"""
+    edit_index(folder, lambda rows: rows["label"].__setitem__(slice(None), 10**9))
+    os.truncate(folder / "train-000000.tar", 2048)
+
+
+@kind("plain")
 def index_key_escapes(folder: Path) -> None:
     """a key holds escape sequences of a terminal"""
     edit_index(folder, lambda rows: rows["key"].__setitem__(0, b"\x1b[2Ja"))

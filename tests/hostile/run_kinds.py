@@ -27,6 +27,7 @@ from kinds import KINDS
 
 import shardprep
 from shardprep import ShardprepError
+from shardprep.repair import repair_shards
 
 SECONDS = 60
 Report = dict[str, Any]
@@ -43,9 +44,9 @@ class Outcome:
         try:
             return work(*arguments, **named)
         except ShardprepError as error:
-            # Want of memory is one of these, and no answer to a hostile file.
-            found = self.crashes if type(error).__name__ == "StorageError" else self.refusals
-            found.append(str(error))
+            # Want of memory is no answer to a hostile file.
+            wanting = "memory" in str(error) or isinstance(error.__cause__, MemoryError)
+            (self.crashes if wanting else self.refusals).append(str(error))
         except Exception:
             self.crashes.append(traceback.format_exc())
         return None
@@ -67,6 +68,9 @@ def read_shards(folder: Path, outcome: Outcome) -> None:
     report = outcome.attempt(shardprep.verify_shards, folder, deep=True)
     if report is not None:
         outcome.refusals.extend(f"{folder}: {fault}" for fault in report.faults)
+    repaired = outcome.attempt(repair_shards, folder, drop=True)
+    if repaired is not None:
+        outcome.attempt(shardprep.open_shards, folder)
 
 
 def stream_all(folder: Path, split: str) -> None:
