@@ -20,8 +20,8 @@ from shardprep.storage import open_regular, read_at_most
 
 # Index rows whose keys are looked at at once.
 _BLOCK = 1 << 18
-# Bytes of a key, and the zeros that fill its field: no dot, no control character.
-_ALLOWED = bytes(b for b in range(256) if b == 0 or (b >= 32 and b not in b".\x7f"))
+# Bytes of a key: no dot, no control character.
+_ALLOWED = bytes(b for b in range(32, 256) if b not in b".\x7f")
 
 
 def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
@@ -74,11 +74,12 @@ def check_whole(path: Path, entry: FileInfo) -> None:
 def _check_keys(rows: NDArray[Any]) -> None:
     """ValueError where a key is none that a build writes; in blocks, by the speed of memory."""
     for at in range(0, len(rows), _BLOCK):
-        keys = np.ascontiguousarray(rows["key"][at : at + _BLOCK])
-        data = keys.tobytes()
-        # NumPy takes the zeros behind a key for padding, so that others lie within one.
-        inner = data.count(0) != keys.size * keys.itemsize - int(np.char.str_len(keys).sum())
-        if inner or data.translate(None, _ALLOWED) or not np.char.str_len(keys).all():
+        keys = rows["key"][at : at + _BLOCK]
+        lengths, data = np.char.str_len(keys), keys.tobytes()
+        # What is left should be the zeros that fill the field behind each key, and none within one.
+        left = data.translate(None, _ALLOWED)
+        padding = len(data) - int(lengths.sum())
+        if len(left) != padding or left.strip(b"\0") or not lengths.all():
             raise ValueError("a key is empty, or has a dot or a control character")
         if not data.isascii():
             np.char.decode(keys, "utf-8")
