@@ -27,6 +27,7 @@ from shardprep.format import (
     index_name,
     load_manifest,
 )
+from shardprep.limits import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, json_values
 from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
@@ -308,7 +309,15 @@ def _publish_set(
         source_fingerprint=source.fingerprint,
         build=options.record,
     )
-    install(work, manifest.files(), encode_manifest(manifest))
+    data = encode_manifest(manifest)
+    if len(data) > MAX_MANIFEST_BYTES or json_values(data) > MAX_MANIFEST_VALUES:
+        raise BuildError(
+            f"the manifest of so many shards and speakers has {len(data)} bytes, more than "
+            "readers take",
+            file=work.parent,
+            remedy="Give a larger --samples-per-shard, or split the data set.",
+        )
+    install(work, manifest.files(), data)
 
 
 def publish_indexes(work: Path, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:

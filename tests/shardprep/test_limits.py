@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardprep import BuildOptions, FormatError, SourceError, build_shards
+from shardprep import BuildError, BuildOptions, FormatError, SourceError, build_shards
 from shardprep.format import CodecInfo, Manifest, decode_manifest, encode_manifest, load_manifest
 from shardprep.limits import json_values, manifest_faults, most_matrix_bytes
 
@@ -125,3 +125,13 @@ def test_limit_of_a_matrix_is_one_number_or_a_multiple_of_what_is_stored() -> No
     assert most_matrix_bytes(1 << 20) == 64 << 20
     assert most_matrix_bytes(2 << 20) == 128 << 20
     assert np.iinfo(np.int64).max > most_matrix_bytes(2**32)
+
+
+def test_build_never_writes_a_manifest_that_readers_refuse(
+    edge_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardprep.writer.MAX_MANIFEST_VALUES", 300)
+    build_shards(edge_source, tmp_path / "few", BuildOptions(workers=1))
+    with pytest.raises(BuildError, match="larger --samples-per-shard"):
+        build_shards(edge_source, tmp_path / "many", BuildOptions(workers=1, samples_per_shard=1))
+    assert not (tmp_path / "many" / "manifest.json").exists()
