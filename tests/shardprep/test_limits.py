@@ -130,7 +130,7 @@ def test_limit_of_a_matrix_is_one_number_or_a_multiple_of_what_is_stored() -> No
 def test_build_never_writes_a_manifest_that_readers_refuse(
     edge_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardprep.writer.MAX_MANIFEST_VALUES", 300)
+    monkeypatch.setattr("shardprep.writer.MAX_MANIFEST_VALUES", 150)
     build_shards(edge_source, tmp_path / "few", BuildOptions(workers=1))
     with pytest.raises(BuildError, match="larger --samples-per-shard"):
         build_shards(edge_source, tmp_path / "many", BuildOptions(workers=1, samples_per_shard=1))
