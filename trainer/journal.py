@@ -38,17 +38,24 @@ class MetricsLog:
             OSError: The file is as it was; the record is written with the next one.
         """
         self._waiting += json.dumps(record).encode() + b"\n"
+        self.write(self._waiting)
+        self._waiting = b""
+
+    def write(self, data: bytes) -> None:
+        """Add bytes, all or none.
+
+        Raises:
+            OSError: The file is as it was.
+        """
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 # A disk that is all but full takes a part, and refuses the rest.
-                rest = self._waiting
-                while rest:
-                    rest = rest[file.write(rest) :]
+                while data:
+                    data = data[file.write(data) :]
             except OSError:
                 file.truncate(end)
                 raise
-        self._waiting = b""
 
     def truncate(self, step: int) -> None:
         """Drop the records after `step`, and lines that are none, as a kill may leave.

@@ -182,8 +182,6 @@ def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
         if not failed and any(codes):
             # The others are stuck in an exchange with it; the main one may still have a word.
             failed, deadline = _first(codes), time.monotonic() + _GRACE_SECONDS
-            if failed < 0 and not signals.received:
-                print(_obituary(codes.index(failed), -failed), file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
             break
         if signals.received == signal.SIGTERM and not told:
@@ -193,6 +191,8 @@ def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
         time.sleep(_POLL_SECONDS)
     code = failed or _first(codes)
     # A negative code names the signal that killed a worker.
+    if code < 0 and not signals.received:
+        print(_obituary(codes.index(code), -code), file=sys.stderr, flush=True)
     return code if code >= 0 else 128 - code
 
 

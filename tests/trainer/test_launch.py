@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.launch import (
     launch_command,
     parent_command,
     processes_to_start,
+    restarted_since,
     start_processes,
 )
 
@@ -156,3 +158,47 @@ def test_the_death_of_the_launcher_is_passed_on(monkeypatch: pytest.MonkeyPatch)
     parents = iter([os.getppid()])
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
     assert run_workers(monkeypatch, "import time; time.sleep(60)", 2) == 143
+
+
+@pytest.mark.parametrize(
+    ("number", "part"),
+    [
+        (signal.SIGKILL, "killed by SIGKILL (out of memory?); give the same command with --resume"),
+        (signal.SIGBUS, "killed by SIGBUS (a shard was changed or its disk failed while it was "),
+        (signal.SIGSEGV, "killed by SIGSEGV; give the same command"),
+    ],
+)
+def test_a_killed_process_is_named_though_the_others_fail_because_of_it(
+    number: signal.Signals,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("trainer.launch._GRACE_SECONDS", 0.5)
+    # Both are found dead at once.
+    monkeypatch.setattr("trainer.launch._POLL_SECONDS", 1.0)
+    code = (
+        "import os, resource, time; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        f"if os.environ['RANK'] == '1': os.kill(os.getpid(), {int(number)})\n"
+        "time.sleep(0.05); raise SystemExit(1)"
+    )
+    assert run_workers(monkeypatch, code, 2) == 128 + number
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: process 1 was {part}")
+    assert err.count("error: ") == 1
+
+
+def test_a_first_start_is_no_restart_and_a_restart_knows_when_its_launcher_began() -> None:
+    assert restarted_since({}) is None
+    assert restarted_since({"TORCHELASTIC_RESTART_COUNT": "0"}) is None
+    code = (
+        "import subprocess, sys, time; begun = time.time(); time.sleep(1)\n"
+        "inner = 'from trainer.launch import restarted_since; "
+        'print(restarted_since({"TORCHELASTIC_RESTART_COUNT": "2"}))\'\n'
+        "done = subprocess.run([sys.executable, '-c', inner], capture_output=True, check=True)\n"
+        "print(begun, done.stdout.decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    begun, found = map(float, done.stdout.split())
+    # The interpreter itself takes a moment to start; the clock of /proc ticks 100 times a second.
+    assert begun - 2 < found < begun + 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.checkpoint import CheckpointFolder
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.preflight import check_same_run, choose_checkpoint, open_data
+from trainer.snapshot import RESUMED
 
 ConfigFactory = Callable[..., Config]
 
@@ -76,3 +78,19 @@ def test_the_best_weights_alone_are_nothing_to_resume_from(make_config: ConfigFa
     shutil.copy(best, folder.folder / "step-00000006.pt")
     with pytest.raises(CheckpointError, match=r"step-00000006\.pt: holds no .*optimizer"):
         choose_checkpoint(folder, config, resume=True)
+
+
+def test_a_restarted_run_goes_on_from_its_own_checkpoints_only(make_config: ConfigFactory) -> None:
+    config = make_config()
+    folder = CheckpointFolder(config.run)
+    assert choose_checkpoint(folder, config, resume=False, since=time.time()) is None
+    weights = {"step": 6, "speakers": ["a"], "n_mels": 40, "model": {}, "config": config.to_dict()}
+    file = folder.save({**dict.fromkeys(RESUMED), **weights}, 6)
+    written = file.stat().st_mtime
+    found = choose_checkpoint(folder, config, resume=False, since=written - 1)
+    assert found is not None
+    assert (found.file, found.state["step"]) == (file, 6)
+    # From before the launch: another run, which was not to be continued.
+    for since in (written + 1, None):
+        with pytest.raises(ConfigError, match="already has checkpoints"):
+            choose_checkpoint(folder, config, resume=False, since=since)
