@@ -45,8 +45,8 @@ class Outcome:
             return work(*arguments, **named)
         except ShardprepError as error:
             # Want of memory is no answer to a hostile file.
-            wanting = "memory" in str(error) or isinstance(error.__cause__, MemoryError)
-            (self.crashes if wanting else self.refusals).append(str(error))
+            short = isinstance(error.__cause__, MemoryError) or "no more memory" in str(error)
+            (self.crashes if short else self.refusals).append(str(error))
         except Exception:
             self.crashes.append(traceback.format_exc())
         return None
