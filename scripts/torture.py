@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,8 @@ def kill_once(command: list[str], rng: random.Random, duration: float) -> bool:
         time.sleep(rng.uniform(0.1, duration))
         alive = build.poll() is None
         # Workers that outlive their parent must end by themselves.
-        (os.killpg if rng.random() < 0.5 else os.kill)(build.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            (os.killpg if rng.random() < 0.5 else os.kill)(build.pid, signal.SIGKILL)
     end = time.monotonic() + 30
     while living(build.pid) and time.monotonic() < end:
         time.sleep(0.01)
