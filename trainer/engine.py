@@ -33,6 +33,7 @@ from trainer.factory import (
 )
 from trainer.interrupt import StopSignals
 from trainer.journal import Journal
+from trainer.meeting import meeting_place
 from trainer.metrics import Window, combine, peak_memory_mib
 from trainer.preflight import (
     Changes,
@@ -40,7 +41,6 @@ from trainer.preflight import (
     check_same_run,
     choose_checkpoint,
     join_processes,
-    meeting_place,
     open_data,
 )
 from trainer.snapshot import (

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from torch import distributed
-from torch._C._distributed_c10d import Store
+from accelerate.utils import ProjectConfiguration
 
 from shardprep import ShardSet, open_shards
 from trainer.checkpoint import CheckpointFolder, Newest, State
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError
+from trainer.meeting import group_options
 from trainer.snapshot import RESUMED, check_description
 
 Changes = dict[str, tuple[Any, Any]]
@@ -33,9 +31,6 @@ _FIXED = (
     "train.start_from",
     "train.seed",
 )
-
-# The process group counts milliseconds in 32 bits.
-_LONGEST_SECONDS = 1e6
 
 
 def open_data(path: str, *, validated: bool) -> ShardSet:
@@ -166,9 +161,7 @@ def join_processes(config: Config) -> Accelerator:
         ConfigError: The flags of the launch do not suit the device, or not all processes can be
             met: each would train, and write, on its own.
     """
-    started, hang = int(os.environ.get("WORLD_SIZE", "1")), config.train.hang_seconds
-    # The watchdog, which knows more, is to speak first.
-    timeout = timedelta(seconds=min(2 * hang, _LONGEST_SECONDS) + 300)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
             # Unless told so, accelerate does not join processes that have nothing but CPUs.
@@ -176,7 +169,7 @@ def join_processes(config: Config) -> Accelerator:
             log_with=list(config.train.trackers) or None,
             # Event files go into the run folder itself: TensorBoard calls the run by its name.
             project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if hang else None,
+            kwargs_handlers=[group_options(config.train.hang_seconds)],
         )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
@@ -191,10 +184,3 @@ def join_processes(config: Config) -> Accelerator:
             f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
         )
     return accelerator
-
-
-def meeting_place() -> Store | None:
-    """The store through which the processes of the launch have met; None for one on its own."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    return distributed.distributed_c10d._get_default_store()
