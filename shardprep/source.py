@@ -12,7 +12,6 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -30,11 +29,9 @@ import msgspec
 from shardprep.errors import SourceError
 from shardprep.format import MAX_KEY_BYTES, NO_LABEL
 from shardprep.limits import (
-    MAX_JSON_BYTES,
-    MAX_JSON_VALUES,
     MAX_N_MELS,
-    MAX_UNICODE_JSON_BYTES,
-    json_values,
+    json_fits,
+    most_json_bytes,
 )
 from shardprep.storage import read_at_most
 
@@ -316,17 +313,14 @@ def _is_unicode(text: str) -> bool:
 
 def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
     try:
-        data = read_at_most(path, MAX_JSON_BYTES)
-        if json_values(data) > MAX_JSON_VALUES or not (
-            data.isascii() or len(data) <= MAX_UNICODE_JSON_BYTES
-        ):
-            raise SourceError("holds more than this release takes", file=path, remedy=_TOO_LARGE)
+        data = _read_in_proportion(path)
+        if data is None:
+            raise SourceError("is larger than its files account for", file=path, remedy=_TOO_LARGE)
         content = json.loads(data, object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise SourceError("does not exist", file=path, remedy=_HOMEWORK) from None
     except OSError as error:
-        remedy = _TOO_LARGE if error.errno == errno.EFBIG else None
-        raise SourceError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
+        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON: {error}", file=path) from None
     if not isinstance(content, dict):
@@ -336,6 +330,20 @@ def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
             found = type(content.get(key)).__name__ if key in content else "nothing"
             raise SourceError(f"expected {kind.__name__}, found {found}", file=path, key=key)
     return content
+
+
+def _read_in_proportion(path: Path) -> bytes | None:
+    """The bytes of a JSON file, None if it has more than the files of its folder account for."""
+    if path.stat().st_size <= most_json_bytes(0):
+        data = read_at_most(path, most_json_bytes(0))
+        if json_fits(data, 0):
+            return data
+    # Counting takes a while, but only a large data set comes here.
+    files = sum(len(names) for _, _, names in os.walk(path.parent))
+    if path.stat().st_size > most_json_bytes(files):
+        return None
+    data = read_at_most(path, most_json_bytes(files))
+    return data if json_fits(data, files) else None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardprep import open_shards
+from shardprep import SourceError, open_shards
 from shardprep.source import scan_dataset
 
 Entry = dict[str, Any]
@@ -287,3 +287,22 @@ def test_fingerprint_changes_with_whatever_is_packed(make_dataset: Callable[...,
     metadata["speakers"]["id00000"].append(removed)
     (root / "metadata.json").write_text(json.dumps(metadata))
     assert len({before, without, fingerprint()}) == 3
+
+
+def test_metadata_may_be_as_large_as_their_files_account_for(
+    make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(speakers=2, utterances=20, test_utterances=0)
+    size = (root / "metadata.json").stat().st_size
+    monkeypatch.setattr("shardprep.limits.SMALL_JSON_BYTES", 1000)
+    assert size > 1000
+    monkeypatch.setattr("shardprep.limits.SMALL_JSON_VALUES", 60)
+    assert len(scan_dataset(root).labelled) == 40
+    # The same claims with fewer files to show for them.
+    for path in sorted(root.glob("*.pt"))[2:]:
+        path.unlink()
+    with pytest.raises(SourceError, match="larger than its files account for"):
+        scan_dataset(root)
+    monkeypatch.setattr("shardprep.limits.SMALL_JSON_BYTES", size)
+    with pytest.raises(SourceError, match="larger than its files account for"):
+        scan_dataset(root)
