@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from trainer.preflight import (
     join_processes,
     open_data,
 )
+from trainer.saving import Saver
 from trainer.snapshot import (
     load_training,
     load_weights,
@@ -51,7 +51,7 @@ from trainer.snapshot import (
     weights_state,
 )
 from trainer.step import TrainStep
-from trainer.sync_norm import synchronise
+from trainer.sync_norm import share_buffers, synchronise
 from trainer.watchdog import COMPUTING, READING, SAVING, VALIDATING, WAITING, Watchdog
 
 
@@ -105,7 +105,6 @@ class Trainer:
         self.step = 0
         self._replaced = 0
         self._shards_changed = False
-        self.newest: Path | None = None
         self.best: dict[str, Any] = {"accuracy": None, "step": None}
         self._build_model()
         changed = {} if found is None else self._restore(found)
@@ -117,6 +116,7 @@ class Trainer:
             self.accelerator, config.run, step=self.step, total=config.train.total_steps
         )
         self.progress = self.journal.progress
+        self.saver = Saver(self.checkpoints, self.journal, found.file if found else None)
         self.watchdog = Watchdog(
             config.train.hang_seconds,
             rank=self.rank,
@@ -220,8 +220,8 @@ class Trainer:
         sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
         if sums.diverged:
             kept = "no checkpoint was written before"
-            if self.newest is not None:
-                kept = f"{self.newest} is from before"
+            if self.saver.newest is not None:
+                kept = f"{self.saver.newest} is from before"
             raise DivergedError(
                 f"step {int(sums.diverged)}: the loss or the gradient is not a finite number, and "
                 f"train.max_skipped allows {self.config.train.max_skipped} such steps in a row; "
@@ -266,7 +266,8 @@ class Trainer:
         """Validate on whole utterances, and keep the weights if they are the best so far."""
         started = time.perf_counter()
         self._window()
-        self._share_buffers()
+        if self.world_size > 1:
+            share_buffers(self.predictor)
         data, place = self.config.data, (self.rank, self.world_size)
         batches = build_eval_loader(data, self.shards, "val", *place)
         result = evaluate(
@@ -292,7 +293,7 @@ class Trainer:
         if better:
             before, self.best = self.best, {"accuracy": result.accuracy, "step": self.step}
             # The best is what is on the disk: one that is not can still be surpassed, and saved.
-            if self.accelerator.is_main_process and not self._written(self.checkpoints.save_best):
+            if self.accelerator.is_main_process and not self.saver.save_best(self._weights()):
                 self.best = before
         self.progress.say(
             f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
@@ -305,12 +306,6 @@ class Trainer:
     def predictor(self) -> nn.Module:
         """What is validated and saved for prediction: the averaged model, or the model itself."""
         return self.bare if self.average is None else self.average.model
-
-    def _share_buffers(self) -> None:
-        """Give every rank the running statistics of rank 0, so that all validate one model."""
-        if self.world_size > 1:
-            for buffer in self.predictor.buffers():
-                torch.distributed.broadcast(buffer, 0)
 
     def _agree(self, signal: int) -> int:
         """The largest signal that any rank received, known to all of them at the same step.
@@ -343,17 +338,18 @@ class Trainer:
         self.watchdog.enter(SAVING if main else WAITING, self.step)
         if main:
             state = {
+                **self._weights(),
                 **training_state(self.accelerator, self.optimizer, self.loader),
                 "raw": None if self.average is None else self.bare.state_dict(),
                 "global_batch": self.global_batch,
                 "window": list(window),
             }
-            failed = not self._written(lambda weights: self._keep({**weights, **state}))
+            failed = not self.saver.save(state)
         told = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
         if last and bool(told.any()):
             raise CheckpointError(
                 f"step {self.step:,}, at which the run ends, is not saved: see the warning above; "
-                f"make room, then go on from {self.newest or 'the beginning'} with --resume"
+                f"make room, then go on from {self.saver.newest or 'the beginning'} with --resume"
             )
         self.train_step.throughput.restart()
 
@@ -374,25 +370,6 @@ class Trainer:
                 "and can be resumed only on the set that it began on",
             )
 
-    def _keep(self, state: State) -> None:
-        self.newest = self.checkpoints.save(state, self.step)
-
-    def _written(self, write: Callable[[State], object]) -> bool:
-        """Hand what predicting takes to a writer; a disk that refuses ends nothing."""
-        try:
-            write(self._weights())
-        except CheckpointError as error:
-            newest = "none is saved yet"
-            if self.newest is not None:
-                newest = f"the newest that is saved is {self.newest.name}"
-            self.journal.warn(
-                self.step,
-                f"step {self.step:,}: {error}; {newest}, training goes on, and the next save "
-                "tries again",
-            )
-            return False
-        return True
-
     def _restore(self, found: Newest) -> Changes:
         """Continue from a checkpoint; returns the fields that were changed, as they may be."""
         file, saved = found.file, found.state
@@ -408,7 +385,7 @@ class Trainer:
         if self.average is not None:
             load_weights(self.bare, {"model": saved["raw"]}, file)
         load_training(self.accelerator, self.optimizer, self.loader, saved, file)
-        self.step, self.best, self.newest = saved["step"], saved["best"], file
+        self.step, self.best = saved["step"], saved["best"]
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.
             self.train_step.meter.restore(saved["window"])

@@ -89,3 +89,9 @@ def synchronise(model: nn.Module) -> None:
                 for key, buffer in layer.named_buffers():
                     setattr(synced, key, buffer)
                 setattr(parent, name, synced)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0, so that all validate one model."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
