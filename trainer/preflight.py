@@ -16,6 +16,7 @@ from trainer.config import Config, flatten
 from trainer.errors import ConfigError
 from trainer.meeting import group_options
 from trainer.snapshot import RESUMED, check_description
+from trainer.watchdog import MEETING, Watchdog
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -162,15 +163,18 @@ def join_processes(config: Config) -> Accelerator:
             met: each would train, and write, on its own.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(config.train.hang_seconds, rank=int(os.environ.get("RANK", "0")))
+    watchdog.enter(MEETING, 0)
     try:
-        accelerator = Accelerator(
-            # Unless told so, accelerate does not join processes that have nothing but CPUs.
-            cpu=started > 1 and not torch.accelerator.is_available(),
-            log_with=list(config.train.trackers) or None,
-            # Event files go into the run folder itself: TensorBoard calls the run by its name.
-            project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
-            kwargs_handlers=[group_options(config.train.hang_seconds)],
-        )
+        with watchdog:
+            accelerator = Accelerator(
+                # Unless told so, accelerate does not join processes that have nothing but CPUs.
+                cpu=started > 1 and not torch.accelerator.is_available(),
+                log_with=list(config.train.trackers) or None,
+                # Event files go into the run folder itself: TensorBoard calls the run by its name.
+                project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
+                kwargs_handlers=[group_options(config.train.hang_seconds)],
+            )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import Store
 EXIT_CODE = 124
 
 READING, COMPUTING, VALIDATING = "reading data", "computing", "validating"
+MEETING = "meeting the other processes"
 SAVING, WAITING = "saving", "waiting for process 0 to save"
 # What a process does by itself; in all else it may be waiting for another.
 _ALONE = (READING, SAVING)
@@ -58,7 +59,7 @@ class Watchdog:
             0 never does.
         rank: Of this process.
         world_size: Number of processes.
-        store: Where they meet; None for a process on its own.
+        store: Where they meet; None for a process that is on its own, or still is.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class Watchdog:
                 self._reports.update({r: x for r, x in others.items() if r != self.rank})
 
     def _watch(self) -> None:
-        still, silence = Stillness(), Silence(self.world_size)
+        known = [self.rank] if self._store is None else range(self.world_size)
+        still, silence = Stillness(), Silence(known)
         while not self._stopped.wait(self._interval):
             before, (count, step, phase) = self._reports[self.rank], self._note
             seconds = before.seconds + self._interval if count == before.count else 0.0
@@ -132,8 +134,8 @@ class Watchdog:
                 return
 
     def _end(self, reports: Mapping[int, Report], silent: Sequence[int]) -> None:
-        """Report, unless a lower rank does, and leave."""
-        if set(silent).issuperset(range(self.rank)):
+        """Report, unless a lower rank is known to do it, and leave."""
+        if self._store is None or set(silent).issuperset(range(self.rank)):
             print(describe(reports, silent, self.seconds), file=sys.stderr, flush=True)
         else:
             # The launcher ends all as soon as one has left: let the other one speak first.
@@ -162,12 +164,12 @@ class Silence:
     """For how long each process has not been heard of.
 
     Args:
-        world_size: Number of processes.
+        ranks: Of the processes to be heard of.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._ticks = dict.fromkeys(range(world_size), -1)
-        self._seconds = dict.fromkeys(range(world_size), 0.0)
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self._ticks = dict.fromkeys(ranks, -1)
+        self._seconds = dict.fromkeys(self._ticks, 0.0)
 
     def hear(self, reports: Mapping[int, Report], passed: float) -> None:
         """Take in what is known `passed` seconds after the last time."""
@@ -189,16 +191,17 @@ def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: floa
         silent: Ranks that no longer answer.
         seconds: For how long nothing has begun [s].
     """
-    alone = [
-        rank for rank, x in sorted(reports.items()) if x.phase in _ALONE and rank not in silent
-    ]
+    phases = {rank: report.phase for rank, report in reports.items() if rank not in silent}
+    alone = sorted(rank for rank, phase in phases.items() if phase in _ALONE)
     if silent:
         what = f"{_named(silent)} no longer answers: it was stopped, or its machine hangs"
         if len(silent) > 1 and 0 in silent:
             what += ", or process 0 does, through which the others are heard"
+    elif MEETING in phases.values():
+        what = "not all processes have come: see what the others say"
     elif alone:
-        phases = sorted({reports[rank].phase for rank in alone})
-        what = f"{_named(alone)} is stuck in {' and '.join(phases)}: look at its disks"
+        doing = " and ".join(sorted({phases[rank] for rank in alone}))
+        what = f"{_named(alone)} is stuck in {doing}: look at its disks"
     else:
         what = "all are computing, or wait for one another"
     lines = [f"error: no process has begun anything for {seconds:g} s, train.hang_seconds; {what}"]

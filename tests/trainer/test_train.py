@@ -313,6 +313,19 @@ def test_sigterm_to_a_real_process_and_resume_give_the_uninterrupted_run(
     assert losses(run) == losses(tmp_path / "runs" / "whole")
 
 
+def test_a_shard_that_is_lost_under_a_map_leaves_a_trace(
+    config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    path = config_file(**{"train.total_steps": 100_000, "train.save_steps": 100_000})
+    process = outside(sys.executable, SCRIPT, "--config", path, cwd=tmp_path)
+    wait_for(tmp_path / "runs" / "smoke" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGBUS)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in err
+    assert "engine.py" in err
+
+
 def test_two_processes_train_like_one_and_one_can_take_over(
     config_file: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,7 +31,8 @@ trainer = Trainer(parse_args(["--config", "config.yaml"]).config)
 loader = trainer.loader
 
 class Blocked:
-    epoch = 0
+    def __getattr__(self, name):
+        return getattr(loader, name)
     def __iter__(self):
         for number, batch in enumerate(loader):
             if number == 2 and trainer.rank == int(sys.argv[1]):
@@ -56,7 +58,7 @@ def test_the_run_stands_still_only_if_no_process_begins_anything() -> None:
 
 
 def test_a_process_is_silent_if_it_no_longer_says_that_it_runs() -> None:
-    silence = Silence(3)
+    silence = Silence(range(3))
     for tick in range(5):
         # Process 1 stops after its second word, process 2 is never heard of.
         silence.hear({0: computing(tick), 1: computing(min(tick, 1))}, 0.5)
@@ -126,6 +128,22 @@ def test_the_process_whose_data_never_come_is_named(
     assert err.count("error: no process has begun anything for 2 s") == 1
     assert "process 1 is stuck in reading data" in err
     assert "  process 0: after step 2, computing for" in err
+
+
+def test_a_process_that_never_comes_is_not_waited_for_in_silence(
+    make_config: ConfigFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**place, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    process = start(long(make_config), tmp_path, sys.executable, SCRIPT, "--config", "config.yaml")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 124, err
+    assert "not all processes have come" in err
+    assert "  process 0: after step 0, meeting the other processes for 2 s" in err
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
