@@ -1,5 +1,6 @@
 # make demo             the whole chain on a synthesised sample; DATA=folder for real data
-# make test             lint, type-check and test; make test-all adds the slow and GPU tests
+# make test             lint, type-check and test, JOBS (2) tests at a time; make test-all adds the
+#                       slow and GPU tests, one at a time
 # make check            lint and type-check only
 # make bench            measure the loaders against their peers, from an environment of its own, and
 #                       write scripts/results/; DATA=folder for real data
@@ -21,6 +22,7 @@ FUZZ_VENV ?= .venv-fuzz
 DATA ?=
 ARGS ?=
 MINUTES ?= 10
+JOBS ?= 2
 SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -41,7 +43,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
 
 test-all: check
 	$(BIN)/pytest
