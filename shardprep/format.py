@@ -26,6 +26,7 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
 WORK_FOLDER = ".shardprep-build"
+REPAIR_FOLDER = ".shardprep-repair"
 
 NO_LABEL = -1
 # A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
@@ -33,6 +34,9 @@ MAX_KEY_BYTES = 88
 # Mels of hop 160 at 16 kHz; used for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100
 
+_BUILD_REMEDY = (
+    "Run `shardprep build SRC DST` to make one, e.g. `shardprep build Dataset/ shards/`."
+)
 _UNKNOWN_REMEDY = "Build the shards again, or read them with the release that made them."
 
 
@@ -181,19 +185,13 @@ def load_manifest(folder: Path) -> Manifest:
             raise FormatError(
                 f"cannot be read: {error.strerror}", file=path, remedy=_UNKNOWN_REMEDY
             ) from None
-        unfinished = (folder / WORK_FOLDER).is_dir()
-        raise FormatError(
-            "holds an unfinished build"
-            if unfinished
-            else "is not a shard folder: no manifest.json",
-            file=folder,
-            remedy="Run `shardprep build SRC DST` "
-            + (
-                "again to finish it."
-                if unfinished
-                else "to make one, e.g. `shardprep build Dataset/ shards/`."
-            ),
-        ) from error
+        what, remedy = "is not a shard folder: no manifest.json", _BUILD_REMEDY
+        if (folder / REPAIR_FOLDER / MANIFEST_NAME).exists():
+            what, remedy = "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
+        elif (folder / WORK_FOLDER).is_dir():
+            what = "holds an unfinished build"
+            remedy = "Run `shardprep build SRC DST` again to finish it."
+        raise FormatError(what, file=folder, remedy=remedy) from error
     return decode_manifest(data, path)
 
 

@@ -47,6 +47,8 @@ class ReadGuard:
         self._skips = on_corrupt == "skip"
         self._max = max_corrupt
         self._unverified = np.ones(len(split) if verify != "never" else 0, bool)
+        self._left = len(self._unverified)
+        self._whole = np.ones(len(split), bool)
         self.damaged: dict[int, CorruptShardError] = {}
 
     def keep(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -55,11 +57,9 @@ class ReadGuard:
         Raises:
             CorruptShardError: One is damaged, and that is not to be borne.
         """
-        if self._verify != "never":
+        if self._verify == "always" or self._left:
             self._look(indices)
-        if not self.damaged:
-            return indices
-        return indices[~np.isin(indices, list(self.damaged))]
+        return indices[self._whole[indices]] if self.damaged else indices
 
     def stand_ins(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Check the utterances of a batch, and let whole ones stand in for damaged ones.
@@ -79,7 +79,7 @@ class ReadGuard:
             return None
         if not len(kept):
             raise self._too_many(indices, "every utterance of a batch is damaged")
-        places = np.flatnonzero(np.isin(indices, kept))
+        places = np.flatnonzero(self._whole[indices])
         following = np.searchsorted(places, np.arange(len(indices)))
         return places[following % len(places)]
 
@@ -91,17 +91,18 @@ class ReadGuard:
         """
         if not self._skips:
             raise error
-        self.damaged[index] = error
-        if len(self.damaged) > self._max:
+        found = len(self.damaged) + 1
+        if found > self._max:
             raise self._too_many(
-                np.array([index]),
-                f"{len(self.damaged)} utterances are damaged, and max_corrupt is {self._max}",
+                np.array([index]), f"{found} utterances are damaged, and max_corrupt is {self._max}"
             )
+        self.damaged[index] = error
+        self._whole[index] = False
         _log.warning("skipped: %s", error)
 
     def vouch_for_all(self) -> None:
         """Let the utterances count as checked that are not known to be damaged."""
-        self._verify = "never"
+        self._verify, self._left = "never", 0
 
     def _look(self, indices: NDArray[np.int64]) -> None:
         asked = np.unique(indices)
@@ -112,6 +113,7 @@ class ReadGuard:
             for index in asked[~whole].tolist():
                 if index not in self.damaged:
                     self.report(index, self._split.damaged(index))
+            self._left -= int(self._unverified[asked].sum())
             self._unverified[asked] = False
 
     def _too_many(self, indices: NDArray[np.int64], what: str) -> CorruptShardError:

@@ -25,7 +25,7 @@ class ManifestWatch:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
         self._fingerprint = fingerprint
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Make sure that the folder still holds the set that was opened.
@@ -35,7 +35,13 @@ class ManifestWatch:
         """
         try:
             found = os.stat(self._folder / MANIFEST_NAME)
-            state = found.st_ino, found.st_mtime_ns, found.st_size
+            state = (
+                found.st_dev,
+                found.st_ino,
+                found.st_size,
+                found.st_mtime_ns,
+                found.st_ctime_ns,
+            )
             if state == self._seen:
                 return
             fingerprint = load_manifest(self._folder).fingerprint

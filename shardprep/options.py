@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardprep.errors import BuildError
-from shardprep.format import BuildRecord, CodecInfo
+from shardprep.format import BuildRecord, CodecInfo, Manifest
 
 DEFAULT_ZSTD_LEVEL = 3
 CHUNK_FRAMES = 64
@@ -73,3 +73,17 @@ class BuildOptions:
         return BuildRecord(
             int(self.seed), float(self.val_fraction), int(self.samples_per_shard), self.on_error
         )
+
+
+def options_of(manifest: Manifest) -> BuildOptions:
+    """The options of the build that made a set, as far as they decide its bytes."""
+    build, codec = manifest.build, manifest.codec
+    return BuildOptions(
+        dtype=manifest.dtype,
+        codec=codec.name,
+        level=codec.level,
+        samples_per_shard=build.samples_per_shard,
+        val_fraction=build.val_fraction,
+        seed=build.seed,
+        on_error=build.on_error,
+    )

@@ -1,7 +1,7 @@
 """Put a damaged shard set right: from its source to the same bytes, or without what is lost.
 
-A repair works as a build does: what it makes is gathered in the work folder and reaches its place
-by rename, when it is whole, so that it can be killed at any moment and run again.
+A repair works as a build does: what it makes is gathered in a folder, `.shardprep-repair`, and
+reaches its place by rename, when it is whole, so that it can be killed at any moment and run again.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import BuildError, CorruptShardError, SourceError
 from shardprep.format import (
     MANIFEST_NAME,
-    NO_LABEL,
     REJECTS_NAME,
-    Manifest,
+    REPAIR_FOLDER,
     ShardInfo,
-    decode_manifest,
     encode_manifest,
     load_manifest,
 )
-from shardprep.limits import MAX_MANIFEST_BYTES, MAX_REJECTS_BYTES
-from shardprep.options import BuildOptions
-from shardprep.salvage import index_of_tar, rewrite_shard
+from shardprep.options import options_of
+from shardprep.reader import Split, open_shards
+from shardprep.salvage import index_of_tar, rewrite_shard, vouched_rows
 from shardprep.shard import ShardRecord
-from shardprep.sidecars import load_index
-from shardprep.source import Reject, scan_dataset
+from shardprep.sidecars import legible_rejects
+from shardprep.source import Reject, Source
 from shardprep.storage import (
     publish,
     publish_bytes,
-    read_at_most,
     sha256_of,
     storage_errors,
     sync_folder,
 )
-from shardprep.unfinished import ShardWriter, hold, install, is_ours
+from shardprep.supplies import Supplies
+from shardprep.unfinished import ShardWriter, finish_repair, hold, install, is_ours, let_go
 from shardprep.verify import Fault, verify_shards
 from shardprep.writer import (
     ProgressListener,
@@ -65,7 +64,9 @@ class RepairReport:
         path: The shard folder.
         repaired: Files that are as they were built again, to the byte.
         removed: Files of earlier builds that did not belong to the set.
-        dropped: Utterances that were left out.
+        dropped: Utterances that were left out; an entry without a key stands for several.
+        lost: Number of utterances that were left out.
+        notes: What a user should know of the way that it went.
         faults: What is wrong still.
         fingerprint: Of the set as it is now; another one than before if anything was dropped.
         seconds: Time taken.
@@ -75,6 +76,8 @@ class RepairReport:
     repaired: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     dropped: list[Reject] = field(default_factory=list)
+    lost: int = 0
+    notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     fingerprint: str = ""
     seconds: float = 0.0
@@ -111,9 +114,10 @@ def repair_shards(
 
     Raises:
         FormatError: The folder has no manifest that can be read; only a build can help.
-        SourceError: The source is not the one of the set, or is faulty itself.
-        BuildError: Somebody else is at work in the folder, a shard built anew is not what it was,
-            or nothing would be left.
+        SourceError: The source is no data set, or another one where the plan of its build is
+            needed: for a shard whose index is damaged too, and for rejects.jsonl.
+        BuildError: Somebody else is at work in the folder, or nothing would be left.
+        CorruptShardError: A file is true to its sha256 and yet not what a build writes.
         StorageError: The disk refused.
     """
     began = time.monotonic()
@@ -121,44 +125,70 @@ def repair_shards(
     if source is not None and drop:
         raise ValueError("give a source, or let damaged utterances be dropped, not both")
     report = RepairReport(str(folder))
-    if not folder.is_dir():
+    pending = folder / REPAIR_FOLDER / MANIFEST_NAME
+    if (folder / MANIFEST_NAME).exists() or not pending.exists():
+        # Nothing is made in a folder that holds no set.
         load_manifest(folder)
-    with storage_errors(folder), hold(folder) as work:
-        if not _finish_installing(folder, work):
-            repair = _Repair(folder, work, report)
-            repair.restore_manifest()
-            repair.bring_home()
-            repair.remove_leftovers()
-            repair.rewrite_shards()
-            if source is not None:
-                repair.rebuild(Path(source), workers, listener or ProgressListener())
-            repair.restore_indexes()
-            if drop:
-                repair.drop()
-            shutil.rmtree(work, ignore_errors=True)
-            sync_folder(folder)
+    with storage_errors(folder), hold(folder) as building:
+        try:
+            if finish_repair(folder):
+                report.notes.append(
+                    f"a repair that was interrupted is finished; {REJECTS_NAME} has what it dropped"
+                )
+            _run(_Repair(folder, report), source, drop, workers, listener or ProgressListener())
+        finally:
+            with contextlib.suppress(OSError):
+                if (folder / MANIFEST_NAME).exists():
+                    shutil.rmtree(folder / REPAIR_FOLDER, ignore_errors=True)
+                let_go(building)
+        sync_folder(folder)
     report.faults = verify_shards(folder).faults
+    if report.whole:
+        report.faults.extend(_unopened(folder))
     report.fingerprint = load_manifest(folder).fingerprint
     report.seconds = time.monotonic() - began
     return report
 
 
-def _finish_installing(folder: Path, work: Path) -> bool:
-    """Go on where a repair was killed as it put a set of fewer utterances in its place."""
-    pending = work / MANIFEST_NAME
-    if (folder / MANIFEST_NAME).exists() or not pending.exists():
-        return False
-    data = read_at_most(pending, MAX_MANIFEST_BYTES)
-    install(work, decode_manifest(data, pending).files(), data)
-    return True
+def _run(
+    repair: _Repair,
+    source: str | os.PathLike[str] | None,
+    drop: bool,
+    workers: int,
+    listener: ProgressListener,
+) -> None:
+    """What comes first makes less to do for what comes later."""
+    repair.restore_manifest()
+    repair.bring_home()
+    repair.remove_leftovers()
+    found = Supplies(Path(source), repair.manifest) if source is not None else None
+    repair.rewrite_shards(found, listener)
+    if found is not None:
+        repair.rebuild(found.scanned, workers, listener)
+    repair.restore_indexes()
+    if drop:
+        repair.drop()
+    if found is not None:
+        repair.report.notes.extend(found.notes)
+
+
+def _unopened(folder: Path) -> Iterator[Fault]:
+    """Indexes that are true to their sha256, but that no reader takes."""
+    shards = open_shards(folder)
+    for name, info in shards.manifest.splits.items():
+        try:
+            Split(folder, name, shards.manifest)
+        except CorruptShardError as error:
+            yield Fault(info.index.file, "", error.what)
 
 
 class _Repair:
     """One repair; its steps are called in the order in which they stand here."""
 
-    def __init__(self, folder: Path, work: Path, report: RepairReport) -> None:
+    def __init__(self, folder: Path, report: RepairReport) -> None:
         self.folder = folder
-        self.work = work
+        self.work = folder / REPAIR_FOLDER
+        self.work.mkdir(exist_ok=True)
         self.report = report
         self.manifest = load_manifest(folder)
         self.files = self.manifest.files()
@@ -173,18 +203,21 @@ class _Repair:
 
     def bring_home(self) -> None:
         """Restore files whose contents are there under the name of another."""
+        sizes = {self.files[name].bytes for name in self.damaged}
         homes = {self.files[name].sha256: name for name in self.damaged}
-        found = [
-            (path, name)
-            for path in self.folder.iterdir()
-            if path.is_file() and (path.name in self.damaged or path.name not in self.files)
-            if (name := homes.get(sha256_of(path)))
-        ]
+        found = []
+        for path in sorted(self.folder.iterdir()) if homes else ():
+            # One that cannot be read is none of them.
+            with contextlib.suppress(OSError):
+                spare = path.name in self.damaged or path.name not in self.files
+                if spare and path.is_file() and path.stat().st_size in sizes:
+                    found.append((path, homes.get(sha256_of(path))))
         # All are copied before the first is replaced: two may have changed places.
-        for path, name in found:
+        names = {name: path for path, name in found if name is not None}
+        for name, path in names.items():
             with publish(self.work / name) as file, open(path, "rb") as contents:
                 shutil.copyfileobj(contents, file)
-        for name in {name for _, name in found}:
+        for name in names:
             self._put(name)
 
     def remove_leftovers(self) -> None:
@@ -195,40 +228,50 @@ class _Repair:
                 path.unlink()
                 self.report.removed.append(path.name)
 
-    def rewrite_shards(self) -> None:
-        """Restore the shards whose matrices are all whole, by their index."""
-        for name in self.manifest.splits:
-            for shard, rows in self._shards_of(name):
-                if shard.file in self.damaged and rows is not None:
-                    self._rewrite(shard, rows)
-                    self._put(shard.file)
+    def rewrite_shards(self, supplies: Supplies | None, listener: ProgressListener) -> None:
+        """Restore shards by their index, with matrices of the source where theirs are damaged."""
+        due = [
+            (shard, rows)
+            for name in self.manifest.splits
+            for shard, rows in self._shards_of(name)
+            if shard.file in self.damaged and rows is not None
+        ]
+        listener.start(sum(shard.samples for shard, _ in due), sum(s.bytes for s, _ in due))
+        for shard, rows in due:
+            self._rewrite(shard, rows, supplies)
+            self._put(shard.file)
+            listener.advance(shard.samples, shard.bytes)
+        listener.close()
 
-    def rebuild(self, source: Path, workers: int, listener: ProgressListener) -> None:
-        """Build the damaged shards anew, and the list of rejects.
+    def rebuild(self, scanned: Source, workers: int, listener: ProgressListener) -> None:
+        """Build anew the shards whose index is damaged too, and the list of rejects.
 
         Raises:
-            SourceError: The source is another one, or faulty.
-            BuildError: The shards come out differently.
+            SourceError: The source is not the one of the set.
         """
-        if not self.damaged:
+        planless = {
+            shard.file
+            for split in self.manifest.splits.values()
+            for shard in split.shards
+            if {shard.file, split.index.file} <= self.damaged
+        }
+        if not planless and REJECTS_NAME not in self.damaged:
             return
-        scanned = scan_dataset(source)
         if scanned.fingerprint != self.manifest.source_fingerprint:
             raise SourceError(
-                f"is not the data set that {self.folder} was built from: its fingerprint is "
-                f"{scanned.fingerprint}, expected {self.manifest.source_fingerprint}",
-                file=source,
-                remedy="Name the one it was, or repair the set with --drop.",
+                f"is not as it was when {self.folder} was built, or that was repaired with --drop "
+                f"since: its fingerprint is {scanned.fingerprint}, expected "
+                f"{self.manifest.source_fingerprint}",
+                file=scanned.root,
+                remedy="Name the one that it was built from, or repair the set with --drop.",
             )
-        tasks = shard_tasks(scanned, _options(self.manifest))
-        missing = [task for task in tasks if task.plan.file in self.damaged]
+        tasks = shard_tasks(scanned, options_of(self.manifest))
+        missing = [task for task in tasks if task.plan.file in planless]
         for record in run_shards(missing, ShardWriter(self.work), workers, listener):
             if not self._put(record.info.file):
-                raise BuildError(
-                    f"{record.info.file} built anew is not what it was: source files have "
-                    "changed, or it was built by another release of zstandard",
-                    file=source,
-                    remedy="Build the set anew with --overwrite, or repair it with --drop.",
+                self.report.notes.append(
+                    f"{record.info.file} built anew is not what it was: source files have changed, "
+                    "or it was built by another release of zstandard"
                 )
         if REJECTS_NAME in self.damaged:
             # Only reading everything tells what the build left out.
@@ -259,54 +302,65 @@ class _Repair:
             return
         records: list[ShardRecord] = []
         lost: list[Reject] = []
-        for name in self.manifest.splits:
-            for shard, rows in self._shards_of(name):
+        for name, split in self.manifest.splits.items():
+            for number, (shard, rows) in enumerate(self._shards_of(name)):
                 if shard.file not in self.damaged:
                     kept = index_of_tar(self.folder / shard.file, self.manifest)
                     records.append(ShardRecord("", shard, kept, (), 0))
-                elif rows is not None:
-                    record = self._rewrite(shard, rows)
+                    continue
+                if rows is None:
+                    index, path = self.folder / split.index.file, self.folder / shard.file
+                    rows = vouched_rows(index, split.index.bytes, number, path, self.manifest)
+                if rows is not None:
+                    record = self._rewrite(shard, rows, None)
                     records.append(record)
                     lost.extend(record.rejects)
-                else:
-                    reason = f"{shard.samples} utterances, lost with the index of their shard"
+                if nameless := shard.samples - (0 if rows is None else len(rows)):
+                    reason = f"lost with their rows of the index: {nameless} of its utterances"
                     lost.append(Reject(shard.file, "", None, name, reason))
+                    self.report.lost += nameless - 1
         if not any(record.info.samples for record in records):
             raise BuildError("no utterance of the set is whole", file=self.folder)
-        dropped = [self.manifest.source_fingerprint, *(reject.file for reject in lost)]
+        self.report.lost += len(lost)
+        self.report.dropped.extend(lost)
+        rejects = legible_rejects(self.folder, self.manifest)
+        if REJECTS_NAME in self.damaged:
+            self.report.notes.append(f"{REJECTS_NAME} was damaged: its legible lines are kept")
+        origin = self.manifest.source_fingerprint
+        if lost:
+            # What the set holds is not its source any more, and no build must take it for that.
+            listed = [origin, *(reject.file for reject in lost)]
+            origin = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         manifest = msgspec.structs.replace(
             self.manifest,
             splits=publish_indexes(self.work, records),
-            rejects=publish_rejects(self.work, [*self._listed(), *lost]),
-            # What it holds is not its source any more, and no build must take it for that.
-            source_fingerprint=hashlib.sha256("\n".join(dropped).encode()).hexdigest(),
+            rejects=publish_rejects(self.work, [*rejects, *lost]),
+            source_fingerprint=origin,
         )
         data = encode_manifest(manifest)
         # With this a repair that is killed as it moves the files can go on.
         publish_bytes(self.work / MANIFEST_NAME, data)
         install(self.work, manifest.files(), data)
-        self.report.dropped.extend(lost)
 
     def _shards_of(self, name: str) -> Iterator[tuple[ShardInfo, NDArray[Any] | None]]:
         """The shards of a split with their index rows, None where the index is damaged."""
         split = self.manifest.splits[name]
-        rows = None
-        if split.index.file not in self.damaged:
-            rows = load_index(self.folder, split)
-            labels, sizes = rows["label"], max((s.bytes for s in split.shards), default=0)
-            known = (labels >= NO_LABEL) & (labels < len(self.manifest.speakers))
-            if not (known & (rows["nbytes"] <= sizes)).all():
-                raise CorruptShardError(
-                    "is true to its sha256, but not an index that a build wrote",
-                    file=self.folder / split.index.file,
-                    remedy="Build the set anew.",
-                )
+        if split.index.file in self.damaged:
+            yield from ((shard, None) for shard in split.shards)
+            return
+        # Looked at as for reading: no row leads outside.
+        rows = Split(self.folder, name, self.manifest).locations
+        ends = np.searchsorted(rows["shard"], np.arange(len(split.shards)), side="right")
         for number, shard in enumerate(split.shards):
-            yield shard, None if rows is None else rows[rows["shard"] == number]
+            own = rows[ends[number - 1] if number else 0 : ends[number]]
+            yield shard, own[own["shard"] == number]
 
-    def _rewrite(self, shard: ShardInfo, rows: NDArray[Any]) -> ShardRecord:
+    def _rewrite(
+        self, shard: ShardInfo, rows: NDArray[Any], supplies: Supplies | None
+    ) -> ShardRecord:
+        damaged, supply = self.folder / shard.file, supplies or (lambda key, frames: None)
         with publish(self.work / shard.file) as file:
-            return rewrite_shard(self.folder / shard.file, shard, rows, self.manifest, file)
+            return rewrite_shard(damaged, shard, rows, self.manifest, file, supply)
 
     def _put(self, name: str) -> bool:
         """Move a file from the work folder to its place, if it is what the manifest says."""
@@ -324,28 +378,3 @@ class _Repair:
             return path.stat().st_size == info.bytes and sha256_of(path) == info.sha256
         except OSError:
             return False
-
-    def _listed(self) -> list[Reject]:
-        """What rejects.jsonl lists, as far as it can be read."""
-        found: list[Reject] = []
-        if self.manifest.rejects is not None:
-            with contextlib.suppress(OSError):
-                data = read_at_most(self.folder / REJECTS_NAME, MAX_REJECTS_BYTES)
-                for line in data.splitlines():
-                    with contextlib.suppress(ValueError, RecursionError):
-                        found.append(msgspec.json.decode(line, type=Reject))
-        return found
-
-
-def _options(manifest: Manifest) -> BuildOptions:
-    """The options of the build that made a set, as far as they decide its bytes."""
-    build, codec = manifest.build, manifest.codec
-    return BuildOptions(
-        dtype=manifest.dtype,
-        codec=codec.name,
-        level=codec.level,
-        samples_per_shard=build.samples_per_shard,
-        val_fraction=build.val_fraction,
-        seed=build.seed,
-        on_error=build.on_error,
-    )

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from numpy.typing import NDArray
 
 from shardprep import codecs
+from shardprep.codecs import NPY_FAULTS
 from shardprep.errors import CorruptShardError
-from shardprep.format import NO_LABEL, Manifest, ShardInfo
-from shardprep.shard import IndexRow, ShardRecord, TarWriter, add_sample
+from shardprep.format import MAX_KEY_BYTES, NO_LABEL, Manifest, ShardInfo, is_index
+from shardprep.shard import BLOCK, IndexRow, ShardRecord, TarWriter, add_sample
 from shardprep.source import Reject, Utterance
-from shardprep.storage import open_regular, read_bytes
+from shardprep.storage import open_regular, read_at_most, read_bytes
 from shardprep.tarwalk import content, walk
+
+Supply = Callable[[str, int], bytes | None]
 
 # Bytes of a number in decimal text.
 _MOST_LABEL = 20
@@ -50,11 +55,78 @@ def _rows(tar: io.FileIO, manifest: Manifest) -> Iterator[IndexRow]:
             raise tarfile.ReadError(f"{mel.name!a} is not the first member of an utterance")
         payload = content(tar, mel, mel.size)
         frames = len(codecs.decode(payload, manifest.codec))
+        size = len(key.encode())
+        if "." in key or not 0 < size <= MAX_KEY_BYTES or not -1 <= label < len(manifest.speakers):
+            raise tarfile.ReadError(f"{mel.name!a} is not an utterance of this set")
         yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
 
 
+def vouched_rows(
+    path: Path, size: int, number: int, shard: Path, manifest: Manifest
+) -> NDArray[Any] | None:
+    """Those rows of a damaged index that a shard bears out, however damaged both are.
+
+    A row counts if its crc32 is that of the bytes that it points to, and if name, length and label
+    are those that the members there say.
+
+    Args:
+        path: The index file.
+        size: Its size by the manifest.
+        number: The shard's number in its split.
+        shard: Its file.
+        manifest: Of the set.
+
+    Returns:
+        The rows, or None where the index cannot be read at all.
+    """
+    try:
+        data = read_at_most(path, size)
+        file = io.BytesIO(data)
+        np.lib.format.read_magic(file)
+        dtype = np.lib.format.read_array_header_1_0(file)[2]
+        count = (len(data) - file.tell()) // dtype.itemsize
+        rows: NDArray[Any] = np.frombuffer(data, dtype, count, file.tell())
+        if not is_index(rows):
+            return None
+    except (OSError, *NPY_FAULTS):
+        return None
+    rows = rows[rows["shard"] == number]
+    borne_out = np.zeros(len(rows), bool)
+    with contextlib.suppress(OSError), open_regular(shard) as tar:
+        for place, row in enumerate(rows):
+            borne_out[place] = _is_borne_out(row, tar, manifest)
+    rows = rows[borne_out]
+    # A key comes once, and rows in the order of the shard.
+    rows = rows[np.sort(np.unique(rows["key"], return_index=True)[1])]
+    return rows
+
+
+def _is_borne_out(row: Any, tar: io.FileIO, manifest: Manifest) -> bool:
+    try:
+        key = row["key"].decode()
+        offset, label = int(row["offset"]), int(row["label"])
+        mel, after, *_ = itertools.islice(walk(tar, offset - BLOCK), 2)
+        own_label = NO_LABEL
+        if after.name == f"{key}.cls":
+            own_label = int(content(tar, after, _MOST_LABEL))
+        payload = content(tar, mel, mel.size)
+        return (
+            mel == (key + codecs.member_suffix(manifest.codec), offset, int(row["nbytes"]))
+            and zlib.crc32(payload) == row["crc32"]
+            and len(codecs.decode(payload, manifest.codec)) == row["frames"]
+            and label == own_label < len(manifest.speakers)
+        )
+    except (OSError, tarfile.TarError, ValueError, OverflowError):
+        return False
+
+
 def rewrite_shard(
-    damaged: Path, info: ShardInfo, rows: NDArray[Any], manifest: Manifest, file: BinaryIO
+    damaged: Path,
+    info: ShardInfo,
+    rows: NDArray[Any],
+    manifest: Manifest,
+    file: BinaryIO,
+    supply: Supply = lambda key, frames: None,
 ) -> ShardRecord:
     """Write a shard anew with those of its utterances whose stored bytes match their crc32.
 
@@ -64,9 +136,11 @@ def rewrite_shard(
     Args:
         damaged: The shard as it is found; it may be missing.
         info: Its entry in the manifest.
-        rows: Its rows of the index, as they are vouched for by the manifest.
+        rows: Its rows of the index, as they are vouched for.
         manifest: Of the set.
         file: Where to.
+        supply: Gives the stored bytes of an utterance from elsewhere, by key and frames, or None;
+            asked for those that are damaged here.
 
     Returns:
         The record of the new shard; its rejects are the utterances that are lost.
@@ -75,8 +149,10 @@ def rewrite_shard(
     suffix = codecs.member_suffix(manifest.codec)
     kept: list[IndexRow] = []
     lost: list[Reject] = []
-    for row, payload in zip(rows, _payloads(damaged, rows), strict=True):
-        utterance = _utterance(row, manifest)
+    for row, found in zip(rows, _payloads(damaged, rows), strict=True):
+        utterance, payload = _utterance(row, manifest), found
+        if payload is None or zlib.crc32(payload) != row["crc32"]:
+            payload = supply(utterance.key, utterance.frames)
         if payload is not None and zlib.crc32(payload) == row["crc32"]:
             kept.append(add_sample(tar, utterance, payload, suffix))
         else:

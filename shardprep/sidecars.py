@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -109,3 +110,16 @@ def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
         file=path,
         remedy=REPAIR,
     )
+
+
+def legible_rejects(folder: Path, manifest: Manifest) -> list[Reject]:
+    """What a damaged list of rejects says, as far as it can be read."""
+    found: list[Reject] = []
+    if manifest.rejects is not None:
+        with contextlib.suppress(OSError):
+            for line in read_at_most(
+                folder / manifest.rejects.file, MAX_REJECTS_BYTES
+            ).splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    found.append(msgspec.json.decode(line, type=Reject))
+    return found

@@ -25,13 +25,13 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(file: io.FileIO) -> Iterator[Member]:
-    """The members of a shard up to its end, each within the file.
+def walk(file: io.FileIO, at: int = 0) -> Iterator[Member]:
+    """The members of a shard from the header at byte `at` up to its end, each within the file.
 
     Raises:
         tarfile.ReadError: While iterating: it is no whole tar of plain files.
     """
-    total, at = os.fstat(file.fileno()).st_size, 0
+    total = os.fstat(file.fileno()).st_size
     while (head := _head(file, at)) != bytes(tarfile.BLOCKSIZE):
         try:
             found = tarfile.TarInfo.frombuf(head, "utf-8", "strict")

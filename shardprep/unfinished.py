@@ -20,7 +20,14 @@ import filelock
 import msgspec
 
 from shardprep.errors import BuildError
-from shardprep.format import FORMAT, MANIFEST_NAME, REJECTS_NAME, WORK_FOLDER
+from shardprep.format import (
+    FORMAT,
+    MANIFEST_NAME,
+    REJECTS_NAME,
+    REPAIR_FOLDER,
+    WORK_FOLDER,
+    decode_manifest,
+)
 from shardprep.limits import MAX_MANIFEST_BYTES
 from shardprep.pool import Advance
 from shardprep.shard import ShardRecord, ShardTask, write_shard
@@ -64,11 +71,13 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
                 file=target,
                 remedy="Name another folder, or empty this one.",
             )
-        if _is_finished(target) and not work.is_dir() and not overwrite:
+        busy = work.is_dir() or (target / REPAIR_FOLDER).is_dir()
+        if _is_finished(target) and not busy and not overwrite:
             yield None
             return
         _check_manifest_is_ours(target)
         with hold(target) as work:
+            finish_repair(target)
             # Only now is it certain that nobody else is about to finish the set.
             if _is_finished(target) and not overwrite:
                 # What is left of a build that was killed as it finished; shards in it would be
@@ -91,7 +100,7 @@ def hold(target: Path) -> Iterator[Path]:
         BuildError: Somebody else holds it, or it is a link to another place.
     """
     work = target / WORK_FOLDER
-    for path in (work, work / _LOCK_NAME):
+    for path in (work, work / _LOCK_NAME, target / REPAIR_FOLDER):
         if path.is_symlink():
             raise BuildError(
                 "is a link, and nothing is written or removed where it leads",
@@ -113,6 +122,37 @@ def hold(target: Path) -> Iterator[Path]:
         yield work
     finally:
         lock.release()
+
+
+def finish_repair(target: Path) -> bool:
+    """Go on where a repair was killed as it put a set of fewer utterances in its place.
+
+    Whatever else an interrupted repair left is removed. The caller holds `target`.
+
+    Returns:
+        Whether there was such a set, which is in its place now.
+    """
+    work = target / REPAIR_FOLDER
+    pending = work / MANIFEST_NAME
+    if not _is_finished(target) and pending.exists():
+        data = read_at_most(pending, MAX_MANIFEST_BYTES)
+        files = decode_manifest(data, pending).files()
+        if all(_has_size(work, name, info.bytes) for name, info in files.items()):
+            install(work, files, data)
+            return True
+    shutil.rmtree(work, ignore_errors=True)
+    return False
+
+
+def _has_size(work: Path, name: str, expected: int) -> bool:
+    path = work / name if (work / name).exists() else work.parent / name
+    return path.is_file() and path.stat().st_size == expected
+
+
+def let_go(work: Path) -> None:
+    """Remove a work folder that holds nothing but the lock; for its holder."""
+    if all(path.name == _LOCK_NAME for path in work.iterdir()):
+        shutil.rmtree(work)
 
 
 def keep_finished(tasks: Sequence[ShardTask], work: Path) -> dict[str, ShardRecord]:
@@ -154,10 +194,18 @@ def install(work: Path, names: Collection[str], manifest: bytes) -> None:
     """
     target = work.parent
     with storage_errors(target):
+        # Before the set that is there is given up.
+        for path in (target / MANIFEST_NAME, *(target / name for name in names), *_ours(target)):
+            if path.is_dir():
+                raise BuildError(
+                    "a folder is in the place of a file of the set",
+                    file=path,
+                    remedy="Remove it, then run the same command again.",
+                )
         (target / MANIFEST_NAME).unlink(missing_ok=True)
         sync_folder(target)
-        for path in (*target.iterdir(), *work.iterdir()):
-            if _OURS.fullmatch(path.name) and path.name not in names:
+        for path in (*_ours(target), *_ours(work)):
+            if path.name not in names:
                 path.unlink()
         for name in names:
             if (work / name).exists():
@@ -166,6 +214,10 @@ def install(work: Path, names: Collection[str], manifest: bytes) -> None:
         publish_bytes(target / MANIFEST_NAME, manifest, scratch=work)
         shutil.rmtree(work)
         sync_folder(target)
+
+
+def _ours(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
 
 
 def is_ours(name: str) -> bool:
@@ -196,7 +248,9 @@ def _is_finished(target: Path) -> bool:
 
 
 def _is_foreign(target: Path) -> bool:
-    ours = _is_finished(target) or (target / WORK_FOLDER).is_dir()
+    ours = _is_finished(target) or any(
+        (target / name).is_dir() for name in (WORK_FOLDER, REPAIR_FOLDER)
+    )
     return target.is_dir() and not ours and any(target.iterdir())
 
 

@@ -20,6 +20,7 @@ from shardprep.features import load_features
 from shardprep.format import (
     MANIFEST_NAME,
     NO_LABEL,
+    REPAIR_FOLDER,
     WORK_FOLDER,
     Manifest,
     encode_manifest,
@@ -32,6 +33,9 @@ from shardprep.storage import open_regular, sha256_of
 from shardprep.tarwalk import Member, content, walk
 
 Advance = Callable[[int], None]
+
+# The manifest vouches for the others; folders of work are gone when it is done.
+_NOT_OF_THE_SET = (MANIFEST_NAME, WORK_FOLDER, REPAIR_FOLDER)
 
 # More than a label, or what is said of an utterance, takes.
 _MOST_TEXT = 1 << 16
@@ -136,7 +140,7 @@ def _file_faults(folder: Path, manifest: Manifest, advance: Advance) -> Iterator
             yield Fault(name, "", f"cannot be read: {error.strerror}")
         advance(info.bytes)
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (MANIFEST_NAME, WORK_FOLDER):
+        if path.name not in files and path.name not in _NOT_OF_THE_SET:
             yield Fault(path.name, "", "does not belong to the set")
 
 

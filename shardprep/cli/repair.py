@@ -11,6 +11,8 @@ from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.repair import RepairReport, repair_shards
 
+_MOST_NOTES = 20
+
 
 @click.command(short_help="Put the damaged shard set DST right.")
 @click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
@@ -18,7 +20,7 @@ from shardprep.repair import RepairReport, repair_shards
     "--source",
     type=click.Path(exists=True, file_okay=False),
     metavar="SRC",
-    help="Build damaged shards anew from the data set that DST was built from.",
+    help="Take what is damaged from the data set that DST was built from.",
 )
 @click.option(
     "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
@@ -28,7 +30,7 @@ from shardprep.repair import RepairReport, repair_shards
     type=click.IntRange(min=0),
     default=0,
     show_default="the cores",
-    help="Processes that build shards.",
+    help="Processes that build shards whose index is damaged too.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @click.pass_context
@@ -70,12 +72,16 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         click.echo(f"{name}: removed, was left over")
     for reject in report.dropped:
         click.echo(f"{reject.key or reject.file}: dropped, {reject.reason}")
+    for note in report.notes[:_MOST_NOTES]:
+        click.echo(f"note: {note}")
+    if len(report.notes) > _MOST_NOTES:
+        click.echo(f"note: and {len(report.notes) - _MOST_NOTES} more; --json has them all")
     for fault in report.faults:
         click.echo(str(fault))
     state = "whole" if report.whole else f"{count(len(report.faults), 'fault')} left"
     click.echo(
         f"{report.path}: {state} ({count(len(report.repaired), 'file')} repaired, "
-        f"{count(len(report.dropped), 'utterance')} dropped, {report.seconds:.1f} s)"
+        f"{count(report.lost, 'utterance')} dropped, {report.seconds:.1f} s)"
     )
     if not report.whole and not asked:
         click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)

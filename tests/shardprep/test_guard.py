@@ -100,6 +100,11 @@ def test_more_damage_than_is_borne_ends_the_reading(spoilt: Spoilt) -> None:
     assert len(list(loader(split, **skip, max_corrupt=3))) == 7
     with pytest.raises(CorruptShardError, match="3 utterances are damaged, and max_corrupt is 2"):
         list(loader(split, **skip, max_corrupt=2))
+    # Whoever catches the error and goes on gets it again.
+    own = loader(split, **skip, max_corrupt=0)
+    for _ in range(3):
+        with pytest.raises(CorruptShardError, match="1 utterances are damaged"):
+            list(own)
     with pytest.raises(CorruptShardError, match="every utterance of a batch is damaged"):
         ReadGuard(split, "once", "skip", 9).stand_ins(np.array(bad))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shardprep import (
     BuildError,
@@ -189,7 +190,13 @@ def values(shards: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("name", "gone"), [("matrix", 1), ("truncated", None), ("shard lost", 7)])
 def test_dropping_leaves_out_what_is_lost_and_lists_it(
-    original: Path, shards: Path, source: Path, build: Build, name: str, gone: int | None
+    original: Path,
+    shards: Path,
+    source: Path,
+    build: Build,
+    contents: Contents,
+    name: str,
+    gone: int | None,
 ) -> None:
     BY_SOURCE[name](shards)
     report = repair_shards(shards, drop=True)
@@ -211,22 +218,53 @@ def test_dropping_leaves_out_what_is_lost_and_lists_it(
     assert verify_shards(shards, against=source).whole
     with pytest.raises(BuildError, match="built from another source or with other options"):
         build(source, shards, **OPTIONS, codec=was.manifest.codec.name)
+    # It can still be repaired from the source, to what it is now.
+    now = contents(shards)
     flip(OTHER, lambda folder: 1000)(shards)
-    with pytest.raises(SourceError, match="not the data set that"):
+    assert repair_shards(shards, source=source).whole
+    assert contents(shards) == now
+    flip(OTHER, lambda folder: 1000)(shards)
+    flip(INDEX, lambda folder: -3)(shards)
+    with pytest.raises(SourceError, match="or that was repaired with --drop since"):
         repair_shards(shards, source=source)
 
 
-def test_dropping_what_index_and_shard_have_lost(original: Path, shards: Path) -> None:
+def test_rows_of_a_damaged_index_vouch_for_themselves(original: Path, shards: Path) -> None:
     BY_SOURCE["shard and index"](shards)
     report = repair_shards(shards, drop=True)
     assert report.whole
     (reject,) = report.dropped
+    assert (reject.file, reject.key, report.lost) == (SHARD, "", 1)
+    assert reject.reason == "lost with their rows of the index: 1 of its utterances"
     split = open_shards(original)["train"]
-    count = int((split.locations["shard"] == 1).sum())
-    assert (reject.file, reject.key) == (SHARD, "")
-    assert reject.reason.startswith(f"{count} utterances")
-    lost_keys = {f"train/{key}" for key in split.keys[split.locations["shard"] == 1]}
-    assert values(shards) == {k: v for k, v in values(original).items() if k not in lost_keys}
+    key = split.keys[split.locations["shard"] == 1][0]
+    whole = {k: v for k, v in values(original).items() if k != f"train/{key}"}
+    assert values(shards) == whole
+
+
+def test_a_shard_without_any_index_is_dropped(original: Path, shards: Path) -> None:
+    several(flip(SHARD, payload(0)), lost(INDEX))(shards)
+    report = repair_shards(shards, drop=True)
+    split = open_shards(original)["train"]
+    own = split.locations["shard"] == 1
+    assert report.lost == own.sum()
+    gone = {f"train/{key}" for key in split.keys[own]}
+    assert values(shards) == {k: v for k, v in values(original).items() if k not in gone}
+
+
+@pytest.mark.parametrize("field", ["label", "frames", "crc32", "key", "offset"])
+def test_a_row_that_lies_is_not_believed(original: Path, shards: Path, field: str) -> None:
+    rows = np.load(shards / INDEX)
+    place = int(np.flatnonzero(rows["shard"] == 1)[2])
+    rows[field][place] = b"other" if field == "key" else rows[field][place] ^ 1
+    np.save(shards / INDEX, rows)
+    flip(SHARD, payload(0))(shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    assert report.lost == 2
+    before, after = values(original), values(shards)
+    assert len(after) == len(before) - 2
+    assert after.items() <= before.items()
 
 
 def test_a_listing_that_is_damaged_keeps_the_lines_that_can_be_read(
@@ -244,30 +282,129 @@ def test_nothing_left_is_an_error_and_changes_nothing(shards: Path, contents: Co
     before = contents(shards)
     with pytest.raises(BuildError, match="no utterance of the set is whole"):
         repair_shards(shards, drop=True)
-    shutil.rmtree(shards / WORK_FOLDER)
     assert contents(shards) == before
 
 
-def test_source_that_has_changed_is_refused(
+def test_source_that_has_changed_is_not_believed(
     shards: Path, source: Path, tmp_path: Path, contents: Contents
 ) -> None:
     flip(SHARD, payload(2))(shards)
+    key = str(np.load(shards / INDEX)["key"][np.load(shards / INDEX)["shard"] == 1][2].decode())
     before = contents(shards)
     other = Path(shutil.copytree(source, tmp_path / "Other"))
-    data = bytearray((other / "metadata.json").read_bytes())
-    (other / "metadata.json").write_bytes(data.replace(b'"ann"', b'"eve"'))
-    with pytest.raises(SourceError, match="not the data set that .* was built from"):
-        repair_shards(shards, source=other)
     # Of the same size, so that only the bytes tell.
-    shutil.rmtree(other)
-    shutil.copytree(source, other)
-    for path in other.glob("*.pt"):
-        if "bob" in path.name or "cleo" in path.name:
-            shutil.copy(source / "ann-003.pt", path)
-    with pytest.raises((SourceError, BuildError)):
-        repair_shards(shards, source=other, workers=1)
-    shutil.rmtree(shards / WORK_FOLDER)
+    mel = torch.load(other / f"{key}.pt", weights_only=True)
+    torch.save(mel + 1, other / f"{key}.pt")
+    report = repair_shards(shards, source=other, workers=1)
+    assert [fault.file for fault in report.faults] == [SHARD]
     assert contents(shards) == before
+    (other / f"{key}.pt").unlink()
+    report = repair_shards(shards, source=other, workers=1)
+    assert not report.whole
+    assert any(key in note and "not in the data set" in note for note in report.notes)
+    assert contents(shards) == before
+
+
+def test_only_what_is_damaged_is_taken_from_the_source(
+    original: Path, shards: Path, source: Path, tmp_path: Path, contents: Contents
+) -> None:
+    flip(SHARD, payload(2))(shards)
+    key = np.load(shards / INDEX)["key"][np.load(shards / INDEX)["shard"] == 1][2].decode()
+    other = Path(shutil.copytree(source, tmp_path / "Other"))
+    for path in other.glob("*.pt"):
+        if path.stem != key:
+            path.unlink()
+    assert repair_shards(shards, source=other).whole
+    assert contents(shards) == contents(original)
+
+
+def test_a_pending_repair_is_finished_before_a_build(
+    shards: Path, source: Path, tmp_path: Path, build: Build, contents: Contents
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    flip(SHARD, payload(2))(shards)
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    repair_shards(copy, drop=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardprep.unfinished.os.replace", stop_at_shards(os.replace))
+        with pytest.raises(Stopped):
+            repair_shards(shards, drop=True)
+    assert not (shards / "manifest.json").exists()
+    (fault,) = verify_shards(shards).faults
+    assert "shardprep repair DST" in fault.what
+    with pytest.raises(BuildError, match="finished set, built from another source"):
+        build(source, shards, **OPTIONS, codec=codec)
+    assert contents(shards).items() >= contents(copy).items()
+    build(source, shards, **OPTIONS, codec=codec, overwrite=True)
+    assert verify_shards(shards, deep=True, against=source).whole
+    assert not [p for p in shards.iterdir() if p.name.startswith(".")]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at_shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let no shard reach its place any more."""
+
+    def call(source: Any, target: Any) -> None:
+        if str(target).endswith((SHARD, INDEX)) and Path(target).parent.name == "shards":
+            raise Stopped
+        function(source, target)
+
+    return call
+
+
+def test_an_unfinished_build_outlives_a_repair(
+    shards: Path, source: Path, build: Build, original: Path, contents: Contents
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardprep.writer.publish_indexes", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+    made = contents(shards / WORK_FOLDER)
+    assert len(made) > 4
+    flip(SHARD, payload(2))(shards)
+    assert repair_shards(shards, source=source).whole
+    assert contents(shards / WORK_FOLDER) == made
+    shutil.rmtree(shards / WORK_FOLDER)
+    assert contents(shards) == contents(original)
+
+
+@pytest.mark.parametrize("name", [SHARD, "train-000099.tar", "manifest.json"])
+def test_a_folder_in_the_place_of_a_file_costs_no_set(
+    shards: Path, source: Path, build: Build, name: str
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    kept = (shards / "manifest.json").read_bytes()
+    (shards / name).unlink(missing_ok=True)
+    (shards / name).mkdir()
+    with pytest.raises(BuildError, match="a folder is in the place|is not the manifest"):
+        build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+    if name != "manifest.json":
+        assert (shards / "manifest.json").read_bytes() == kept
+        (shards / name).rmdir()
+        assert repair_shards(shards, source=source).whole
+
+
+def test_what_cannot_be_read_does_not_stop_a_repair(shards: Path, source: Path) -> None:
+    flip("train-000002.tar", lambda folder: 700)(shards)
+    (shards / SHARD).unlink()
+    (shards / SHARD).symlink_to("/proc/self/mem")
+    (shards / "notes").symlink_to("/proc/self/mem")
+    report = repair_shards(shards, source=source)
+    assert [fault.file for fault in report.faults] == ["notes"]
+
+
+def test_a_folder_that_holds_no_set_is_left_as_it_is(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    for folder in (tmp_path / "letters", source):
+        before = sorted(folder.iterdir())
+        with pytest.raises(FormatError, match="is not a shard folder"):
+            repair_shards(folder)
+        assert sorted(folder.iterdir()) == before
 
 
 def test_files_of_others_are_left_alone_and_named(shards: Path) -> None:

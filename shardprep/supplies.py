@@ -1,0 +1,44 @@
+"""What a repair takes from the data set that a shard set was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from shardprep import codecs
+from shardprep.features import load_features
+from shardprep.format import Manifest
+from shardprep.source import scan_dataset
+
+
+class Supplies:
+    """Stored bytes of utterances, made anew from the data set that they came from.
+
+    Args:
+        source: The data set.
+        manifest: Of the set that is repaired.
+
+    Attributes:
+        notes: Of utterances that it could not give, why.
+    """
+
+    def __init__(self, source: Path, manifest: Manifest) -> None:
+        self.scanned = scan_dataset(source)
+        self.notes: list[str] = []
+        self._manifest = manifest
+
+    def __call__(self, key: str, frames: int) -> bytes | None:
+        """The bytes that a build would store of an utterance, or None."""
+        utterance = self.scanned.by_key.get(key)
+        path = self.scanned.root / (f"{key}.pt" if utterance is None else utterance.path)
+        try:
+            if utterance is None:
+                raise ValueError("is not in the data set, or faulty")
+            mel = load_features(path, n_mels=self._manifest.n_mels, frames=frames)
+        except ValueError as error:
+            self.notes.append(f"{path}: {error}")
+            return None
+        with np.errstate(over="ignore"):
+            stored = mel.astype(self._manifest.numpy_dtype)
+        return codecs.encode(stored, self._manifest.codec)
