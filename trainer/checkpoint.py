@@ -114,6 +114,7 @@ class CheckpointFolder:
         assert keep >= 1
         self.folder = run / "checkpoints"
         self.keep = keep
+        self._damaged: set[Path] = set()
 
     @property
     def best(self) -> Path:
@@ -145,6 +146,7 @@ class CheckpointFolder:
                 return Newest(file, load(file, needs), tuple(damaged))
             except DamagedCheckpointError as error:
                 damaged.append(error)
+                self._damaged.add(file)
         if not damaged:
             raise CheckpointError(
                 f"{self.folder}: there is no checkpoint to resume from; start without --resume, "
@@ -159,14 +161,17 @@ class CheckpointFolder:
     def save(self, state: State, step: int) -> Path:
         """Write a step checkpoint, then delete the oldest beyond `keep`.
 
-        Only checkpoints older than the one just written are deleted.
+        Only checkpoints older than the one just written are deleted, and none that `load_newest`
+        has found to be damaged.
 
         Raises:
             CheckpointError: The disk refused; earlier checkpoints are as they were.
         """
         path = self.folder / f"step-{step:08d}.pt"
         _write(path, state)
-        older = [other for other in self.steps() if _step_of(other) < step]
+        self._damaged.discard(path)
+        # One that is known to be damaged does not count.
+        older = [p for p in self.steps() if _step_of(p) < step and p not in self._damaged]
         for stale in older[: max(0, len(older) + 1 - self.keep)]:
             # One that cannot be deleted now is tried again after the next save.
             with contextlib.suppress(OSError):

@@ -100,6 +100,20 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_damaged_checkpoint_is_not_counted_among_those_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (100, 200, 213):
+        folder.save({"step": step}, step)
+    damaged = tmp_path / "checkpoints" / "step-00000213.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    found = folder.load_newest()
+    assert found.state["step"] == 200
+    newest = folder.save({"step": 300}, 300)
+    newest.write_bytes(b"")
+    # Two whole ones were kept, so that one more may be lost.
+    assert folder.load_newest().state["step"] == 200
+
+
 def test_a_checkpoint_that_lacks_an_entry_is_refused_by_name(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path).save({"step": 5, "model": {}}, 5)
     assert load(path, needs=("model", "step"))["step"] == 5

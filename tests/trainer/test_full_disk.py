@@ -213,7 +213,8 @@ def test_no_process_waits_for_one_that_could_not_save(
     assert done.returncode == CheckpointError.exit_code
     assert "step 12/12" in done.stderr
     assert done.stderr.count("WARNING: step ") == 2
-    assert done.stderr.count("error: step 12, at which the run ends, is not saved") == 1
+    # A slow machine may let the other process say it as well.
+    assert "error: step 12, at which the run ends, is not saved" in done.stderr
 
 
 def test_a_torn_line_of_a_full_disk_is_taken_back(small_disk: Path) -> None:
