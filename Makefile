@@ -10,7 +10,7 @@
 #                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' to
 #                       do it on CPUs
 # make torture          injure sets and builds in every way, kill and resume training, soak for MINUTES
-#                       (10), and write scripts/results/{torture,soak}.json; takes half an hour
+#                       (10), and write scripts/results/{torture,kills,soak}.json; half an hour
 # make fuzz             fuzz every reader of foreign files for SECONDS (600) each, from an environment
 #                       of its own; findings go to fuzz-found/, figures to scripts/results/fuzz.json
 # make clean            remove what these made (not the data)
@@ -71,6 +71,7 @@ ladder: $(BENCH_VENV)/.installed
 
 torture: $(INSTALLED)
 	$(BIN)/python scripts/torture.py --out scripts/results/torture.json
+	$(BIN)/python scripts/train_kills.py --rounds 20 --out scripts/results/kills.json
 	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --out scripts/results/soak.json
 
 $(FUZZ_VENV)/.installed: pyproject.toml constraints.txt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import warnings
 from typing import Any, NamedTuple
 
 # More than the pickle of any tensor has.
@@ -70,15 +71,18 @@ def run_pickle(file: io.BytesIO) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if number >= _MOST_OPCODES:
-            raise ValueError("its pickle is longer than that of a tensor")
-        try:
-            if opcode.name == "STOP":
-                return stack.pop()
-            _step(opcode.name, argument, stack, memo)
-        except (IndexError, KeyError):
-            raise ValueError("its pickle is damaged") from None
+    with warnings.catch_warnings():
+        # Python warns of escapes in strings that no tensor has.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if number >= _MOST_OPCODES:
+                raise ValueError("its pickle is longer than that of a tensor")
+            try:
+                if opcode.name == "STOP":
+                    return stack.pop()
+                _step(opcode.name, argument, stack, memo)
+            except (IndexError, KeyError):
+                raise ValueError("its pickle is damaged") from None
     raise ValueError("its pickle has no end")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -109,17 +110,20 @@ def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
 def _check_pickle(data: bytes, records: int) -> None:
     """Only plain values, and calls that put together about as many tensors as there are records."""
     calls = 0
-    try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if not _OPCODE.fullmatch(opcode.name):
-                raise UnpicklingError(f"its values are made by {opcode.name}")
-            if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
-                raise UnpicklingError(f"it names {str(argument)[:80].replace(' ', '.')}")
-            calls += opcode.name == "REDUCE"
-            if calls > 4 * records + 64 or number > _PICKLE_OPERATIONS:
-                raise UnpicklingError("it makes more values than its size allows")
-    except ValueError as error:
-        raise UnpicklingError(str(error)) from error
+    with warnings.catch_warnings():
+        # Python warns of escapes in strings that no checkpoint has.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+                if not _OPCODE.fullmatch(opcode.name):
+                    raise UnpicklingError(f"its values are made by {opcode.name}")
+                if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
+                    raise UnpicklingError(f"it names {str(argument)[:80].replace(' ', '.')}")
+                calls += opcode.name == "REDUCE"
+                if calls > 4 * records + 64 or number > _PICKLE_OPERATIONS:
+                    raise UnpicklingError("it makes more values than its size allows")
+        except ValueError as error:
+            raise UnpicklingError(str(error)) from error
 
 
 def check_values(state: object) -> None:
