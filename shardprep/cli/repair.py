@@ -11,7 +11,7 @@ from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.repair import RepairReport, repair_shards
 
-_MOST_NOTES = 20
+_MOST_LINES = 20
 
 
 @click.command(short_help="Put the damaged shard set DST right.")
@@ -70,12 +70,9 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         click.echo(f"{name}: as it was built again")
     for name in report.removed:
         click.echo(f"{name}: removed, was left over")
-    for reject in report.dropped:
-        click.echo(f"{reject.key or reject.file}: dropped, {reject.reason}")
-    for note in report.notes[:_MOST_NOTES]:
-        click.echo(f"note: {note}")
-    if len(report.notes) > _MOST_NOTES:
-        click.echo(f"note: and {len(report.notes) - _MOST_NOTES} more; --json has them all")
+    dropped = [f"{one.key or one.file}: dropped, {one.reason}" for one in report.dropped]
+    _print_some(dropped, f"{REJECTS_NAME} lists them all")
+    _print_some([f"note: {note}" for note in report.notes], "--json has them all")
     for fault in report.faults:
         click.echo(str(fault))
     state = "whole" if report.whole else f"{count(len(report.faults), 'fault')} left"
@@ -85,3 +82,10 @@ def _print(report: RepairReport, *, asked: bool) -> None:
     )
     if not report.whole and not asked:
         click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)
+
+
+def _print_some(lines: list[str], where: str) -> None:
+    for line in lines[:_MOST_LINES]:
+        click.echo(line)
+    if len(lines) > _MOST_LINES:
+        click.echo(f"... and {len(lines) - _MOST_LINES} more; {where}")

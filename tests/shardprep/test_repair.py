@@ -516,3 +516,16 @@ def test_disk_that_refuses_is_a_storage_error(
         with pytest.raises(StorageError, match="No space left"):
             repair_shards(shards)
     assert repair_shards(shards).whole
+
+
+def test_command_is_brief_about_many(
+    run_cli: Callable[..., subprocess.CompletedProcess[str]], shards: Path
+) -> None:
+    for path in shards.glob("train-*.tar"):
+        path.write_bytes(b"")
+    split = open_shards(shards).manifest.splits["train"]
+    done = run_cli("repair", shards, "--drop")
+    assert done.returncode == 0
+    assert done.stdout.count(": dropped, ") == 20 < split.samples
+    assert f"... and {split.samples - 20} more; rejects.jsonl lists them all" in done.stdout
+    assert f"{split.samples} utterances dropped" in done.stdout
