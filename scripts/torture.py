@@ -8,8 +8,9 @@ Without --dataset it synthesises a small one (`make_synthetic.py`). Each part is
   `verify` (sha256) and by `verify --deep`;
 - truncations: every file of a set is cut at every member boundary and at random places; `verify`
   must find each, and opening must refuse the set, so that no reader returns less in silence;
-- kills: a build with two workers is killed (SIGKILL to it or to its whole group) at random
-  moments until it comes to its end; the set must be the one of a build that nothing disturbed;
+- kills: a build with two workers is killed (SIGKILL to it or to its whole group) at a random
+  moment, half of them at another as they go on; then it goes on to its end, and the set must be
+  the one of a build that nothing disturbed;
 - refusals: each write, fsync, rename, mkdir and unlink of a build in turn fails with ENOSPC, then
   with EIO; the build must end with a StorageError and go on to the identical set;
 - drops: random bytes of random shards are overwritten; `repair --source` must give the identical
@@ -180,22 +181,21 @@ def kills(case: Case) -> Result:
     subprocess.run(command, check=True, capture_output=True)
     duration, expected = time.monotonic() - began, contents(folder)
     assert verify_shards(folder, deep=True, against=case.source).whole
-    killed, ends, identical, kept = 0, 0, 0, 0
-    with bar(range(case.counts["kills"]), "kills") as progress:
-        while killed < case.counts["kills"]:
-            shutil.rmtree(folder)
-            while killed < case.counts["kills"] and not (folder / "manifest.json").exists():
-                if kill_once(command, case.rng, duration):
-                    killed += 1
-                    progress.update()
-                kept += len(list(folder.glob(f"{WORK_FOLDER}/*.tar")))
-            ends += 1
-            subprocess.run(command, check=True, capture_output=True)
-            identical += contents(folder) == expected
+    killed, identical, kept = 0, 0, 0
+    for _ in bar(range(case.counts["kills"]), "kills"):
+        shutil.rmtree(folder, ignore_errors=True)
+        # One that came to its end before the kill is begun anew.
+        while not kill_once(command, case.rng, duration):
+            shutil.rmtree(folder, ignore_errors=True)
+        killed += 1
+        if case.rng.random() < 0.5:
+            killed += kill_once(command, case.rng, duration)
+        kept += len(list(folder.glob(f"{WORK_FOLDER}/*.tar")))
+        subprocess.run(command, check=True, capture_output=True)
+        identical += contents(folder) == expected
     return {
         "asked": case.counts["kills"],
-        "killed": killed,
-        "builds": ends,
+        "kills": killed,
         "identical": identical,
         "shards_found_whole": kept,
     }
@@ -350,7 +350,7 @@ def is_held(part: str, result: Result) -> bool:
     if part == "truncations":
         return result["found"] == result["refused_on_opening"] == result["asked"]
     if part == "kills":
-        return result["killed"] == result["asked"] and result["identical"] == result["builds"]
+        return result["identical"] == result["asked"] <= result["kills"]
     if part == "refusals":
         return all(
             one["errors"] + one["made_no_difference"] == one["identical"] == one["asked"]
