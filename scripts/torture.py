@@ -176,20 +176,20 @@ def kills(case: Case) -> Result:
     # Slow on purpose, so that most moments are those of work.
     options = ["--samples-per-shard=10", "--workers=2", "--codec=zstd", "--level=22"]
     command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder), *options]
-    began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(command, check=True, capture_output=True)
-    duration, expected = time.monotonic() - began, contents(folder)
+    expected = contents(folder)
     assert verify_shards(folder, deep=True, against=case.source).whole
+    shards = len(list(folder.glob("*.tar")))
     killed, identical, kept = 0, 0, 0
     for _ in bar(range(case.counts["kills"]), "kills"):
         shutil.rmtree(folder, ignore_errors=True)
         # One that came to its end before the kill is begun anew.
-        while not kill_once(command, case.rng, duration):
+        while not kill_once(command, folder, case.rng, shards):
             shutil.rmtree(folder, ignore_errors=True)
         killed += 1
         if case.rng.random() < 0.5:
-            killed += kill_once(command, case.rng, duration)
+            killed += kill_once(command, folder, case.rng, shards)
         kept += len(list(folder.glob(f"{WORK_FOLDER}/*.tar")))
         subprocess.run(command, check=True, capture_output=True)
         identical += contents(folder) == expected
@@ -201,12 +201,16 @@ def kills(case: Case) -> Result:
     }
 
 
-def kill_once(command: list[str], rng: random.Random, duration: float) -> bool:
-    """Start a build and kill it; whether it was still alive."""
+def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int) -> bool:
+    """Start a build and kill it when some of its shards are whole; whether it was still alive."""
+    enough = rng.randrange(shards)
     with subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as build:
-        time.sleep(rng.uniform(0.1, duration))
+        while build.poll() is None and len(list(folder.glob(f"{WORK_FOLDER}/*.tar"))) < enough:
+            time.sleep(0.002)
+        # Without any, in its start; else within the next shard or two.
+        time.sleep(rng.uniform(0, 0.1 if enough else 1.0))
         alive = build.poll() is None
         # Workers that outlive their parent must end by themselves.
         with suppress(ProcessLookupError):
