@@ -23,6 +23,9 @@ REPAIR = (
 )
 """Remedy of errors about a damaged set."""
 
+CRC_FAULT = "the stored bytes do not match their crc32"
+"""What is wrong with an utterance whose bytes have changed."""
+
 
 class ShardprepError(Exception):
     """Base of all errors of this package.

@@ -17,15 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
-from shardprep.errors import REPAIR, CorruptShardError, FormatError
+from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
 from shardprep.format import NO_LABEL, Manifest, load_manifest
 from shardprep.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
 from shardprep.manifest_watch import ManifestWatch
 from shardprep.shardmap import ShardMap
 from shardprep.sidecars import load_index, read_rejects
 from shardprep.source import Reject
-
-CRC_FAULT = "the stored bytes do not match their crc32"
 
 # Index rows that are checked at a time.
 _BLOCK = 1 << 18

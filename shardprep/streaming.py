@@ -9,7 +9,9 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import webdataset as wds
 from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep import codecs
-from shardprep.errors import REPAIR, CorruptShardError, FormatError
+from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
 from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, load_manifest
 from shardprep.limits import SMALL_MATRIX_BYTES
+from shardprep.sidecars import load_index
 from shardprep.storage import open_regular
 from shardprep.tarwalk import walk
 
@@ -54,8 +57,9 @@ def stream(
 
     Raises:
         FormatError: The folder has no such split.
-        CorruptShardError: While iterating: a shard of the folder is no plain tar, or a sample
-            cannot be decoded.
+        CorruptShardError: While iterating: a shard of the folder is no plain tar, lacks an
+            utterance of the index, or has one whose crc32 is another; or a sample cannot be
+            decoded.
     """
     defaults = {
         "nodesplitter": wds.split_by_node,
@@ -70,6 +74,7 @@ def stream(
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         opener = [isinstance(stage, StreamingOpen | FileCache) for stage in pipeline.pipeline]
         pipeline.pipeline.insert(opener.index(True), _check_shards)
+        pipeline = pipeline.compose(partial(_check_samples, Path(source), split))
     if shuffle:
         pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
     return pipeline.map(decode_sample)
@@ -135,6 +140,35 @@ def _check_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 f"is not a whole tar: {error}", file=path, remedy=REPAIR
             ) from None
         yield shard
+
+
+def _check_samples(
+    folder: Path, split: str, samples: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Compare what comes out of the shards of a folder with the index, before it is shuffled."""
+    info = load_manifest(folder).splits[split]
+    rows = load_index(folder, info)
+    numbers = {shard.file: number for number, shard in enumerate(info.shards)}
+    path, due = Path(), dict[bytes, int]()
+    for sample in samples:
+        if sample["__url__"] != str(path) or not due:
+            _check_complete(path, due)
+            path = Path(sample["__url__"])
+            own = rows[rows["shard"] == numbers[path.name]]
+            due = dict(zip(own["key"].tolist(), own["crc32"].tolist(), strict=True))
+        key = sample["__key__"]
+        stored = next((sample[name] for name in _CODECS if name in sample), b"")
+        if due.pop(key.encode(), None) != zlib.crc32(stored):
+            raise CorruptShardError(CRC_FAULT, file=path, key=key, remedy=REPAIR)
+        yield sample
+    _check_complete(path, due)
+
+
+def _check_complete(path: Path, due: dict[bytes, int]) -> None:
+    if due:
+        raise CorruptShardError(
+            f"lacks {len(due)} of the utterances in its index", file=path, remedy=REPAIR
+        )
 
 
 def _check_members(file: io.FileIO) -> None:

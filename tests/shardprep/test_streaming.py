@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import tarfile
@@ -22,6 +23,7 @@ from shardprep.streaming import decode_sample
 # webdataset leaves it to the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
+Spoilt = Callable[..., tuple[Split, list[int]]]
 SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
 
 
@@ -93,6 +95,37 @@ def test_each_iteration_is_shuffled_anew(edge_set: Path) -> None:
     epochs = [[sample["__key__"] for sample in pipeline] for _ in range(3)]
     assert len(set(map(tuple, epochs))) == 3
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("shuffle", [0, 10])
+def test_a_flipped_bit_is_named(spoilt: Spoilt, codec: str, shuffle: int) -> None:
+    split, (bad,) = spoilt([5], codec)
+    folder = Path(split.damaged(bad).file or "").parent
+    with pytest.raises(CorruptShardError, match="do not match their crc32") as caught:
+        list(shardprep.stream(folder, shuffle=shuffle))
+    assert caught.value.key == str(split.keys[bad])
+    assert caught.value.file == split.damaged(bad).file
+
+
+def test_an_utterance_that_is_gone_from_a_shard_is_missed(spoilt: Spoilt) -> None:
+    split, _ = spoilt([])
+    path = Path(split.damaged(3).file or "")
+    with tarfile.open(path) as tar:
+        contents = [(member, tar.extractfile(member)) for member in tar]
+        kept = [(m, f.read()) for m, f in contents if f and m.name.split(".")[0] != split.keys[3]]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in kept:
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(CorruptShardError, match="lacks 1 of the utterances in its index"):
+        list(shardprep.stream(path.parent))
+    # What a user does not ask for is not missed.
+    assert len(list(itertools.islice(shardprep.stream(path.parent), 2))) == 2
+
+
+def test_shards_that_come_again_are_whole_again(edge_set: Path) -> None:
+    samples = list(shardprep.stream(edge_set, "val").repeat(3))
+    assert len(samples) == 3 * len(open_shards(edge_set)["val"])
 
 
 def test_unknown_split_is_refused(edge_set: Path, tmp_path: Path) -> None:
