@@ -10,9 +10,10 @@ Two things go on in turns, on a shard set that is built first:
   moment and resumed, over and over, until its last step; then another run begins.
 
 After each turn it notes this process's resident memory, file descriptors, memory maps and threads,
-the resident memory of the training processes, the files in /dev/shm, and processes that a killed
-run has left behind. Memory counts as flat if the median of the last quarter of the turns is at
-most --growth MiB above that of the second one.
+the most resident memory of a training process, the files in /dev/shm, and processes that a killed
+run has left behind. Memory counts as flat if the median (of training processes the maximum) of
+the last quarter of the turns is at most --growth MiB above that of the second one. Other programs
+that use /dev/shm meanwhile disturb it; `unshare -m` with a tmpfs of its own keeps them out.
 
 Exit codes: 0 nothing piled up, 1 something did, 2 usage.
 """
@@ -227,6 +228,9 @@ def summarise(turns: list[Turn], growth: float) -> dict[str, Any]:
     limits = {"memory_mib": growth, "descriptors": 0, "maps": 5, "threads": 0}
     for name, limit in {**limits, "training_mib": growth}.items():
         first, last = medians(name)
+        if name == "training_mib":
+            # A run that is killed in its start has taken little.
+            first, last = (max(turn.training_mib for turn in part) for part in (early, late))
         held = last - first <= limit
         figures[name] = {"second_quarter": first, "last_quarter": last, "held": held}
     for name in ("orphans", "shared_files"):
