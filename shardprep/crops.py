@@ -131,7 +131,7 @@ class ZstdCropper:
         first, last = start // chunk, (start + valid - 1) // chunk
         held = codecs.ENTRY_BYTES * (last + 2) + (last - first + 1) * chunk * width
         if len(start) > 1 and int(held.sum()) > _MOST_HELD:
-            self._halves(begin, end, frames, start, valid, pad_value, out)
+            self._halves((begin, end, frames, start, valid), pad_value, out)
             return
         at, nbytes = self._segments(begin, end, frames, first, last)
         number = _ragged(first, last - first + 1)
@@ -157,19 +157,15 @@ class ZstdCropper:
 
     def _halves(
         self,
-        begin: Indices,
-        end: Indices,
-        frames: Indices,
-        start: Indices,
-        valid: Indices,
+        of_each: tuple[Indices, Indices, Indices, Indices, Indices],
         pad_value: float,
         out: NDArray[Any],
     ) -> None:
-        half = len(start) // 2
+        half = len(out) // 2
         for at in (slice(half), slice(half, None)):
-            of_each = (begin[at], end[at], frames[at], start[at], valid[at])
+            begin, end, frames, start, valid = (values[at] for values in of_each)
             try:
-                self(*of_each, pad_value, out[at])
+                self(begin, end, frames, start, valid, pad_value, out[at])
             except DamagedChunk as error:
                 raise DamagedChunk(error.row + (at.start or 0), str(error)) from None
 

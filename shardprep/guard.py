@@ -78,7 +78,7 @@ class ReadGuard:
         if len(kept) == len(indices):
             return None
         if not len(kept):
-            raise self._too_many(indices, "every utterance of a batch is damaged")
+            raise self._too_many(int(indices[-1]), "every utterance of a batch is damaged")
         places = np.flatnonzero(self._whole[indices])
         following = np.searchsorted(places, np.arange(len(indices)))
         return places[following % len(places)]
@@ -94,7 +94,7 @@ class ReadGuard:
         found = len(self.damaged) + 1
         if found > self._max:
             raise self._too_many(
-                np.array([index]), f"{found} utterances are damaged, and max_corrupt is {self._max}"
+                index, f"{found} utterances are damaged, and max_corrupt is {self._max}"
             )
         self.damaged[index] = error
         self._whole[index] = False
@@ -116,6 +116,6 @@ class ReadGuard:
             self._left -= int(self._unverified[asked].sum())
             self._unverified[asked] = False
 
-    def _too_many(self, indices: NDArray[np.int64], what: str) -> CorruptShardError:
-        last = self._split.damaged(int(indices[-1]))
+    def _too_many(self, index: int, what: str) -> CorruptShardError:
+        last = self._split.damaged(index)
         return CorruptShardError(what, file=last.file, key=last.key, remedy=REPAIR)

@@ -25,15 +25,16 @@ from shardprep.format import (
     MANIFEST_NAME,
     REJECTS_NAME,
     REPAIR_FOLDER,
+    Manifest,
     ShardInfo,
     encode_manifest,
     load_manifest,
 )
 from shardprep.options import options_of
-from shardprep.reader import Split, open_shards
+from shardprep.reader import Split
 from shardprep.salvage import index_of_tar, rewrite_shard, vouched_rows
 from shardprep.shard import ShardRecord
-from shardprep.sidecars import legible_rejects
+from shardprep.sidecars import check_whole, legible_rejects
 from shardprep.source import Reject, Source
 from shardprep.storage import (
     publish,
@@ -143,9 +144,10 @@ def repair_shards(
                 let_go(building)
         sync_folder(folder)
     report.faults = verify_shards(folder).faults
+    manifest = load_manifest(folder)
     if report.whole:
-        report.faults.extend(_unopened(folder))
-    report.fingerprint = load_manifest(folder).fingerprint
+        report.faults.extend(_unopened(folder, manifest))
+    report.fingerprint = manifest.fingerprint
     report.seconds = time.monotonic() - began
     return report
 
@@ -172,12 +174,11 @@ def _run(
         repair.report.notes.extend(found.notes)
 
 
-def _unopened(folder: Path) -> Iterator[Fault]:
+def _unopened(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Indexes that are true to their sha256, but that no reader takes."""
-    shards = open_shards(folder)
-    for name, info in shards.manifest.splits.items():
+    for name, info in manifest.splits.items():
         try:
-            Split(folder, name, shards.manifest)
+            Split(folder, name, manifest)
         except CorruptShardError as error:
             yield Fault(info.index.file, "", error.what)
 
@@ -358,9 +359,9 @@ class _Repair:
     def _rewrite(
         self, shard: ShardInfo, rows: NDArray[Any], supplies: Supplies | None
     ) -> ShardRecord:
-        damaged, supply = self.folder / shard.file, supplies or (lambda key, frames: None)
+        damaged = self.folder / shard.file
         with publish(self.work / shard.file) as file:
-            return rewrite_shard(damaged, shard, rows, self.manifest, file, supply)
+            return rewrite_shard(damaged, shard, rows, self.manifest, file, supplies)
 
     def _put(self, name: str) -> bool:
         """Move a file from the work folder to its place, if it is what the manifest says."""
@@ -373,8 +374,8 @@ class _Repair:
         return True
 
     def _is_whole(self, path: Path) -> bool:
-        info = self.files[path.name]
         try:
-            return path.stat().st_size == info.bytes and sha256_of(path) == info.sha256
-        except OSError:
+            check_whole(path, self.files[path.name])
+        except (OSError, CorruptShardError):
             return False
+        return True

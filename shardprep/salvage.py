@@ -126,7 +126,7 @@ def rewrite_shard(
     rows: NDArray[Any],
     manifest: Manifest,
     file: BinaryIO,
-    supply: Supply = lambda key, frames: None,
+    supply: Supply | None = None,
 ) -> ShardRecord:
     """Write a shard anew with those of its utterances whose stored bytes match their crc32.
 
@@ -149,11 +149,11 @@ def rewrite_shard(
     suffix = codecs.member_suffix(manifest.codec)
     kept: list[IndexRow] = []
     lost: list[Reject] = []
-    for row, found in zip(rows, _payloads(damaged, rows), strict=True):
-        utterance, payload = _utterance(row, manifest), found
-        if payload is None or zlib.crc32(payload) != row["crc32"]:
-            payload = supply(utterance.key, utterance.frames)
-        if payload is not None and zlib.crc32(payload) == row["crc32"]:
+    for row, stored in zip(rows, _payloads(damaged, rows), strict=True):
+        utterance, payload = _utterance(row, manifest), _true(stored, row)
+        if payload is None and supply is not None:
+            payload = _true(supply(utterance.key, utterance.frames), row)
+        if payload is not None:
             kept.append(add_sample(tar, utterance, payload, suffix))
         else:
             lost.append(_lost(utterance, info.file))
@@ -161,6 +161,11 @@ def rewrite_shard(
     frames = sum(row.frames for row in kept)
     new = ShardInfo(info.file, len(kept), frames, tar.size, tar.sha256.hexdigest())
     return ShardRecord("", new, tuple(kept), tuple(lost), 0)
+
+
+def _true(payload: bytes | None, row: Any) -> bytes | None:
+    """Stored bytes, if they are those that a row of the index tells of."""
+    return payload if payload is not None and zlib.crc32(payload) == row["crc32"] else None
 
 
 def _lost(utterance: Utterance, shard: str) -> Reject:

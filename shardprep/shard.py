@@ -119,7 +119,13 @@ def write_shard(
     rows, rejects, source_bytes = [], [], 0
     for utterance in _fetching_ahead(task):
         try:
-            payload = _encode(task, utterance)
+            payload = encode_file(
+                task.root / utterance.path,
+                n_mels=task.n_mels,
+                frames=utterance.frames,
+                dtype=task.dtype,
+                codec=task.codec,
+            )
         except ValueError as fault:
             split = "test" if utterance.speaker is None else "labelled"
             reject = Reject(utterance.path, utterance.key, utterance.speaker, split, str(fault))
@@ -145,14 +151,20 @@ def _fetching_ahead(task: ShardTask) -> Iterator[Utterance]:
         yield utterance
 
 
-def _encode(task: ShardTask, utterance: Utterance) -> bytes:
-    mel = load_features(task.root / utterance.path, n_mels=task.n_mels, frames=utterance.frames)
-    if task.dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
+def encode_file(path: Path, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo) -> bytes:
+    """Load a `.pt` file; returns the payload that a shard stores of it.
+
+    Raises:
+        ValueError: What is wrong with the file, in words for `Reject.reason`.
+        StorageError: The machine, not the file, is at fault.
+    """
+    mel = load_features(path, n_mels=n_mels, frames=frames)
+    if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
         raise ValueError("has values beyond the range of float16; use --dtype float32")
-    stored = mel.astype(np.dtype(task.dtype).newbyteorder("<"))
+    stored = mel.astype(np.dtype(dtype).newbyteorder("<"))
     if stored.nbytes + codecs.NPY_HEADER_BYTES > MAX_MEMBER_BYTES:
         raise ValueError(f"takes {stored.nbytes} bytes, more than a member of a shard may have")
-    payload = codecs.encode(stored, task.codec)
+    payload = codecs.encode(stored, codec)
     if len(payload) > MAX_MEMBER_BYTES or stored.nbytes > most_matrix_bytes(len(payload)):
         raise ValueError(
             f"shrinks from {stored.nbytes} to {len(payload)} bytes, more than readers believe; "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shardprep.codecs import NPY_FAULTS
 from shardprep.errors import REPAIR, CorruptShardError
-from shardprep.format import FileInfo, Manifest, SplitInfo, is_index
+from shardprep.format import FileInfo, Manifest, ShardInfo, SplitInfo, is_index
 from shardprep.limits import MAX_REJECTS_BYTES
 from shardprep.source import Reject
 from shardprep.storage import open_regular, read_at_most
@@ -53,8 +53,8 @@ def _map_index(path: Path, entry: FileInfo) -> NDArray[Any]:
     return rows
 
 
-def check_whole(path: Path, entry: FileInfo) -> None:
-    """Make sure that a small file is the one that the manifest names, by size and sha256.
+def check_whole(path: Path, entry: FileInfo | ShardInfo) -> None:
+    """Make sure that a file is the one that the manifest names, by size and sha256.
 
     Raises:
         OSError: It cannot be read.

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from shardprep import codecs
-from shardprep.features import load_features
 from shardprep.format import Manifest
+from shardprep.shard import encode_file
 from shardprep.source import scan_dataset
 
 
@@ -35,10 +32,13 @@ class Supplies:
         try:
             if utterance is None:
                 raise ValueError("is not in the data set, or faulty")
-            mel = load_features(path, n_mels=self._manifest.n_mels, frames=frames)
+            return encode_file(
+                path,
+                n_mels=self._manifest.n_mels,
+                frames=frames,
+                dtype=self._manifest.dtype,
+                codec=self._manifest.codec,
+            )
         except ValueError as error:
             self.notes.append(f"{path}: {error}")
             return None
-        with np.errstate(over="ignore"):
-            stored = mel.astype(self._manifest.numpy_dtype)
-        return codecs.encode(stored, self._manifest.codec)

@@ -29,7 +29,7 @@ from shardprep.bench.standings import (
     usable_cores,
 )
 from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, warm
-from shardprep.errors import REPAIR, CorruptShardError, FormatError, SourceError
+from shardprep.errors import FormatError, SourceError
 from shardprep.format import MANIFEST_NAME
 from shardprep.reader import ShardSet, Split, open_shards
 from shardprep.source import scan_dataset
@@ -168,23 +168,6 @@ def _check_same(sets: Sequence[ShardSet], splits: Sequence[Split]) -> None:
                 "another dtype",
                 file=shard_set.path / MANIFEST_NAME,
                 remedy="Measure sets of different data one by one.",
-            )
-        _check_whole(shard_set, split.name)
-
-
-def _check_whole(shard_set: ShardSet, split: str) -> None:
-    """Look at the size of every shard: webdataset would take a truncated one for a whole one."""
-    for shard in shard_set.manifest.splits[split].shards:
-        path = shard_set.path / shard.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CorruptShardError(
-                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
-            ) from None
-        if size != shard.bytes:
-            raise CorruptShardError(
-                f"has {size} bytes, expected {shard.bytes}", file=path, remedy=REPAIR
             )
 
 
