@@ -37,6 +37,7 @@ from typing import Any
 
 import click
 import msgspec
+from injuries import group
 
 import shardprep
 from shardprep.bench.standings import machine
@@ -166,19 +167,6 @@ class Training:
             os.kill(self.rng.choice(members), signal.SIGKILL)
         else:
             os.killpg(run.pid, signal.SIGKILL)
-
-
-def group(number: int) -> list[int]:
-    """The living processes of a process group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, own = stat.read_text().rpartition(")")[2].split()[:3]
-        except (OSError, ValueError):
-            continue
-        if int(own) == number and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def resident_mib(pid: int | str) -> float:

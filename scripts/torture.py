@@ -22,7 +22,6 @@ Exit codes: 0 all was noticed and nothing lost, 1 something was not, 2 usage.
 from __future__ import annotations
 
 import errno
-import io
 import itertools
 import json
 import os
@@ -33,15 +32,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import msgspec
+from injuries import group, refusing
 from spread_options import SpreadCommand
 from tqdm import tqdm
 
@@ -59,7 +57,6 @@ from shardprep.bench.standings import machine
 from shardprep.format import WORK_FOLDER
 from shardprep.storage import sha256_of
 
-CHANGES = ("fsync", "replace", "fchmod", "mkdir", "unlink", "rmdir")
 SAMPLES_PER_SHARD = 40
 Result = dict[str, Any]
 
@@ -216,22 +213,10 @@ def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int)
         with suppress(ProcessLookupError):
             (os.killpg if rng.random() < 0.5 else os.kill)(build.pid, signal.SIGKILL)
     end = time.monotonic() + 30
-    while living(build.pid) and time.monotonic() < end:
+    while group(build.pid) and time.monotonic() < end:
         time.sleep(0.01)
-    assert not living(build.pid), "workers were left behind"
+    assert not group(build.pid), "workers were left behind"
     return alive
-
-
-def living(group: int) -> bool:
-    """Whether a process of a process group is alive."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, found = stat.read_text().rpartition(")")[2].split()[:3]
-        except (OSError, ValueError):
-            continue
-        if int(found) == group and state != "Z":
-            return True
-    return False
 
 
 def refusals(case: Case) -> Result:
@@ -263,43 +248,6 @@ def refusals(case: Case) -> Result:
             "identical": identical,
         }
     return results
-
-
-@dataclass
-class Calls:
-    """Calls that change the disk, counted."""
-
-    made: int = 0
-
-
-@contextmanager
-def refusing(step: int, number: int) -> Iterator[Calls]:
-    """Let the `step`-th call that changes the disk fail with an error number."""
-    calls = Calls()
-
-    def count() -> None:
-        calls.made += 1
-        if calls.made == step:
-            raise OSError(number, os.strerror(number))
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            count()
-            return function(*arguments, **options)
-
-        return call
-
-    class Raw(io.FileIO):
-        def write(self, data: Any) -> int | None:
-            count()
-            return super().write(data)
-
-    def fdopen(handle: int, mode: str, buffering: int) -> io.BufferedWriter:
-        return io.BufferedWriter(Raw(handle, mode), buffering)
-
-    patches = {name: wrap(getattr(os, name)) for name in CHANGES}
-    with mock.patch.multiple(os, fdopen=fdopen, **patches):
-        yield calls
 
 
 def drops(case: Case) -> Result:

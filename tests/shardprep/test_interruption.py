@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
+import importlib
 import itertools
 import json
 import os
@@ -17,7 +17,6 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +32,9 @@ from shardprep import (
 )
 from shardprep.format import WORK_FOLDER
 from shardprep.storage import sha256_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+injuries = importlib.import_module("injuries")
 
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]
@@ -133,20 +135,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def living(group: int) -> list[str]:
-    """Names of the processes of a process group that are not just waiting to be buried."""
-    names = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, rest = stat.read_text().rpartition(")")
-            state, _, pgrp = rest.split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            names.append(stat.parent.name)
-    return names
-
-
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -185,7 +173,7 @@ def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
                 shutil.copytree(kept, shards)
             build, said = stop()
         assert build.returncode == expected, said
-        until(lambda: not living(build.pid))
+        until(lambda: not injuries.group(build.pid))
         assert not (shards / "manifest.json").exists()
         return said
 
@@ -258,53 +246,20 @@ def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
         assert contents(folder) == expected, folder
 
 
-CHANGES = ("fsync", "replace", "fchmod", "mkdir", "unlink", "rmdir")
-
-
-def refuse_at(step: int, number: int, patch: pytest.MonkeyPatch) -> None:
-    """Let the `step`-th call to the system that changes the disk fail with an error number."""
-    calls = itertools.count(1)
-
-    def count() -> None:
-        if next(calls) == step:
-            raise OSError(number, os.strerror(number))
-
-    def refusing(function: Callable[..., Any]) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            count()
-            return function(*arguments, **options)
-
-        return call
-
-    class Raw(io.FileIO):
-        def write(self, data: Any) -> int | None:
-            count()
-            return super().write(data)
-
-    def fdopen(handle: int, mode: str, buffering: int) -> io.BufferedWriter:
-        # Small, so that a shard takes many writes.
-        return io.BufferedWriter(Raw(handle, mode), 4096)
-
-    patch.setattr(os, "fdopen", fdopen)
-    for name in CHANGES:
-        patch.setattr(os, name, refusing(getattr(os, name)))
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "failing"])
 def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
     small_source: Path,
     tmp_path: Path,
     build: Build,
     contents: Contents,
-    monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
     build(small_source, tmp_path / "fresh", **SMALL)
     refused = 0
     for step in itertools.count(1):
         shards = tmp_path / str(step)
-        with monkeypatch.context() as patch:
-            refuse_at(step, number, patch)
+        # Files that hold little back, so that a shard takes many writes.
+        with injuries.refusing(step, number, 4096):
             fault = storage_fault(build, small_source, shards)
         if fault is not None:
             assert f"{os.strerror(number)}. Check free space" in fault
