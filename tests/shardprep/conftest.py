@@ -77,6 +77,62 @@ def edge_set(edge_sets: dict[tuple[str, str], Path]) -> Path:
     return edge_sets["float16", "none"]
 
 
+# Kills a program before its first, second, ... call to the operating system that changes a disk,
+# each time in another folder, until it comes to its end. A kill is a SIGKILL: no handler, no
+# clean-up. `act(subject, folder)` is the program, `prepare` what is done before it unharmed, and
+# DEADLY is what it dies before.
+KILLS = """
+import os, shutil, signal, sys
+from pathlib import Path
+
+DEADLY = [(os, name) for name in ("fsync", "replace", "mkdir", "unlink", "rmdir")]
+
+def prepare(subject, folder):
+    pass
+
+{program}
+
+def deadly(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+
+subject, root = map(Path, sys.argv[1:])
+status, fatal = signal.SIGKILL, 0
+while status == signal.SIGKILL:
+    fatal += 1
+    folder = root / f"{{fatal:03d}}"
+    prepare(subject, folder)
+    child = os.fork()
+    if child == 0:
+        left = fatal
+        for home, name in DEADLY:
+            setattr(home, name, deadly(getattr(home, name)))
+        act(subject, folder)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def killed_at_every_step(tmp_path: Path) -> Callable[[str, Path], list[Path]]:
+    """`killed_at_every_step(program, subject)`: the folders that a program left, kill by kill."""
+
+    def run(program: str, subject: Path) -> list[Path]:
+        root = tmp_path / "killed"
+        root.mkdir()
+        command = [sys.executable, "-c", KILLS.format(program=program), subject, root]
+        subprocess.run(command, check=True)
+        return sorted(root.iterdir())
+
+    return run
+
+
 @pytest.fixture
 def edge_split(edge_set: Path) -> Split:
     """Split train of `edge_set`: 28 utterances of 1 to 700 frames."""

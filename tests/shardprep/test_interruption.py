@@ -39,40 +39,16 @@ injuries = importlib.import_module("injuries")
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]
 
-# Crashes builds at their first, second, ... call to the operating system, each in a new folder,
-# until one comes to its end. A crash is a SIGKILL: no handler, no clean-up.
-CRASHES = """
-import os, shutil, signal, sys
-from pathlib import Path
+BUILD = """
 import torch
 from shardprep import BuildOptions, build_shards, codecs
 
-def deadly(function):
-    def call(*arguments, **options):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-
-source, root = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
-status = signal.SIGKILL
-fatal = 0
-while status == signal.SIGKILL:
-    fatal += 1
-    child = os.fork()
-    if child == 0:
-        left = fatal
-        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-        codecs.encode = deadly(codecs.encode)
-        options = BuildOptions(workers=1, samples_per_shard=3, on_error="skip")
-        build_shards(source, root / f"{fatal:03d}", options)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-sys.exit(status)
+DEADLY.append((codecs, "encode"))
+
+def act(source, folder):
+    options = BuildOptions(workers=1, samples_per_shard=3, on_error="skip")
+    build_shards(source, folder, options)
 """
 
 
@@ -228,15 +204,16 @@ SMALL = {"samples_per_shard": 3, "on_error": "skip"}
 
 
 def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
-    small_source: Path, tmp_path: Path, build: Build, contents: Contents
+    small_source: Path,
+    tmp_path: Path,
+    build: Build,
+    contents: Contents,
+    killed_at_every_step: Callable[[str, Path], list[Path]],
 ) -> None:
-    crashed = tmp_path / "crashed"
-    crashed.mkdir()
-    subprocess.run([sys.executable, "-c", CRASHES, small_source, crashed], check=True)
+    folders = killed_at_every_step(BUILD, small_source)
     build(small_source, tmp_path / "fresh", **SMALL)
     expected = contents(tmp_path / "fresh")
     assert "rejects.jsonl" in expected
-    folders = sorted(crashed.iterdir())
     shards_found = [assert_final_names_are_whole(folder) for folder in folders]
     assert len(folders) > 40
     assert set(shards_found) == set(range(5))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,48 +432,24 @@ def test_folder_without_a_set_or_in_use_is_refused(shards: Path, tmp_path: Path)
         repair_shards(shards)
 
 
-# Kills repairs before their first, second, ... call to the operating system that changes a disk.
-KILLS = """
-import os, shutil, signal, sys
-from pathlib import Path
+REPAIR = """
 from shardprep import repair_shards
 
-def deadly(function):
-    def call(*arguments, **options):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
+prepare = shutil.copytree
 
-damaged, root = map(Path, sys.argv[1:])
-status, fatal = signal.SIGKILL, 0
-while status == signal.SIGKILL:
-    fatal += 1
-    shutil.copytree(damaged, root / f"{fatal:03d}")
-    child = os.fork()
-    if child == 0:
-        left = fatal
-        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-        repair_shards(root / f"{fatal:03d}", drop=True)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-sys.exit(status)
+def act(damaged, folder):
+    repair_shards(folder, drop=True)
 """
 
 
 def test_repair_killed_at_any_step_goes_on_to_the_same_set(
-    shards: Path, tmp_path: Path, contents: Contents
+    shards: Path, contents: Contents, killed_at_every_step: Callable[[str, Path], list[Path]]
 ) -> None:
     several(flip(SHARD, payload(2)), flip("val.index.npy", lambda folder: -3))(shards)
-    (tmp_path / "killed").mkdir()
-    subprocess.run([sys.executable, "-c", KILLS, shards, tmp_path / "killed"], check=True)
+    folders = killed_at_every_step(REPAIR, shards)
     dropped = repair_shards(shards, drop=True).dropped
     assert len(dropped) == 1
     expected = contents(shards)
-    folders = sorted((tmp_path / "killed").iterdir())
     assert len(folders) > 25
     for folder in folders:
         report = repair_shards(folder, drop=True)
