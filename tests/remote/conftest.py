@@ -1,0 +1,58 @@
+"""A real object store, and a proxy with faults before it, for the tests of shards behind URLs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+servers = importlib.import_module("servers")
+
+
+def forget() -> None:
+    """Let no file system of fsspec live on: it would know the endpoint it was made with."""
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The object store of this session; S3 finds it through the environment."""
+    with (
+        servers.object_store(tmp_path_factory.mktemp("store")) as store,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        forget()
+        yield store
+        forget()
+
+
+@pytest.fixture(scope="session")
+def session_proxy(store: Any) -> Iterator[Any]:
+    with servers.fault_proxy(*store.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(session_proxy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The proxy that S3 goes through in this test; it has no faults yet, and its log is empty."""
+    session_proxy.clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", session_proxy.url)
+    forget()
+    yield session_proxy
+    session_proxy.clear()
+    forget()
+
+
+@pytest.fixture
+def http_proxy(store: Any) -> Iterator[Any]:
+    """A proxy before plain HTTP: `store.http_url(path, http_proxy.endpoint)`."""
+    with servers.fault_proxy(*store.http_endpoint) as proxy:
+        yield proxy
