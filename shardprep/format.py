@@ -18,6 +18,7 @@ from shardprep.limits import (
     json_values,
     manifest_faults,
 )
+from shardprep.remote import Location, Remote
 from shardprep.storage import read_at_most
 
 FORMAT = "shardprep"
@@ -171,13 +172,17 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return _dump(msgspec.structs.replace(manifest, fingerprint=_fingerprint(manifest)))
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a shard folder.
+def load_manifest(folder: Location) -> Manifest:
+    """Read and check the manifest of a shard folder, here or behind a URL.
 
     Raises:
         FormatError: There is none, it is not of this format or version, or it was altered.
+        StorageError: The store behind the URL cannot be reached.
     """
     path = folder / MANIFEST_NAME
+    if isinstance(path, Remote):
+        return decode_manifest(_fetch(path), path)
+    assert isinstance(folder, Path)
     try:
         data = read_at_most(path, MAX_MANIFEST_BYTES)
     except OSError as error:
@@ -195,7 +200,21 @@ def load_manifest(folder: Path) -> Manifest:
     return decode_manifest(data, path)
 
 
-def decode_manifest(data: bytes, path: Path) -> Manifest:
+def _fetch(path: Remote) -> bytes:
+    try:
+        data = path.read(0, MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise FormatError(
+            "there is no shard set, or none that is complete: no manifest.json",
+            file=path,
+            remedy=_BUILD_REMEDY,
+        ) from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FormatError("is too large for a manifest", file=path, remedy=_UNKNOWN_REMEDY)
+    return data
+
+
+def decode_manifest(data: bytes, path: Location) -> Manifest:
     """Parse the bytes of a manifest; `path` is named in errors. Raises FormatError."""
     if json_values(data) > MAX_MANIFEST_VALUES:
         raise FormatError("holds too many values", file=path, remedy=_UNKNOWN_REMEDY)
@@ -228,7 +247,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _check(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: Location) -> None:
     for name in (*manifest.files(), *manifest.splits):
         if Path(name).name != name or name.startswith("."):
             raise FormatError("names a file outside the folder", file=path, key=ascii(name)[:100])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardprep.buffers import BufferPool
-from shardprep.errors import CorruptShardError, ShardprepError
+from shardprep.errors import CorruptShardError, ShardprepError, StorageError
 from shardprep.guard import OnCorrupt, ReadGuard, Verification
 from shardprep.prefetch import ahead
 from shardprep.reader import Split
@@ -90,6 +90,8 @@ class SegmentLoader:
     Raises:
         ValueError: An argument is out of range, the split is smaller than one global batch and
             drop_last is on, or damage is to be skipped that nobody looks for.
+        StorageError: The split comes from a store, and the cache has no room for as much of it as
+            the order needs at a time.
         CorruptShardError: A split that is to lie on the device is damaged. While iterating: a
             shard cannot be read, or an utterance was found to be damaged.
     """
@@ -129,8 +131,14 @@ class SegmentLoader:
                 f"split {split.name} has {len(split)} utterances, fewer than one batch of "
                 f"{batch_size} on each of {world_size} ranks; take a smaller batch_size"
             )
+        self._lanes, self._window_shards = lanes, window_shards
+        self._stride = PLANNED
         if order == "windowed":
             check_lanes(lanes, window_shards, self._global_batch, world_size)
+        if split.room is not None:
+            self._stride = plan_for_cache(
+                split, order, lanes // world_size, window_shards, split.room
+            )
         self.split = split
         self.epoch = 0
         self.replaced = 0
@@ -140,7 +148,6 @@ class SegmentLoader:
         self._shuffle = shuffle
         self._pad_value = pad_value
         self._order: Order = order
-        self._lanes, self._window_shards = lanes, window_shards
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
         self._prefetch = prefetch
@@ -156,6 +163,7 @@ class SegmentLoader:
         if placement == "device":
             self._resident = ResidentSplit(split, self._device, self._guard)
         self._warmed = placement == "device"
+        self._window = split.window()
 
     def __len__(self) -> int:
         """Batches a whole epoch gives each rank."""
@@ -222,13 +230,12 @@ class SegmentLoader:
     def _crops(self, epoch: int, position: int) -> Iterator[Planned]:
         """Segments of this rank's batches on the host."""
         order = self._epoch_order(epoch)
-        asked: set[int] = set()
         step = self._global_batch
         # Order and crops of many batches at once: NumPy's calls cost more than their work.
-        stride = max(1, PLANNED // step) * step
+        stride = max(1, self._stride // step) * step
         for block in range(position, self._end, stride):
-            if isinstance(order, WindowedOrder):
-                self._read_ahead(order, block, stride, asked)
+            if self._resident is None:
+                self._ask_for(order, epoch, block, stride)
             begins = range(block, min(block + stride, self._end), step)
             ends = [min(begin + step, self._end) for begin in begins]
             shares = [
@@ -268,6 +275,9 @@ class SegmentLoader:
     def _epoch_order(self, epoch: int) -> EpochOrder:
         if self._order == "global":
             return epoch_order(len(self.split), self._seed, epoch)
+        return self._windowed_order(epoch)
+
+    def _windowed_order(self, epoch: int) -> WindowedOrder:
         return WindowedOrder(
             self.split.shard_samples,
             self._seed,
@@ -306,21 +316,66 @@ class SegmentLoader:
 
     def _warm(self) -> None:
         """Have the shards read from end to end, once, where the global order would pick pages."""
-        if self._warmed or self._order != "global":
+        if self._warmed or self._order != "global" or self.split.room is not None:
             return
         self._warmed = True
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if self.split.nbytes <= memory // 2:
             threading.Thread(target=_read_all, args=(self.split,), daemon=True).start()
 
-    def _read_ahead(self, order: WindowedOrder, begin: int, stride: int, asked: set[int]) -> None:
-        """Ask for the shards of the coming batches that were not asked for in this epoch."""
+    def _ask_for(self, order: EpochOrder, epoch: int, begin: int, stride: int) -> None:
+        """Say which shards the batches of the next `stride` positions are cut from."""
+        split = self.split
+        if not isinstance(order, WindowedOrder):
+            if split.room is not None:
+                self._window.want(range(len(split.shard_samples)))
+            return
         share = self._lanes // self._world_size
         lanes = range(self._rank * share, (self._rank + 1) * share)
-        for shard in order.needed(begin, stride // self._lanes, lanes):
-            if shard not in asked:
-                asked.add(shard)
-                self.split.read_ahead(shard)
+        due = order.needed(begin, stride // self._lanes, lanes)
+        if split.room is None:
+            self._window.want(due)
+            return
+        # What two lanes share is read by one at its end and by the other at its beginning: it
+        # stays, so as to be fetched but once.
+        due += order.shared(lanes)
+        reach = int(split.room / split.shard_bytes.sum() * len(split)) // share
+        later = order.needed(begin, reach, lanes)
+        if begin + stride >= self._end:
+            later += self._windowed_order(epoch + 1).needed(0, stride // self._lanes, lanes)
+        self._window.want(due, later)
+
+
+def plan_for_cache(split: Split, order: Order, lanes: int, window_shards: int, room: int) -> int:
+    """How many samples of all ranks may be planned at a time, if their shards are to be here.
+
+    Args:
+        split: What is read.
+        order: See `SegmentLoader`.
+        lanes: Lanes of this rank.
+        window_shards: Shards in the window of each.
+        room: Bytes of shards that can be here at a time.
+
+    Raises:
+        StorageError: The order needs more shards at a time than there is room for.
+    """
+    sizes = split.shard_bytes
+    if order == "global":
+        needed, advice = int(sizes.sum()), "read by order windowed, or "
+    else:
+        # Two windows of each lane and a shard at either end, and those that lanes share.
+        shards = min(lanes * (2 * window_shards + 3) + 1, len(sizes))
+        needed, advice = int(shards * sizes.max()), "take fewer lanes or window_shards, or "
+    if needed > room:
+        raise StorageError(
+            f"order {order} needs {needed / 1e9:.3g} GB of split {split.name} at a time, and this "
+            f"process's part of the cache has room for {room / 1e9:.3g} GB",
+            file=split.place,
+            remedy=f"Either {advice}give the cache more room (SHARDPREP_CACHE_GB, or data.cache_gb "
+            "of the trainer).",
+        )
+    spare = (room - needed) / 2 * len(split) / sizes.sum()
+    return int(min(PLANNED, max(spare, 1)))
 
 
 def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: int) -> None:

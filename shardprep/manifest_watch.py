@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardprep.errors import CorruptShardError, FormatError
 from shardprep.format import MANIFEST_NAME, load_manifest
+from shardprep.remote import Location
 
 
 class ManifestWatch:
@@ -46,16 +47,17 @@ class ManifestWatch:
                 return
             fingerprint = load_manifest(self._folder).fingerprint
         except (OSError, FormatError):
-            raise self._replaced("it has no manifest that can be read now") from None
+            raise replaced(self._folder, "it has no manifest that can be read now") from None
         if fingerprint != self._fingerprint:
-            raise self._replaced(
-                f"its fingerprint was {self._fingerprint} and is now {fingerprint}"
-            )
+            what = f"its fingerprint was {self._fingerprint} and is now {fingerprint}"
+            raise replaced(self._folder, what)
         self._seen = state
 
-    def _replaced(self, what: str) -> CorruptShardError:
-        return CorruptShardError(
-            f"the set was changed while it was being read: {what}",
-            file=self._folder,
-            remedy="Start again when the set is complete, or go on with the set that was read.",
-        )
+
+def replaced(place: Location, what: str) -> CorruptShardError:
+    """The error that says that another set has taken the place of the one that was opened."""
+    return CorruptShardError(
+        f"the set was changed while it was being read: {what}",
+        file=place,
+        remedy="Start again when the set is complete, or go on with the set that was read.",
+    )

@@ -9,6 +9,7 @@ import functools
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
+from shardprep.cache import DOWNLOADS, ShardCache
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
+from shardprep.files import Files, files_at
 from shardprep.format import NO_LABEL, Manifest, load_manifest
 from shardprep.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
-from shardprep.manifest_watch import ManifestWatch
-from shardprep.shardmap import ShardMap
+from shardprep.remote import Location, locate
+from shardprep.shardmap import Window
 from shardprep.sidecars import load_index, read_rejects
 from shardprep.source import Reject
 
@@ -33,15 +36,15 @@ class ShardSet(Mapping[str, "Split"]):
     """An open shard set: `shard_set["train"]` is a `Split`.
 
     Attributes:
-        path: The folder.
+        path: The folder, or the URL of one.
         manifest: What manifest.json says.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self.path = files.place
         self.manifest = manifest
+        self._files = files
         self._open: dict[str, Split] = {}
-        self._watch = ManifestWatch(path, manifest.fingerprint)
 
     @property
     def speakers(self) -> tuple[str, ...]:
@@ -60,7 +63,23 @@ class ShardSet(Mapping[str, "Split"]):
         Raises:
             CorruptShardError: The list of them is missing or damaged.
         """
-        return read_rejects(self.path, self.manifest)
+        return read_rejects(self._files, self.manifest)
+
+    def fetch(self, split: str) -> list[Path]:
+        """The shard files of a split, on this machine; those of a URL are fetched, and stay.
+
+        Raises:
+            CorruptShardError: A store does not have one as it should be.
+            StorageError: The store cannot be reached, or the cache has no room for them all.
+        """
+        shards = self.manifest.splits[split].shards
+        with ThreadPoolExecutor(DOWNLOADS) as threads:
+            return list(threads.map(self._files.local, shards))
+
+    @property
+    def network_seconds(self) -> float:
+        """How long readers of this process stood still so far for shards to come from a store."""
+        return self._files.waited
 
     def __getitem__(self, name: str) -> Split:
         """Open a split; its index and maps are shared by all who ask for it.
@@ -75,18 +94,18 @@ class ShardSet(Mapping[str, "Split"]):
                 f"there is no split {name!r}; the set has {', '.join(self.splits)}", file=self.path
             )
         if name not in self._open:
-            split = Split(self.path, name, self.manifest)
+            split = Split(self._files, name, self.manifest)
             split.check_sizes()
             self._open[name] = split
         return self._open[name]
 
     def check_unchanged(self) -> None:
-        """Make sure that the folder still holds the set that was opened; costs a `stat`.
+        """Make sure that the set that was opened is still there; costs a `stat`, or a request.
 
         Raises:
-            CorruptShardError: It holds another set, or none.
+            CorruptShardError: The folder holds another set, or none.
         """
-        self._watch.check()
+        self._files.check_unchanged(self.manifest)
 
     def __iter__(self) -> Any:
         return iter(self.manifest.splits)
@@ -111,21 +130,17 @@ class Split:
         frames: Lengths in mel frames (N,) int64.
     """
 
-    def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
+    def __init__(self, files: Files, name: str, manifest: Manifest) -> None:
         self.name = name
         self.n_mels = manifest.n_mels
         self.dtype = manifest.numpy_dtype
         self.fingerprint = manifest.fingerprint
         self._codec = manifest.codec
         self._manifest = manifest
-        self._folder = folder
+        self._files = files
         self._info = manifest.splits[name]
-        self._rows = load_index(folder, self._info)
-        shards = self._info.shards
-        self._map = ShardMap(
-            [(folder / shard.file, shard.bytes) for shard in shards],
-            ManifestWatch(folder, manifest.fingerprint).check,
-        )
+        self._rows = load_index(files, self._info)
+        self._map = files.map_shards(self._info.shards, manifest)
         self.labels: NDArray[np.int32] = np.empty(len(self._rows), np.int32)
         self.frames: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
         # Where each payload begins, in bytes of the map.
@@ -137,7 +152,7 @@ class Split:
 
     def __reduce__(self) -> Any:
         # Another process opens the files itself; pickled, they would travel byte by byte.
-        return type(self), (self._folder, self.name, self._manifest)
+        return type(self), (self._files, self.name, self._manifest)
 
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
@@ -167,14 +182,17 @@ class Split:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of a split of {len(self)}")
-        payload = self._payload(index)
-        if zlib.crc32(payload) != self._rows["crc32"][index]:
-            raise self.damaged(index)
-        try:
-            size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
-            mel = codecs.decode(payload, self._codec, size)
-        except ValueError as error:
-            raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
+        row = self._rows[index]
+        begin = int(self._begin[index])
+        with self._map.reading(np.array([row["shard"]], np.int64)):
+            payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
+            if zlib.crc32(payload) != row["crc32"]:
+                raise self.damaged(index)
+            try:
+                size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
+                mel = codecs.decode(payload, self._codec, size)
+            except ValueError as error:
+                raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
         if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
             raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
         return mel
@@ -216,12 +234,12 @@ class Split:
         elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous array {shape} of {self.dtype}")
         frames = self.frames[index]
-        self._map.need(self._rows["shard"][index])
         begin = self._begin[index]
         end = begin + self._rows["nbytes"][index]
         valid = np.minimum(frames - start, length)
         try:
-            self._cropper(begin, end, frames, start, valid, pad_value, out)
+            with self._map.reading(self._rows["shard"][index]):
+                self._cropper(begin, end, frames, start, valid, pad_value, out)
         except DamagedChunk as error:
             what = f"a chunk cannot be inflated ({error})"
             raise self.damaged(int(index[error.row]), what) from None
@@ -242,24 +260,27 @@ class Split:
         """
         index = np.asarray(indices, np.int64)
         self._check_range(index)
-        self._map.need(self._rows["shard"][index])
         begin = self._begin[index]
         end, memory = begin + self._rows["nbytes"][index], self._map.bytes.data
-        found = [zlib.crc32(memory[a:b]) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+        spans = zip(begin.tolist(), end.tolist(), strict=True)
+        with self._map.reading(self._rows["shard"][index]):
+            found = [zlib.crc32(memory[a:b]) for a, b in spans]
         whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
         return whole
 
     def map_all(self) -> None:
         """Map every shard now, so that later reads are of what is there now, come what may.
 
+        Those of a set behind a URL are fetched when they are needed all the same.
+
         Raises:
             CorruptShardError: A shard is missing, has another size than the manifest says, or the
                 folder holds another set by now.
         """
-        self._map.need(np.arange(len(self._info.shards)))
+        self._map.map_all()
 
     def check_sizes(self) -> None:
-        """Make sure that every shard is there and as large as the manifest says.
+        """Make sure that every shard of a folder is there and as large as the manifest says.
 
         Raises:
             CorruptShardError: One is not.
@@ -281,6 +302,25 @@ class Split:
         self._map.read_ahead(shard)
 
     @property
+    def place(self) -> Location:
+        """The folder of the set, or its URL."""
+        return self._files.place
+
+    def window(self) -> Window:
+        """What one reader says of the shards that it will read next."""
+        return self._map.window()
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of shards that a window may want at a time; None for as many as there are."""
+        return self._map.room
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """Size of each shard (shards,), in the order of the index."""
+        return np.array([shard.bytes for shard in self._info.shards], np.int64)
+
+    @property
     def shard_samples(self) -> tuple[int, ...]:
         """Utterances of each shard, in the order of the index."""
         return tuple(shard.samples for shard in self._info.shards)
@@ -297,14 +337,8 @@ class Split:
     def damaged(self, index: int, what: str = CRC_FAULT) -> CorruptShardError:
         """The error that says what is wrong with an utterance's stored bytes."""
         row = self._rows[index]
-        path = self._folder / self._info.shards[int(row["shard"])].file
+        path = self._files.place / self._info.shards[int(row["shard"])].file
         return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REPAIR)
-
-    def _payload(self, index: int) -> memoryview:
-        row = self._rows[index]
-        self._map.need(np.array([row["shard"]], np.int64))
-        begin = int(self._begin[index])
-        return self._map.bytes.data[begin : begin + int(row["nbytes"])]
 
     def _load_columns(self, speakers: int) -> None:
         """Fill the columns, refusing an index that points outside the shards.
@@ -351,19 +385,22 @@ class Split:
     def _unfit(self, what: str) -> CorruptShardError:
         return CorruptShardError(
             f"the {what} in the index does not fit the manifest",
-            file=self._folder / self._info.index.file,
+            file=self._files.place / self._info.index.file,
             remedy=REPAIR,
         )
 
 
-def open_shards(path: str | os.PathLike[str]) -> ShardSet:
-    """Open a shard folder.
+def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -> ShardSet:
+    """Open a shard set.
 
     Args:
-        path: A folder that `shardprep build` made.
+        path: A folder that `shardprep build` made, or the URL of one, such as s3://BUCKET/shards.
+        cache: Where the files of a set behind a URL are kept; by default a `ShardCache` in the
+            folder that SHARDPREP_CACHE names.
 
     Raises:
-        FormatError: The folder holds no finished shard set, or one of another version.
+        FormatError: There is no finished shard set, or one of another version.
+        StorageError: The store behind the URL cannot be reached.
     """
-    folder = Path(path)
-    return ShardSet(folder, load_manifest(folder))
+    files = files_at(locate(path), cache)
+    return ShardSet(files, load_manifest(files.place))

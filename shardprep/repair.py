@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import BuildError, CorruptShardError, SourceError
+from shardprep.files import LocalFiles
 from shardprep.format import (
     MANIFEST_NAME,
     REJECTS_NAME,
@@ -178,7 +179,7 @@ def _unopened(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Indexes that are true to their sha256, but that no reader takes."""
     for name, info in manifest.splits.items():
         try:
-            Split(folder, name, manifest)
+            Split(LocalFiles(folder), name, manifest)
         except CorruptShardError as error:
             yield Fault(info.index.file, "", error.what)
 
@@ -350,7 +351,7 @@ class _Repair:
             yield from ((shard, None) for shard in split.shards)
             return
         # Looked at as for reading: no row leads outside.
-        rows = Split(self.folder, name, self.manifest).locations
+        rows = Split(LocalFiles(self.folder), name, self.manifest).locations
         ends = np.searchsorted(rows["shard"], np.arange(len(split.shards)), side="right")
         for number, shard in enumerate(split.shards):
             own = rows[ends[number - 1] if number else 0 : ends[number]]

@@ -53,13 +53,17 @@ class ResidentSplit:
         sample = torch.from_numpy(np.empty(0, split.dtype))
         self.mel = torch.empty((total, split.n_mels), dtype=sample.dtype, device=device)
         piece_frames = max(1, _PIECE_BYTES // (split.n_mels * split.dtype.itemsize))
-        index = 0
+        index, shards = 0, split.locations["shard"]
+        window = split.window()
         while index < len(split):
+            first = int(shards[index])
+            window.want([first], range(first + 1, len(split.shard_samples)))
             at = int(self._first[index])
             stop = max(index + 1, int(np.searchsorted(self._first, at + piece_frames)))
             piece = np.concatenate([_read(split, i, guard) for i in range(index, stop)])
             self.mel[at : at + len(piece)].copy_(torch.from_numpy(piece))
             index = stop
+        window.close()
         guard.vouch_for_all()
 
     def crops(

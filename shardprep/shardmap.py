@@ -6,19 +6,20 @@ own mmap cannot place files side by side, and keeps a file descriptor open for e
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import REPAIR, CorruptShardError, StorageError
+from shardprep.remote import Location
 from shardprep.storage import open_regular
 
 _MAP_FIXED = 0x10
@@ -52,21 +53,24 @@ class ShardMap:
     Attributes:
         begins: Where each file begins (files,), in bytes.
         bytes: Everything (total,) uint8, read-only; lives as long as anybody holds a view.
+        room: Bytes that a `Window` may want at a time; None for as many as there are.
     """
 
+    room: int | None = None
+
     def __init__(
-        self, files: Sequence[tuple[Path, int]], confirm: Callable[[], None] = lambda: None
+        self, files: Sequence[tuple[Location, int]], confirm: Callable[[], None] = lambda: None
     ) -> None:
         self._files = files
         self._confirm = confirm
         sizes = np.array([size for _, size in files], np.int64)
-        self._room = -(-sizes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.begins: NDArray[np.int64] = np.cumsum(self._room) - self._room
-        self._region = _Region(int(self._room.sum()))
+        self._pages = -(-sizes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.begins: NDArray[np.int64] = np.cumsum(self._pages) - self._pages
+        self._region = _Region(int(self._pages.sum()))
         self.bytes: NDArray[np.uint8] = np.asarray(self._region)
         self._mapped = np.zeros(len(files), bool)
         self._missing = len(files)
-        self._lock = threading.Lock()
+        self._lock: contextlib.AbstractContextManager[Any] = threading.Lock()
 
     def need(self, shards: NDArray[np.int64]) -> None:
         """Make sure that these files (B,) are mapped.
@@ -78,6 +82,23 @@ class ShardMap:
         if self._missing:
             for shard in np.unique(shards[~self._mapped[shards]]).tolist():
                 self._map(shard)
+
+    def map_all(self) -> None:
+        """Map every file, so that later reads are of what is there now, come what may.
+
+        Raises:
+            CorruptShardError: A file is missing, or has another size than expected.
+        """
+        self.need(np.arange(len(self._files)))
+
+    def reading(self, shards: NDArray[np.int64]) -> contextlib.AbstractContextManager[None]:
+        """Have these files (B,) mapped while something is read from them; raises as `need` does."""
+        self.need(shards)
+        return contextlib.nullcontext()
+
+    def window(self) -> Window:
+        """What one reader says of the files that it will read next."""
+        return Window(self)
 
     def check_sizes(self) -> None:
         """Look at every file, without opening it.
@@ -100,7 +121,7 @@ class ShardMap:
         self.need(np.array([shard]))
         address = self._region.address + int(self.begins[shard])
         # Advice: where it is refused, the pages are read one by one as they are touched.
-        _libc.madvise(address, int(self._room[shard]), _MADV_WILLNEED)
+        _libc.madvise(address, int(self._pages[shard]), _MADV_WILLNEED)
 
     def _map(self, shard: int) -> None:
         with self._lock:
@@ -118,12 +139,43 @@ class ShardMap:
             self._missing -= 1
 
 
-def _check_size(path: Path, found: int, expected: int) -> None:
+class Window:
+    """Has the files read ahead that are wanted next, and were not wanted before.
+
+    Args:
+        shards: Where they are mapped.
+    """
+
+    def __init__(self, shards: ShardMap) -> None:
+        self._shards = shards
+        self._wanted: set[int] = set()
+
+    def want(self, due: Sequence[int], later: Sequence[int] = ()) -> None:
+        """Say what is wanted from now on, in order, instead of what was wanted before.
+
+        Args:
+            due: Files that are about to be read.
+            later: Those after them, which may wait.
+
+        Raises:
+            CorruptShardError: A file is missing, or has another size than expected.
+        """
+        for shard in due:
+            if shard not in self._wanted:
+                self._shards.read_ahead(shard)
+        self._wanted = set(due)
+
+    def close(self) -> None:
+        """Want nothing any more."""
+        self._wanted = set()
+
+
+def _check_size(path: Location, found: int, expected: int) -> None:
     if found != expected:
         raise CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)
 
 
-def _unreadable(path: Path, error: OSError) -> CorruptShardError:
+def _unreadable(path: Location, error: OSError) -> CorruptShardError:
     return CorruptShardError(f"cannot be read: {error.strerror}", file=path, remedy=REPAIR)
 
 
@@ -144,6 +196,12 @@ class _Region:
         """Map a file of `size` bytes from byte `begin` on."""
         if size:
             _mmap(self.address + begin, size, mmap.MAP_SHARED | _MAP_FIXED, handle)
+
+    def clear(self, begin: int, size: int) -> None:
+        """Have `size` bytes from `begin` on read as zeros again."""
+        if size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANON | _MAP_FIXED
+            _mmap(self.address + begin, size, flags, -1)
 
 
 def _mmap(address: int | None, size: int, flags: int, handle: int) -> Any:

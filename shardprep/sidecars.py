@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shardprep.codecs import NPY_FAULTS
 from shardprep.errors import REPAIR, CorruptShardError
+from shardprep.files import Files
 from shardprep.format import FileInfo, Manifest, ShardInfo, SplitInfo, is_index
 from shardprep.limits import MAX_REJECTS_BYTES
 from shardprep.source import Reject
@@ -25,13 +26,13 @@ _BLOCK = 1 << 18
 _ALLOWED = bytes(b for b in range(32, 256) if b not in b".\x7f")
 
 
-def load_index(folder: Path, split: SplitInfo) -> NDArray[Any]:
+def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
     """The index rows of a split (N,), mapped, and whole by their sha256; FORMAT.md has the fields.
 
     Raises:
         CorruptShardError: The file is missing or damaged.
     """
-    path = folder / split.index.file
+    path = files.local(split.index)
     try:
         rows = _map_index(path, split.index)
         _check_keys(rows)
@@ -86,7 +87,7 @@ def _check_keys(rows: NDArray[Any]) -> None:
             np.char.decode(keys, "utf-8")
 
 
-def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
+def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
     """What the build of a set left out; empty where it left nothing out.
 
     Raises:
@@ -94,7 +95,7 @@ def read_rejects(folder: Path, manifest: Manifest) -> tuple[Reject, ...]:
     """
     if manifest.rejects is None:
         return ()
-    path = folder / manifest.rejects.file
+    path = files.local(manifest.rejects)
     try:
         if manifest.rejects.bytes > MAX_REJECTS_BYTES:
             raise ValueError(f"it has more than {MAX_REJECTS_BYTES} bytes")

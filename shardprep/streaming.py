@@ -20,6 +20,7 @@ from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep import codecs
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
+from shardprep.files import LocalFiles
 from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, load_manifest
 from shardprep.limits import SMALL_MATRIX_BYTES
 from shardprep.sidecars import load_index
@@ -147,7 +148,7 @@ def _check_samples(
 ) -> Iterator[dict[str, Any]]:
     """Compare what comes out of the shards of a folder with the index, before it is shuffled."""
     info = load_manifest(folder).splits[split]
-    rows = load_index(folder, info)
+    rows = load_index(LocalFiles(folder), info)
     numbers = {shard.file: number for number, shard in enumerate(info.shards)}
     path, due = Path(), dict[bytes, int]()
     for sample in samples:

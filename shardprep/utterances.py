@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,9 @@ from shardprep.loader import Batch
 from shardprep.prefetch import ahead
 from shardprep.reader import Split
 from shardprep.sampling import length_batches
+
+# Of what a window may want, the part that is read at a time; the next one comes meanwhile.
+_AT_A_TIME = 0.45
 
 
 class UtteranceLoader:
@@ -60,20 +64,34 @@ class UtteranceLoader:
         self.split = split
         self._pad_value = pad_value
         self._guard = ReadGuard(split, "always", on_corrupt, max_corrupt)
-        self._batches = length_batches(split.frames, max_frames)[rank::world_size]
+        # By groups of shards, each as much as can be here at a time.
+        self._groups = [
+            (
+                shards,
+                [indices[own] for own in length_batches(split.frames[indices], max_frames)][
+                    rank::world_size
+                ],
+            )
+            for shards, indices in _groups(split)
+        ]
 
     def __len__(self) -> int:
         """Batches that this rank yields, where nothing is left out."""
-        return len(self._batches)
+        return sum(len(batches) for _, batches in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
         return ahead(self._read(), self._prefetch)
 
     def _read(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            indices = self._guard.keep(batch)
-            if len(indices):
-                yield self._batch(indices)
+        with contextlib.closing(self.split.window()) as window:
+            for number, (shards, batches) in enumerate(self._groups):
+                if not batches:
+                    continue
+                window.want(shards, self._groups[(number + 1) % len(self._groups)][0])
+                for batch in batches:
+                    indices = self._guard.keep(batch)
+                    if len(indices):
+                        yield self._batch(indices)
 
     def _batch(self, indices: NDArray[np.int64]) -> Batch:
         split, frames = self.split, self.split.frames[indices]
@@ -86,3 +104,20 @@ class UtteranceLoader:
             "length": torch.from_numpy(frames),
             "index": torch.from_numpy(indices),
         }
+
+
+def _groups(split: Split) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
+    """Shards that can be here at a time, and the positions (N,) of the utterances in them."""
+    begins = np.cumsum([0, *split.shard_samples])
+    room = None if split.room is None else _AT_A_TIME * split.room
+    ends = np.cumsum(split.shard_bytes)
+    first = 0
+    while first < len(ends):
+        stop = len(ends)
+        if room is not None:
+            before = int(ends[first - 1]) if first else 0
+            stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
+        # All of them, read in an order of their own: nothing is gained by asking in this one.
+        shards = [] if room is None else list(range(first, stop))
+        yield shards, np.arange(begins[first], begins[stop])
+        first = stop

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tarfile
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from shardprep import codecs
+from shardprep.cache import DOWNLOADS, ShardCache
 from shardprep.errors import CorruptShardError, FormatError
 from shardprep.features import load_features
+from shardprep.files import CachedFiles, Files, LocalFiles
 from shardprep.format import (
     MANIFEST_NAME,
     NO_LABEL,
     REPAIR_FOLDER,
     WORK_FOLDER,
+    FileInfo,
     Manifest,
+    ShardInfo,
     encode_manifest,
     load_manifest,
 )
 from shardprep.reader import Split
+from shardprep.remote import Location, Remote, locate
 from shardprep.sidecars import read_rejects
 from shardprep.source import Source, scan_dataset
 from shardprep.storage import open_regular, sha256_of
@@ -87,7 +95,7 @@ def verify_shards(
     """Check a shard set.
 
     Args:
-        path: The shard folder.
+        path: The shard folder, or its URL; from there each file is fetched.
         deep: Also walk every tar and read every sample: crc32, shape, finiteness, label.
         against: Data set folder to compare every sample with: exactly for float32, after
             rounding to float16 for float16.
@@ -98,29 +106,68 @@ def verify_shards(
 
     Raises:
         SourceError: `against` is no data set.
+        StorageError: A store gives no answer.
     """
     began = time.monotonic()
-    folder = Path(path)
+    place = locate(path)
     report = VerifyReport()
     source = scan_dataset(against) if against is not None else None
     try:
-        manifest = load_manifest(folder)
+        manifest = load_manifest(place)
     except FormatError as error:
         report.faults.append(Fault(MANIFEST_NAME, "", str(error)))
         return report
     report.files = 1 + len(manifest.files())
     report.bytes = sum(info.bytes for info in manifest.files().values())
-    if (folder / MANIFEST_NAME).read_bytes() != encode_manifest(manifest):
+    written = place / MANIFEST_NAME
+    data = written.read() if isinstance(written, Remote) else written.read_bytes()
+    if data != encode_manifest(manifest):
         report.faults.append(Fault(MANIFEST_NAME, "", "says the same, in bytes no build wrote"))
-    report.faults.extend(_file_faults(folder, manifest, advance))
-    if deep or source is not None:
-        for name in manifest.splits:
-            report.samples += manifest.splits[name].samples
-            report.faults.extend(_split_faults(folder, name, manifest, deep, source, advance))
-    if source is not None:
-        report.faults.extend(_absent(folder, manifest, source))
+    with _opened(place) as files:
+        if isinstance(files, LocalFiles):
+            report.faults.extend(_file_faults(files.place, manifest, advance))
+        else:
+            report.faults.extend(_store_faults(files, manifest, advance))
+        if deep or source is not None:
+            for name in manifest.splits:
+                report.samples += manifest.splits[name].samples
+                report.faults.extend(_split_faults(files, name, manifest, deep, source, advance))
+        if source is not None:
+            report.faults.extend(_absent(files, manifest, source))
     report.seconds = time.monotonic() - began
     return report
+
+
+@contextlib.contextmanager
+def _opened(place: Location) -> Iterator[LocalFiles | CachedFiles]:
+    """The files of a set; those of a store anew, whatever the user's cache has of them."""
+    if not isinstance(place, Remote):
+        yield LocalFiles(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="shardprep-verify-") as folder:
+        yield CachedFiles(place, ShardCache(folder))
+
+
+def _store_faults(files: CachedFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
+    """Contents of all files of a store, and files that should not be there."""
+    infos = manifest.files()
+
+    def fault(info: FileInfo | ShardInfo) -> str | None:
+        try:
+            with files.lend(info):
+                return None
+        except CorruptShardError as error:
+            return error.what
+
+    with ThreadPoolExecutor(DOWNLOADS) as threads:
+        for info, what in zip(infos.values(), threads.map(fault, infos.values()), strict=True):
+            if what is not None:
+                yield Fault(info.file, "", what)
+            advance(info.bytes)
+    if not files.place.is_http:
+        for name in sorted(files.place.listing()):
+            if name not in infos and name.split("/")[0] not in _NOT_OF_THE_SET:
+                yield Fault(name, "", "does not belong to the set")
 
 
 def _file_faults(folder: Path, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
@@ -145,7 +192,7 @@ def _file_faults(folder: Path, manifest: Manifest, advance: Advance) -> Iterator
 
 
 def _split_faults(
-    folder: Path,
+    files: Files,
     name: str,
     manifest: Manifest,
     deep: bool,
@@ -153,7 +200,7 @@ def _split_faults(
     advance: Advance,
 ) -> Iterator[Fault]:
     try:
-        split = Split(folder, name, manifest)
+        split = Split(files, name, manifest)
     except CorruptShardError as error:
         yield Fault(manifest.splits[name].index.file, "", error.what)
         return
@@ -161,7 +208,7 @@ def _split_faults(
     for number, info in enumerate(manifest.splits[name].shards):
         indices = np.flatnonzero(shards == number)
         if deep:
-            yield from _tar_faults(folder / info.file, split, indices, manifest)
+            yield from _tar_faults(files, info, split, indices, manifest)
         for index in map(int, indices):
             try:
                 mel = split.read(index)
@@ -179,21 +226,24 @@ def _split_faults(
 
 
 def _tar_faults(
-    path: Path, split: Split, indices: np.ndarray, manifest: Manifest
+    files: Files, info: ShardInfo, split: Split, indices: np.ndarray, manifest: Manifest
 ) -> Iterator[Fault]:
     """Walk a tar by its own headers and compare what is met with the index."""
     suffix = codecs.member_suffix(manifest.codec)
     try:
-        with open_regular(path) as tar:
+        with files.lend(info) as path, open_regular(path) as tar:
             members = walk(tar)
             for index in map(int, indices):
                 for fault in _sample_faults(tar, members, split, index, suffix, manifest):
-                    yield Fault(path.name, str(split.keys[index]), fault)
+                    yield Fault(info.file, str(split.keys[index]), fault)
             if (extra := next(members, None)) is not None:
                 name = extra.name if extra.name.isprintable() else ascii(extra.name)
-                yield Fault(path.name, name, "is a member that the index does not know")
+                yield Fault(info.file, name, "is a member that the index does not know")
     except (tarfile.TarError, OSError) as error:
-        yield Fault(path.name, "", f"is not a whole tar: {error}")
+        yield Fault(info.file, "", f"is not a whole tar: {error}")
+    except CorruptShardError:
+        # The store does not have the file as it should be: named already.
+        return
 
 
 def _sample_faults(
@@ -263,16 +313,16 @@ def _source_faults(
         yield Fault(file, key, f"differs from the source file {utterance.path}")
 
 
-def _absent(folder: Path, manifest: Manifest, source: Source) -> Iterator[Fault]:
+def _absent(files: Files, manifest: Manifest, source: Source) -> Iterator[Fault]:
     """Utterances of the source that are neither packed nor listed among the rejects."""
     packed: set[str] = set()
     for name in manifest.splits:
         try:
-            packed.update(map(str, Split(folder, name, manifest).keys))
+            packed.update(map(str, Split(files, name, manifest).keys))
         except CorruptShardError:
             return
     try:
-        packed.update(reject.key for reject in read_rejects(folder, manifest))
+        packed.update(reject.key for reject in read_rejects(files, manifest))
     except CorruptShardError:
         # Named among the faults of the files; what it listed is unknown.
         return

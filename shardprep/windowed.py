@@ -102,6 +102,14 @@ class WindowedOrder:
                 found[shard] = min(due, found.get(shard, due))
         return sorted(found, key=lambda shard: found[shard])
 
+    def shared(self, lanes: range) -> list[int]:
+        """Shards of which some lanes have one part, and their neighbours another."""
+        borders = self._lane_begin[lanes.start : lanes.stop + 1]
+        inner = borders[(borders > 0) & (borders < self._lane_begin[-1])]
+        slots = np.searchsorted(self._at, inner, side="right") - 1
+        found: list[int] = self.shards[slots[self._at[slots] < inner]].tolist()
+        return found
+
     def _lane_place(self, positions: Indices) -> tuple[Indices, Indices]:
         """Lane and place in it; behind the full batches, the lanes' remainders follow."""
         batch, within = np.divmod(positions, self._each * self.lanes)

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from shardprep.errors import BuildError, ShardprepError, SourceError
+from shardprep.files import LocalFiles
 from shardprep.format import (
     FORMAT,
     MANIFEST_NAME,
@@ -31,6 +32,7 @@ from shardprep.limits import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, json_value
 from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
+from shardprep.ray_pool import run_on_ray
 from shardprep.shard import IndexRow, ShardRecord, ShardTask, write_shard
 from shardprep.sidecars import read_rejects
 from shardprep.source import METADATA, Reject, Source, scan_dataset
@@ -216,7 +218,7 @@ def _report_finished(
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
-    report.rejects = list(read_rejects(target, manifest))
+    report.rejects = list(read_rejects(LocalFiles(target), manifest))
 
 
 def _write_missing(
@@ -251,7 +253,9 @@ def _run(
     utterances = [utterance for task in tasks for utterance in task.plan.utterances]
     report.utterances_read = len(utterances)
     report.source_bytes = sum(utterance.nbytes for utterance in utterances)
-    return run_shards(tasks, work, options.workers, listener)
+    return run_shards(
+        tasks, work, options.workers, listener, engine=options.engine, address=options.address
+    )
 
 
 def run_shards(
@@ -259,11 +263,27 @@ def run_shards(
     work: Callable[[ShardTask, Advance], ShardRecord],
     workers: int,
     listener: ProgressListener,
+    *,
+    engine: str = "local",
+    address: str | None = None,
 ) -> list[ShardRecord]:
-    """Carry out shard tasks on `workers` processes, 0 for the cores; records as they came."""
+    """Carry out shard tasks, on `workers` processes or on Ray; records as they came.
+
+    Args:
+        tasks: What to do.
+        work: How to do one.
+        workers: Processes, 0 for the cores; with Ray, tasks at a time, 0 for its CPUs.
+        listener: Told of progress.
+        engine: "local" or "ray".
+        address: Of a Ray cluster; None to start Ray on this machine.
+    """
     utterances = [utterance for task in tasks for utterance in task.plan.utterances]
     listener.start(len(utterances), sum(utterance.nbytes for utterance in utterances))
-    results = run_tasks(work, tasks, workers or len(os.sched_getaffinity(0)), listener.advance)
+    if engine == "ray":
+        places = (tasks[0].root if tasks else None, getattr(work, "work", None))
+        results = run_on_ray(work, tasks, workers, listener.advance, address, places)
+    else:
+        results = run_tasks(work, tasks, workers or len(os.sched_getaffinity(0)), listener.advance)
     try:
         return list(results)
     finally:

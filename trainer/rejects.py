@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from shardprep import ShardSet
 
@@ -14,7 +14,7 @@ _SHOWN = 3
 class LeftOut:
     """The utterances that a build rejected."""
 
-    listing: Path
+    listing: os.PathLike[str]
     """The file that lists them, with the reasons."""
     total: int
     test: tuple[str, ...]

@@ -17,6 +17,7 @@ from shardprep.bench.contenders import CropShape, from_shards
 from shardprep.bench.turns import measure
 from shardprep.loader import PLANNED
 from shardprep.reader import Split, open_shards
+from shardprep.remote import Location
 from shardprep.sampling import crop_starts, epoch_order
 
 # Batches whose crops are gathered again and again; more than the caches of a processor hold.
@@ -46,10 +47,10 @@ class Stages:
         return max(self.batch - self.order - self.gather, 0.0)
 
 
-def time_stages(folder: Path, name: str, shape: CropShape, seconds: float) -> Stages:
+def time_stages(place: Location, name: str, shape: CropShape, seconds: float) -> Stages:
     """Time a loader and its parts alone, `seconds` each."""
-    rate = measure(from_shards(folder, name, shape), seconds)
-    split = open_shards(folder)[name]
+    rate = measure(from_shards(place, name, shape), seconds)
+    split = open_shards(place)[name]
     drawn = list(itertools.islice(_draws(split, shape), _DRAWN_BATCHES))
     out = np.empty((shape.batch_size, shape.frames, shape.n_mels), split.dtype)
     batches = itertools.cycle(drawn)

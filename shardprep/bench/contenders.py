@@ -26,6 +26,7 @@ from shardprep.bench.turns import Candidate, free_memory
 from shardprep.format import NO_LABEL, CodecInfo
 from shardprep.loader import SegmentLoader
 from shardprep.reader import ShardSet, open_shards
+from shardprep.remote import Location
 
 Batch = tuple[Tensor, Tensor]
 Sample = tuple[NDArray[Any], int]
@@ -154,18 +155,13 @@ def decode_member(sample: dict[str, Any]) -> Sample:
 def shard_candidate(name: str, shard_set: ShardSet, split: str, shape: CropShape) -> Candidate:
     """A shard set, read by `SegmentLoader`."""
     start = partial(from_shards, shard_set.path, split, shape)
-    return Candidate(f"{name}, one process", "shardprep", start, shard_files(shard_set, split))
+    return Candidate(f"{name}, one process", "shardprep", start, shard_set.fetch(split))
 
 
-def shard_files(shard_set: ShardSet, split: str) -> list[Path]:
-    """The tar files of a split."""
-    return [shard_set.path / shard.file for shard in shard_set.manifest.splits[split].shards]
-
-
-def from_shards(folder: Path, split: str, shape: CropShape) -> Iterator[Batch]:
+def from_shards(place: Location, split: str, shape: CropShape) -> Iterator[Batch]:
     """Batches from the memory maps of a shard set, in one process."""
     loader = SegmentLoader(
-        open_shards(folder)[split],
+        open_shards(place)[split],
         batch_size=shape.batch_size,
         segment_frames=shape.frames,
         pad_value=shape.pad_value,

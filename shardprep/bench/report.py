@@ -16,7 +16,6 @@ from shardprep.bench.contenders import (
     limit_candidates,
     limit_rows,
     shard_candidate,
-    shard_files,
     webdataset_candidate,
 )
 from shardprep.bench.standings import (
@@ -32,6 +31,7 @@ from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, 
 from shardprep.errors import FormatError, SourceError
 from shardprep.format import MANIFEST_NAME
 from shardprep.reader import ShardSet, Split, open_shards
+from shardprep.remote import Location
 from shardprep.source import scan_dataset
 
 _STAGES_TIMEOUT = 300.0
@@ -100,7 +100,7 @@ class BenchOptions:
 
 
 def bench_shards(
-    destinations: Sequence[Path],
+    destinations: Sequence[Location],
     source: Path | None,
     options: BenchOptions,
     on_turn: Callable[[str, int], None],
@@ -108,7 +108,8 @@ def bench_shards(
     """Measure the loaders of one data set against each other.
 
     Args:
-        destinations: Shard sets of the same data, e.g. one with each codec.
+        destinations: Shard sets of the same data, e.g. one with each codec. Those behind URLs are
+            fetched first, and then read from the cache.
         source: The data set that they were built from, to measure reading its files.
         options: What to measure.
         on_turn: Told of each turn: its loader, and the turns there will be in all.
@@ -119,7 +120,7 @@ def bench_shards(
         CorruptShardError: A shard is missing or damaged.
         SourceError: The source is no data set, or not the one that the shards were built from.
     """
-    sets = [open_shards(folder) for folder in dict.fromkeys(destinations)]
+    sets = [open_shards(place) for place in dict.fromkeys(destinations)]
     splits = [shard_set[options.split] for shard_set in sets]
     _check_same(sets, splits)
     split = splits[0]
@@ -212,7 +213,7 @@ def _candidates(
     if files is not None:
         found += [file_candidate(files, shape, workers) for workers in _worker_counts(None)]
     for label, shard_set in zip(_labels(sets), sets, strict=True):
-        shards = shard_files(shard_set, split)
+        shards = shard_set.fetch(split)
         found += [
             webdataset_candidate(f"webdataset{label}", shards, shape, workers, decode_member)
             for workers in _worker_counts(len(shards))

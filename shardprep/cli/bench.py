@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardprep.cli.output import print_json, progress_bar, size
+from shardprep.cli.places import Place
 
 if TYPE_CHECKING:
     from shardprep.bench.report import BenchReport, SetResult
-
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+    from shardprep.remote import Location
 
 
 @click.command(short_help="Measure how fast the shard sets DST can be read.")
-@click.argument("shards", type=_FOLDER, metavar="DST...", nargs=-1, required=True)
+@click.argument("shards", type=Place(), metavar="DST...", nargs=-1, required=True)
 @click.option(
     "--source",
-    type=_FOLDER,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="SRC",
     help="Also measure the files that they were built from.",
 )
@@ -53,13 +53,13 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Length of a turn, after half as much of warming up.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def bench(shards: tuple[Path, ...], source: Path | None, as_json: bool, **options: Any) -> None:
+def bench(shards: tuple[Location, ...], source: Path | None, as_json: bool, **options: Any) -> None:
     """Measure how fast the shard sets DST can be read on this machine.
 
     Random crops a second from a warm page cache: by webdataset, by SegmentLoader and, with
     --source, from the files themselves; beside them the limit, a gather of as many bytes from
     memory. Then it says what holds SegmentLoader back. Give several DST to compare codecs; they
-    must hold the same utterances.
+    must hold the same utterances. Sets behind URLs are fetched into the cache first.
     """
     # Slow to import, and no other command needs all of it.
     from shardprep.bench.report import BenchOptions, bench_shards

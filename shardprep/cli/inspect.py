@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.cli.output import hours, print_json, size
+from shardprep.cli.places import Place
 from shardprep.format import FRAMES_PER_SECOND, NO_LABEL
 from shardprep.reader import ShardSet, Split, open_shards
+from shardprep.remote import Location
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -20,10 +22,10 @@ _PICTURE_COLUMNS, _PICTURE_ROWS = 72, 10
 
 
 @click.command(short_help="Say what the shard set DST holds.")
-@click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
+@click.argument("shards", type=Place(), metavar="DST")
 @click.option("--sample", "key", metavar="KEY", help="Show one utterance.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(shards: str, key: str | None, as_json: bool) -> None:
+def inspect(shards: Location, key: str | None, as_json: bool) -> None:
     """Say what the shard set DST holds: splits, speakers, lengths, dtype, codec, sizes."""
     shard_set = open_shards(shards)
     if key is not None:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import click
 
 from shardprep.cli.output import count, print_json, progress_bar, size
+from shardprep.cli.places import Place
 from shardprep.errors import FormatError
 from shardprep.format import load_manifest
+from shardprep.remote import Location
 from shardprep.verify import verify_shards
 
 
 @click.command(short_help="Check that the shard set DST is whole.")
-@click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
+@click.argument("shards", type=Place(), metavar="DST")
 @click.option("--deep", is_flag=True, help="Also walk every tar and read every sample.")
 @click.option(
     "--against",
-    type=click.Path(exists=True, file_okay=False),
+    type=Place(),
     metavar="SRC",
     help="Also compare every sample with the data set it was built from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
 def verify(
-    context: click.Context, shards: str, deep: bool, against: str | None, as_json: bool
+    context: click.Context, shards: Location, deep: bool, against: Location | None, as_json: bool
 ) -> None:
     """Check that the shard set DST is whole: sizes and sha256 of all files.
+
+    A set behind a URL is fetched for it, into a folder for temporary files.
 
     Exits with 0 if it is whole and with 1 if anything is wrong; each fault is named on stdout.
     """
@@ -46,9 +49,9 @@ def verify(
     context.exit(0 if report.whole else 1)
 
 
-def _total(shards: str, every_sample: bool) -> int:
+def _total(shards: Location, every_sample: bool) -> int:
     try:
-        manifest = load_manifest(Path(shards))
+        manifest = load_manifest(shards)
     except FormatError:
         return 0
     tars = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)

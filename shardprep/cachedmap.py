@@ -1,0 +1,219 @@
+"""The shards of a split that lies in a store: each is mapped from the cache while it is wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.cache import Held, NoRoomError, ShardCache
+from shardprep.format import ShardInfo
+from shardprep.remote import Remote
+from shardprep.shardmap import ShardMap, Window
+
+# Of a process's share of the cache: what its windows may want, and what may stay mapped without.
+_WINDOWS, _LOOSE = 0.75, 0.2
+
+
+class CachedMap(ShardMap):
+    """A `ShardMap` whose files come from a store when they are needed, and leave it again.
+
+    What no `Window` wants stays mapped too, up to a part of the cache's budget, until the cache
+    is short of room.
+
+    Args:
+        folder: Where the files come from.
+        shards: Their names, sizes and sha256.
+        cache: Where they are kept.
+    """
+
+    def __init__(self, folder: Remote, shards: Sequence[ShardInfo], cache: ShardCache) -> None:
+        super().__init__([(folder / shard.file, shard.bytes) for shard in shards])
+        # A window that nobody holds any more may end anywhere, also in here.
+        self._lock = threading.RLock()
+        self._folder = folder
+        self._infos = shards
+        self._cache = cache
+        self.room = int(_WINDOWS * cache.share)
+        # Those that are mapped, the longest first.
+        self._held: dict[int, Held] = {}
+        # How many windows want each; and which are on their way.
+        self._wanted: Counter[int] = Counter()
+        self._coming: dict[int, Future[None]] = {}
+        # Reads going on, until whose end what is to leave stays mapped.
+        self._reads = 0
+        self._leaving: set[int] = set()
+        cache.lends(self)
+
+    def need(self, shards: NDArray[np.int64]) -> None:
+        """Make sure that these files (B,) are mapped; waits for those that are not here.
+
+        Raises:
+            CorruptShardError: A file is missing in the store, or has other bytes than expected.
+            StorageError: The store gave no answer, there is no room in the cache, or the system
+                maps no more files.
+        """
+        missing = np.unique(shards[~self._mapped[shards]]).tolist()
+        if not missing:
+            return
+        began = time.perf_counter()
+        for shard in missing[1:]:
+            self._send_for(shard, wanted=False)
+        for shard in missing:
+            self._bring(shard)
+        self._cache.count_wait(time.perf_counter() - began)
+        self._trim(int(_LOOSE * self._cache.share), set(missing))
+
+    def map_all(self) -> None:
+        """Nothing: the files of a set are known by their sha256, and need not be held for it."""
+
+    def check_sizes(self) -> None:
+        """Nothing: the size of a file is checked as it comes."""
+
+    @contextlib.contextmanager
+    def reading(self, shards: NDArray[np.int64]) -> Iterator[None]:
+        """Keep these files (B,) mapped while something is read from them; raises as `need` does."""
+        while True:
+            self.need(shards)
+            with self._lock:
+                if self._mapped[shards].all():
+                    self._reads += 1
+                    break
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reads -= 1
+                if not self._reads:
+                    self._unmap(self._leaving)
+                    self._leaving = set()
+
+    def window(self) -> Window:
+        """What one reader says of the files that it will read next."""
+        return CachedWindow(self)
+
+    def read_ahead(self, shard: int) -> None:
+        """Have a file brought in the background."""
+        self._send_for(shard, wanted=False)
+
+    def change(self, before: Sequence[int], now: Sequence[int]) -> None:
+        """Have a window want other files than before, in this order."""
+        with self._lock:
+            self._wanted.update(now)
+            self._wanted.subtract(before)
+            self._leaving -= set(now)
+            self._leave(shard for shard in before if self._wanted[shard] <= 0)
+        for shard in now:
+            self._send_for(shard, wanted=True)
+
+    def fitting(self, due: Sequence[int], later: Sequence[int]) -> list[int]:
+        """As many of these files, each once, as one window may want; of those due, all."""
+        chosen = dict.fromkeys(due)
+        assert self.room is not None
+        room = self.room - sum(self._infos[shard].bytes for shard in chosen)
+        for shard in later:
+            if shard not in chosen:
+                room -= self._infos[shard].bytes
+                if room < 0:
+                    break
+                chosen[shard] = None
+        return list(chosen)
+
+    def give_back(self) -> None:
+        """Let go of what no window wants."""
+        self._trim(0, set())
+
+    def _send_for(self, shard: int, *, wanted: bool) -> None:
+        with self._lock:
+            if self._mapped[shard] or shard in self._coming:
+                return
+            self._coming[shard] = self._cache.threads.submit(self._arrive, shard, wanted)
+
+    def _arrive(self, shard: int, wanted: bool) -> None:
+        try:
+            if not wanted or self._wanted[shard] > 0:
+                # What finds no room now is brought when it is needed.
+                with contextlib.suppress(NoRoomError):
+                    self._fetch(shard, wait=False)
+        finally:
+            with self._lock:
+                self._coming.pop(shard, None)
+
+    def _bring(self, shard: int) -> None:
+        """Wait until a file is mapped, at the latest by this thread itself."""
+        coming = self._coming.get(shard)
+        if coming is not None:
+            if coming.cancel():
+                with self._lock:
+                    self._coming.pop(shard, None)
+            else:
+                coming.result()
+        if not self._mapped[shard]:
+            self._fetch(shard, wait=True)
+
+    def _fetch(self, shard: int, *, wait: bool) -> None:
+        info = self._infos[shard]
+        held = self._cache.hold(self._folder / info.file, info, wait=wait)
+        with self._lock:
+            if self._mapped[shard]:
+                held.close()
+                return
+            self._region.put(int(self.begins[shard]), info.bytes, held.handle)
+            self._held[shard] = held
+            self._mapped[shard] = True
+
+    def _trim(self, most: int, keep: set[int]) -> None:
+        """Let the files go that no window wants, the longest mapped first, until few are left."""
+        with self._lock:
+            loose = [s for s in self._held if self._wanted[s] <= 0 and s not in self._leaving]
+            excess = sum(self._infos[shard].bytes for shard in loose) - most
+            for shard in loose:
+                if excess > 0 and shard not in keep:
+                    excess -= self._infos[shard].bytes
+                    self._leave([shard])
+
+    def _leave(self, shards: Sequence[int] | Iterator[int]) -> None:
+        """Unmap files, as soon as nobody reads; for who holds the lock."""
+        going = {shard for shard in shards if shard in self._held}
+        if self._reads:
+            self._leaving |= going
+        else:
+            self._unmap(going)
+
+    def _unmap(self, shards: set[int]) -> None:
+        for shard in shards:
+            self._mapped[shard] = False
+            self._region.clear(int(self.begins[shard]), int(self._pages[shard]))
+            self._held.pop(shard).close()
+
+
+class CachedWindow(Window):
+    """Keeps the files mapped that a reader wants, and has those brought that are not here."""
+
+    def __init__(self, shards: CachedMap) -> None:
+        self._cached = shards
+        self._chosen: list[int] = []
+        # A reader that is broken off and forgotten wants nothing any more either.
+        weakref.finalize(self, _release, shards, self._chosen).atexit = False
+
+    def want(self, due: Sequence[int], later: Sequence[int] = ()) -> None:
+        """See `Window.want`; of `later`, as much as the cache's budget allows."""
+        chosen = self._cached.fitting(due, later)
+        self._cached.change(self._chosen, chosen)
+        self._chosen[:] = chosen
+
+    def close(self) -> None:
+        """Want nothing any more."""
+        _release(self._cached, self._chosen)
+
+
+def _release(shards: CachedMap, chosen: list[int]) -> None:
+    shards.change(chosen, [])
+    chosen.clear()

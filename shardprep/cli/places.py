@@ -1,0 +1,31 @@
+"""Arguments that name a folder of this machine, or the URL of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shardprep.remote import Location, Remote, locate
+
+
+class Place(click.ParamType[Any]):
+    """A folder or a URL, as `shardprep.remote.locate` gives it.
+
+    Args:
+        exists: Whether a folder must be there; what lies behind a URL is seen when it is read.
+    """
+
+    name = "folder"
+
+    def __init__(self, *, exists: bool = True) -> None:
+        self._path = click.Path(exists=exists, file_okay=False)
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Location:
+        """Check a folder; a URL is taken as it is."""
+        place = locate(str(value))
+        if not isinstance(place, Remote):
+            self._path.convert(str(place), param, ctx)
+        return place

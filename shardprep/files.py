@@ -1,0 +1,138 @@
+"""Where the files of a shard set lie: in a folder of this machine, or in a store behind a cache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from shardprep.cache import Held, ShardCache
+from shardprep.cachedmap import CachedMap
+from shardprep.errors import FormatError, StorageError
+from shardprep.format import FileInfo, Manifest, ShardInfo, load_manifest
+from shardprep.manifest_watch import ManifestWatch, replaced
+from shardprep.remote import Location, Remote
+from shardprep.shardmap import ShardMap
+
+
+class Files(Protocol):
+    """The files of a set; pickles, for other processes to open them too.
+
+    Attributes:
+        place: Folder or URL.
+        waited: Seconds for which readers of this process stood still for the network.
+    """
+
+    @property
+    def place(self) -> Location:
+        """Folder or URL."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which readers of this process stood still for the network."""
+
+    def local(self, info: FileInfo | ShardInfo) -> Path:
+        """A file of the set, on this machine.
+
+        Raises:
+            CorruptShardError: It comes from a store, which does not have it as it should be.
+            StorageError: It comes from a store, which cannot be reached.
+        """
+
+    def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
+        """The same, for as long as the context lasts."""
+
+    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
+        """The bytes of some shards."""
+
+    def check_unchanged(self, manifest: Manifest) -> None:
+        """Make sure that the place still holds the set that was opened.
+
+        Raises:
+            CorruptShardError: It holds another set, or none.
+        """
+
+
+class LocalFiles:
+    """Files in a folder of this machine."""
+
+    waited = 0.0
+
+    def __init__(self, folder: Path) -> None:
+        self.place = folder
+        self._watches: dict[str, ManifestWatch] = {}
+
+    def local(self, info: FileInfo | ShardInfo) -> Path:
+        """Where a file of the set lies."""
+        return self.place / info.file
+
+    def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
+        """Where a file of the set lies."""
+        return contextlib.nullcontext(self.place / info.file)
+
+    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
+        """See `Files.map_shards`."""
+        watch = ManifestWatch(self.place, manifest.fingerprint)
+        return ShardMap([(self.place / shard.file, shard.bytes) for shard in shards], watch.check)
+
+    def check_unchanged(self, manifest: Manifest) -> None:
+        """See `Files.check_unchanged`; costs a `stat`."""
+        fingerprint = manifest.fingerprint
+        if fingerprint not in self._watches:
+            self._watches[fingerprint] = ManifestWatch(self.place, fingerprint)
+        self._watches[fingerprint].check()
+
+
+class CachedFiles:
+    """Files of a store, of which this machine's cache keeps some."""
+
+    def __init__(self, remote: Remote, cache: ShardCache) -> None:
+        self.place = remote
+        self.cache = cache
+        # Small files, which stay in the cache as long as this object lives.
+        self._held: dict[str, Held] = {}
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.place, self.cache)
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which readers of this process stood still for the network."""
+        return self.cache.traffic.waited
+
+    def local(self, info: FileInfo | ShardInfo) -> Path:
+        """Where a file of the set lies in the cache."""
+        if info.file not in self._held:
+            self._held[info.file] = self.cache.hold(self.place / info.file, info)
+        return self._held[info.file].path
+
+    @contextlib.contextmanager
+    def lend(self, info: FileInfo | ShardInfo) -> Iterator[Path]:
+        """Where a file of the set lies in the cache, for as long as the context lasts."""
+        with contextlib.closing(self.cache.hold(self.place / info.file, info)) as held:
+            yield held.path
+
+    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
+        """See `Files.map_shards`."""
+        return CachedMap(self.place, shards, self.cache)
+
+    def check_unchanged(self, manifest: Manifest) -> None:
+        """See `Files.check_unchanged`; a store that gives no answer counts as unchanged."""
+        try:
+            found = load_manifest(self.place).fingerprint
+        except FormatError:
+            raise replaced(self.place, "it has no manifest that can be read now") from None
+        except StorageError:
+            return
+        if found != manifest.fingerprint:
+            what = f"its fingerprint was {manifest.fingerprint} and is now {found}"
+            raise replaced(self.place, what)
+
+
+def files_at(place: Location, cache: ShardCache | None = None) -> Files:
+    """The files in a place; `cache` is for those behind a URL, by default the user's."""
+    if isinstance(place, Remote):
+        cache = cache or ShardCache()
+        return CachedFiles(Remote(place.url, cache.patience), cache)
+    return LocalFiles(place)
