@@ -23,10 +23,13 @@ class BuildOptions:
         samples_per_shard: Most utterances a shard holds.
         val_fraction: Share of each speaker's utterances for the split val, in [0, 1).
         seed: Decides split and order.
-        workers: Processes; 0 stands for the number of cores.
+        workers: Processes; 0 stands for the number of cores. With Ray, tasks at a time; 0 stands
+            for as many as the cluster has CPUs.
         on_error: Whether a faulty utterance stops the build or is left out and listed.
         overwrite: Whether to replace a finished set of other contents.
         dry_run: Read and check everything, write nothing.
+        engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
+        address: Of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
 
     dtype: Literal["float16", "float32"] = "float16"
@@ -39,12 +42,15 @@ class BuildOptions:
     on_error: Literal["fail", "skip"] = "fail"
     overwrite: bool = False
     dry_run: bool = False
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         allowed = {
             "dtype": ("float16", "float32"),
             "codec": ("none", "zstd"),
             "on_error": ("fail", "skip"),
+            "engine": ("local", "ray"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -58,6 +64,8 @@ class BuildOptions:
         for name, valid in ranges.items():
             if not valid:
                 raise BuildError(f"{getattr(self, name)} is out of range", key=name)
+        if self.address is not None and self.engine != "ray":
+            raise BuildError("is for the engine ray only", key="address")
 
     @property
     def codec_info(self) -> CodecInfo:

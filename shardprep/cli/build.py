@@ -65,7 +65,20 @@ Example:
     type=click.IntRange(min=0),
     default=0,
     show_default="the cores",
-    help="Processes. Does not change the bytes.",
+    help="Processes, or tasks at a time on Ray (default: its CPUs). Does not change the bytes.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, or tasks on Ray. Does not change the bytes.",
+)
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Ray cluster to build on, whose nodes must share SRC and DST: auto for that of this "
+    "machine, or HOST:PORT. By default, Ray is started here.",
 )
 @click.option(
     "--on-error",
@@ -90,6 +103,8 @@ def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
+    if options["address"] is not None and options["engine"] != "ray":
+        raise click.UsageError("--address goes with --engine ray")
     report = build_shards(source, destination, BuildOptions(**options), BuildProgress("build"))
     if as_json:
         print_json(report)
