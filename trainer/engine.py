@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardprep import CorruptShardError, publish
+from trainer.agreement import together
 from trainer.average import AveragedModel
-from trainer.checkpoint import CheckpointFolder, Newest, State
+from trainer.checkpoint import Newest, State
 from trainer.config import Config
 from trainer.errors import CheckpointError, DivergedError
 from trainer.evaluation import evaluate
 from trainer.factory import (
+    batch_of_each,
     build_eval_loader,
     build_loss,
     build_model,
@@ -34,13 +35,12 @@ from trainer.interrupt import StopSignals
 from trainer.journal import Journal
 from trainer.meeting import meeting_place
 from trainer.metrics import Window, combine, peak_memory_mib
+from trainer.outcome import Outcome
 from trainer.preflight import (
     Changes,
     check_same_data,
     check_same_run,
-    choose_checkpoint,
     join_processes,
-    open_data,
 )
 from trainer.saving import Saver
 from trainer.snapshot import (
@@ -50,25 +50,10 @@ from trainer.snapshot import (
     training_state,
     weights_state,
 )
+from trainer.start import find_start
 from trainer.step import TrainStep
 from trainer.sync_norm import share_buffers, synchronise
 from trainer.watchdog import COMPUTING, READING, SAVING, VALIDATING, WAITING, Watchdog
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    """Steps done in all."""
-    finished: bool
-    """Whether these are all the steps of the run."""
-    signal: int
-    """Number of the signal that ended the run early, or 0."""
-    best_accuracy: float | None
-    """Best validation accuracy so far, None without validation."""
-    best_step: int | None
-    """Step of the best accuracy."""
 
 
 class Trainer:
@@ -80,34 +65,35 @@ class Trainer:
     Args:
         config: A checked configuration.
         resume: Continue from the newest checkpoint of the run folder, or from the one before it
-            if that is damaged.
-        since: When the launcher that starts this run anew was itself started, in seconds since the
-            epoch: checkpoints from after it are continued from as well. None on a first start.
+            if that is damaged. A launcher that starts the run anew does so in any case.
 
     Raises:
-        ConfigError: The data or the run folder does not allow this run.
+        ConfigError: The data or the run folder does not allow this run, or the machines of the
+            launch do not agree.
+        ElsewhereError: Another process has met one of these errors.
         CheckpointError: There is no checkpoint to continue from, or none that is whole.
         ShardprepError: The shards cannot be read.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, since: float | None = None) -> None:
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
         self.config = config
-        self.shards = open_data(config.data.shards, validated=config.train.valid_steps > 0)
-        self.checkpoints = CheckpointFolder(config.run, config.train.keep)
-        found = choose_checkpoint(self.checkpoints, config, resume=resume, since=since)
         self.accelerator = join_processes(config)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.global_batch = config.data.batch_size * config.train.accumulate * self.world_size
-        self.loader = build_train_loader(
-            config, self.shards, self.rank, self.world_size, self.device
+        start = find_start(config, resume=resume)
+        self.shards, self.checkpoints, found = start.shards, start.checkpoints, start.found
+        self._launchers = start.launchers
+        self.loader = together(
+            lambda: build_train_loader(config, self.shards, self.rank, self.world_size, self.device)
         )
+        crops = batch_of_each(config.data, self.world_size) * self.world_size
+        self.global_batch = crops * config.train.accumulate
         self.step = 0
         self._replaced = 0
         self._shards_changed = False
         self.best: dict[str, Any] = {"accuracy": None, "step": None}
         self._build_model()
-        changed = {} if found is None else self._restore(found)
+        changed = {} if found is None else together(lambda: self._restore(found))
         if self.accelerator.is_main_process:
             self.checkpoints.sweep()
             with publish(config.run / "config.yaml") as file:
@@ -144,8 +130,8 @@ class Trainer:
         config, optim = self.config, self.config.optim
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
-        if config.train.start_from is not None:
-            start_from(model, config.train.start_from, self.shards)
+        if (path := config.train.start_from) is not None:
+            together(lambda: start_from(model, path, self.shards))
         if config.train.sync_batchnorm:
             synchronise(model)
         optimizer = build_optimizer(optim, model, self.device)
@@ -342,6 +328,7 @@ class Trainer:
                 **training_state(self.accelerator, self.optimizer, self.loader),
                 "raw": None if self.average is None else self.bare.state_dict(),
                 "global_batch": self.global_batch,
+                "launchers": self._launchers,
                 "window": list(window),
             }
             failed = not self.saver.save(state)

@@ -4,6 +4,7 @@
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
     ├── CheckpointError     1   a checkpoint is missing, cannot serve or cannot be written
     │   └── DamagedCheckpointError  a checkpoint is torn, or a byte of it has changed
+    ├── ElsewhereError      *   another process of the launch failed, with this code
     ├── DivergedError       1   too many steps in a row had no finite loss and gradient
     ├── ExportError         1   a model cannot be exported, or the file computes something else
     └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
@@ -22,6 +23,16 @@ def is_out_of_memory(error: Exception) -> bool:
     """
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return known or any(text in str(error) for text in texts)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error says that the exchange with another process has ended.
+
+    PyTorch has classes of its own for NCCL and for its store; gloo raises a plain RuntimeError.
+    """
+    known = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    texts = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
     return known or any(text in str(error) for text in texts)
 
 
@@ -47,6 +58,19 @@ class DamagedCheckpointError(CheckpointError):
 
 class DivergedError(TrainerError):
     """The loss or the gradient was not a finite number for too many steps in a row."""
+
+
+class ElsewhereError(TrainerError):
+    """Another process of the launch could not do its part.
+
+    Args:
+        message: Of its error, with the process and its machine.
+        exit_code: Of its error.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class PredictionError(TrainerError):

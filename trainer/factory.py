@@ -63,22 +63,45 @@ def build_optimizer(
     )
 
 
+def batch_of_each(config: DataConfig, world_size: int) -> int:
+    """Crops in a micro-batch of one process.
+
+    Raises:
+        ConfigError: The processes cannot share data.global_batch evenly.
+    """
+    if config.global_batch is None:
+        return config.batch_size
+    if config.global_batch % world_size:
+        shared = config.global_batch
+        if config.order == "windowed":
+            shared = math.gcd(shared, config.lanes)
+        allowed = [number for number in range(1, shared + 1) if shared % number == 0]
+        raise ConfigError(
+            f"data.global_batch: found {config.global_batch} on {world_size} processes, which "
+            f"cannot share it evenly; start {', '.join(map(str, allowed))} processes, or give a "
+            f"multiple of {world_size}"
+        )
+    return config.global_batch // world_size
+
+
 def build_train_loader(
     config: Config, shards: ShardSet, rank: int, world_size: int, device: torch.device
 ) -> SegmentLoader:
     """This rank's part of the training split, as random crops that arrive on `device`.
 
     Raises:
-        ConfigError: The split has fewer utterances than one micro-batch of all ranks, or its
-            lanes cannot be shared out over them.
+        ConfigError: The split has fewer utterances than one micro-batch of all ranks, or the
+            micro-batch or the lanes cannot be shared out over them.
     """
     data, split = config.data, shards["train"]
-    if len(split) < data.batch_size * world_size:
+    batch_size = batch_of_each(data, world_size)
+    lanes, crops = data.lanes, batch_size * world_size
+    if len(split) < crops:
+        name = "batch_size" if data.global_batch is None else "global_batch"
         raise ConfigError(
-            f"data.batch_size: found {data.batch_size} on {world_size} process(es), but "
+            f"data.{name}: found {getattr(data, name)} on {world_size} process(es), but "
             f"{data.shards} has only {len(split)} utterances to train on; take a smaller one"
         )
-    lanes, crops = data.lanes, data.batch_size * world_size
     if data.order == "windowed" and (lanes % world_size or crops % lanes):
         raise ConfigError(
             f"data.lanes: found {lanes}; with data.order windowed it must be a multiple of the "
@@ -92,7 +115,7 @@ def build_train_loader(
         placement=data.placement,
         prefetch=data.prefetch,
         device=device,
-        batch_size=data.batch_size,
+        batch_size=batch_size,
         segment_frames=data.segment_frames,
         seed=config.train.seed,
         rank=rank,

@@ -1,7 +1,8 @@
-"""What `accelerate launch` was asked for, and what it leaves to others to do.
+"""What the launcher was asked for, and what it leaves to others to do.
 
-`accelerate launch --num_processes 2 --cpu` starts one process: for more on CPUs it counts on
-mpirun, and without it says nothing. That one process then starts the rest here, and waits.
+`accelerate launch --num_processes 2 --cpu` starts one process a machine: for more on CPUs it counts
+on mpirun, and without it says nothing. That one process then starts the rest, in
+`trainer.workers`, and waits.
 """
 
 from __future__ import annotations
@@ -9,26 +10,37 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.interrupt import StopSignals, launched_by_accelerate
+from trainer.interrupt import launched_by_accelerate
 
 # torchrun, mpirun and `accelerate launch` on GPUs tell each process its place by one of these.
 _PLACED = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_POLL_SECONDS = 0.1
-# Less than the time that train.py lets the main process speak first.
-_GRACE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """The processes of a launch that one machine has to start."""
+
+    number: int
+    """How many."""
+    machine: int = 0
+    """Number of this machine."""
+    machines: int = 1
+    """How many machines there are, each with as many processes."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all machines."""
+        return self.number * self.machines
 
 
 def check_launch(environment: dict[str, str], command: list[str]) -> None:
-    """Refuse flags of the launch that would be passed over in silence, or that cannot work.
+    """Refuse flags of a launcher that would be passed over in silence, or that cannot work.
 
     Args:
         environment: Of this process.
@@ -37,6 +49,7 @@ def check_launch(environment: dict[str, str], command: list[str]) -> None:
     Raises:
         ConfigError: Naming the flag and what to give in its place.
     """
+    _check_elastic(environment, command)
     if not launched_by_accelerate(environment):
         return
     # The launcher hands this on to DeepSpeed alone.
@@ -53,6 +66,19 @@ def check_launch(environment: dict[str, str], command: list[str]) -> None:
                 f"accelerate launch --use_{name.lower()}: the model is trained whole on every "
                 "process; leave this flag out"
             )
+
+
+def _check_elastic(environment: Mapping[str, str], command: list[str]) -> None:
+    nodes = re.search(r"__nnodes[ =](\d+):(\d+)", _options(command))
+    varies = nodes is not None and nodes[1] != nodes[2]
+    # torchrun gives the address of a store that it keeps to those of the first round only.
+    if varies and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        assert nodes is not None
+        raise ConfigError(
+            f"torchrun --nnodes {nodes[1]}:{nodes[2]}: a machine that joins later would not find "
+            "the others; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+            "environment, on every machine"
+        )
 
 
 def launch_command(*, processes: int, device: str, precision: str) -> str:
@@ -77,8 +103,8 @@ def launch_command(*, processes: int, device: str, precision: str) -> str:
     return shlex.join(["accelerate", "launch", *flags, str(shown)])
 
 
-def processes_to_start(environment: dict[str, str], command: list[str]) -> int:
-    """How many processes this one has to start, 1 for none beside itself.
+def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Share | None:
+    """The processes that this one has to start and wait for; None if it is to train itself.
 
     Args:
         environment: Of this process.
@@ -87,21 +113,36 @@ def processes_to_start(environment: dict[str, str], command: list[str]) -> int:
     Raises:
         ConfigError: Several were asked for in a way that cannot be made up for.
     """
-    # accelerate sets a port exactly if it was asked for several processes.
+    # accelerate sets a port exactly if it was asked for several processes or machines.
     if not launched_by_accelerate(environment) or "MASTER_PORT" not in environment:
-        return 1
+        return None
     if any(name in environment for name in _PLACED):
-        return 1
+        return None
     options = _options(command)
-    number = re.search(r"__num_processes[ =](\d+)", options)
-    machines = re.search(r"__num_machines[ =](\d+)", options)
-    if number is None or (machines and int(machines[1]) > 1):
+    number, machines, machine = (
+        _number(options, name) for name in ("num_processes", "num_machines", "machine_rank")
+    )
+    if number is None:
         raise ConfigError(
             "accelerate launch was asked for several processes on CPUs but starts one; give "
             "--num_processes N on its command line, or start them with "
-            "`torchrun --nproc_per_node N trainer/train.py`, on each machine"
+            "`torchrun --nproc-per-node N trainer/train.py`, on each machine"
         )
-    return int(number[1])
+    machines, machine = machines or 1, machine or 0
+    if number % machines or machine >= machines:
+        raise ConfigError(
+            f"accelerate launch --num_processes {number} --num_machines {machines} --machine_rank "
+            f"{machine}: the first counts the processes of all machines, so give a multiple of "
+            "the second; the third is 0 on the first machine and less than their number on the "
+            "last"
+        )
+    return None if number == 1 else Share(number // machines, machine, machines)
+
+
+def _number(options: str, name: str) -> int | None:
+    """What an option was given, or None; the later one counts, as it does for the launcher."""
+    found = re.findall(rf"__{name}[ =](\d+)", options)
+    return int(found[-1]) if found else None
 
 
 def parent_command() -> list[str]:
@@ -118,98 +159,21 @@ def _options(command: list[str]) -> str:
     return " ".join(command).replace("-", "_")
 
 
-def restarted_since(environment: Mapping[str, str]) -> float | None:
-    """When the launcher began that has started this process anew, as torchrun does on a failure.
+def launcher_identity(environment: Mapping[str, str]) -> str | None:
+    """What tells the launcher of this process from all others that there are or were.
+
+    Checkpoints bear it, so that what a launcher starts anew knows those that are its own.
 
     Args:
         environment: Of this process.
 
     Returns:
-        Seconds since the epoch, or None if this is the first start.
+        Machine, number and moment of start; None without a launcher that starts processes anew.
     """
-    if not int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if "TORCHELASTIC_RUN_ID" not in environment:
         return None
+    pid = os.getppid()
     # The 22nd field, counted from behind the name, which may hold anything.
-    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
-
-
-def start_processes(number: int) -> int:
-    """Run this program again as `number` processes that know of one another, and wait.
-
-    Ctrl-C reaches them from the terminal; SIGTERM, and the death of the launcher, are passed on.
-    A process that the system killed is named on stderr.
-
-    Returns:
-        The exit code: 0 if all ended well, else that of the first that did not.
-    """
-    command = [sys.executable, *sys.orig_argv[1:]]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **place})
-        for place in _places(number, _free_port())
-    ]
-    try:
-        with StopSignals() as signals:
-            return _wait(workers, signals)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-def _places(number: int, port: int) -> list[dict[str, str]]:
-    shared = {
-        "WORLD_SIZE": str(number),
-        "LOCAL_WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals) -> int:
-    failed, deadline, told = 0, float("inf"), False
-    while None in (codes := [worker.poll() for worker in workers]):
-        if not failed and any(codes):
-            # The others are stuck in an exchange with it; the main one may still have a word.
-            failed, deadline = _first(codes), time.monotonic() + _GRACE_SECONDS
-        if time.monotonic() > deadline:
-            break
-        if signals.received == signal.SIGTERM and not told:
-            told = True
-            for worker in workers:
-                worker.terminate()
-        time.sleep(_POLL_SECONDS)
-    code = failed or _first(codes)
-    # A negative code names the signal that killed a worker.
-    if code < 0 and not signals.received:
-        print(_obituary(codes.index(code), -code), file=sys.stderr, flush=True)
-    return code if code >= 0 else 128 - code
-
-
-def _first(codes: Sequence[int | None]) -> int:
-    """The code that explains the others, which fail when one of them is killed; 0 for none."""
-    return min((code for code in codes if code), key=lambda code: code > 0, default=0)
-
-
-def _obituary(rank: int, number: int) -> str:
-    """What to tell of a process that died of signal `number`, and what to do."""
-    why: dict[int, str] = {
-        signal.SIGKILL: " (out of memory?)",
-        signal.SIGBUS: " (a shard was changed or its disk failed while it was mapped; run "
-        "`shardprep verify`)",
-    }
-    name, reason = signal.Signals(number).name, why.get(number, "")
-    return (
-        f"error: process {rank} was killed by {name}{reason}; give the same command with --resume "
-        "to go on from the newest checkpoint"
-    )
+    began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {pid} {began}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 _SCHEME = "trainer"
+_WORDS = "trainer/words"
+_POLL_SECONDS = 0.02
 # The process group counts milliseconds in 32 bits.
 _LONGEST_SECONDS = 1e6
 
@@ -35,12 +39,49 @@ def meeting_place() -> Store | None:
     return distributed.distributed_c10d._get_default_store()
 
 
+@contextlib.contextmanager
+def parting() -> Iterator[None]:
+    """Leave the others at the end, whatever comes: gloo aborts a process that does not."""
+    try:
+        yield
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def _meet(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
     # torchrun keeps its store when it restarts a group, and in it the addresses of processes that
-    # are dead: new ones that find those wait for them for ever.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    for store, rank, world_size in rendezvous("env://", **options):
-        yield PrefixStore(f"attempt {attempt}", store), rank, world_size
+    # are dead: new ones that find those wait for them for ever. Its count of restarts is no help,
+    # as each machine counts for itself.
+    for store, rank, world_size in rendezvous(f"env{url.removeprefix(_SCHEME)}", **options):
+        yield PrefixStore(_watchword(store, rank, world_size), store), rank, world_size
+
+
+def _watchword(store: Store, rank: int, world_size: int) -> str:
+    """A word that the processes of this start have in common, and those of an earlier one had not.
+
+    Each writes a word of its own. Process 0 publishes them all, with its own as the one to use;
+    the others believe what holds theirs, and say so. It looks for as long as one has not, for what
+    it found first may be from a dead one.
+    """
+    own = uuid.uuid4().hex
+    written = [f"trainer/own/{other}" for other in range(world_size)]
+    believed = [f"trainer/believed/{other}" for other in range(world_size)]
+    store.set(written[rank], own)
+    while True:
+        if rank == 0:
+            words = [word.decode() for word in store.multi_get(written)]
+            store.set(_WORDS, " ".join(words))
+            store.set(believed[0], own)
+            if store.check(believed) and set(store.multi_get(believed)) == {own.encode()}:
+                return own
+        else:
+            words = store.get(_WORDS).decode().split()
+            # What is left of an earlier start may be of another number of processes.
+            if words[rank:][:1] == [own]:
+                store.set(believed[rank], words[0])
+                return words[0]
+        time.sleep(_POLL_SECONDS)
 
 
 register_rendezvous_handler(_SCHEME, _meet)  # type: ignore[no-untyped-call]

@@ -11,7 +11,8 @@ from typing import NoReturn
 import jsonargparse
 import yaml
 
-from trainer.config import PARTS, Config, check, shorten_warmup
+from trainer.checks import check, shorten_warmup
+from trainer.config import PARTS, Config
 from trainer.errors import ConfigError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

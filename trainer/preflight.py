@@ -1,4 +1,4 @@
-"""What must be right before any work starts: processes, data, run folder, resumption."""
+"""What must be right before any work starts: processes, data, and the run that is resumed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from shardprep import ShardSet, open_shards
-from trainer.checkpoint import CheckpointFolder, Newest, State
+from trainer.checkpoint import State
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError
 from trainer.meeting import group_options
-from trainer.snapshot import RESUMED, check_description
 from trainer.watchdog import MEETING, Watchdog
 
 Changes = dict[str, tuple[Any, Any]]
@@ -69,38 +68,6 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
     return shards
 
 
-def choose_checkpoint(
-    folder: CheckpointFolder, config: Config, *, resume: bool, since: float | None = None
-) -> Newest | None:
-    """Load the checkpoint to continue from, or make sure that none would be overwritten.
-
-    Args:
-        folder: Of the run.
-        config: Of the run.
-        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
-        since: When a launcher that has started this run anew was started itself, in seconds since
-            the epoch; None if this is the first start. Checkpoints from after it are this run's
-            own, and are continued from without being told to.
-
-    Raises:
-        ConfigError: There are checkpoints and `resume` is not given.
-        CheckpointError: `resume` is given and there is none, or none that is whole.
-    """
-    newest = folder.latest()
-    if not resume and newest is not None:
-        if since is None or newest.stat().st_mtime < since:
-            raise ConfigError(
-                f"name: the run folder {config.run} already has checkpoints, the newest "
-                f"{newest.name}; continue it with --resume, or start another with --name NAME"
-            )
-        resume = True
-    if not resume:
-        return None
-    found = folder.load_newest(RESUMED)
-    check_description(found.state, found.file)
-    return found
-
-
 def check_same_run(
     config: Config, saved: State, *, global_batch: int, precision: str, processes: int
 ) -> Changes:
@@ -132,7 +99,8 @@ def check_same_run(
             f"data.batch_size: found {global_batch} crops a step (data.batch_size x "
             f"train.accumulate x processes), but the run to resume began with "
             f"{saved['global_batch']} on {saved['processes']} process(es); choose them so that "
-            "the product is the same"
+            "the product is the same, or give the product of the first and the last as "
+            "--data.global_batch, which holds at any number of processes"
         )
     launch = {"mixed precision": ("precision", precision), "processes": ("processes", processes)}
     for name, (key, value) in launch.items():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from shardprep import SegmentLoader, ShardSet
 from trainer.checkpoint import State, load
-from trainer.config import Config, check, config_from_dict
+from trainer.checks import check
+from trainer.config import Config, config_from_dict
 from trainer.errors import CheckpointError, ConfigError
 from trainer.factory import build_model
 from trainer.model import SpeakerModel

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shardprep import ShardprepError, StorageError
-from trainer.errors import TrainerError, is_out_of_memory
-from trainer.launch import (
-    check_launch,
-    launch_command,
-    parent_command,
-    processes_to_start,
-    restarted_since,
-    start_processes,
-)
+from trainer.errors import TrainerError, is_lost_peer, is_out_of_memory
+from trainer.launch import check_launch, parent_command, processes_to_start
 from trainer.options import Invocation, parse_args
-
-if TYPE_CHECKING:
-    from trainer.engine import Outcome, Trainer
+from trainer.outcome import summary
+from trainer.workers import start_processes
 
 _MAIN_PROCESS_FIRST_SECONDS = 5.0
 
@@ -53,11 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(f"error: {StorageError(what, file=error.filename, remedy=remedy)}")
         return StorageError.exit_code
     except (MemoryError, RuntimeError) as error:
+        if is_lost_peer(error):
+            _report(
+                "error: another process is gone, or the network to it; see what it said last. "
+                "--resume goes on from the newest checkpoint, which torchrun --max-restarts does "
+                f"by itself ({' '.join(str(error).split())[:200]})"
+            )
+            return TrainerError.exit_code
         if not is_out_of_memory(error):
             raise
         _report(
             "error: the memory of the device does not suffice; take a smaller --data.batch_size "
-            "and make up for it by --train.accumulate, a smaller --data.eval_frames, shorter "
+            "(or --data.global_batch) and make up for it by --train.accumulate, a smaller "
+            "--data.eval_frames, shorter "
             f"--data.segment_frames, or a smaller model ({' '.join(str(error).split())[:200]})"
         )
         return TrainerError.exit_code
@@ -74,54 +72,28 @@ def _run(asked: Invocation) -> int:
         return 0
     environment, command = dict(os.environ), parent_command()
     check_launch(environment, command)
-    number = processes_to_start(environment, command)
-    return start_processes(number) if number > 1 else _train(asked)
+    share = processes_to_start(environment, command)
+    return _train(asked) if share is None else start_processes(share)
 
 
 def _train(asked: Invocation) -> int:
     # The engine brings PyTorch and the model, which --help and a wrong option need not wait for.
     from trainer.engine import Trainer
+    from trainer.meeting import parting
 
     if _rank() == 0:
         _note(asked.notes)
-    trainer = Trainer(asked.config, resume=asked.resume, since=restarted_since(os.environ))
-    try:
-        outcome = trainer.fit()
-        if _rank() == 0:
-            print(_summary(trainer, outcome), file=sys.stderr, flush=True)
-        # A launcher ends all processes as soon as one has left with a code other than 0.
-        trainer.accelerator.wait_for_everyone()
-    finally:
-        trainer.close()
+    with parting():
+        trainer = Trainer(asked.config, resume=asked.resume)
+        try:
+            outcome = trainer.fit()
+            if _rank() == 0:
+                print(summary(trainer, outcome), file=sys.stderr, flush=True)
+            # A launcher ends all processes as soon as one has left with a code other than 0.
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            trainer.close()
     return 128 + outcome.signal if outcome.signal else 0
-
-
-def _summary(trainer: Trainer, outcome: Outcome) -> str:
-    """What was done, and the command that goes on from here."""
-    config, lines = trainer.config, []
-    if outcome.best_accuracy is not None:
-        lines.append(
-            f"best validation accuracy {outcome.best_accuracy:.4f} at step {outcome.best_step:,}"
-        )
-    if outcome.finished:
-        lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
-        command = ["python", "-m", "trainer.predict", str(config.run)]
-        command += ["--shards", config.data.shards, "--out", "submission.csv"]
-        if outcome.best_accuracy is None:
-            command += ["--checkpoint", "last"]
-        lines.append(f"next: {shlex.join(command)}")
-        return "\n".join(lines)
-    why = signal.Signals(outcome.signal).name if outcome.signal else "--train.stop_step"
-    of = f"{outcome.step:,} of {config.train.total_steps:,}"
-    lines.insert(0, f"stopped by {why}: saved step {of} in {config.run / 'checkpoints'}")
-    launch = launch_command(
-        processes=trainer.world_size,
-        device=trainer.device.type,
-        precision=trainer.accelerator.mixed_precision,
-    )
-    saved = shlex.quote(str(config.run / "config.yaml"))
-    lines.append(f"continue with: {launch} --config {saved} --resume")
-    return "\n".join(lines)
 
 
 def _note(notes: Sequence[str]) -> None:

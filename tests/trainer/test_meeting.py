@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+from torch._C._distributed_c10d import Store
+from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.meeting import group_options, meeting_place
 
 
+def meet(server: TCPStore, world_size: int, monkeypatch: pytest.MonkeyPatch) -> list[Store]:
+    """Let so many processes meet, of which the last comes late; their stores, by rank."""
+    method = group_options(0).init_method
+    assert method is not None
+
+    def come(rank: int) -> Store:
+        time.sleep(0.2 * (rank == world_size - 1))
+        store, *place = next(rendezvous(method, rank, world_size, timeout=timedelta(seconds=30)))
+        assert place == [rank, world_size]
+        found: Store = store
+        return found
+
+    # As torchrun tells its workers: the store is the launcher's, and outlives them.
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(come, range(world_size)))
+
+
 def test_every_start_of_a_group_meets_in_a_store_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in place.items():
-        monkeypatch.setenv(name, str(value))
-    method = group_options(0).init_method
-    assert method is not None
-    found = []
-    for attempt in ("0", "1", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        store, rank, world_size = next(rendezvous(method))
-        assert (rank, world_size) == (0, 1)
-        found.append(store)
-    # One launcher keeps one store for all.
-    first, second, same = found
-    first.set("address", "of a process that died")
-    assert first.check(["address"])
-    assert not second.check(["address"])
-    second.set("address", "of its successor")
-    assert same.get("address") == b"of its successor"
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before: list[Store] = []
+    # One launcher keeps one store for all, and processes come and go.
+    for world_size in (2, 2, 3, 1, 2):
+        stores = meet(server, world_size, monkeypatch)
+        stores[0].set("address", f"of this start, {len(before)}")
+        for store in stores:
+            assert store.get("address").decode() == f"of this start, {len(before)}"
+        assert not any(store.get("address") == stores[0].get("address") for store in before)
+        before.append(stores[0])
 
 
 @pytest.mark.parametrize(("hang", "least"), [(0, 1800), (1800, 3600), (1e12, 1e6)])

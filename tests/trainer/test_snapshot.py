@@ -40,7 +40,7 @@ def test_checkpoints_hold_just_what_is_asked_of_them(make_config: ConfigFactory)
     config = make_config(**{"train.total_steps": 2, "train.valid_steps": 1})
     train(config)
     folder = config.run / "checkpoints"
-    assert set(load(folder / "step-00000002.pt")) == {"format", *RESUMED}
+    assert set(load(folder / "step-00000002.pt")) == {"format", "launchers", *RESUMED}
     assert set(PREDICTED) <= set(load(folder / "best.pt"))
 
 
