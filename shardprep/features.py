@@ -24,11 +24,11 @@ _NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTA
 _MOST_TIMES, _MOST_ITEMSIZE, _MOST_AROUND = 8, 8, 16 << 20
 
 
-def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32]:
+def load_features(file: Path | bytes, *, n_mels: int, frames: int) -> NDArray[np.float32]:
     """Load one `.pt` file without running code that it may contain.
 
     Args:
-        path: The file.
+        file: Its path, or its bytes.
         n_mels: Mel bins F that it must have.
         frames: Length T that it must have.
 
@@ -39,8 +39,8 @@ def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32
         ValueError: What is wrong with the file, in words for `Reject.reason`.
         StorageError: The machine, not the file, is at fault; reading it later may well work.
     """
-    with _machine_or_file(path):
-        stored = _read_stored(path, n_mels, frames)
+    with _machine_or_file(file):
+        stored = _read_stored(file, n_mels, frames)
         if isinstance(stored, StoredTensor):
             # Before a copy is made: a view of few numbers can pretend to any size.
             _check_shape(stored.numbers.shape, n_mels, frames)
@@ -55,35 +55,36 @@ def load_features(path: Path, *, n_mels: int, frames: int) -> NDArray[np.float32
     return mel
 
 
-def _read_stored(path: Path, n_mels: int, frames: int) -> StoredTensor | NDArray[Any]:
+def check_file_size(nbytes: int, *, n_mels: int, frames: int) -> None:
+    """ValueError if a file is much larger than its matrix needs."""
+    if nbytes > _MOST_AROUND + _MOST_TIMES * _MOST_ITEMSIZE * frames * n_mels:
+        raise ValueError(
+            f"has {nbytes} bytes, far more than its frames need; save tensor.clone(), so "
+            "that what the tensor is a part of is left out"
+        )
+
+
+def _read_stored(file: Path | bytes, n_mels: int, frames: int) -> StoredTensor | NDArray[Any]:
     """The matrix of a file, or the tensor of one that is not recognised as a plain matrix."""
-    data = _read(path, frames * n_mels)
+    data = file if isinstance(file, bytes) else _read(file, n_mels, frames)
+    check_file_size(len(data), n_mels=n_mels, frames=frames)
     matrix = read_matrix(data)
     return read_tensor(data) if matrix is None else matrix
 
 
-def _read(path: Path, numbers: int) -> bytes:
-    """The bytes of a file, unless it is much larger than so many numbers need."""
+def _read(path: Path, n_mels: int, frames: int) -> bytes:
+    """The bytes of a file, unless it is much larger than its matrix needs."""
     with open_regular(path) as file:
         info = os.fstat(file.fileno())
-        _check_size(info, numbers)
+        check_file_size(info.st_size, n_mels=n_mels, frames=frames)
+        # A file may claim any size, and have nothing but holes.
+        if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
+            raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
         return read_bytes(file, info.st_size)
 
 
-def _check_size(info: os.stat_result, numbers: int) -> None:
-    most = _MOST_AROUND + _MOST_TIMES * _MOST_ITEMSIZE * numbers
-    if info.st_size > most:
-        raise ValueError(
-            f"has {info.st_size} bytes, far more than its frames need; save tensor.clone(), so "
-            "that what the tensor is a part of is left out"
-        )
-    # A file may claim any size, and have nothing but holes.
-    if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
-        raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
-
-
 @contextlib.contextmanager
-def _machine_or_file(path: Path) -> Iterator[None]:
+def _machine_or_file(file: Path | bytes) -> Iterator[None]:
     """Tell trouble with the machine, a StorageError, from trouble with the file, a ValueError."""
     try:
         yield
@@ -91,7 +92,7 @@ def _machine_or_file(path: Path) -> Iterator[None]:
         if isinstance(error, MemoryError) or error.errno in _NOT_THE_FILE:
             raise StorageError(
                 f"cannot be read: {error}",
-                file=path,
+                file=None if isinstance(file, bytes) else file,
                 remedy="Check the disk and the memory, then run the same command again.",
             ) from error
         raise ValueError(f"cannot be read: {error.strerror}") from None

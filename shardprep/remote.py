@@ -8,6 +8,7 @@ change (no such file, no permission) is an error at once.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import re
@@ -242,6 +243,17 @@ class Remote:
         if state.attempt_number == 5 and state.outcome is not None:
             error = _words(state.outcome.exception())
             _log.warning("%s: %s; trying for %.0f s", self.url, error, self.patience)
+
+
+def modified_ns(info: dict[str, Any]) -> int:
+    """When a file was modified, by what its store says of it [ns since the epoch]; 0 if unknown."""
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        found = info.get(name)
+        if isinstance(found, int | float):
+            return int(found * 1e9)
+        if isinstance(found, datetime.datetime):
+            return int(found.timestamp() * 1e9)
+    return 0
 
 
 Location: TypeAlias = Path | Remote

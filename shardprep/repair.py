@@ -33,9 +33,16 @@ from shardprep.format import (
 )
 from shardprep.options import options_of
 from shardprep.reader import Split
+from shardprep.remote import locate
 from shardprep.salvage import index_of_tar, rewrite_shard, vouched_rows
 from shardprep.shard import ShardRecord
-from shardprep.sidecars import check_whole, legible_rejects
+from shardprep.sidecars import (
+    check_whole,
+    index_bytes,
+    legible_rejects,
+    publish_indexes,
+    publish_rejects,
+)
 from shardprep.source import Reject, Source
 from shardprep.storage import (
     publish,
@@ -45,14 +52,11 @@ from shardprep.storage import (
     sync_folder,
 )
 from shardprep.supplies import Supplies
-from shardprep.unfinished import ShardWriter, finish_repair, hold, install, is_ours, let_go
+from shardprep.unfinished import FolderWork, finish_repair, hold, install, is_ours, let_go
 from shardprep.verify import Fault, verify_shards
 from shardprep.writer import (
     ProgressListener,
     check_shard,
-    index_bytes,
-    publish_indexes,
-    publish_rejects,
     run_shards,
     shard_tasks,
 )
@@ -164,7 +168,7 @@ def _run(
     repair.restore_manifest()
     repair.bring_home()
     repair.remove_leftovers()
-    found = Supplies(Path(source), repair.manifest) if source is not None else None
+    found = Supplies(locate(source), repair.manifest) if source is not None else None
     repair.rewrite_shards(found, listener)
     if found is not None:
         repair.rebuild(found.scanned, workers, listener)
@@ -269,7 +273,7 @@ class _Repair:
             )
         tasks = shard_tasks(scanned, options_of(self.manifest))
         missing = [task for task in tasks if task.plan.file in planless]
-        for record in run_shards(missing, ShardWriter(self.work), workers, listener):
+        for record in run_shards(missing, FolderWork(self.work), workers, listener):
             if not self._put(record.info.file):
                 self.report.notes.append(
                     f"{record.info.file} built anew is not what it was: source files have changed, "
@@ -281,7 +285,7 @@ class _Repair:
             order = {task.plan.file: number for number, task in enumerate(tasks)}
             records.sort(key=lambda record: order[record.info.file])
             late = (reject for record in records for reject in record.rejects)
-            publish_rejects(self.work, [*scanned.rejects, *late])
+            publish_rejects(FolderWork(self.work), [*scanned.rejects, *late])
             self._put(REJECTS_NAME)
 
     def restore_indexes(self) -> None:
@@ -335,8 +339,8 @@ class _Repair:
             origin = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         manifest = msgspec.structs.replace(
             self.manifest,
-            splits=publish_indexes(self.work, records),
-            rejects=publish_rejects(self.work, [*rejects, *lost]),
+            splits=publish_indexes(FolderWork(self.work), records),
+            rejects=publish_rejects(FolderWork(self.work), [*rejects, *lost]),
             source_fingerprint=origin,
         )
         data = encode_manifest(manifest)

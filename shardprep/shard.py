@@ -12,19 +12,22 @@ import json
 import os
 import tarfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
 
 from shardprep import codecs
-from shardprep.features import load_features
+from shardprep.features import check_file_size, load_features
 from shardprep.format import NO_LABEL, CodecInfo, ShardInfo
 from shardprep.limits import MAX_MEMBER_BYTES, most_matrix_bytes
 from shardprep.plan import ShardPlan
+from shardprep.remote import Location, Remote
 from shardprep.source import Reject, Utterance
 from shardprep.storage import fetch
 
@@ -38,7 +41,10 @@ _HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
 _HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
 
-# Enough to keep a disk busy with many requests at once; a few MB of memory.
+# A file of a data set: its path, or its bytes, or why these cannot be used.
+SourceFile: TypeAlias = Path | bytes | ValueError
+
+# Enough to keep a disk or a store busy with many requests at once; a few MB of memory.
 _FILES_AHEAD = 32
 
 # From here on a number becomes infinite as it is rounded to float16.
@@ -80,7 +86,7 @@ class ShardTask:
 
     Attributes:
         plan: File name, split and utterances.
-        root: The data set's folder.
+        root: The data set's folder, or its URL.
         n_mels: Mel bins F.
         dtype: "float16" or "float32".
         codec: How matrices are stored.
@@ -88,7 +94,7 @@ class ShardTask:
     """
 
     plan: ShardPlan
-    root: Path
+    root: Location
     n_mels: int
     dtype: str
     codec: CodecInfo
@@ -117,10 +123,10 @@ def write_shard(
     """
     tar = TarWriter(file)
     rows, rejects, source_bytes = [], [], 0
-    for utterance in _fetching_ahead(task):
+    for utterance, content in _fetching_ahead(task):
         try:
             payload = encode_file(
-                task.root / utterance.path,
+                content,
                 n_mels=task.n_mels,
                 frames=utterance.frames,
                 dtype=task.dtype,
@@ -142,23 +148,54 @@ def write_shard(
     return ShardRecord(task.inputs, info, tuple(rows), tuple(rejects), source_bytes)
 
 
-def _fetching_ahead(task: ShardTask) -> Iterator[Utterance]:
-    """The utterances of a task; the files of the next ones are on their way from the disk."""
+def _fetching_ahead(task: ShardTask) -> Iterator[tuple[Utterance, SourceFile]]:
+    """The utterances of a task with their files; those of the next ones are on their way."""
+    if isinstance(task.root, Remote):
+        with ThreadPoolExecutor(_FILES_AHEAD) as threads:
+            asked = deque[Future[SourceFile]]()
+            later = iter(task.plan.utterances)
+            for utterance in task.plan.utterances:
+                for coming in itertools.islice(later, _FILES_AHEAD - len(asked)):
+                    asked.append(threads.submit(fetch_file, task.root, coming, task.n_mels))
+                yield utterance, asked.popleft().result()
+        return
     later = iter(task.plan.utterances)
     for number, utterance in enumerate(task.plan.utterances):
         for coming in itertools.islice(later, 1 if number else _FILES_AHEAD):
             fetch(os.path.join(task.root, coming.path))
-        yield utterance
+        yield utterance, task.root / utterance.path
 
 
-def encode_file(path: Path, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo) -> bytes:
-    """Load a `.pt` file; returns the payload that a shard stores of it.
+def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:
+    """The file of an utterance: its path, or its bytes, or why these cannot be used.
+
+    Raises:
+        StorageError: The store gives no answer.
+    """
+    path = root / utterance.path
+    if not isinstance(path, Remote):
+        return path
+    try:
+        check_file_size(utterance.nbytes, n_mels=n_mels, frames=utterance.frames)
+        return path.read()
+    except ValueError as fault:
+        return fault
+    except FileNotFoundError:
+        return ValueError("the file does not exist")
+
+
+def encode_file(
+    file: SourceFile, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo
+) -> bytes:
+    """Load a `.pt` file, given as by `fetch_file`; returns the payload that a shard stores of it.
 
     Raises:
         ValueError: What is wrong with the file, in words for `Reject.reason`.
         StorageError: The machine, not the file, is at fault.
     """
-    mel = load_features(path, n_mels=n_mels, frames=frames)
+    if isinstance(file, ValueError):
+        raise file
+    mel = load_features(file, n_mels=n_mels, frames=frames)
     if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
         raise ValueError("has values beyond the range of float16; use --dtype float32")
     stored = mel.astype(np.dtype(dtype).newbyteorder("<"))

@@ -12,16 +12,16 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,7 +33,8 @@ from shardprep.limits import (
     json_fits,
     most_json_bytes,
 )
-from shardprep.storage import read_at_most
+from shardprep.remote import Location, locate
+from shardprep.sourcefiles import SourceFiles, source_files
 
 METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
 
@@ -88,7 +89,7 @@ class Reject(msgspec.Struct, frozen=True):
     split: str
     reason: str
 
-    def error(self, root: Path) -> SourceError:
+    def error(self, root: Location) -> SourceError:
         """The error that this fault is under --on-error fail."""
         return SourceError(
             self.reason,
@@ -100,10 +101,10 @@ class Reject(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Source:
-    """The contents of a data set folder.
+    """The contents of a data set.
 
     Attributes:
-        root: The folder.
+        root: Its folder, or the URL of that.
         n_mels: Mel bins F.
         speakers: Speaker names; the position is the label.
         labelled: Utterances of metadata.json.
@@ -111,7 +112,7 @@ class Source:
         rejects: Utterances that cannot be packed.
     """
 
-    root: Path
+    root: Location
     n_mels: int
     speakers: tuple[str, ...]
     labelled: tuple[Utterance, ...]
@@ -138,11 +139,10 @@ class _Entry(msgspec.Struct):
 
 @dataclass
 class _Scan:
-    """Utterances and rejects as they are found; of each folder, whether it is in the data set."""
+    """Utterances and rejects as they are found."""
 
-    root: Path
-    real_root: str
-    folders: dict[str, bool] = field(default_factory=dict)
+    root: Location
+    files: SourceFiles
     uses: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
     rejects: list[Reject] = field(default_factory=list)
@@ -159,7 +159,7 @@ class _Scan:
                 raise ValueError(f"speaker {speaker} is not in {MAPPING}")
             if entry.mel_len < 1:
                 raise ValueError(f"mel_len is {entry.mel_len}, expected at least 1")
-            info = self._regular_file(relative)
+            state = self.files.look(relative)
         except (msgspec.ValidationError, ValueError) as error:
             # A lone surrogate, which JSON can spell, has no place in rejects.jsonl.
             shown = shown.encode(errors="backslashreplace").decode()
@@ -170,9 +170,7 @@ class _Scan:
             raise SourceError(
                 f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
             )
-        self.found[split].append(
-            Utterance(key, relative, speaker, label, entry.mel_len, info.st_size, info.st_mtime_ns)
-        )
+        self.found[split].append(Utterance(key, relative, speaker, label, entry.mel_len, *state))
 
     def _reject(self, reject: Reject) -> None:
         self.rejects.append(reject)
@@ -180,32 +178,6 @@ class _Scan:
             error = self.rejects[0].error(self.root)
             error.what += f" (and {_MOST_REJECTS} more utterances are faulty)"
             raise error
-
-    def _regular_file(self, relative: str) -> os.stat_result:
-        path = os.path.join(self.root, relative)
-        try:
-            info = os.lstat(path)
-            if is_link := stat.S_ISLNK(info.st_mode):
-                info = os.stat(path)
-        except FileNotFoundError:
-            raise ValueError("the file does not exist") from None
-        except OSError as error:
-            raise ValueError(f"the file cannot be read: {error.strerror}") from None
-        if not (self._is_inside(path) if is_link else self._is_folder_inside(path)):
-            raise ValueError("the path leads outside the data set through a link")
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
-        return info
-
-    def _is_inside(self, path: str) -> bool:
-        return os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
-
-    def _is_folder_inside(self, path: str) -> bool:
-        # Most files share their folder, and a resolved path costs a system call for each part.
-        folder = os.path.dirname(path)
-        if folder not in self.folders:
-            self.folders[folder] = self._is_inside(folder)
-        return self.folders[folder]
 
     def drop_repeated(self) -> None:
         """Reject every use of a file that is listed more than once: its label is in doubt."""
@@ -229,19 +201,25 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     """Read the three JSON files of a data set and look at every file that they name.
 
     Args:
-        root: The data set's folder.
+        root: The data set's folder, or its URL.
 
     Returns:
         What was found. The `.pt` files are not opened; see `shardprep.features`.
 
     Raises:
         SourceError: The folder or one of the JSON files is not as it should be.
+        StorageError: The store behind the URL gives no answer.
     """
-    folder = Path(root)
-    metadata = _read_json(folder / METADATA, {"n_mels": int, "speakers": dict})
+    folder = locate(root)
+    files = source_files(folder)
+    metadata = _read_json(folder, files, METADATA, {"n_mels": int, "speakers": dict})
     n_mels = _n_mels(metadata, folder / METADATA)
-    labels = _labels(folder, metadata["speakers"])
-    scan = _Scan(folder, os.path.realpath(folder))
+    labels = _labels(folder, files, metadata["speakers"])
+    testdata = None
+    if _has(files, TESTDATA):
+        testdata = _read_json(folder, files, TESTDATA, {"n_mels": int, "utterances": list})
+    files.expect(_paths(metadata["speakers"].values(), testdata))
+    scan = _Scan(folder, files)
     for speaker, entries in metadata["speakers"].items():
         if not _is_unicode(speaker) or len(speaker) > _MOST_SHOWN:
             raise SourceError(
@@ -253,8 +231,7 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
             raise SourceError("is not a list", file=folder / METADATA, key=f"speakers.{speaker}")
         for entry in entries:
             scan.add(entry, "labelled", speaker, labels.get(speaker, NO_LABEL))
-    if (folder / TESTDATA).exists():
-        testdata = _read_json(folder / TESTDATA, {"n_mels": int, "utterances": list})
+    if testdata is not None:
         if _n_mels(testdata, folder / TESTDATA) != n_mels:
             raise SourceError(
                 f"is {testdata['n_mels']}, but {n_mels} in {METADATA}",
@@ -311,9 +288,33 @@ def _is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
-def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
+def _has(files: SourceFiles, name: str) -> bool:
     try:
-        data = _read_in_proportion(path)
+        files.size(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # Reading it says what is wrong.
+        return True
+    return True
+
+
+def _paths(speakers: Iterable[Any], testdata: dict[str, Any] | None) -> Iterator[str]:
+    """Paths of all files that are listed, as far as they can be."""
+    for entries in (*speakers, testdata["utterances"] if testdata else []):
+        for entry in entries if isinstance(entries, list) else []:
+            path = entry.get("feature_path") if isinstance(entry, dict) else None
+            with contextlib.suppress(ValueError):
+                if isinstance(path, str):
+                    yield _inside(path)
+
+
+def _read_json(
+    folder: Location, files: SourceFiles, name: str, expected: dict[str, type]
+) -> dict[str, Any]:
+    path = folder / name
+    try:
+        data = _read_in_proportion(files, name)
         if data is None:
             raise SourceError("is larger than its files account for", file=path, remedy=_TOO_LARGE)
         content = json.loads(data, object_pairs_hook=_no_duplicates)
@@ -332,18 +333,19 @@ def _read_json(path: Path, expected: dict[str, type]) -> dict[str, Any]:
     return content
 
 
-def _read_in_proportion(path: Path) -> bytes | None:
+def _read_in_proportion(files: SourceFiles, name: str) -> bytes | None:
     """The bytes of a JSON file, None if it has more than the files of its folder account for."""
-    if path.stat().st_size <= most_json_bytes(0):
-        data = read_at_most(path, most_json_bytes(0))
+    size = files.size(name)
+    if size <= most_json_bytes(0):
+        data = files.read(name, most_json_bytes(0))
         if json_fits(data, 0):
             return data
     # Counting takes a while, but only a large data set comes here.
-    files = sum(len(names) for _, _, names in os.walk(path.parent))
-    if path.stat().st_size > most_json_bytes(files):
+    count = files.count()
+    if size > most_json_bytes(count):
         return None
-    data = read_at_most(path, most_json_bytes(files))
-    return data if json_fits(data, files) else None
+    data = files.read(name, most_json_bytes(count))
+    return data if json_fits(data, count) else None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -354,19 +356,19 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _n_mels(content: dict[str, Any], path: Path) -> int:
+def _n_mels(content: dict[str, Any], path: Location) -> int:
     n_mels = int(content["n_mels"])
     if not 1 <= n_mels <= MAX_N_MELS:
         raise SourceError(f"is {n_mels}, expected 1 to {MAX_N_MELS}", file=path, key="n_mels")
     return n_mels
 
 
-def _labels(folder: Path, speakers: dict[str, Any]) -> dict[str, int]:
+def _labels(folder: Location, files: SourceFiles, speakers: dict[str, Any]) -> dict[str, int]:
     """Speaker name to number: by mapping.json, or in sorted order where there is none."""
     path = folder / MAPPING
-    if not path.exists():
+    if not _has(files, MAPPING):
         return {name: number for number, name in enumerate(sorted(speakers))}
-    mapping = _read_json(path, {"speaker2id": dict})
+    mapping = _read_json(folder, files, MAPPING, {"speaker2id": dict})
     labels: dict[str, int] = mapping["speaker2id"]
     for fault in _mapping_faults(labels, mapping.get("id2speaker")):
         raise SourceError(fault, file=path, remedy="Mend it, or remove it to number speakers anew.")

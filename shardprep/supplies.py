@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from shardprep.format import Manifest
-from shardprep.shard import encode_file
+from shardprep.remote import Location
+from shardprep.shard import encode_file, fetch_file
 from shardprep.source import scan_dataset
 
 
@@ -20,7 +19,7 @@ class Supplies:
         notes: Of utterances that it could not give, why.
     """
 
-    def __init__(self, source: Path, manifest: Manifest) -> None:
+    def __init__(self, source: Location, manifest: Manifest) -> None:
         self.scanned = scan_dataset(source)
         self.notes: list[str] = []
         self._manifest = manifest
@@ -33,7 +32,7 @@ class Supplies:
             if utterance is None:
                 raise ValueError("is not in the data set, or faulty")
             return encode_file(
-                path,
+                fetch_file(self.scanned.root, utterance, self._manifest.n_mels),
                 n_mels=self._manifest.n_mels,
                 frames=frames,
                 dtype=self._manifest.dtype,

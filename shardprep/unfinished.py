@@ -12,9 +12,10 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import filelock
 import msgspec
@@ -26,10 +27,13 @@ from shardprep.format import (
     REJECTS_NAME,
     REPAIR_FOLDER,
     WORK_FOLDER,
+    FileInfo,
+    ShardInfo,
     decode_manifest,
 )
 from shardprep.limits import MAX_MANIFEST_BYTES
 from shardprep.pool import Advance
+from shardprep.remote import Location
 from shardprep.shard import ShardRecord, ShardTask, write_shard
 from shardprep.storage import (
     publish,
@@ -44,7 +48,7 @@ _OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.esca
 # What `storage.publish` appends to the name of a file that is not whole yet.
 _TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 _LOCK_NAME = "lock"
-_RECORD_SUFFIX = ".json"
+RECORD_SUFFIX = ".json"
 # Bytes that the record of a shard takes for each utterance, at most.
 _MOST_RECORD = 1 << 14
 
@@ -162,20 +166,60 @@ def keep_finished(tasks: Sequence[ShardTask], work: Path) -> dict[str, ShardReco
     """
     kept = {task.plan.file: record for task in tasks if (record := _kept(task, work))}
     for path in work.iterdir():
-        name = path.name.removesuffix(_RECORD_SUFFIX)
+        name = path.name.removesuffix(RECORD_SUFFIX)
         if name not in kept and (_OURS.fullmatch(name) or path.suffix == ".tmp"):
             path.unlink()
     return kept
 
 
+class Work(Protocol):
+    """An unfinished build, in a folder or in an object store; pickles, for workers to call."""
+
+    @property
+    def target(self) -> Location:
+        """Where the set goes."""
+
+    def keep_finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
+        """Records of the shards of an earlier run that still hold, by file name.
+
+        What else earlier runs left is removed.
+        """
+
+    def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
+        """Write the shard of a task, and a record of it; see `shardprep.shard.write_shard`."""
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write another file of the set."""
+
+    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
+        """Put the complete set in its place, its manifest last."""
+
+
 @dataclass(frozen=True)
-class ShardWriter:
-    """The work of one task: write the shard and its record into the work folder."""
+class FolderWork:
+    """An unfinished build in a work folder; see `Work`."""
 
     work: Path
 
+    @property
+    def target(self) -> Path:
+        """The shard folder."""
+        return self.work.parent
+
+    def keep_finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
+        """See `keep_finished`."""
+        return keep_finished(tasks, self.work)
+
+    def publish(self, name: str, data: bytes) -> None:
+        """See `Work.publish`."""
+        publish_bytes(self.work / name, data)
+
+    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
+        """See `install`."""
+        install(self.work, files, manifest)
+
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
-        """Write the shard of `task`; see `shardprep.shard.write_shard`."""
+        """See `Work.__call__`."""
         with publish(self.work / task.plan.file) as file:
             record = write_shard(task, file, advance)
             publish_bytes(_record_path(self.work, task), msgspec.json.encode(record))
@@ -264,7 +308,7 @@ def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
             # Killed while it was moving files, an earlier build has brought it home already.
             shard = work.parent / task.plan.file
         # From the cheap check to the costly one.
-        if not _is_of(record, task) or shard.stat().st_size != record.info.bytes:
+        if not is_of(record, task) or shard.stat().st_size != record.info.bytes:
             return None
         whole = not shard.is_symlink() and sha256_of(shard) == record.info.sha256
         return record if whole else None
@@ -272,7 +316,7 @@ def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
         return None
 
 
-def _is_of(record: ShardRecord, task: ShardTask) -> bool:
+def is_of(record: ShardRecord, task: ShardTask) -> bool:
     """Whether a record can be what came of a task; its file names lead to what is moved."""
     planned = {utterance.key: utterance for utterance in task.plan.utterances}
     keys = [row.key for row in record.rows]
@@ -293,4 +337,4 @@ def _is_of(record: ShardRecord, task: ShardTask) -> bool:
 
 
 def _record_path(work: Path, task: ShardTask) -> Path:
-    return work / f"{task.plan.file}{_RECORD_SUFFIX}"
+    return work / f"{task.plan.file}{RECORD_SUFFIX}"

@@ -35,6 +35,7 @@ from shardprep.format import (
 )
 from shardprep.reader import Split
 from shardprep.remote import Location, Remote, locate
+from shardprep.shard import fetch_file
 from shardprep.sidecars import read_rejects
 from shardprep.source import Source, scan_dataset
 from shardprep.storage import open_regular, sha256_of
@@ -301,9 +302,10 @@ def _source_faults(
             file, key, f"its label is {split.labels[index]}, the source's {utterance.label}"
         )
     try:
-        original = load_features(
-            source.root / utterance.path, n_mels=source.n_mels, frames=utterance.frames
-        )
+        stored = fetch_file(source.root, utterance, source.n_mels)
+        if isinstance(stored, ValueError):
+            raise stored
+        original = load_features(stored, n_mels=source.n_mels, frames=utterance.frames)
     except ValueError as error:
         yield Fault(file, key, f"the source file {utterance.path} {error}")
         return

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import msgspec
-import numpy as np
 
 from shardprep.errors import BuildError, ShardprepError, SourceError
-from shardprep.files import LocalFiles
+from shardprep.files import files_at
 from shardprep.format import (
     FORMAT,
     MANIFEST_NAME,
-    REJECTS_NAME,
     VERSION,
-    FileInfo,
     Manifest,
-    SplitInfo,
     encode_manifest,
-    index_dtype,
-    index_name,
     load_manifest,
 )
 from shardprep.limits import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, json_values
@@ -33,11 +23,13 @@ from shardprep.options import BuildOptions
 from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import Advance, run_tasks
 from shardprep.ray_pool import run_on_ray
-from shardprep.shard import IndexRow, ShardRecord, ShardTask, write_shard
-from shardprep.sidecars import read_rejects
+from shardprep.remote import Location, Remote, locate, modified_ns
+from shardprep.shard import ShardRecord, ShardTask, write_shard
+from shardprep.sidecars import publish_indexes, publish_rejects, read_rejects, split_of
 from shardprep.source import METADATA, Reject, Source, scan_dataset
-from shardprep.storage import publish_bytes, storage_errors
-from shardprep.unfinished import ShardWriter, claim, install, keep_finished
+from shardprep.storage import storage_errors
+from shardprep.storework import claim_store
+from shardprep.unfinished import FolderWork, Work, claim
 
 
 @dataclass
@@ -106,8 +98,8 @@ def build_shards(
     of interruptions (with the same release of zstandard, for that codec).
 
     Args:
-        source: Folder in the homework's layout; see `shardprep.source`.
-        destination: Folder for the shards; made if need be.
+        source: Folder in the homework's layout, or its URL; see `shardprep.source`.
+        destination: Folder for the shards, made if need be, or the URL of one in an object store.
         options: How to build. With more than one worker, a script must call this under
             `if __name__ == "__main__":`, as always where Python starts processes.
         listener: Told of progress.
@@ -116,12 +108,12 @@ def build_shards(
         SourceError: The data set is not as it should be; what was finished is kept.
         BuildError: The destination holds something else, another build runs there, or a worker
             died.
-        StorageError: The disk refused.
+        StorageError: The disk or the store refused.
     """
     began = time.monotonic()
     options = options or BuildOptions()
     listener = listener or ProgressListener()
-    target = Path(destination)
+    target = locate(destination)
     scanned = scan_dataset(source)
     if scanned.rejects and options.on_error == "fail":
         raise _first_of(scanned)
@@ -133,7 +125,7 @@ def build_shards(
         records = _run(tasks, check_shard, options, listener, report)
         _fill_report(report, scanned, records)
     else:
-        with claim(target, options.overwrite) as work:
+        with _claim(target, options.overwrite) as work:
             if work is None:
                 _report_finished(report, target, scanned, options)
             else:
@@ -142,6 +134,16 @@ def build_shards(
                 _publish_set(work, scanned, options, records, report)
     report.seconds = time.monotonic() - began
     return report
+
+
+@contextlib.contextmanager
+def _claim(target: Location, overwrite: bool) -> Iterator[Work | None]:
+    if isinstance(target, Remote):
+        with claim_store(target, overwrite) as work:
+            yield work
+    else:
+        with claim(target, overwrite) as folder:
+            yield None if folder is None else FolderWork(folder)
 
 
 def _first_of(source: Source) -> ShardprepError:
@@ -180,7 +182,7 @@ def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
 
 
 def _report_finished(
-    report: BuildReport, target: Path, source: Source, options: BuildOptions
+    report: BuildReport, target: Location, source: Source, options: BuildOptions
 ) -> None:
     """Accept a finished set that is what this build would make; refuse any other."""
     manifest = load_manifest(target)
@@ -197,9 +199,7 @@ def _report_finished(
             file=target,
             remedy="Name another folder, or give --overwrite to replace the set.",
         )
-    with storage_errors(target):
-        present = {path.name: path.stat().st_size for path in target.iterdir()}
-        built_ns = (target / MANIFEST_NAME).stat().st_mtime_ns
+    present, built_ns = _present(target)
     newer = [u for u in (*source.labelled, *source.test) if u.mtime_ns > built_ns]
     if newer:
         raise BuildError(
@@ -218,21 +218,33 @@ def _report_finished(
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
-    report.rejects = list(read_rejects(LocalFiles(target), manifest))
+    report.rejects = list(read_rejects(files_at(target), manifest))
+
+
+def _present(target: Location) -> tuple[dict[str, int], int]:
+    """Sizes of the files in a place, by name, and when its manifest was written [ns]."""
+    if isinstance(target, Remote):
+        found = target.listing()
+        return {name: info["size"] for name, info in found.items()}, modified_ns(
+            found[MANIFEST_NAME]
+        )
+    with storage_errors(target):
+        present = {path.name: path.stat().st_size for path in target.iterdir()}
+        return present, (target / MANIFEST_NAME).stat().st_mtime_ns
 
 
 def _write_missing(
     tasks: list[ShardTask],
-    work: Path,
+    work: Work,
     options: BuildOptions,
     listener: ProgressListener,
     report: BuildReport,
 ) -> list[ShardRecord]:
     """Write every shard that is not there whole; returns the records of all, in order."""
-    kept = keep_finished(tasks, work)
+    kept = work.keep_finished(tasks)
     report.shards_kept = len(kept)
     missing = [task for task in tasks if task.plan.file not in kept]
-    for record in _run(missing, ShardWriter(work), options, listener, report):
+    for record in _run(missing, work, options, listener, report):
         kept[record.info.file] = record
     return [kept[task.plan.file] for task in tasks]
 
@@ -296,12 +308,12 @@ def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]
     for record in records:
         # A shard all of whose utterances were rejected is left out, and so is such a split.
         if record.info.samples:
-            split = report.splits.setdefault(_split_of(record), SplitReport())
+            split = report.splits.setdefault(split_of(record), SplitReport())
             split.samples += record.info.samples
             split.frames += record.info.frames
             split.shards += 1
             split.bytes += record.info.bytes
-            labels.setdefault(_split_of(record), set()).update(row.label for row in record.rows)
+            labels.setdefault(split_of(record), set()).update(row.label for row in record.rows)
     report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
     if "val" not in report.splits:
         report.notes.append("there is no val split: no speaker can spare an utterance for it")
@@ -310,7 +322,7 @@ def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]
 
 
 def _publish_set(
-    work: Path,
+    work: Work,
     source: Source,
     options: BuildOptions,
     records: list[ShardRecord],
@@ -334,57 +346,7 @@ def _publish_set(
         raise BuildError(
             f"the manifest of so many shards and speakers has {len(data)} bytes, more than "
             "readers take",
-            file=work.parent,
+            file=work.target,
             remedy="Give a larger --samples-per-shard, or split the data set.",
         )
-    install(work, manifest.files(), data)
-
-
-def publish_indexes(work: Path, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
-    """Write the index file of every split that has utterances; the manifest's entries of them."""
-    by_split: dict[str, list[ShardRecord]] = {}
-    for record in records:
-        if record.info.samples:
-            by_split.setdefault(_split_of(record), []).append(record)
-    return {
-        name: SplitInfo(
-            samples=sum(record.info.samples for record in own),
-            frames=sum(record.info.frames for record in own),
-            index=_publish_file(work, index_name(name), index_bytes(record.rows for record in own)),
-            shards=tuple(record.info for record in own),
-        )
-        for name, own in by_split.items()
-    }
-
-
-def publish_rejects(work: Path, rejects: Sequence[Reject]) -> FileInfo | None:
-    """Write rejects.jsonl, if there are any; the manifest's entry of it."""
-    if not rejects:
-        return None
-    lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
-    return _publish_file(work, REJECTS_NAME, lines)
-
-
-def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
-    """The index file of a split: the rows of its shards, one after the other."""
-    rows = [(number, row) for number, own in enumerate(shards) for row in own]
-    keys = [row.key.encode() for _, row in rows]
-    table = np.array(
-        [
-            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
-            for (number, row), key in zip(rows, keys, strict=True)
-        ],
-        index_dtype(max(map(len, keys), default=1)),
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, table, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _publish_file(work: Path, name: str, data: bytes) -> FileInfo:
-    publish_bytes(work / name, data)
-    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def _split_of(record: ShardRecord) -> str:
-    return record.info.file.rsplit("-", 1)[0]
+    work.install(manifest.files(), data)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from shardprep.cli.output import count, hours, print_json, size
+from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
 from shardprep.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
+from shardprep.remote import Location
 from shardprep.writer import BuildReport, build_shards
 
 _EPILOG = """
 \b
-Example:
+Examples:
   shardprep build Dataset/ shards/
+  shardprep build Dataset/ s3://BUCKET/shards
 """
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("source", type=click.Path(exists=True, file_okay=False), metavar="SRC")
-@click.argument("destination", type=click.Path(file_okay=False), metavar="DST")
+@click.argument("source", type=Place(), metavar="SRC")
+@click.argument("destination", type=Place(exists=False), metavar="DST")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32"]),
@@ -94,12 +96,13 @@ Example:
 )
 @click.option("--dry-run", is_flag=True, help="Read and check every file, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def build(source: str, destination: str, as_json: bool, **options: Any) -> None:
+def build(source: Location, destination: Location, as_json: bool, **options: Any) -> None:
     """Pack the data set SRC into tar shards in DST.
 
     SRC has the layout of the NTU homework 4: metadata.json, optionally mapping.json and
     testdata.json, and the .pt files that they name. The same SRC, options and seed give the same
-    bytes. A build that was interrupted goes on when the same command is run again.
+    bytes. A build that was interrupted goes on when the same command is run again. Both may be
+    URLs that fsspec knows, such as s3://BUCKET/shards; a web server's, for SRC only.
     """
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
@@ -147,5 +150,5 @@ def _warning(report: BuildReport) -> str:
     if report.dry_run:
         listed = "\n".join(f"  {reject.file}: {reject.reason}" for reject in report.rejects)
         return f"shardprep: warning: {rejected} would be left out:\n{listed}"
-    where = Path(report.destination) / REJECTS_NAME
+    where = f"{report.destination}/{REJECTS_NAME}"
     return f"shardprep: warning: {rejected} left out; {where} lists them with reasons"

@@ -17,7 +17,7 @@ import torch
 from shardprep import BuildOptions, codecs
 from shardprep.format import CodecInfo
 from shardprep.source import scan_dataset
-from shardprep.unfinished import ShardWriter
+from shardprep.unfinished import FolderWork
 from shardprep.writer import shard_tasks
 
 N_MELS = 5
@@ -48,7 +48,7 @@ def edit_record(target: Path, edit: Edit) -> None:
     work = target / ".shardprep-build"
     work.mkdir()
     task = shard_tasks(scan_dataset(target.parent / "Dataset"), options())[0]
-    ShardWriter(work)(task, lambda nbytes: None)
+    FolderWork(work)(task, lambda nbytes: None)
     path = work / f"{task.plan.file}.json"
     record = json.loads(path.read_text())
     edit(record)

@@ -18,7 +18,7 @@ from shardprep.plan import ShardPlan, plan_shards
 from shardprep.pool import run_tasks
 from shardprep.shard import ShardRecord, ShardTask
 from shardprep.source import scan_dataset
-from shardprep.unfinished import ShardWriter
+from shardprep.unfinished import FolderWork
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def tasks(make_dataset: Callable[..., Path], tmp_path: Path) -> list[ShardTask]:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> ShardWriter:
+def work(tmp_path: Path) -> FolderWork:
     (tmp_path / "shards" / ".shardprep-build").mkdir(parents=True)
-    return ShardWriter(tmp_path / "shards" / ".shardprep-build")
+    return FolderWork(tmp_path / "shards" / ".shardprep-build")
 
 
 def ignore(samples: int, nbytes: int) -> None:
@@ -42,7 +42,7 @@ def ignore(samples: int, nbytes: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_gives_its_result_and_its_progress(
-    tasks: list[ShardTask], work: ShardWriter, workers: int
+    tasks: list[ShardTask], work: FolderWork, workers: int
 ) -> None:
     seen: list[tuple[int, int]] = []
     results = list(run_tasks(work, tasks, workers, lambda *done: seen.append(done)))
@@ -58,13 +58,13 @@ def test_worker_keeps_pytorch_to_one_thread_by_what_it_reads_at_its_start(
     assert list(run_tasks(os.getenv, ["OMP_NUM_THREADS"] * 3, 2, ignore)) == ["1"] * 3
 
 
-def test_no_task_is_no_work(work: ShardWriter) -> None:
+def test_no_task_is_no_work(work: FolderWork) -> None:
     assert list(run_tasks(work, [], 2, ignore)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_error_of_a_task_arrives_with_all_its_fields(
-    tasks: list[ShardTask], work: ShardWriter, workers: int
+    tasks: list[ShardTask], work: FolderWork, workers: int
 ) -> None:
     bad = tasks[5].plan.utterances[1]
     (tasks[5].root / bad.path).write_bytes(b"garbage")
@@ -77,7 +77,7 @@ def test_error_of_a_task_arrives_with_all_its_fields(
 
 
 def test_error_of_a_task_stops_the_others_at_their_next_utterance(
-    tasks: list[ShardTask], work: ShardWriter
+    tasks: list[ShardTask], work: FolderWork
 ) -> None:
     bad, good = tasks[0], tasks[1].plan
     (bad.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
@@ -90,7 +90,7 @@ def test_error_of_a_task_stops_the_others_at_their_next_utterance(
 
 
 def test_closing_early_leaves_no_process_and_no_partial_file(
-    tasks: list[ShardTask], work: ShardWriter
+    tasks: list[ShardTask], work: FolderWork
 ) -> None:
     results = run_tasks(work, tasks, 2, ignore)
     first: ShardRecord = next(results)
@@ -103,7 +103,7 @@ def test_closing_early_leaves_no_process_and_no_partial_file(
 
 
 def test_killed_worker_is_a_build_error_with_a_remedy(
-    tasks: list[ShardTask], work: ShardWriter
+    tasks: list[ShardTask], work: FolderWork
 ) -> None:
     killed: list[int] = []
 
