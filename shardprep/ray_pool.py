@@ -79,7 +79,7 @@ def run_on_ray(
                     raise result
                 yield result
         except ray.exceptions.RayError as error:
-            raise _explained(error) from error
+            raise _explained(error, ray) from error
         finally:
             for ref in running.values():
                 ray.cancel(ref)
@@ -146,48 +146,61 @@ class _Capacity:
 @contextlib.contextmanager
 def _connected(address: str | None, workers: int) -> Iterator[Any]:
     """The module ray, connected; what was not there before is shut down at the end."""
-    with _sigterm_kept():
-        try:
-            import ray
-        except ImportError as error:
-            raise BuildError(
-                f"the engine ray cannot be loaded ({error})",
-                remedy="Install it by `pip install 'shardprep[ray]'`.",
-            ) from error
-        if ray.is_initialized():
-            yield ray
-            return
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            if address is None:
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                ray.init(
-                    "local",
-                    num_cpus=workers or len(os.sched_getaffinity(0)),
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **quiet,
-                )
-            else:
-                _check_answers(address)
-                ray.init(address, **quiet)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise _unreachable(address, error) from error
+    # Ray prints its news of lost nodes and processes to stdout, less what this matches.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
     try:
+        import ray
+    except ImportError as error:
+        raise BuildError(
+            f"the engine ray cannot be loaded ({error})",
+            remedy="Install it by `pip install 'shardprep[ray]'`.",
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        with _sigterm_kept():
+            _start(ray, address, workers)
         yield ray
     finally:
         ray.shutdown()
 
 
+def _start(ray: Any, address: str | None, workers: int) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(
+                "local",
+                num_cpus=workers or len(os.sched_getaffinity(0)),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            _check_answers(address)
+            ray.init(address, **quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _unreachable(address, error) from error
+
+
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
     """Undo that Ray, as it starts, puts its own handler in the place of the program's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:
+        # What Ray's handler makes of a SIGTERM.
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_answers(address: str) -> None:
@@ -210,16 +223,18 @@ def _unreachable(address: str | None, error: Exception) -> BuildError:
     )
 
 
-def _explained(error: Exception) -> Exception:
+def _explained(error: Any, ray: Any) -> Exception:
     """What a user can do about an error of Ray; the cause itself of one within a task."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, ImportError) or "failed to import" in str(error):
+    # What a node cannot unpickle is an error of Ray's within the task.
+    unloaded = isinstance(cause, (ImportError, ray.exceptions.RaySystemError))
+    if unloaded or "failed to import" in str(error):
         reason = str(error).strip().splitlines()[-1]
         return BuildError(
             f"a node of the Ray cluster cannot load the tasks ({reason})",
             remedy="Install the same releases of shardprep, Python and Ray on every node.",
         )
-    if isinstance(cause, Exception):
+    if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
         return cause
     return BuildError(
         f"the Ray cluster gave up a task ({type(error).__name__}), perhaps for want of memory "
@@ -234,24 +249,24 @@ class _Checked:
 
     Attributes:
         work: What to do there.
-        folder: Where relative paths begin.
-        places: What must be there.
+        start: The folder in which relative paths begin.
+        needed: What must be there, and the folder that it stands for.
     """
 
     work: Callable[[Any, Advance], Any]
-    folder: str
-    places: tuple[str, ...]
+    start: str
+    needed: tuple[tuple[str, str], ...]
 
     def __call__(self, task: Any, advance: Advance) -> Any:
-        for place in (self.folder, *self.places):
-            if not os.path.exists(place):
+        for path, folder in ((self.start, self.start), *self.needed):
+            if not os.path.exists(path):
                 raise BuildError(
-                    f"is not on the node {platform.node()} as it is here",
-                    file=place,
+                    f"is not the same folder, or none, on the node {platform.node()}",
+                    file=folder,
                     remedy="With Ray, source and destination must be folders that all nodes "
                     "share, or URLs.",
                 )
-        with contextlib.chdir(self.folder):
+        with contextlib.chdir(self.start):
             return self.work(task, advance)
 
 
@@ -262,10 +277,11 @@ def _on_shared(
     """`work`, refused on nodes that do not share the folders."""
     folders = [place for place in (source, destination) if isinstance(place, Path)]
     start = os.sep if all(folder.is_absolute() for folder in folders) else os.getcwd()
-    places = [os.path.abspath(source)] if isinstance(source, Path) else []
+    needed = [(os.path.abspath(source), str(source))] if isinstance(source, Path) else []
     if not isinstance(destination, Path):
-        yield _Checked(work, start, tuple(places))
+        yield _Checked(work, start, tuple(needed))
         return
     # A folder of the same name may be another one; one with this file in it is not.
     with tempfile.NamedTemporaryFile(prefix="shared.", suffix=".tmp", dir=destination) as token:
-        yield _Checked(work, start, (*places, os.path.abspath(token.name)))
+        needed.append((os.path.abspath(token.name), str(destination)))
+        yield _Checked(work, start, tuple(needed))

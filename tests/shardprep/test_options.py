@@ -23,6 +23,7 @@ from shardprep.format import BuildRecord, CodecInfo
         ("val_fraction", 1.0),
         ("val_fraction", float("nan")),
         ("workers", -1),
+        ("engine", "spark"),
     ],
 )
 def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
@@ -32,9 +33,16 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
     assert str(value) in str(caught.value)
 
 
-def test_workers_do_not_enter_what_the_manifest_says() -> None:
-    one, two = BuildOptions(workers=1), BuildOptions(workers=2, overwrite=True)
+def test_where_a_build_runs_does_not_enter_what_the_manifest_says() -> None:
+    one = BuildOptions(workers=1)
+    two = BuildOptions(workers=2, overwrite=True, engine="ray", address="auto")
     assert (one.record, one.codec_info) == (two.record, two.codec_info)
+
+
+def test_an_address_without_its_engine_is_refused() -> None:
+    with pytest.raises(BuildError, match="engine ray only") as caught:
+        BuildOptions(address="auto")
+    assert caught.value.key == "address"
 
 
 def test_record_and_codec_are_those_chosen() -> None:
