@@ -40,7 +40,7 @@ from trainer.checkpoint import load
 SCRIPT = Path(trainer.__path__[0]) / "train.py"
 STEPS = 24
 # What depends on the clock or on how much was computed in one go.
-TIMES = ("samples_per_second", "waiting", "peak_memory_mib", "seconds")
+TIMES = ("samples_per_second", "waiting", "network", "peak_memory_mib", "seconds")
 PATIENCE_SECONDS = 300.0
 LONGEST_DELAY_SECONDS = 0.1
 

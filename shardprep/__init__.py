@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardprep.cache import ShardCache
     from shardprep.errors import (
         BuildError,
         CorruptShardError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shardprep.loader import SegmentLoader
     from shardprep.options import BuildOptions
     from shardprep.reader import ShardSet, Split, open_shards
+    from shardprep.remote import Remote, locate
     from shardprep.repair import RepairReport, repair_shards
     from shardprep.storage import publish
     from shardprep.streaming import stream
@@ -45,8 +47,10 @@ _HOMES = {
     "Fault": "verify",
     "FormatError": "errors",
     "Manifest": "format",
+    "Remote": "remote",
     "RepairReport": "repair",
     "SegmentLoader": "loader",
+    "ShardCache": "cache",
     "ShardSet": "reader",
     "ShardprepError": "errors",
     "SourceError": "errors",
@@ -55,6 +59,7 @@ _HOMES = {
     "UtteranceLoader": "utterances",
     "VerifyReport": "verify",
     "build_shards": "writer",
+    "locate": "remote",
     "open_shards": "reader",
     "publish": "storage",
     "repair_shards": "repair",
@@ -70,8 +75,10 @@ __all__ = [
     "Fault",
     "FormatError",
     "Manifest",
+    "Remote",
     "RepairReport",
     "SegmentLoader",
+    "ShardCache",
     "ShardSet",
     "ShardprepError",
     "SourceError",
@@ -80,6 +87,7 @@ __all__ = [
     "UtteranceLoader",
     "VerifyReport",
     "build_shards",
+    "locate",
     "open_shards",
     "publish",
     "repair_shards",

@@ -1,40 +1,21 @@
-"""Whole files of stores, kept on this machine's disk within a budget of bytes.
-
-    CACHE/lock                   held for moments, by whoever makes room or names a file; holds the
-                                 id that the system gave itself when it was started
-    CACHE/SHA256                 a file that is whole: its name is the SHA-256 of its bytes
-    CACHE/SHA256.BYTES.part      one that is being fetched, from its beginning; BYTES in the end
-
-All processes of a machine share a cache without knowing of one another. Who fetches a file holds
-an exclusive lock on its part, who reads one a shared lock on it; both are locks of the operating
-system, which end with the process however it dies. What nobody holds makes room for others, the
-least recently used first. A part that was left over is continued where it ends. Files are named by
-their contents, so that sets that change, or share files, cannot be mixed up.
-
-Nothing is flushed to the disk. When the machine was started anew, all that is in the cache counts
-as parts, which are checked before they are used again.
-"""
+"""Whole files of stores, kept on this machine's disk; see `shardprep.cachefolder` for how."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
-import re
-import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from shardprep.cachefolder import ROOM, CacheFolder, Held, NoRoomError
 from shardprep.errors import CorruptShardError, StorageError
 from shardprep.format import FileInfo, ShardInfo
 from shardprep.remote import PATIENCE, Remote
@@ -51,50 +32,10 @@ CHUNK = 8 << 20
 """Bytes that are asked for at a time."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Left free on the disk, for others.
-_MARGIN = 256 << 20
 _POLL_SECONDS = 0.05
 # A file may come with other bytes than it should so often.
 _TRIES = 5
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\.(?P<bytes>\d+)\.part)?")
-
 _CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
-_ROOM = (
-    "Give the cache more room (data.cache_gb of the trainer, SHARDPREP_CACHE_GB), or take fewer "
-    "or smaller shards at a time (lanes, window_shards, --samples-per-shard)."
-)
-
-
-class NoRoomError(Exception):
-    """What is in use fills the budget."""
-
-
-class Held:
-    """A file of the cache that stays there until it is let go.
-
-    Attributes:
-        path: Where it lies.
-        handle: File descriptor, open for reading.
-    """
-
-    def __init__(self, path: Path, handle: int) -> None:
-        self.path = path
-        self.handle = handle
-        self._close = weakref.finalize(self, os.close, handle)
-
-    def close(self) -> None:
-        """Let it go."""
-        self._close()
-
-
-class _Entry(NamedTuple):
-    used_ns: int
-    path: str
-    #: Bytes that it will have.
-    size: int
-    #: Bytes that are there.
-    stored: int
 
 
 @dataclass
@@ -139,11 +80,9 @@ class ShardCache:
         readers: int | None = None,
         patience: float = PATIENCE,
     ) -> None:
-        self.folder = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
-        with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._doubt_after_restart()
-            self.budget = budget or _asked_budget() or self._default_budget()
+        path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
+        with storage_errors(path):
+            self.folder = CacheFolder(path, budget or _asked_budget())
         self.readers = readers or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.patience = patience
         self.traffic = Traffic()
@@ -153,12 +92,12 @@ class ShardCache:
 
     def __reduce__(self) -> Any:
         # Threads and counters stay behind.
-        return _reopen, (self.folder, self.budget, self.readers, self.patience)
+        return _reopen, (self.folder.path, self.folder.budget, self.readers, self.patience)
 
     @property
     def share(self) -> int:
         """Bytes that this process may have in use at a time."""
-        return self.budget // self.readers
+        return self.folder.budget // self.readers
 
     @property
     def threads(self) -> ThreadPoolExecutor:
@@ -190,78 +129,32 @@ class ShardCache:
             StorageError: The store gave no answer in time, or there is no room for it.
             CorruptShardError: The store has no such file, or other bytes.
         """
-        deadline = time.monotonic() + self.patience
+        full_since = None
         while True:
             try:
-                with storage_errors(self.folder):
-                    if (held := self._open(info)) is not None:
+                with storage_errors(self.folder.path):
+                    if (held := self.folder.open(info)) is not None:
                         return held
-                    if (part := self._claim(info)) is not None:
+                    if (part := self.folder.claim(info)) is not None:
                         with os.fdopen(part, "r+b", buffering=0) as file:
                             return self._fetch(file, remote, info)
+                # Another is fetching it, and ends on its own if the store gives no answer.
+                full_since = None
             except NoRoomError:
                 for lender in list(self._lenders):
                     lender.give_back()
                 if not wait:
                     raise
-            if time.monotonic() > deadline:
-                raise StorageError(
-                    f"the cache has had no room for {remote} ({info.bytes} bytes) for "
-                    f"{self.patience:.0f} s: what is in use fills its {self.budget} bytes, or "
-                    "the disk",
-                    file=self.folder,
-                    remedy=_ROOM,
-                )
+                full_since = full_since or time.monotonic()
+                if time.monotonic() - full_since > self.patience:
+                    raise StorageError(
+                        f"there was no room for {remote} ({info.bytes} bytes) for "
+                        f"{self.patience:.0f} s: what is in use fills the cache's "
+                        f"{self.folder.budget} bytes, or the disk",
+                        file=self.folder.path,
+                        remedy=ROOM,
+                    ) from None
             time.sleep(_POLL_SECONDS)
-
-    def _open(self, info: FileInfo | ShardInfo) -> Held | None:
-        """A file that is here, held; None if it is not."""
-        path = self.folder / info.sha256
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        held = Held(path, handle)
-        # Waits for nobody long: an exclusive lock is held only while a file is removed.
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        found = os.fstat(handle)
-        if found.st_nlink and found.st_size == info.bytes:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-            return held
-        held.close()
-        if found.st_nlink:
-            # Cut short by a power cut, or by hand.
-            path.unlink(missing_ok=True)
-        return None
-
-    def _claim(self, info: FileInfo | ShardInfo) -> int | None:
-        """The part of a file, locked, with room for all of it; None if another has it.
-
-        Raises:
-            NoRoomError: There is no room for it now.
-            StorageError: There never will be.
-        """
-        path = self._part(info)
-        if info.bytes > self.budget:
-            raise StorageError(
-                f"the cache keeps at most {self.budget} bytes, and a file has {info.bytes}",
-                file=self.folder,
-                remedy=_ROOM,
-            )
-        with self._lock():
-            if (self.folder / info.sha256).exists():
-                return None
-            new = not path.exists()
-            if new and not self._make_room(info.bytes):
-                raise NoRoomError
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                return None
-            return handle
 
     def _fetch(self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo) -> Held:
         """Fetch what a part lacks, check it, and give it its name.
@@ -270,7 +163,6 @@ class ShardCache:
             NoRoomError: The disk is full.
             CorruptShardError: The store has no such file, or other bytes.
         """
-        part, path = self._part(info), self.folder / info.sha256
         for _ in range(_TRIES):
             file.seek(0)
             if os.fstat(file.fileno()).st_size > info.bytes:
@@ -279,18 +171,13 @@ class ShardCache:
             while data := file.read(CHUNK):
                 digest.update(data)
             if self._complete(file, remote, info, digest) and digest.hexdigest() == info.sha256:
-                with self._lock():
-                    os.rename(part, path)
-                    # From the exclusive lock to that of a reader, while nobody can remove it.
-                    fcntl.flock(file.fileno(), fcntl.LOCK_SH)
                 with self._counting:
                     self.traffic.files += 1
-                return Held(path, os.dup(file.fileno()))
+                return self.folder.name(file.fileno(), info)
             if file.tell() >= info.bytes:
                 file.truncate(0)
             _log.warning("%s: came with other bytes than it should; fetched again", remote)
-        with self._lock():
-            part.unlink(missing_ok=True)
+        self.folder.drop(info)
         raise CorruptShardError(
             f"its bytes are not those that the manifest names, {_TRIES} times",
             file=remote,
@@ -333,79 +220,13 @@ class ShardCache:
             file.truncate()
             if error.errno not in _FULL:
                 raise
-            with self._lock():
-                freed = self._evict(lacking)
+            with self.folder.lock():
+                freed = self.folder.evict(lacking)
             if not freed:
                 raise NoRoomError from None
-            _log.warning("%s: the disk is full; the cache gave up %d bytes", self.folder, freed)
+            _log.warning("%s: the disk is full; %d bytes were given up", self.folder.path, freed)
             return False
         return True
-
-    def _make_room(self, size: int) -> bool:
-        """Have so many bytes free of the budget and of the disk, for who holds the lock."""
-        entries = self._entries()
-        budget = self.budget - sum(entry.size for entry in entries)
-        promised = sum(entry.size - entry.stored for entry in entries)
-        disk = shutil.disk_usage(self.folder).free - promised - _MARGIN
-        lacking = size - min(budget, disk)
-        return lacking <= 0 or self._evict(lacking) >= lacking
-
-    def _evict(self, wanted: int) -> int:
-        """Remove the least recently used of what nobody holds; returns the bytes it had."""
-        freed = 0
-        for entry in sorted(self._entries()):
-            if freed >= wanted:
-                break
-            with contextlib.suppress(FileNotFoundError):
-                handle = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(entry.path)
-                    freed += entry.size
-                except BlockingIOError:
-                    pass
-                finally:
-                    os.close(handle)
-        return freed
-
-    def _entries(self) -> list[_Entry]:
-        found = []
-        with os.scandir(self.folder) as files:
-            for file in files:
-                if (name := _NAME.fullmatch(file.name)) and file.is_file(follow_symlinks=False):
-                    with contextlib.suppress(FileNotFoundError):
-                        info = file.stat(follow_symlinks=False)
-                        size = int(name["bytes"] or info.st_size)
-                        found.append(_Entry(info.st_mtime_ns, file.path, size, info.st_size))
-        return found
-
-    def _part(self, info: FileInfo | ShardInfo) -> Path:
-        return self.folder / f"{info.sha256}.{info.bytes}.part"
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[int]:
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)
-
-    def _doubt_after_restart(self) -> None:
-        """Make parts of all files if the system was started since they were written."""
-        start = _BOOT_ID.read_bytes() if _BOOT_ID.exists() else b"unknown"
-        with self._lock() as handle:
-            if os.pread(handle, len(start) + 1, 0) == start:
-                return
-            for entry in self._entries():
-                if not entry.path.endswith(".part"):
-                    os.rename(entry.path, f"{entry.path}.{entry.size}.part")
-            os.truncate(handle, 0)
-            os.pwrite(handle, start, 0)
-
-    def _default_budget(self) -> int:
-        held = sum(entry.stored for entry in self._entries())
-        return (held + shutil.disk_usage(self.folder).free) // 2
 
 
 def _default_folder() -> Path:

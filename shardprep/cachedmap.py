@@ -13,7 +13,8 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.cache import Held, NoRoomError, ShardCache
+from shardprep.cache import ShardCache
+from shardprep.cachefolder import Held, NoRoomError
 from shardprep.format import ShardInfo
 from shardprep.remote import Remote
 from shardprep.shardmap import ShardMap, Window

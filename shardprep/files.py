@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardprep.cache import Held, ShardCache
+from shardprep.cache import ShardCache
 from shardprep.cachedmap import CachedMap
+from shardprep.cachefolder import Held
 from shardprep.errors import FormatError, StorageError
 from shardprep.format import FileInfo, Manifest, ShardInfo, load_manifest
 from shardprep.manifest_watch import ManifestWatch, replaced

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardprep import codecs
 from shardprep.cache import DOWNLOADS, ShardCache
+from shardprep.columns import load_columns
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
 from shardprep.files import Files, files_at
-from shardprep.format import NO_LABEL, Manifest, load_manifest
-from shardprep.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
+from shardprep.format import Manifest, load_manifest
 from shardprep.remote import Location, locate
 from shardprep.shardmap import Window
 from shardprep.sidecars import load_index, read_rejects
 from shardprep.source import Reject
-
-# Index rows that are checked at a time.
-_BLOCK = 1 << 18
 
 
 class ShardSet(Mapping[str, "Split"]):
@@ -141,11 +138,16 @@ class Split:
         self._info = manifest.splits[name]
         self._rows = load_index(files, self._info)
         self._map = files.map_shards(self._info.shards, manifest)
-        self.labels: NDArray[np.int32] = np.empty(len(self._rows), np.int32)
-        self.frames: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
-        # Where each payload begins, in bytes of the map.
-        self._begin: NDArray[np.int64] = np.empty(len(self._rows), np.int64)
-        self._load_columns(len(manifest.speakers))
+        try:
+            columns = load_columns(self._rows, self._info, manifest, self._map.begins)
+        except ValueError as error:
+            raise CorruptShardError(
+                f"the {error} in the index does not fit the manifest",
+                file=files.place / self._info.index.file,
+                remedy=REPAIR,
+            ) from None
+        self.labels, self.frames = columns.labels, columns.frames
+        self._begin = columns.begin
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -339,55 +341,6 @@ class Split:
         row = self._rows[index]
         path = self._files.place / self._info.shards[int(row["shard"])].file
         return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REPAIR)
-
-    def _load_columns(self, speakers: int) -> None:
-        """Fill the columns, refusing an index that points outside the shards.
-
-        The crops trust them. It goes by blocks, so that a large index needs no memory twice.
-        """
-        sizes = np.array([shard.bytes for shard in self._info.shards], np.int64)
-        total = 0
-        for at in range(0, len(self._rows), _BLOCK):
-            block = slice(at, at + _BLOCK)
-            rows = self._rows[block]
-            frames, labels = rows["frames"].astype(np.int64), rows["label"]
-            for what, good in self._checks(rows, frames, sizes, speakers):
-                if not good.all():
-                    raise self._unfit(what)
-            total += int(frames.sum())
-            self.frames[block], self.labels[block] = frames, labels
-            self._begin[block] = self._map.begins[rows["shard"]] + rows["offset"].astype(np.int64)
-        if len(self._rows) != self._info.samples:
-            raise self._unfit("number of utterances")
-        if total != self._info.frames:
-            raise self._unfit("number of frames")
-
-    def _checks(
-        self, rows: NDArray[Any], frames: NDArray[np.int64], sizes: NDArray[np.int64], speakers: int
-    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-        """What must hold of every row (N,), one after the other."""
-        yield "shard number", rows["shard"] < len(sizes)
-        yield "label", (rows["label"] >= NO_LABEL) & (rows["label"] < speakers)
-        yield "number of frames", frames > 0
-        nbytes, chunk = rows["nbytes"].astype(np.int64), self._codec.chunk_frames
-        if chunk is None:
-            plain = codecs.NPY_HEADER_BYTES + frames * self.n_mels * self.dtype.itemsize
-            yield "size", nbytes == plain
-        else:
-            yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
-            size = frames * self.n_mels * self.dtype.itemsize
-            most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
-            yield "number of frames for what is stored", size <= most
-        offset = rows["offset"].astype(np.int64)
-        aligned = (offset >= 0) & (offset % 512 == 0)
-        yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)
-
-    def _unfit(self, what: str) -> CorruptShardError:
-        return CorruptShardError(
-            f"the {what} in the index does not fit the manifest",
-            file=self._files.place / self._info.index.file,
-            remedy=REPAIR,
-        )
 
 
 def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -> ShardSet:

@@ -16,6 +16,8 @@ from trainer.errors import ConfigError
 _TOO_LARGE = 2**63
 
 _AT_LEAST = {
+    "data.cache_gb": 1e-6,
+    "data.patience_seconds": 0,
     "data.segment_frames": 1,
     "data.batch_size": 1,
     "data.global_batch": 1,

@@ -21,7 +21,15 @@ class DataConfig:
     """What is read, and how much of it at once."""
 
     shards: str = "shards/"
-    """Folder that `shardprep build` made."""
+    """Folder that `shardprep build` made, or the URL of one, such as s3://BUCKET/shards."""
+    cache_folder: str | None = None
+    """Where shards behind a URL are kept, on a disk of this machine; null for what the variable
+    SHARDPREP_CACHE names, or a folder among the user's caches."""
+    cache_gb: float | None = None
+    """Most that is kept there [10^9 bytes]; null for SHARDPREP_CACHE_GB, or half of the free
+    disk."""
+    patience_seconds: float = 300.0
+    """Time for which a store may give no answer before that ends the run [s]."""
     segment_frames: int = 128
     """Length of a training crop [frames of 10 ms]."""
     batch_size: int = 32

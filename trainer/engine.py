@@ -166,6 +166,7 @@ class Trainer:
         train = self.config.train
         batches = self._batches()
         signal = 0
+        self.train_step.throughput.network_seconds = lambda: self.shards.network_seconds
         self.train_step.throughput.restart()
         with StopSignals() as signals, self.watchdog:
             while self.step < train.total_steps:

@@ -13,11 +13,12 @@ import click
 import numpy as np
 import torch
 
-from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader, open_shards
+from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
 from trainer.evaluation import Collected, Labels, collect
+from trainer.preflight import open_shards_of
 from trainer.rejects import LeftOut, read_left_out
 from trainer.snapshot import load_described, load_model
 from trainer.tta import Views
@@ -42,7 +43,9 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
     """Give a command RUN and the options that make `ModelOptions`; `split` is the default."""
     parameters = [
         click.argument("run", type=click.Path(path_type=Path)),
-        click.option("--shards", default=None, help="Folder of the shards.  [default: the run's]"),
+        click.option(
+            "--shards", default=None, help="Folder of the shards, or its URL.  [default: the run's]"
+        ),
         click.option("--split", default=split, help="Split to hear, in its own order."),
         click.option("--checkpoint", default="best", help="best, last, or a file."),
         click.option(
@@ -171,7 +174,7 @@ def open_session(options: ModelOptions) -> Session:
     file = find_checkpoint(options.run, options.checkpoint)
     saved = load_described(file)
     config = config_from_dict(saved["config"])
-    shards = open_shards(options.shards or config.data.shards)
+    shards = open_shards_of(config.data, options.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     click.echo(f"{file}, after {saved['step']:,} steps, on {device.type}", err=True)
     n_mels, expected = shards.manifest.n_mels, saved["n_mels"]

@@ -118,6 +118,8 @@ class Progress:
             f"lr {record['lr']:.2e}, {record['samples_per_second']:,.0f} samples/s, "
             f"waiting {record['waiting']:.0%}"
         )
+        if record["network"]:
+            text += f", of that network {record['network']:.0%}"
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,14 +94,21 @@ def combine(rows: Tensor) -> Window:
 
 
 class Throughput:
-    """Rates of the training steps since the last `restart`; time spent elsewhere is left out."""
+    """Rates of the training steps since the last `restart`; time spent elsewhere is left out.
+
+    Attributes:
+        network_seconds: Tells how long readers have stood still so far for data to come from
+            elsewhere [s].
+    """
 
     def __init__(self) -> None:
+        self.network_seconds: Callable[[], float] = float
         self.restart()
 
     def restart(self) -> None:
         """Begin a new window now."""
         self._start = time.perf_counter()
+        self._network = self.network_seconds()
         self._waited = 0.0
         self._samples = 0
 
@@ -114,11 +121,19 @@ class Throughput:
         return batch
 
     def rates(self, world_size: int) -> dict[str, float]:
-        """Samples a second of all ranks, and the share of time this rank waited for data."""
+        """What came of the window.
+
+        Returns:
+            samples_per_second of all ranks; waiting, the share of time for which this rank waited
+            for data; and network, the most of that which can be due to the network: batches are
+            prepared ahead, so a reader may stand still without letting anybody wait.
+        """
         elapsed = max(time.perf_counter() - self._start, 1e-9)
+        stood = self.network_seconds() - self._network
         return {
             "samples_per_second": self._samples * world_size / elapsed,
             "waiting": self._waited / elapsed,
+            "network": min(self._waited, stood) / elapsed,
         }
 
 

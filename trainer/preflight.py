@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from shardprep import ShardSet, open_shards
+from shardprep import ShardCache, ShardSet, locate, open_shards
 from trainer.checkpoint import State
-from trainer.config import Config, flatten
+from trainer.config import Config, DataConfig, flatten
 from trainer.errors import ConfigError
 from trainer.meeting import group_options
 from trainer.watchdog import MEETING, Watchdog
@@ -33,11 +33,21 @@ _FIXED = (
 )
 
 
-def open_data(path: str, *, validated: bool) -> ShardSet:
+def open_shards_of(data: DataConfig, path: str | None = None) -> ShardSet:
+    """Open the shards of a run, or those in another place, behind the run's cache if need be."""
+    place = locate(path or data.shards)
+    cache = None
+    if not isinstance(place, Path):
+        budget = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+        cache = ShardCache(data.cache_folder, budget, patience=data.patience_seconds)
+    return open_shards(place, cache)
+
+
+def open_data(data: DataConfig, *, validated: bool) -> ShardSet:
     """Open the shards to train on.
 
     Args:
-        path: Folder of the shards.
+        data: Where they are, and how they are kept.
         validated: Whether a validation split is needed.
 
     Raises:
@@ -45,12 +55,13 @@ def open_data(path: str, *, validated: bool) -> ShardSet:
             remedy.
         ShardprepError: The shards cannot be read.
     """
-    if not Path(path).is_dir():
+    path, place = data.shards, locate(data.shards)
+    if isinstance(place, Path) and not place.is_dir():
         raise ConfigError(
             f"data.shards: there is no folder {path}; make it with "
             f"`shardprep build Dataset/ {path}`, or name another with --data.shards"
         )
-    shards = open_shards(path)
+    shards = open_shards_of(data)
     filled = [name for name, split in shards.manifest.splits.items() if split.samples]
     if "train" not in filled:
         raise ConfigError(

@@ -51,7 +51,7 @@ def find_start(config: Config, *, resume: bool) -> Start:
     launchers = sorted({name for _, name in exchange(launcher_identity(os.environ)) if name})
 
     def find() -> Start:
-        shards = open_data(config.data.shards, validated=config.train.valid_steps > 0)
+        shards = open_data(config.data, validated=config.train.valid_steps > 0)
         folder = CheckpointFolder(config.run, config.train.keep)
         found = choose_checkpoint(folder, config, resume=resume, launchers=launchers)
         return Start(shards, folder, found, launchers)

@@ -24,7 +24,7 @@ from trainer.evaluation import Evaluation
 from trainer.step import StepPlan
 
 ConfigFactory = Callable[..., Config]
-TIMES = ("samples_per_second", "waiting", "peak_memory_mib", "seconds")
+TIMES = ("samples_per_second", "waiting", "network", "peak_memory_mib", "seconds")
 TRANSFORMER = {
     "model.encoder": "transformer",
     "model.dropout": 0,

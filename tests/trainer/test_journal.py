@@ -21,6 +21,7 @@ RECORD = {
     "lr": 1e-3,
     "samples_per_second": 1234.5,
     "waiting": 0.042,
+    "network": 0.0,
 }
 
 

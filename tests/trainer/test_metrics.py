@@ -96,10 +96,18 @@ def test_rates_count_samples_and_the_share_of_waiting(monkeypatch: pytest.Monkey
     for _ in range(2):
         throughput.fetch(batches)
         now += 1.0
-    assert throughput.rates(world_size=2) == {"samples_per_second": 4.0, "waiting": 0.75}
+    assert throughput.rates(world_size=2) == {
+        "samples_per_second": 4.0,
+        "waiting": 0.75,
+        "network": 0.0,
+    }
     throughput.restart()
     now += 1.0
-    assert throughput.rates(world_size=2) == {"samples_per_second": 0.0, "waiting": 0.0}
+    assert throughput.rates(world_size=2) == {
+        "samples_per_second": 0.0,
+        "waiting": 0.0,
+        "network": 0.0,
+    }
 
 
 def test_peak_memory_is_in_mib() -> None:

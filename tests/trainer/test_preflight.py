@@ -11,7 +11,7 @@ import pytest
 
 import shardprep
 from shardprep.format import encode_manifest
-from trainer.config import Config
+from trainer.config import Config, DataConfig
 from trainer.errors import ConfigError
 from trainer.preflight import check_same_run, open_data
 
@@ -30,11 +30,11 @@ def empty(shards: Path, split: str) -> None:
 def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
     empty(shards, "val")
     with pytest.raises(ConfigError, match=r"no utterances in a val split.*--train\.valid_steps 0"):
-        open_data(str(shards), validated=True)
-    assert open_data(str(shards), validated=False).path == shards
+        open_data(DataConfig(str(shards)), validated=True)
+    assert open_data(DataConfig(str(shards)), validated=False).path == shards
     empty(shards, "train")
     with pytest.raises(ConfigError, match="no utterances in a train split, only in test;"):
-        open_data(str(shards), validated=False)
+        open_data(DataConfig(str(shards)), validated=False)
 
 
 def saved_state(config: Config, **changes: Any) -> dict[str, Any]:

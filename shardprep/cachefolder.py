@@ -1,0 +1,221 @@
+"""The folder of a cache: its files, its lock, and room for more within a budget of bytes.
+
+    CACHE/lock                   held for moments, by whoever makes room or names a file; holds the
+                                 id that the system gave itself when it was started
+    CACHE/SHA256                 a file that is whole: its name is the SHA-256 of its bytes
+    CACHE/SHA256.BYTES.part      one that is being fetched, from its beginning; BYTES in the end
+
+All processes of a machine share a cache without knowing of one another. Who fetches a file holds
+an exclusive lock on its part, who reads one a shared lock on it; both are locks of the operating
+system, which end with the process however it dies. What nobody holds makes room for others, the
+least recently used first. A part that was left over is continued where it ends. Files are named by
+their contents, so that sets that change, or share files, cannot be mixed up.
+
+Nothing is flushed to the disk. When the machine was started anew, all that is in the cache counts
+as parts, which are checked before they are used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from shardprep.errors import StorageError
+from shardprep.format import FileInfo, ShardInfo
+
+ROOM = (
+    "Give the cache more room (data.cache_gb of the trainer, SHARDPREP_CACHE_GB), or take fewer "
+    "or smaller shards at a time (lanes, window_shards, --samples-per-shard)."
+)
+
+# Left free for others: so many bytes, or such a part of a small disk.
+_MARGIN, _MARGIN_SHARE = 256 << 20, 20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\.(?P<bytes>\d+)\.part)?")
+
+
+class NoRoomError(Exception):
+    """What is in use fills the budget."""
+
+
+class Held:
+    """A file of the cache that stays there until it is let go.
+
+    Attributes:
+        path: Where it lies.
+        handle: File descriptor, open for reading.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self.handle = handle
+        self._close = weakref.finalize(self, os.close, handle)
+
+    def close(self) -> None:
+        """Let it go."""
+        self._close()
+
+
+class _Entry(NamedTuple):
+    used_ns: int
+    path: str
+    #: Bytes that it will have.
+    size: int
+    #: Bytes that are there.
+    stored: int
+
+
+class CacheFolder:
+    """A folder of files that are named by their contents; any number of processes may use it.
+
+    Args:
+        path: The folder; made if need be.
+        budget: Most bytes that it keeps; None for half of what it and the free disk have.
+
+    Raises:
+        OSError: It cannot be made or written to.
+    """
+
+    def __init__(self, path: Path, budget: int | None) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._doubt_after_restart()
+        self.budget = budget or self._half()
+
+    def open(self, info: FileInfo | ShardInfo) -> Held | None:
+        """A file that is here, held; None if it is not."""
+        path = self.path / info.sha256
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        held = Held(path, handle)
+        # Waits for nobody long: an exclusive lock is held only while a file is removed.
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        found = os.fstat(handle)
+        if found.st_nlink and found.st_size == info.bytes:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return held
+        held.close()
+        if found.st_nlink:
+            # Cut short by a power cut, or by hand.
+            path.unlink(missing_ok=True)
+        return None
+
+    def claim(self, info: FileInfo | ShardInfo) -> int | None:
+        """The part of a file, locked, with room for all of it; None if another has it.
+
+        Raises:
+            NoRoomError: There is no room for it now.
+            StorageError: There never will be.
+        """
+        path = self.part(info)
+        if info.bytes > self.budget:
+            raise StorageError(
+                f"the cache keeps at most {self.budget} bytes, and a file has {info.bytes}",
+                file=self.path,
+                remedy=ROOM,
+            )
+        with self.lock():
+            if (self.path / info.sha256).exists():
+                return None
+            new = not path.exists()
+            if new and not self._make_room(info.bytes):
+                raise NoRoomError
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            return handle
+
+    def name(self, file: int, info: FileInfo | ShardInfo) -> Held:
+        """Give a part that is whole, and locked by `file`, its name; held for reading."""
+        with self.lock():
+            os.rename(self.part(info), self.path / info.sha256)
+            # From the exclusive lock to that of a reader, while nobody can remove it.
+            fcntl.flock(file, fcntl.LOCK_SH)
+        return Held(self.path / info.sha256, os.dup(file))
+
+    def drop(self, info: FileInfo | ShardInfo) -> None:
+        """Remove a part, for who has it locked."""
+        with self.lock():
+            self.part(info).unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> bool:
+        """Have so many bytes free of the budget and of the disk, for who holds the lock."""
+        entries = self._entries()
+        budget = self.budget - sum(entry.size for entry in entries)
+        promised = sum(entry.size - entry.stored for entry in entries)
+        disk = shutil.disk_usage(self.path)
+        margin = min(_MARGIN, disk.total // _MARGIN_SHARE)
+        lacking = size - min(budget, disk.free - promised - margin)
+        return lacking <= 0 or self.evict(lacking) >= lacking
+
+    def evict(self, wanted: int) -> int:
+        """Remove the least recently used of what nobody holds; returns the bytes it had."""
+        freed = 0
+        for entry in sorted(self._entries()):
+            if freed >= wanted:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                handle = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+                    freed += entry.size
+                except BlockingIOError:
+                    pass
+                finally:
+                    os.close(handle)
+        return freed
+
+    def _entries(self) -> list[_Entry]:
+        found = []
+        with os.scandir(self.path) as files:
+            for file in files:
+                if (name := _NAME.fullmatch(file.name)) and file.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        info = file.stat(follow_symlinks=False)
+                        size = int(name["bytes"] or info.st_size)
+                        found.append(_Entry(info.st_mtime_ns, file.path, size, info.st_size))
+        return found
+
+    def part(self, info: FileInfo | ShardInfo) -> Path:
+        """Where a file lies while it is being fetched."""
+        return self.path / f"{info.sha256}.{info.bytes}.part"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[int]:
+        """Hold the cache's lock, for moments; gives the lock file's descriptor."""
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _doubt_after_restart(self) -> None:
+        """Make parts of all files if the system was started since they were written."""
+        start = _BOOT_ID.read_bytes() if _BOOT_ID.exists() else b"unknown"
+        with self.lock() as handle:
+            if os.pread(handle, len(start) + 1, 0) == start:
+                return
+            for entry in self._entries():
+                if not entry.path.endswith(".part"):
+                    os.rename(entry.path, f"{entry.path}.{entry.size}.part")
+            os.truncate(handle, 0)
+            os.pwrite(handle, start, 0)
+
+    def _half(self) -> int:
+        held = sum(entry.stored for entry in self._entries())
+        return (held + shutil.disk_usage(self.path).free) // 2
