@@ -203,13 +203,20 @@ def test_faulty_utterance_is_the_error_of_a_local_build_and_stops_the_others(
         assert (work / f"{path.name}.json").exists()
 
 
-def test_error_cancels_the_tasks_that_run(tmp_path: Path, cluster: Any) -> None:
+class Asked(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("how", ["error", "SIGTERM"])
+def test_what_stops_a_build_cancels_the_tasks_that_run(
+    tmp_path: Path, cluster: Any, how: str
+) -> None:
     began = tmp_path / "began"
 
     def work(number: int, advance: Callable[[int], None]) -> None:
-        if number:
-            until(began.exists)
-            raise BuildError("enough")
+        while number:
+            if began.exists():
+                raise BuildError("enough")
         began.touch()
         try:
             while True:
@@ -217,8 +224,23 @@ def test_error_cancels_the_tasks_that_run(tmp_path: Path, cluster: Any) -> None:
         finally:
             (tmp_path / "ended").touch()
 
-    with pytest.raises(BuildError, match="enough"):
-        list(run_on_ray(work, [0, 1], 0, ignore, cluster.address))
+    def terminate(number: int, frame: Any) -> None:
+        raise Asked
+
+    def ask() -> None:
+        until(began.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, terminate)
+    asking = threading.Thread(target=ask)
+    try:
+        if how == "SIGTERM":
+            asking.start()
+        tasks = [0, 1] if how == "error" else [0]
+        with pytest.raises(BuildError if how == "error" else Asked):
+            list(run_on_ray(work, tasks, 0, ignore, cluster.address))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "ended").exists()
 
 
@@ -325,26 +347,32 @@ def test_address_goes_with_ray(
     assert "--address goes with --engine ray" in done.stderr
 
 
+# Gets a SIGTERM when the first shard is there.
+TERMINATED = """
+import os, signal
+from shardprep.cli import main
+from shardprep.cli.progress import BuildProgress
+
+BuildProgress.advance = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)
+main()
+"""
+
+
 def test_terminated_build_goes_on_on_another_cluster(
-    make_dataset: Callable[..., Path],
-    tmp_path: Path,
-    cluster: Any,
-    build: Build,
-    contents: Contents,
+    source: Path, tmp_path: Path, cluster: Any, build: Build, contents: Contents
 ) -> None:
-    source = make_dataset(utterances=24, frames=(800, 1000))
-    shards, slow = tmp_path / "shards", {"codec": "zstd", "level": 22, "samples_per_shard": 4}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in slow.items()]
-    command = [sys.executable, "-m", "shardprep", "build", source, shards, *words]
-    command += ["--engine=ray", f"--address={cluster.address}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        until(lambda: bool(list(shards.glob(f"{WORK_FOLDER}/*.tar"))))
-        process.terminate()
-        _, said = process.communicate()
-    assert process.returncode == 143
-    assert said.splitlines()[-1].startswith("shardprep: terminated; run the same command again")
+    shards = tmp_path / "shards"
+    command = [sys.executable, "-c", TERMINATED, "build", source, shards]
+    command += ["--samples-per-shard=3", "--engine=ray", f"--address={cluster.address}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr.split("\n")[-2:] == [
+        "shardprep: terminated; run the same command again to go on",
+        "",
+    ]
     assert not list(shards.glob(f"{WORK_FOLDER}/*.tmp"))
     kept = len(list(shards.glob(f"{WORK_FOLDER}/*.tar")))
-    assert build(source, shards, engine="ray", workers=2, **slow).shards_kept == kept > 0
-    build(source, tmp_path / "here", **slow)
+    report = build(source, shards, samples_per_shard=3, engine="ray", workers=2)
+    assert 0 < report.shards_kept == kept < sum(s.shards for s in report.splits.values())
+    build(source, tmp_path / "here", samples_per_shard=3)
     assert contents(shards) == contents(tmp_path / "here")
