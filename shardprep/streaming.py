@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +21,16 @@ from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep import codecs
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
-from shardprep.files import LocalFiles
-from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, load_manifest
+from shardprep.files import Files, files_at
+from shardprep.format import MANIFEST_NAME, NO_LABEL, CodecInfo, SplitInfo, load_manifest
 from shardprep.limits import SMALL_MATRIX_BYTES
+from shardprep.remote import Location, Remote, locate
 from shardprep.sidecars import load_index
 from shardprep.storage import open_regular
 from shardprep.tarwalk import walk
 
+# What tells a shard, or a pattern of shards, from the URL of a folder.
+_NO_FOLDER = re.compile(r"\.tar(\.|$)|[{}]|::")
 _CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
 
 
@@ -41,8 +45,9 @@ def stream(
     """A webdataset pipeline over shards.
 
     Args:
-        source: A shard folder, or whatever `webdataset.WebDataset` takes: a URL, a brace pattern
-            such as "shards/train-{000000..000009}.tar", "pipe:...", or a list of those.
+        source: A shard folder or the URL of one, whose shards come by way of the cache; or
+            whatever `webdataset.WebDataset` takes: the URL of a tar, a brace pattern such as
+            "shards/train-{000000..000009}.tar", "pipe:...", or a list of those.
         split: Which split of a shard folder.
         shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
             buffer, the shards too come in random order.
@@ -71,11 +76,18 @@ def stream(
         "detshuffle": True,
         "seed": seed,
     }
-    pipeline = wds.WebDataset(_urls(source, split), **{**defaults, **options})
-    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+    place = _folder(source)
+    if place is None:
+        urls = os.fspath(source) if isinstance(source, str | os.PathLike) else list(source)
+        pipeline = wds.WebDataset(urls, **{**defaults, **options})
+    else:
+        files = files_at(place)
+        info = _info(place, split)
+        urls = [str(place / shard.file) for shard in info.shards]
+        pipeline = wds.WebDataset(urls, **{**defaults, **options})
         opener = [isinstance(stage, StreamingOpen | FileCache) for stage in pipeline.pipeline]
-        pipeline.pipeline.insert(opener.index(True), _check_shards)
-        pipeline = pipeline.compose(partial(_check_samples, Path(source), split))
+        pipeline.pipeline.insert(opener.index(True), partial(_check_shards, files, info))
+        pipeline = pipeline.compose(partial(_check_samples, files, info))
     if shuffle:
         pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
     return pipeline.map(decode_sample)
@@ -106,56 +118,68 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _urls(source: str | os.PathLike[str] | Sequence[str], split: str) -> Any:
+def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
+    """The shard folder that a source is, here or behind a URL; None if it is something else."""
     if not isinstance(source, str | os.PathLike):
-        return list(source)
-    if not Path(source).is_dir():
-        return os.fspath(source)
-    folder = Path(source)
-    manifest = load_manifest(folder)
+        return None
+    place = locate(source)
+    if isinstance(place, Remote):
+        return None if _NO_FOLDER.search(place.url) else place
+    return place if place.is_dir() else None
+
+
+def _info(place: Location, split: str) -> SplitInfo:
+    manifest = load_manifest(place)
     if split not in manifest.splits:
         raise FormatError(
             f"there is no split {split!r}; the set has {', '.join(manifest.splits)}",
-            file=folder / MANIFEST_NAME,
+            file=place / MANIFEST_NAME,
         )
-    return [str(folder / shard.file) for shard in manifest.splits[split].shards]
+    return manifest.splits[split]
 
 
-def _check_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Look at the headers of each shard before webdataset opens it.
+def _check_shards(
+    files: Files, info: SplitInfo, shards: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Look at the headers of each shard before webdataset opens it, on this machine.
 
     webdataset inflates what is no tar, follows extended headers and sparse files, and reads every
     member whole.
     """
+    infos = {str(files.place / shard.file): shard for shard in info.shards}
     for shard in shards:
-        path = Path(shard["url"])
-        try:
-            with open_regular(path) as file:
-                _check_members(file)
-        except OSError as error:
-            raise CorruptShardError(
-                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
-            ) from None
-        except tarfile.TarError as error:
-            raise CorruptShardError(
-                f"is not a whole tar: {error}", file=path, remedy=REPAIR
-            ) from None
-        yield shard
+        with files.lend(infos[shard["url"]]) as path:
+            try:
+                with open_regular(path) as file:
+                    _check_members(file)
+            except OSError as error:
+                raise CorruptShardError(
+                    f"cannot be read: {error.strerror}", file=shard["url"], remedy=REPAIR
+                ) from None
+            except tarfile.TarError as error:
+                raise CorruptShardError(
+                    f"is not a whole tar: {error}", file=shard["url"], remedy=REPAIR
+                ) from None
+            yield {**shard, "url": str(path)}
 
 
 def _check_samples(
-    folder: Path, split: str, samples: Iterable[dict[str, Any]]
+    files: Files, info: SplitInfo, samples: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Compare what comes out of the shards of a folder with the index, before it is shuffled."""
-    info = load_manifest(folder).splits[split]
-    rows = load_index(LocalFiles(folder), info)
+    rows = load_index(files, info)
+    # In a folder a shard has its own name, in a cache that of its contents.
     numbers = {shard.file: number for number, shard in enumerate(info.shards)}
-    path, due = Path(), dict[bytes, int]()
+    numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}
+    url, due = "", dict[bytes, int]()
+    path: Location = Path()
     for sample in samples:
-        if sample["__url__"] != str(path) or not due:
+        if sample["__url__"] != url or not due:
             _check_complete(path, due)
-            path = Path(sample["__url__"])
-            own = rows[rows["shard"] == numbers[path.name]]
+            url = sample["__url__"]
+            number = numbers[Path(url).name]
+            path = files.place / info.shards[number].file
+            own = rows[rows["shard"] == number]
             due = dict(zip(own["key"].tolist(), own["crc32"].tolist(), strict=True))
         key = sample["__key__"]
         stored = next((sample[name] for name in _CODECS if name in sample), b"")
@@ -165,7 +189,7 @@ def _check_samples(
     _check_complete(path, due)
 
 
-def _check_complete(path: Path, due: dict[bytes, int]) -> None:
+def _check_complete(path: Location, due: dict[bytes, int]) -> None:
     if due:
         raise CorruptShardError(
             f"lacks {len(due)} of the utterances in its index", file=path, remedy=REPAIR

@@ -7,18 +7,20 @@ import dataclasses
 import click
 
 from shardprep.cli.output import count, print_json
+from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
 from shardprep.format import REJECTS_NAME
+from shardprep.remote import Location, Remote
 from shardprep.repair import RepairReport, repair_shards
 
 _MOST_LINES = 20
 
 
 @click.command(short_help="Put the damaged shard set DST right.")
-@click.argument("shards", type=click.Path(exists=True, file_okay=False), metavar="DST")
+@click.argument("shards", type=Place(), metavar="DST")
 @click.option(
     "--source",
-    type=click.Path(exists=True, file_okay=False),
+    type=Place(),
     metavar="SRC",
     help="Take what is damaged from the data set that DST was built from.",
 )
@@ -36,8 +38,8 @@ _MOST_LINES = 20
 @click.pass_context
 def repair(
     context: click.Context,
-    shards: str,
-    source: str | None,
+    shards: Location,
+    source: Location | None,
     drop: bool,
     workers: int,
     as_json: bool,
@@ -51,6 +53,10 @@ def repair(
     """
     if source is not None and drop:
         raise click.UsageError("give --source or --drop, not both")
+    if isinstance(shards, Remote):
+        raise click.UsageError(
+            f"{shards} is repaired by building it again: `shardprep build SRC {shards} --overwrite`"
+        )
     report = repair_shards(
         shards,
         source=source,

@@ -21,7 +21,6 @@ from shardprep.bench.contenders import (
     limit_rows,
     memory_limit,
     shard_candidate,
-    shard_files,
     webdataset_candidate,
 )
 from shardprep.bench.turns import Candidate
@@ -57,7 +56,7 @@ def candidates(folders: dict[str, Path]) -> Iterator[Candidate]:
     for workers in (0, 2):
         yield file_candidate(files, SHAPE, workers)
         for codec in ("none", "zstd"):
-            shards = shard_files(open_shards(folders[codec]), "train")
+            shards = open_shards(folders[codec]).fetch("train")
             decode = contenders.decode_member
             yield webdataset_candidate(codec, shards, SHAPE, workers, decode)
     for codec in ("none", "zstd"):
