@@ -191,7 +191,7 @@ class ShardCache:
         while (done := file.tell()) < info.bytes:
             end = min(done + CHUNK, info.bytes)
             try:
-                data = remote.read(done, end) if end - done < info.bytes else remote.read()
+                data = remote.read(done, end)
             except FileNotFoundError:
                 raise CorruptShardError("is missing", file=remote, remedy=_CHANGED) from None
             with self._counting:
