@@ -256,6 +256,12 @@ def modified_ns(info: dict[str, Any]) -> int:
     return 0
 
 
+def forget_connections() -> None:
+    """Have stores connected to anew, by what the environment says of them by then."""
+    with _lock:
+        _filesystems.clear()
+
+
 Location: TypeAlias = Path | Remote
 
 
