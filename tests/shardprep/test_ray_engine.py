@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -117,10 +118,12 @@ def test_task_of_a_lost_node_runs_again_and_does_no_harm(
             log.write(f"{task.plan.file}\n")
 
         def hold(nbytes: int) -> None:
-            # The first task that another node than the head begins is in the midst of its shard.
-            if (node := ray.get_runtime_context().get_node_id()) != head and not held.exists():
-                held.write_text(f"{node} {task.plan.file}")
-                time.sleep(600)
+            # One task, on another node than the head, stays in the midst of its shard.
+            if (node := ray.get_runtime_context().get_node_id()) != head:
+                with contextlib.suppress(FileExistsError), open(held, "x") as file:
+                    file.write(f"{node} {task.plan.file}")
+                    file.flush()
+                    time.sleep(600)
             advance(nbytes)
 
         return FolderWork(work)(task, hold)
@@ -294,6 +297,23 @@ def test_mistake_in_a_task_comes_as_it_is(cluster: Any) -> None:
 
     with pytest.raises(ZeroDivisionError):
         list(run_on_ray(work, [0], 0, ignore, cluster.address))
+
+
+def test_connection_of_the_caller_is_used_and_left(cluster: Any) -> None:
+    def work(number: int, advance: Callable[[int], None]) -> str:
+        advance(number)
+        return str(ray.get_runtime_context().gcs_address)
+
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    seen: list[tuple[int, int]] = []
+    try:
+        found = list(run_on_ray(work, [5, 6, 7], 1, lambda *done: seen.append(done)))
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    assert found == [cluster.address] * 3
+    # One after the other, as there is to be one at a time.
+    assert seen == [(1, 5), (1, 6), (1, 7)]
 
 
 def test_cluster_without_a_cpu_is_waited_for_but_not_for_ever(
