@@ -16,7 +16,13 @@ from trainer.preflight import open_data
 from trainer.snapshot import RESUMED, check_description
 
 # What may differ from machine to machine: where things lie.
-_PER_MACHINE = ("data.shards", "train.runs", "train.start_from")
+_PER_MACHINE = (
+    "data.shards",
+    "data.cache_folder",
+    "data.cache_gb",
+    "train.runs",
+    "train.start_from",
+)
 
 
 @dataclass(frozen=True)
