@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import s3fs
 
+from shardprep import remote
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 servers = importlib.import_module("servers")
 
 
 def forget() -> None:
     """Let no file system of fsspec live on: it would know the endpoint it was made with."""
+    remote._filesystems.clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
