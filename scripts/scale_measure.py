@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -96,8 +97,7 @@ def served(folder: Path) -> Iterator[ObjectStore]:
     """A store with the set in `folder`/shards, that this process finds through its environment."""
     import s3fs
 
-    with object_store(folder / "store") as store:
-        os.environ.update(store.environment)
+    with object_store(folder / "store") as store, mock.patch.dict(os.environ, store.environment):
         s3fs.S3FileSystem(skip_instance_cache=True).put(
             str(folder / "shards"), store.url(NAME), recursive=True
         )
@@ -141,13 +141,15 @@ def measure(trial: Trial, store: ObjectStore, folder: Path, epochs: int) -> list
     limits = Faults(delay=trial.delay, bandwidth=job.node_mb_per_s * 1e6)
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(job.ranks), spawn.SimpleQueue()
-    with fault_proxy(*store.endpoint, limits) as proxy:
-        os.environ.update(
-            AWS_ENDPOINT_URL=proxy.url,
-            SHARDPREP_CACHE=str(folder),
-            SHARDPREP_CACHE_GB=str(job.cache_gb),
-            LOCAL_WORLD_SIZE=str(job.ranks),
-        )
+    environment = {
+        "SHARDPREP_CACHE": str(folder),
+        "SHARDPREP_CACHE_GB": str(job.cache_gb),
+        "LOCAL_WORLD_SIZE": str(job.ranks),
+    }
+    with (
+        fault_proxy(*store.endpoint, limits) as proxy,
+        mock.patch.dict(os.environ, environment, AWS_ENDPOINT_URL=proxy.url),
+    ):
         ranks = [
             spawn.Process(target=train, args=(rank, job, store.url(NAME), epochs, barrier, results))
             for rank in range(job.ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -270,6 +271,24 @@ def test_the_check_stands_beside_what_was_measured() -> None:
     ]
     assert [row["ratio"] for row in scale.check(rows)] == pytest.approx([2, 2])
     assert scale.checked(rows).count("| one |") == 2
+
+
+@pytest.mark.remote
+def test_real_loaders_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = importlib.import_module("scale_measure")
+    monkeypatch.setattr(measure, "UTTERANCES", 640)
+    environment = dict(os.environ)
+    (found,) = measure.measure_all(2, ("small cache, 2 ranks",))
+    assert os.environ == environment
+    job, (cold, warm) = found.trial.job, found.epochs
+    # All of it fits, so that the second epoch brings nothing.
+    assert cold.fetched_gb == pytest.approx(640 * job.bytes_each / 1e9, rel=0.01)
+    assert warm.fetched_gb == 0
+    for figures in found.epochs:
+        assert figures.seconds >= 10 * job.step_s
+        assert 0 < figures.samples_per_s <= job.global_batch / job.step_s
+        assert 0 < figures.waiting < 1
+    assert min(asdict(found.calibration).values()) > 0
 
 
 def test_constants_are_read_from_a_file(tmp_path: Path) -> None:
