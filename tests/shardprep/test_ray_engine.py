@@ -58,6 +58,7 @@ def cluster(nodes: Any) -> Any:
     """A cluster of three nodes, one CPU each."""
     while len(nodes.worker_nodes) < 2:
         nodes.add_node(**STORE)
+    nodes.wait_for_nodes()
     return nodes
 
 
@@ -158,6 +159,8 @@ def test_node_that_comes_is_used_and_tasks_wait_here_until_there_is_room(
 ) -> None:
     for node in list(nodes.worker_nodes):
         nodes.remove_node(node)
+    # Until it is known that they are gone.
+    nodes.wait_for_nodes()
     head, elsewhere = nodes.head_node.node_id, tmp_path / "elsewhere"
     sent: list[int] = []
 
