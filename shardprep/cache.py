@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shardprep.cachefolder import ROOM, CacheFolder, Held, NoRoomError
 from shardprep.errors import CorruptShardError, StorageError
@@ -24,6 +24,7 @@ from shardprep.storage import storage_errors
 _log = logging.getLogger("shardprep")
 
 FOLDER_VARIABLE, BUDGET_VARIABLE = "SHARDPREP_CACHE", "SHARDPREP_CACHE_GB"
+READERS_VARIABLE = "LOCAL_WORLD_SIZE"
 
 DOWNLOADS = 8
 """Files that a process fetches at once."""
@@ -36,6 +37,13 @@ _POLL_SECONDS = 0.05
 # A file may come with other bytes than it should so often.
 _TRIES = 5
 _CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
+
+
+class Lender(Protocol):
+    """Keeps files of the cache in use that it can do without for a while."""
+
+    def give_back(self, *, urgent: bool) -> None:
+        """Let go of what nobody is going to use soon; if urgent, also of some that is to be."""
 
 
 @dataclass
@@ -83,11 +91,11 @@ class ShardCache:
         path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
         with storage_errors(path):
             self.folder = CacheFolder(path, budget or _asked_budget())
-        self.readers = readers or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.readers = readers or int(_number(READERS_VARIABLE) or 1)
         self.patience = patience
         self.traffic = Traffic()
         self._counting = threading.Lock()
-        self._lenders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
     def __reduce__(self) -> Any:
@@ -102,19 +110,27 @@ class ShardCache:
     @property
     def threads(self) -> ThreadPoolExecutor:
         """Threads that fetch ahead."""
-        # A process that was forked has none of its parent's.
-        if self._threads is None or self._threads[0] != os.getpid():
-            self._threads = os.getpid(), ThreadPoolExecutor(DOWNLOADS, "shardprep-fetch")
-        return self._threads[1]
+        with self._counting:
+            # A process that was forked has none of its parent's.
+            if self._threads is None or self._threads[0] != os.getpid():
+                self._threads = os.getpid(), ThreadPoolExecutor(DOWNLOADS, "shardprep-fetch")
+            return self._threads[1]
 
     def count_wait(self, seconds: float) -> None:
         """Add to the time for which readers stood still."""
         with self._counting:
             self.traffic.waited += seconds
 
-    def lends(self, lender: Any) -> None:
-        """Have `lender.give_back()` called when room is short."""
-        self._lenders.add(lender)
+    def lends(self, lender: Lender) -> None:
+        """Have a lender asked to give back when room is short."""
+        with self._counting:
+            self._lenders.add(lender)
+
+    def _give_back(self, *, urgent: bool) -> None:
+        with self._counting:
+            lenders = list(self._lenders)
+        for lender in lenders:
+            lender.give_back(urgent=urgent)
 
     def hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool = True) -> Held:
         """A file of a store, fetched if it is not here, checked by its sha256.
@@ -122,7 +138,7 @@ class ShardCache:
         Args:
             remote: Where it comes from.
             info: Its size and sha256.
-            wait: Whether to wait for room, and for another process that is fetching the file.
+            wait: Whether to wait for room.
 
         Raises:
             NoRoomError: What others hold leaves no room, and `wait` is off.
@@ -136,16 +152,17 @@ class ShardCache:
                     if (held := self.folder.open(info)) is not None:
                         return held
                     if (part := self.folder.claim(info)) is not None:
-                        with os.fdopen(part, "r+b", buffering=0) as file:
-                            return self._fetch(file, remote, info)
+                        return self._fetch(part, remote, info)
                 # Another is fetching it, and ends on its own if the store gives no answer.
                 full_since = None
             except NoRoomError:
-                for lender in list(self._lenders):
-                    lender.give_back()
+                if full_since is None:
+                    full_since = time.monotonic()
+                    self._give_back(urgent=False)
+                    continue
                 if not wait:
                     raise
-                full_since = full_since or time.monotonic()
+                self._give_back(urgent=True)
                 if time.monotonic() - full_since > self.patience:
                     raise StorageError(
                         f"there was no room for {remote} ({info.bytes} bytes) for "
@@ -156,13 +173,25 @@ class ShardCache:
                     ) from None
             time.sleep(_POLL_SECONDS)
 
-    def _fetch(self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo) -> Held:
+    def _fetch(self, part: int, remote: Remote, info: FileInfo | ShardInfo) -> Held:
         """Fetch what a part lacks, check it, and give it its name.
 
         Raises:
             NoRoomError: The disk is full.
             CorruptShardError: The store has no such file, or other bytes.
         """
+        try:
+            self._fill(FileIO(part, "r+", closefd=False), remote, info)
+            held = self.folder.name(part, info)
+        except BaseException:
+            self.folder.unclaim(part)
+            raise
+        with self._counting:
+            self.traffic.files += 1
+        return held
+
+    def _fill(self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo) -> None:
+        """Fetch what a part lacks until it has the bytes that it should."""
         for _ in range(_TRIES):
             file.seek(0)
             if os.fstat(file.fileno()).st_size > info.bytes:
@@ -171,9 +200,7 @@ class ShardCache:
             while data := file.read(CHUNK):
                 digest.update(data)
             if self._complete(file, remote, info, digest) and digest.hexdigest() == info.sha256:
-                with self._counting:
-                    self.traffic.files += 1
-                return self.folder.name(file.fileno(), info)
+                return
             if file.tell() >= info.bytes:
                 file.truncate(0)
             _log.warning("%s: came with other bytes than it should; fetched again", remote)
@@ -235,18 +262,22 @@ def _default_folder() -> Path:
 
 
 def _asked_budget() -> int | None:
-    text = os.environ.get(BUDGET_VARIABLE)
+    gigabytes = _number(BUDGET_VARIABLE)
+    return None if gigabytes is None else max(1, int(gigabytes * 1e9))
+
+
+def _number(variable: str) -> float | None:
+    """What a variable of the environment is set to; None if it is not."""
+    text = os.environ.get(variable)
     if not text:
         return None
     try:
-        gigabytes = float(text)
-        if not 0 < gigabytes < float("inf"):
+        number = float(text)
+        if not 0 < number < float("inf"):
             raise ValueError
     except ValueError:
-        raise StorageError(
-            f"is {text!r}, expected a positive number", key=BUDGET_VARIABLE
-        ) from None
-    return int(gigabytes * 1e9)
+        raise StorageError(f"is {text!r}, expected a positive number", key=variable) from None
+    return number
 
 
 def _reopen(folder: Path, budget: int, readers: int, patience: float) -> ShardCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.cache import ShardCache
-from shardprep.cachefolder import Held, NoRoomError
+from shardprep.cachefolder import ROOM, NoRoomError
+from shardprep.errors import StorageError
 from shardprep.format import ShardInfo
 from shardprep.remote import Remote
 from shardprep.shardmap import ShardMap, Window
@@ -37,21 +39,34 @@ class CachedMap(ShardMap):
 
     def __init__(self, folder: Remote, shards: Sequence[ShardInfo], cache: ShardCache) -> None:
         super().__init__([(folder / shard.file, shard.bytes) for shard in shards])
-        # A window that nobody holds any more may end anywhere, also in here.
-        self._lock = threading.RLock()
         self._folder = folder
         self._infos = shards
         self._cache = cache
         self.room = int(_WINDOWS * cache.share)
-        # Those that are mapped, the longest first.
-        self._held: dict[int, Held] = {}
-        # How many windows want each; and which are on their way.
+        # Those that are mapped, the longest first; a dict for its order.
+        self._held: dict[int, None] = {}
+        # How many windows want each.
         self._wanted: Counter[int] = Counter()
-        self._coming: dict[int, Future[None]] = {}
-        # Reads going on, until whose end what is to leave stays mapped.
-        self._reads = 0
-        self._leaving: set[int] = set()
+        self._begin()
         cache.lends(self)
+        _maps.add(self)
+
+    def _begin(self) -> None:
+        # A window that nobody holds any more may end anywhere, also in here.
+        self._lock = threading.RLock()
+        # Those that are on their way.
+        self._coming: dict[int, Future[None]] = {}
+        # Reads going on of each, until whose end what is to leave stays mapped.
+        self._reads: Counter[int] = Counter()
+        self._leaving: set[int] = set()
+
+    def begin_anew(self) -> None:
+        """Have nothing mapped or on its way, in a process that was forked from that which had.
+
+        Its threads stayed there, and what is mapped here too could not leave the cache.
+        """
+        self._begin()
+        self._unmap(set(self._held))
 
     def need(self, shards: NDArray[np.int64]) -> None:
         """Make sure that these files (B,) are mapped; waits for those that are not here.
@@ -64,6 +79,14 @@ class CachedMap(ShardMap):
         missing = np.unique(shards[~self._mapped[shards]]).tolist()
         if not missing:
             return
+        size = sum(self._infos[shard].bytes for shard in np.unique(shards).tolist())
+        if size > self._cache.folder.budget:
+            raise StorageError(
+                f"{size} bytes of shards are read from at once, and the cache keeps at most "
+                f"{self._cache.folder.budget}",
+                file=self._folder,
+                remedy=ROOM,
+            )
         began = time.perf_counter()
         for shard in missing[1:]:
             self._send_for(shard, wanted=False)
@@ -81,20 +104,16 @@ class CachedMap(ShardMap):
     @contextlib.contextmanager
     def reading(self, shards: NDArray[np.int64]) -> Iterator[None]:
         """Keep these files (B,) mapped while something is read from them; raises as `need` does."""
-        while True:
-            self.need(shards)
-            with self._lock:
-                if self._mapped[shards].all():
-                    self._reads += 1
-                    break
+        own = np.unique(shards).tolist()
+        with self._lock:
+            self._reads.update(own)
         try:
+            self.need(shards)
             yield
         finally:
             with self._lock:
-                self._reads -= 1
-                if not self._reads:
-                    self._unmap(self._leaving)
-                    self._leaving = set()
+                self._reads.subtract(own)
+                self._unmap({shard for shard in own if not self._reads[shard]} & self._leaving)
 
     def window(self) -> Window:
         """What one reader says of the files that it will read next."""
@@ -127,9 +146,13 @@ class CachedMap(ShardMap):
                 chosen[shard] = None
         return list(chosen)
 
-    def give_back(self) -> None:
-        """Let go of what no window wants."""
+    def give_back(self, *, urgent: bool) -> None:
+        """Let go of what no window wants; if urgent, of the last to come of what one does."""
         self._trim(0, set())
+        if urgent:
+            with self._lock:
+                idle = [shard for shard in list(self._held) if not self._reads[shard]]
+                self._unmap(set(idle[-1:]))
 
     def _send_for(self, shard: int, *, wanted: bool) -> None:
         with self._lock:
@@ -143,6 +166,8 @@ class CachedMap(ShardMap):
                 # What finds no room now is brought when it is needed.
                 with contextlib.suppress(NoRoomError):
                     self._fetch(shard, wait=False)
+                    # Perhaps no window wants it by now.
+                    self._trim(int(_LOOSE * self._cache.share), {shard})
         finally:
             with self._lock:
                 self._coming.pop(shard, None)
@@ -167,13 +192,19 @@ class CachedMap(ShardMap):
                 held.close()
                 return
             self._region.put(int(self.begins[shard]), info.bytes, held.handle)
-            self._held[shard] = held
+            # The lock is that of the open file, which the mapping keeps; the number is spared.
+            held.close()
+            self._held[shard] = None
             self._mapped[shard] = True
 
     def _trim(self, most: int, keep: set[int]) -> None:
         """Let the files go that no window wants, the longest mapped first, until few are left."""
         with self._lock:
-            loose = [s for s in self._held if self._wanted[s] <= 0 and s not in self._leaving]
+            loose = [
+                shard
+                for shard in list(self._held)
+                if self._wanted[shard] <= 0 and not self._reads[shard]
+            ]
             excess = sum(self._infos[shard].bytes for shard in loose) - most
             for shard in loose:
                 if excess > 0 and shard not in keep:
@@ -181,18 +212,18 @@ class CachedMap(ShardMap):
                     self._leave([shard])
 
     def _leave(self, shards: Sequence[int] | Iterator[int]) -> None:
-        """Unmap files, as soon as nobody reads; for who holds the lock."""
+        """Unmap files, each as soon as nobody reads it; for who holds the lock."""
         going = {shard for shard in shards if shard in self._held}
-        if self._reads:
-            self._leaving |= going
-        else:
-            self._unmap(going)
+        busy = {shard for shard in going if self._reads[shard]}
+        self._leaving |= busy
+        self._unmap(going - busy)
 
     def _unmap(self, shards: set[int]) -> None:
         for shard in shards:
             self._mapped[shard] = False
             self._region.clear(int(self.begins[shard]), int(self._pages[shard]))
-            self._held.pop(shard).close()
+            self._held.pop(shard, None)
+        self._leaving -= shards
 
 
 class CachedWindow(Window):
@@ -218,3 +249,14 @@ class CachedWindow(Window):
 def _release(shards: CachedMap, chosen: list[int]) -> None:
     shards.change(chosen, [])
     chosen.clear()
+
+
+_maps: weakref.WeakSet[CachedMap] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for shards in list(_maps):
+        shards.begin_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)

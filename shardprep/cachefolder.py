@@ -106,8 +106,10 @@ class CacheFolder:
             return held
         held.close()
         if found.st_nlink:
-            # Cut short by a power cut, or by hand.
-            path.unlink(missing_ok=True)
+            # Cut short by a power cut, or by hand; perhaps another has put a whole one there since.
+            with self.lock(), contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(found, os.lstat(path)):
+                    path.unlink()
         return None
 
     def claim(self, info: FileInfo | ShardInfo) -> int | None:
@@ -133,10 +135,22 @@ class CacheFolder:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # What is left over had its room once; others may have taken that of the disk.
+                if not new and not self._make_room(0):
+                    raise NoRoomError
             except BlockingIOError:
                 os.close(handle)
                 return None
+            except BaseException:
+                self.unclaim(handle)
+                raise
             return handle
+
+    def unclaim(self, file: int) -> None:
+        """Let go of a part, which stays where it is."""
+        # A process that was forked meanwhile has the lock too, until it is given up for all.
+        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
 
     def name(self, file: int, info: FileInfo | ShardInfo) -> Held:
         """Give a part that is whole, and locked by `file`, its name; held for reading."""
@@ -144,7 +158,7 @@ class CacheFolder:
             os.rename(self.part(info), self.path / info.sha256)
             # From the exclusive lock to that of a reader, while nobody can remove it.
             fcntl.flock(file, fcntl.LOCK_SH)
-        return Held(self.path / info.sha256, os.dup(file))
+        return Held(self.path / info.sha256, file)
 
     def drop(self, info: FileInfo | ShardInfo) -> None:
         """Remove a part, for who has it locked."""
@@ -202,6 +216,8 @@ class CacheFolder:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
         finally:
+            # A process that was forked meanwhile would keep it as long as it lives.
+            fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
     def _doubt_after_restart(self) -> None:

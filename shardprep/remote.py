@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import email.utils
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from shardprep.errors import StorageError
+from shardprep.storage import storage_errors
 
 # fsspec and tenacity take a while to import, and who has all files at home needs neither.
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ _FINAL = (
 _FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 # Of the answers that refuse (4xx), those that a later try need not get.
 _PASSING_STATUS = (408, 425, 429)
+_BEHIND_THE_END, _ABSENT = 416, (404, 410)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 
 # How connections are made: time-outs below that of a call, and as many at once as are asked for.
@@ -64,6 +67,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 
 _lock = threading.Lock()
 _filesystems: dict[tuple[int, str], Any] = {}
+
+
+def _after_fork() -> None:
+    # A thread that connects stayed behind, with the lock.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -104,10 +116,17 @@ class Remote:
     def read(self, begin: int | None = None, end: int | None = None) -> bytes:
         """The bytes from `begin` to `end`, or all; the whole file where the server has no ranges.
 
+        There are fewer, or none, where the file ends before.
+
         Raises:
             FileNotFoundError: There is no such file.
         """
-        data: bytes = self._call("cat_file", start=begin, end=end)
+        try:
+            data: bytes = self._call("cat_file", start=begin, end=end)
+        except StorageError as error:
+            if begin is None or _status(error.__cause__) != _BEHIND_THE_END:
+                raise
+            return b""
         return data
 
     def info(self) -> dict[str, Any]:
@@ -158,15 +177,21 @@ class Remote:
         It is there, whole, at the end, or not at all: what stores take in parts appears when the
         last has come.
         """
-        with tempfile.NamedTemporaryFile(prefix="shardprep-") as file:
+        here = Path(tempfile.gettempdir())
+        with storage_errors(here), tempfile.NamedTemporaryFile(prefix="shardprep-") as file:
             yield file  # type: ignore[misc]
             file.flush()
             self._check_writable()
-            size = os.path.getsize(file.name)
-            # An async store is given the method by name, and the path of the file first.
-            self._call(
-                "put_file", before=(file.name,), seconds=CALL_SECONDS + size / _SLOWEST_UPLOAD
-            )
+            seconds = CALL_SECONDS + os.path.getsize(file.name) / _SLOWEST_UPLOAD
+            try:
+                # An async store is given the method by name, and the path of the file first.
+                self._call("put_file", before=(file.name,), seconds=seconds)
+            except FileNotFoundError as error:
+                raise StorageError(
+                    f"there is no such place to write to ({_words(error)})",
+                    file=self,
+                    remedy="Make the bucket, or name another.",
+                ) from None
 
     def move(self, to: Remote) -> None:
         """Give a file another place in the same store, without sending it."""
@@ -253,6 +278,10 @@ def modified_ns(info: dict[str, Any]) -> int:
             return int(found * 1e9)
         if isinstance(found, datetime.datetime):
             return int(found.timestamp() * 1e9)
+    # What a web server says.
+    with contextlib.suppress(ValueError):
+        said = email.utils.parsedate_to_datetime(str(info.get("Last-Modified", "")))
+        return int(said.timestamp() * 1e9)
     return 0
 
 
@@ -285,7 +314,14 @@ def _timed(system: Any, method: str, seconds: float) -> Callable[..., Any]:
 
     def timed(*arguments: Any, **options: Any) -> Any:
         function = getattr(system, f"_{method}")
-        return sync(system.loop, function, *arguments, timeout=seconds, **options)
+        try:
+            return sync(system.loop, function, *arguments, timeout=seconds, **options)
+        except FileNotFoundError as error:
+            # Of a web server, fsspec says so whatever has failed.
+            cause = error.__cause__
+            if "http" not in system.protocol or cause is None or _status(cause) in _ABSENT:
+                raise
+            raise cause from None
 
     return timed
 
@@ -297,7 +333,18 @@ def _may_pass(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in _PASSING_STATUS
-    return type(error).__name__ not in _FINAL_NAMES
+    return type(error).__name__ not in _FINAL_NAMES and _status(error) != _BEHIND_THE_END
+
+
+def _status(error: BaseException | None) -> int | None:
+    """HTTP status of the answer that was an error to aiohttp, or to botocore; None if unknown."""
+    answer = getattr(error and error.__cause__, "response", None)
+    status: int | None = (
+        answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(answer, dict)
+        else getattr(error, "status", None)
+    )
+    return status
 
 
 def _words(error: BaseException | None) -> str:
