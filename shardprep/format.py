@@ -181,7 +181,7 @@ def load_manifest(folder: Location) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if isinstance(path, Remote):
-        return decode_manifest(_fetch(path), path)
+        return _fetched_manifest(path)
     assert isinstance(folder, Path)
     try:
         data = read_at_most(path, MAX_MANIFEST_BYTES)
@@ -198,6 +198,18 @@ def load_manifest(folder: Location) -> Manifest:
             remedy = "Run `shardprep build SRC DST` again to finish it."
         raise FormatError(what, file=folder, remedy=remedy) from error
     return decode_manifest(data, path)
+
+
+def _fetched_manifest(path: Remote) -> Manifest:
+    """The manifest of a store; what comes the same twice is what the store has."""
+    data = _fetch(path)
+    while True:
+        try:
+            return decode_manifest(data, path)
+        except FormatError:
+            before, data = data, _fetch(path)
+            if data == before:
+                raise
 
 
 def _fetch(path: Remote) -> bytes:

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 _S3 = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 50, "max_pool_connections": 64}}
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 
+# Seconds between two words on troubles, and when the last was said.
+_SILENCE = 30.0
+_told = -_SILENCE
+
 _lock = threading.Lock()
 _filesystems: dict[tuple[int, str], Any] = {}
 
@@ -72,7 +77,11 @@ _filesystems: dict[tuple[int, str], Any] = {}
 def _after_fork() -> None:
     # A thread that connects stayed behind, with the lock.
     global _lock
-    _lock = threading.Lock()
+    # Seconds between two words on troubles, and when the last was said.
+_SILENCE = 30.0
+_told = -_SILENCE
+
+_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -264,8 +273,13 @@ class Remote:
             ) from error
 
     def _tell(self, state: tenacity.RetryCallState) -> None:
-        # One failure in a while is nothing to speak of.
-        if state.attempt_number == 5 and state.outcome is not None:
+        # One failure in a while is nothing to speak of, and many calls may fail together.
+        global _told
+        if state.attempt_number >= 5 and state.outcome is not None:
+            with _lock:
+                if time.monotonic() < _told + _SILENCE:
+                    return
+                _told = time.monotonic()
             error = _words(state.outcome.exception())
             _log.warning("%s: %s; trying for %.0f s", self.url, error, self.patience)
 
