@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(
                 "error: another process is gone, or the network to it; see what it said last. "
                 "--resume goes on from the newest checkpoint, which torchrun --max-restarts does "
-                f"by itself ({' '.join(str(error).split())[:200]})"
+                "by itself; if no step was done, name the network by NCCL_SOCKET_IFNAME or, on "
+                f"CPUs, GLOO_SOCKET_IFNAME ({' '.join(str(error).split())[:200]})"
             )
             return TrainerError.exit_code
         if not is_out_of_memory(error):

@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -47,6 +48,8 @@ class Report:
     """What it does."""
     seconds: float = 0.0
     """How long it has been at it."""
+    machine: str = ""
+    """Name of its machine."""
 
 
 class Watchdog:
@@ -126,7 +129,9 @@ class Watchdog:
         while not self._stopped.wait(self._interval):
             before, (count, step, phase) = self._reports[self.rank], self._note
             seconds = before.seconds + self._interval if count == before.count else 0.0
-            self._reports[self.rank] = Report(before.ticks + 1, count, step, phase, seconds)
+            self._reports[self.rank] = Report(
+                before.ticks + 1, count, step, phase, seconds, socket.gethostname()
+            )
             reports = dict(self._reports)
             silence.hear(reports, self._interval)
             if still.hear(reports, self._interval) >= self.seconds:
@@ -205,13 +210,15 @@ def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: floa
     else:
         what = "all are computing, or wait for one another"
     lines = [f"error: no process has begun anything for {seconds:g} s, train.hang_seconds; {what}"]
+    several = len({report.machine for report in reports.values()}) > 1
     for rank in sorted({*reports, *silent}):
         last = reports.get(rank)
+        place = f" on {last.machine}" if several and last is not None and last.machine else ""
         tale = "was never heard of"
         if last is not None:
             tale = f"after step {last.step:,}, {last.phase} for {last.seconds:.0f} s"
             tale += ", no answer since" if rank in silent else ""
-        lines.append(f"  process {rank}: {tale}")
+        lines.append(f"  process {rank}{place}: {tale}")
     return "\n".join([*lines, "--resume goes on from the newest checkpoint"])
 
 

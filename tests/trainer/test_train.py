@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import distributed
 
 import trainer
 from trainer.config import Config
@@ -237,6 +238,31 @@ def test_too_little_memory_is_one_message(
     assert main(["--config", config_file()]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: the memory of the device does not suffice")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4"),
+        distributed.DistBackendError("NCCL error: remote process exited"),
+        distributed.DistNetworkError("Failed to recv, got 0 bytes"),
+    ],
+)
+def test_the_loss_of_another_process_is_one_message(
+    failure: Exception,
+    config_file: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def alone(self: Trainer) -> None:
+        raise failure
+
+    monkeypatch.setattr(Trainer, "_build_model", alone)
+    assert main(["--config", config_file()]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: another process is gone, or the network to it")
+    assert str(failure) in err
     assert err.count("\n") == 1
 
 

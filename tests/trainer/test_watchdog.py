@@ -83,6 +83,14 @@ def test_the_report_names_the_silent_then_those_who_keep_the_others_waiting() ->
     assert "all are computing" in describe({0: computing(9), 1: computing(9)}, [], 3.0)
 
 
+def test_the_report_names_the_machines_if_there_are_several() -> None:
+    places = [Report(9, 5, 12, READING, 4.0, machine) for machine in ("a", "b", "b")]
+    text = describe(dict(enumerate(places)), [], 3.0)
+    assert "  process 0 on a: after" in text
+    assert "  process 2 on b: after" in text
+    assert "process 1: after" in describe(dict(enumerate(places[1:])), [], 3.0)
+
+
 def test_a_process_that_gets_on_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     # It would end this very process.
     with Watchdog(0.4) as watchdog:
