@@ -13,7 +13,7 @@ import os
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def write_shard(
     """
     tar = TarWriter(file)
     rows, rejects, source_bytes = [], [], 0
-    for utterance, content in _fetching_ahead(task):
+    for utterance, content in files_ahead(task.root, task.plan.utterances, task.n_mels):
         try:
             payload = encode_file(
                 content,
@@ -148,22 +148,24 @@ def write_shard(
     return ShardRecord(task.inputs, info, tuple(rows), tuple(rejects), source_bytes)
 
 
-def _fetching_ahead(task: ShardTask) -> Iterator[tuple[Utterance, SourceFile]]:
-    """The utterances of a task with their files; those of the next ones are on their way."""
-    if isinstance(task.root, Remote):
+def files_ahead(
+    root: Location, utterances: Sequence[Utterance], n_mels: int
+) -> Iterator[tuple[Utterance, SourceFile]]:
+    """Utterances of the data set at `root` with their files; the next files are on their way."""
+    if isinstance(root, Remote):
         with ThreadPoolExecutor(_FILES_AHEAD) as threads:
             asked = deque[Future[SourceFile]]()
-            later = iter(task.plan.utterances)
-            for utterance in task.plan.utterances:
+            later = iter(utterances)
+            for utterance in utterances:
                 for coming in itertools.islice(later, _FILES_AHEAD - len(asked)):
-                    asked.append(threads.submit(fetch_file, task.root, coming, task.n_mels))
+                    asked.append(threads.submit(fetch_file, root, coming, n_mels))
                 yield utterance, asked.popleft().result()
         return
-    later = iter(task.plan.utterances)
-    for number, utterance in enumerate(task.plan.utterances):
+    later = iter(utterances)
+    for number, utterance in enumerate(utterances):
         for coming in itertools.islice(later, 1 if number else _FILES_AHEAD):
-            fetch(os.path.join(task.root, coming.path))
-        yield utterance, task.root / utterance.path
+            fetch(os.path.join(root, coming.path))
+        yield utterance, root / utterance.path
 
 
 def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:

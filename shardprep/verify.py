@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -35,9 +36,9 @@ from shardprep.format import (
 )
 from shardprep.reader import Split
 from shardprep.remote import Location, Remote, locate
-from shardprep.shard import fetch_file
+from shardprep.shard import SourceFile, files_ahead
 from shardprep.sidecars import read_rejects
-from shardprep.source import Source, scan_dataset
+from shardprep.source import Source, Utterance, scan_dataset
 from shardprep.storage import open_regular, sha256_of
 from shardprep.tarwalk import Member, content, walk
 
@@ -210,7 +211,8 @@ def _split_faults(
         indices = np.flatnonzero(shards == number)
         if deep:
             yield from _tar_faults(files, info, split, indices, manifest)
-        for index in map(int, indices):
+        originals = _originals(source, split, indices)
+        for index, original in zip(map(int, indices), originals, strict=False):
             try:
                 mel = split.read(index)
             except CorruptShardError as error:
@@ -222,7 +224,7 @@ def _split_faults(
             if not np.isfinite(mel).all():
                 yield Fault(info.file, str(split.keys[index]), "has values that are not finite")
             if source is not None:
-                yield from _source_faults(info.file, split, index, mel, source)
+                yield from _source_faults(info.file, split, index, mel, source, original)
         advance(info.bytes)
 
 
@@ -289,28 +291,46 @@ def _next(members: Iterator[Member]) -> Member:
     return member
 
 
+def _originals(
+    source: Source | None, split: Split, indices: np.ndarray
+) -> Iterator[tuple[Utterance, SourceFile] | None]:
+    """What the source has of each utterance, None where it has nothing."""
+    if source is None:
+        yield from itertools.repeat(None)
+        return
+    known = [source.by_key.get(str(split.keys[index])) for index in indices]
+    there = [utterance for utterance in known if utterance is not None]
+    files = files_ahead(source.root, there, source.n_mels)
+    for utterance in known:
+        yield None if utterance is None else next(files)
+
+
 def _source_faults(
-    file: str, split: Split, index: int, mel: np.ndarray, source: Source
+    file: str,
+    split: Split,
+    index: int,
+    mel: np.ndarray,
+    source: Source,
+    original: tuple[Utterance, SourceFile] | None,
 ) -> Iterator[Fault]:
     key = str(split.keys[index])
-    utterance = source.by_key.get(key)
-    if utterance is None:
+    if original is None:
         yield Fault(file, key, f"is not an utterance of {source.root}")
         return
+    utterance, stored = original
     if utterance.label != int(split.labels[index]):
         yield Fault(
             file, key, f"its label is {split.labels[index]}, the source's {utterance.label}"
         )
     try:
-        stored = fetch_file(source.root, utterance, source.n_mels)
         if isinstance(stored, ValueError):
             raise stored
-        original = load_features(stored, n_mels=source.n_mels, frames=utterance.frames)
+        numbers = load_features(stored, n_mels=source.n_mels, frames=utterance.frames)
     except ValueError as error:
         yield Fault(file, key, f"the source file {utterance.path} {error}")
         return
     with np.errstate(over="ignore"):
-        expected = original.astype(split.dtype)
+        expected = numbers.astype(split.dtype)
     if not np.array_equal(expected, mel):
         yield Fault(file, key, f"differs from the source file {utterance.path}")
 
