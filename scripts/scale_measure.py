@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from scale_model import Calibration, Figures, Job
+from scale_job import Calibration, Figures, Job
 from servers import Faults, ObjectStore, fault_proxy, object_store
 
 import shardprep

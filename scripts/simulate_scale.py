@@ -23,7 +23,8 @@ from typing import Any
 
 import click
 import msgspec
-from scale_model import ROOM_SHARE, Calibration, Figures, Job, bounds, simulate
+from scale_job import ROOM_SHARE, Calibration, Figures, Job, bounds
+from scale_model import simulate
 
 from shardprep.bench.standings import machine
 

@@ -22,12 +22,13 @@ from shardprep.windowed import WindowedOrder
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+jobs = importlib.import_module("scale_job")
 model = importlib.import_module("scale_model")
 scale = importlib.import_module("simulate_scale")
 
 # No constant but those that a test sets holds anything back.
-FREE = model.Calibration(0.0, 1e6, 1e6, 1e9)
-JOB = model.Job(
+FREE = jobs.Calibration(0.0, 1e6, 1e6, 1e9)
+JOB = jobs.Job(
     utterances=64_000,
     bytes_each=50_000,
     samples_per_shard=100,
@@ -144,7 +145,7 @@ def test_more_bandwidth_slows_nothing(
 @settings(deadline=None, max_examples=30)
 @given(
     job=st.builds(
-        model.Job,
+        jobs.Job,
         utterances=st.integers(5_000, 20_000),
         bytes_each=st.floats(1_000, 100_000),
         samples_per_shard=st.integers(20, 300),
@@ -162,9 +163,9 @@ def test_more_bandwidth_slows_nothing(
 )
 def test_no_epoch_is_faster_than_its_bounds(job: Any, latency: float) -> None:
     assume(job.fits)
-    calibration = model.Calibration(latency, 90.0, 400.0, 1e5)
+    calibration = jobs.Calibration(latency, 90.0, 400.0, 1e5)
     epochs = model.simulate(job, calibration, epochs=2)
-    fastest = min(model.bounds(job, calibration).values())
+    fastest = min(jobs.bounds(job, calibration).values())
     # The remainder behind the last step is neither used nor, all of it, fetched.
     used = job.steps * job.global_batch / job.utterances
     assert epochs[0].samples_per_s <= fastest / (1 - job.samples_per_shard / job.utterances) / used
@@ -219,11 +220,11 @@ def test_what_does_not_fit_is_refused_as_the_loader_refuses_it() -> None:
                 model.simulate(sized, FREE)
             with pytest.raises(Exception, match="has room for"):
                 plan_for_cache(Split(), "windowed", lanes, window, room)  # type: ignore[arg-type]
-    assert model.ROOM_SHARE == cachedmap._WINDOWS
+    assert jobs.ROOM_SHARE == cachedmap._WINDOWS
 
 
 def test_recommended_shards_fit_and_are_no_worse_than_others() -> None:
-    calibration = model.Calibration()
+    calibration = jobs.Calibration()
     base = replace(JOB, nodes=4, ranks=8, step_s=0.005, node_mb_per_s=500.0, store_mb_per_s=5e3)
     chosen = scale.recommend(base, calibration, disk_gb=1_000.0)
     assert chosen.fits
@@ -295,16 +296,16 @@ def test_constants_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "remote.json"
     for text in (asdict(FREE), {"machine": {}, "calibration": {**asdict(FREE), "more": 1}}):
         path.write_text(json.dumps(text))
-        assert model.Calibration.read(path) == FREE
+        assert jobs.Calibration.read(path) == FREE
 
 
 def test_the_command_says_what_the_functions_say() -> None:
     options = ["--utterances", "40000"]
     run = CliRunner().invoke(scale.main, [*options, "--json"], catch_exceptions=False)
     found = json.loads(run.stdout)
-    job = model.Job(**found["job"])
+    job = jobs.Job(**found["job"])
     assert job.utterances == 40_000
-    assert found["first_epoch"]["seconds"] == model.simulate(job, model.Calibration())[0].seconds
+    assert found["first_epoch"]["seconds"] == model.simulate(job, jobs.Calibration())[0].seconds
     text = CliRunner().invoke(scale.main, options).stdout
     assert f"{found['first_epoch']['samples_per_s']:,.0f} samples/s" in text
     small = CliRunner().invoke(scale.main, [*options, "--cache-gb", "0.01"])
