@@ -77,11 +77,7 @@ _filesystems: dict[tuple[int, str], Any] = {}
 def _after_fork() -> None:
     # A thread that connects stayed behind, with the lock.
     global _lock
-    # Seconds between two words on troubles, and when the last was said.
-_SILENCE = 30.0
-_told = -_SILENCE
-
-_lock = threading.Lock()
+    _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
