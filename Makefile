@@ -6,6 +6,8 @@
 #                       write scripts/results/; DATA=folder for real data
 # make bench-train      measure training against the course's code, and write scripts/results/train.json;
 #                       DATA=folder of a data set, ARGS='--batch 32 2048' and others of the script
+# make bench-remote     measure shards behind a network, and what comes of its faults, with a real
+#                       S3 server on this machine, and write scripts/results/remote.json
 # make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and
 #                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' to
 #                       do it on CPUs
@@ -27,7 +29,7 @@ SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench bench-train ladder torture fuzz clean
+.PHONY: demo test test-all check bench bench-train bench-remote ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +65,9 @@ bench: $(BENCH_VENV)/.installed
 bench-train: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python scripts/bench_train.py $(if $(DATA),--dataset '$(DATA)') \
 		--out scripts/results/train.json $(ARGS)
+
+bench-remote: $(INSTALLED)
+	$(BIN)/python scripts/bench_remote.py --out scripts/results/remote.json $(ARGS)
 
 ladder: $(BENCH_VENV)/.installed
 	@test -n '$(DATA)' || { echo 'make ladder DATA=folder, with Dataset/ and test_labels.csv'; exit 2; }

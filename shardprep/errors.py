@@ -5,7 +5,7 @@ ShardprepError
 ├── FormatError        4  not a shard folder, or one of a version that this release cannot read
 ├── CorruptShardError  1  a shard, an index or the manifest is damaged
 ├── BuildError         5  the build cannot start or go on
-└── StorageError       6  the disk or the network refused (full, read-only, gone)
+└── StorageError       6  the disk or a store refused (full, read-only, gone)
 
 Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIGTERM.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -22,13 +23,15 @@ from trainer.config import Config, flatten
 from trainer.options import parse_args
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+servers = importlib.import_module("servers")
 README = (ROOT / "README.md").read_text()
 FORMAT = (ROOT / "FORMAT.md").read_text()
 MULTINODE = (ROOT / "docs" / "multinode.md").read_text()
 
 # What makes the README's training commands end in seconds; a later option wins.
 SHORTENED = (
-    "--train.total_steps 2 --train.valid_steps 2 --data.batch_size 4 "
+    "--train.total_steps 2 --train.valid_steps 2 --data.batch_size 8 "
     "--model.dim 32 --model.ff_dim 64 --model.heads 2 --model.head_dim 16"
 )
 
@@ -69,6 +72,33 @@ def test_readme_commands_run(tmp_path: Path, make_dataset: Callable[..., Path]) 
     assert len(rows) == 1 + 5
     for code in code_blocks(README, "python"):
         run([sys.executable, "-W", "error", "-c", code], tmp_path)
+
+
+@pytest.mark.remote
+def test_readme_commands_on_urls_run(
+    tmp_path: Path, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(speakers=3, utterances=14)
+    (tmp_path / "trainer").symlink_to(ROOT / "trainer")
+    (block,) = code_blocks(README, "bash")
+    commands = [line.split("#")[0].strip() for line in block.splitlines()]
+    given = {name for line in commands for name in re.findall(r"(?:export|^| )(\w+)=", line)}
+    with servers.object_store(tmp_path / "store") as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("SHARDPREP_CACHE", str(tmp_path / "cache"))
+        assert {"AWS_ENDPOINT_URL", "SHARDPREP_CACHE", "SHARDPREP_CACHE_GB"} <= given
+        assert given - {"SHARDPREP_CACHE_GB"} <= os.environ.keys()
+        done = 0
+        for command in commands:
+            if not command.startswith("export"):
+                own = command.replace("s3://bucket/shards", store.url("shards"))
+                run_command(
+                    own.replace("https://example.org/shards", store.http_url("shards")), tmp_path
+                )
+                done += own != command
+    assert done == 4
+    assert (tmp_path / "submission.csv").exists()
 
 
 def run_command(command: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ Exit codes, of every command:
   3    the data set to pack is not as it should be
   4    not a shard folder, or of a version that cannot be read
   5    the build cannot start or go on
-  6    the disk refused (full, read-only, gone)
+  6    the disk refused (full, read-only, gone), or a store gave no answer
   130  Ctrl-C      143  SIGTERM
 """
 
