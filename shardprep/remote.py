@@ -241,7 +241,8 @@ class Remote:
             raise StorageError(f"is no URL that fsspec knows ({error})", file=self) from None
 
     def _call(
-        self, method: str, *after: Any, before: tuple[Any, ...] = (), seconds: float = CALL_SECONDS,
+        self, method: str, *after: Any, before: tuple[Any, ...] = (),
+        seconds: float | None = None,
         **options: Any,
     ) -> Any:  # fmt: skip
         """Call a method of the file system on this URL until it succeeds, or there is no hope."""
@@ -256,7 +257,13 @@ class Remote:
         )
         system = self._filesystem()
         try:
-            return attempts(_timed(system, method, seconds), *before, self.url, *after, **options)
+            return attempts(
+                _timed(system, method, seconds or CALL_SECONDS),
+                *before,
+                self.url,
+                *after,
+                **options,
+            )
         except (FileNotFoundError, StorageError):
             raise
         except Exception as error:
