@@ -40,7 +40,13 @@ _CHANGED = "If the set was built anew meanwhile, start again; else see `shardpre
 
 
 class Lender(Protocol):
-    """Keeps files of the cache in use that it can do without for a while."""
+    """Keeps files of the cache in use that it can do without for a while.
+
+    Attributes:
+        in_use: Bytes of these files.
+    """
+
+    in_use: int
 
     def give_back(self, *, urgent: bool) -> None:
         """Let go of what nobody is going to use soon; if urgent, also of some that is to be."""
@@ -95,6 +101,8 @@ class ShardCache:
         self.patience = patience
         self.traffic = Traffic()
         self._counting = threading.Lock()
+        # Bytes of files that are being held or fetched for a lender just now.
+        self._arriving = 0
         self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -145,6 +153,39 @@ class ShardCache:
             StorageError: The store gave no answer in time, or there is no room for it.
             CorruptShardError: The store has no such file, or other bytes.
         """
+        self._keep_to_share(info.bytes, wait=wait)
+        try:
+            return self._hold(remote, info, wait=wait)
+        finally:
+            with self._counting:
+                self._arriving -= info.bytes
+
+    def _keep_to_share(self, size: int, *, wait: bool) -> None:
+        """Count a file as arriving; what this process has in use is to stay within its share.
+
+        Else one rank could wait for room that others keep, which wait for it.
+
+        Raises:
+            NoRoomError: It would not, and `wait` is off.
+        """
+        with self._counting:
+            self._arriving += size
+        if self._in_use() > self.share:
+            self._give_back(urgent=False)
+        if self._in_use() > self.share and not wait:
+            with self._counting:
+                self._arriving -= size
+            raise NoRoomError
+        before = 0
+        while (now := self._in_use()) > self.share and now != before:
+            before = now
+            self._give_back(urgent=True)
+
+    def _in_use(self) -> int:
+        with self._counting:
+            return self._arriving + sum(lender.in_use for lender in self._lenders)
+
+    def _hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool) -> Held:
         full_since = None
         while True:
             try:

@@ -45,6 +45,8 @@ class CachedMap(ShardMap):
         self.room = int(_WINDOWS * cache.share)
         # Those that are mapped, the longest first; a dict for its order.
         self._held: dict[int, None] = {}
+        #: Bytes of these.
+        self.in_use = 0
         # How many windows want each.
         self._wanted: Counter[int] = Counter()
         self._begin()
@@ -196,6 +198,7 @@ class CachedMap(ShardMap):
             held.close()
             self._held[shard] = None
             self._mapped[shard] = True
+            self.in_use += info.bytes
 
     def _trim(self, most: int, keep: set[int]) -> None:
         """Let the files go that no window wants, the longest mapped first, until few are left."""
@@ -222,7 +225,9 @@ class CachedMap(ShardMap):
         for shard in shards:
             self._mapped[shard] = False
             self._region.clear(int(self.begins[shard]), int(self._pages[shard]))
-            self._held.pop(shard, None)
+            if shard in self._held:
+                del self._held[shard]
+                self.in_use -= self._infos[shard].bytes
         self._leaving -= shards
 
 
