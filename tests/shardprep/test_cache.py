@@ -326,6 +326,8 @@ def test_lenders_are_asked_to_give_back_before_anybody_waits(store: Store, place
             self.loose = [shards.hold(*store.put("a", KB))]
             self.wanted = [shards.hold(*store.put("b", KB))]
 
+        in_use = 0
+
         def give_back(self, *, urgent: bool) -> None:
             for held in self.wanted if urgent else self.loose:
                 held.close()
@@ -339,6 +341,29 @@ def test_lenders_are_asked_to_give_back_before_anybody_waits(store: Store, place
         shards.hold(*store.put("d", KB), wait=False)
     shards.hold(*store.put("d", KB))
     assert keeper.wanted[0].path.name not in stored(place)
+
+
+def test_a_process_keeps_to_its_share_though_there_is_room(store: Store, place: Path) -> None:
+    class Keeper:
+        in_use = 3 * KB
+        asked: list[bool] = []
+
+        def give_back(self, *, urgent: bool) -> None:
+            self.asked.append(urgent)
+            if urgent:
+                self.in_use -= KB
+
+    shards = ShardCache(place, 8 * KB, readers=2)
+    keeper = Keeper()
+    shards.lends(keeper)
+    shards.hold(*store.put("a", KB), wait=False)
+    assert not keeper.asked
+    with pytest.raises(NoRoomError):
+        shards.hold(*store.put("b", 2 * KB), wait=False)
+    assert keeper.asked == [False]
+    shards.hold(*store.put("b", 2 * KB))
+    assert keeper.asked == [False, False, True]
+    assert keeper.in_use == 2 * KB
 
 
 # Holds files at random for a second, in some threads, and reports whether all were as they should.
