@@ -41,6 +41,20 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\.(?P<bytes>\d+)\.part)?")
 
 
+# Parts that threads of this process are fetching.
+_claimed: set[int] = set()
+
+
+def _after_fork() -> None:
+    # Whoever is forked shares the locks of its parent, and would keep them as long as it lives.
+    for file in _claimed:
+        os.close(file)
+    _claimed.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class NoRoomError(Exception):
     """What is in use fills the budget."""
 
@@ -144,12 +158,12 @@ class CacheFolder:
             except BaseException:
                 self.unclaim(handle)
                 raise
+            _claimed.add(handle)
             return handle
 
     def unclaim(self, file: int) -> None:
         """Let go of a part, which stays where it is."""
-        # A process that was forked meanwhile has the lock too, until it is given up for all.
-        fcntl.flock(file, fcntl.LOCK_UN)
+        _claimed.discard(file)
         os.close(file)
 
     def name(self, file: int, info: FileInfo | ShardInfo) -> Held:
@@ -158,6 +172,7 @@ class CacheFolder:
             os.rename(self.part(info), self.path / info.sha256)
             # From the exclusive lock to that of a reader, while nobody can remove it.
             fcntl.flock(file, fcntl.LOCK_SH)
+        _claimed.discard(file)
         return Held(self.path / info.sha256, file)
 
     def drop(self, info: FileInfo | ShardInfo) -> None:
