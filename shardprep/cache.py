@@ -100,11 +100,15 @@ class ShardCache:
         self.readers = readers or int(_number(READERS_VARIABLE) or 1)
         self.patience = patience
         self.traffic = Traffic()
+        self.begin_anew()
+        self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+
+    def begin_anew(self) -> None:
+        """Have nothing on its way, in a process that was forked: its threads stayed behind."""
         self._counting = threading.Lock()
         # Bytes of files that are being held or fetched for a lender just now.
         self._arriving = 0
-        self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
     def __reduce__(self) -> Any:
         # Threads and counters stay behind.

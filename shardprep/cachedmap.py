@@ -67,6 +67,7 @@ class CachedMap(ShardMap):
 
         Its threads stayed there, and what is mapped here too could not leave the cache.
         """
+        self._cache.begin_anew()
         self._begin()
         self._unmap(set(self._held))
 
