@@ -188,7 +188,7 @@ def warm(bench: Bench) -> Result:
     rates: dict[str, list[float]] = {"s3, warm cache": [], "disk": []}
     waits: dict[str, list[float]] = {name: [] for name in rates}
     places = {"s3, warm cache": url, "disk": str(shards)}
-    steps = max(60, int(400 * bench.scale))
+    steps = max(60, int(150 * bench.scale))
     for number in range(2 * bench.rounds):
         # The first of a pair in turn: a machine that grows slower or faster favours nobody.
         for name in list(places)[:: 1 if number % 2 else -1]:
@@ -198,7 +198,7 @@ def warm(bench: Bench) -> Result:
                 *("--config", ROOT / "trainer/recipes/demo.yaml", "--train.runs", runs),
                 *("--data.shards", places[name], "--data.order", "windowed", "--data.lanes", "2"),
                 *("--data.window_shards", "2", "--train.valid_steps", "0"),
-                *("--train.total_steps", steps, "--train.log_steps", "20"),
+                *("--train.total_steps", steps, "--train.log_steps", "10"),
                 *("--train.save_steps", steps),
             ]
             subprocess.run([str(word) for word in command], check=True, capture_output=True)
