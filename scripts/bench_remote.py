@@ -48,8 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
+from noise import make_noise
 from servers import Faults, ObjectStore, fault_proxy, object_store
 
 import shardprep
@@ -57,7 +56,6 @@ from shardprep.bench.standings import machine
 from shardprep.cache import DOWNLOADS
 
 ROOT = Path(__file__).parents[1]
-FRAMES, MELS = 300, 40
 LARGE, SMALL = (16_000, 1000), (4_000, 20)
 WINDOWED: dict[str, Any] = {"order": "windowed", "batch_size": 32, "drop_last": False}
 Result = dict[str, Any]
@@ -77,7 +75,7 @@ class Bench:
         if name not in self._made:
             self._made.add(name)
             utterances = max(200, int(size[0] * self.scale))
-            make_dataset(self.folder / f"{name}-source", utterances)
+            make_noise(self.folder / f"{name}-source", utterances)
             per_shard = max(2, int(size[1] * self.scale))
             options = shardprep.BuildOptions(samples_per_shard=per_shard, val_fraction=0.02)
             shardprep.build_shards(self.folder / f"{name}-source", shards, options)
@@ -91,19 +89,6 @@ class Bench:
         if empty:
             shutil.rmtree(folder, ignore_errors=True)
         return folder
-
-
-def make_dataset(folder: Path, utterances: int) -> None:
-    """A data set of noise, of ten speakers."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    speakers: dict[str, list[dict[str, Any]]] = {f"speaker-{n}": [] for n in range(10)}
-    for number in range(utterances):
-        mel = rng.standard_normal((FRAMES, MELS), np.float32)
-        torch.save(torch.from_numpy(mel), folder / f"{number:06d}.pt")
-        row = {"feature_path": f"{number:06d}.pt", "mel_len": FRAMES}
-        speakers[f"speaker-{number % 10}"].append(row)
-    (folder / "metadata.json").write_text(json.dumps({"n_mels": MELS, "speakers": speakers}))
 
 
 def shards_of(folder: Path) -> list[Path]:

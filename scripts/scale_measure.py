@@ -5,7 +5,6 @@ The training is a pause of known length, taken by all ranks in step.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import torch
+from noise import make_noise
 from scale_job import Calibration, Figures, Job
 from servers import Faults, ObjectStore, fault_proxy, object_store
 
@@ -27,7 +25,6 @@ import shardprep
 from shardprep.cache import DOWNLOADS, ShardCache
 from shardprep.remote import Remote
 
-FRAMES, MELS = 300, 40
 UTTERANCES, PER_SHARD = 4_000, 100
 NAME = "scale"
 
@@ -77,16 +74,8 @@ def trials(bytes_each: float) -> list[Trial]:
 
 def make_set(folder: Path) -> float:
     """Shards of noise; returns the bytes that an utterance takes in them."""
-    rng = np.random.default_rng(0)
     source, shards = folder / "Dataset", folder / "shards"
-    source.mkdir()
-    rows = []
-    for number in range(UTTERANCES):
-        mel = rng.normal(-5.0, 4.0, (FRAMES, MELS)).astype(np.float32)
-        torch.save(torch.from_numpy(mel), source / f"{number:05d}.pt")
-        rows.append({"feature_path": f"{number:05d}.pt", "mel_len": FRAMES})
-    speakers = {"one": rows}
-    (source / "metadata.json").write_text(json.dumps({"n_mels": MELS, "speakers": speakers}))
+    make_noise(source, UTTERANCES)
     options = shardprep.BuildOptions(samples_per_shard=PER_SHARD, val_fraction=0, workers=1)
     shardprep.build_shards(source, shards, options)
     return sum(path.stat().st_size for path in shards.glob("train-*.tar")) / UTTERANCES
