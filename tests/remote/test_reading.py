@@ -365,19 +365,19 @@ def test_a_store_that_is_gone_for_good_is_an_error_after_the_patience(
 
 
 def test_a_set_that_is_replaced_while_it_is_read_is_noticed(
-    local: Path, source: Path, store: Any, cached: Callable[..., ShardSet], tmp_path: Path
+    source: Path, store: Any, cached: Callable[..., ShardSet]
 ) -> None:
     place = store.url("replaced")
-    options = BuildOptions(samples_per_shard=2, val_fraction=0.2, workers=1)
+    options = BuildOptions(samples_per_shard=10, val_fraction=0.2, workers=1)
     build_shards(source, place, options)
-    shards = cached(place, 0.12)
+    shards = cached(place, 0.5)
     batches = iter(loader(shards["train"], prefetch=0))
     next(batches)
     shards.check_unchanged()
     build_shards(
         source,
         place,
-        BuildOptions(samples_per_shard=2, val_fraction=0.2, seed=9, workers=1, overwrite=True),
+        BuildOptions(samples_per_shard=10, val_fraction=0.2, seed=9, workers=1, overwrite=True),
     )
     with pytest.raises(CorruptShardError, match="set was changed while it was being read"):
         shards.check_unchanged()
