@@ -97,7 +97,7 @@ class ShardCache:
         path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
         with storage_errors(path):
             self.folder = CacheFolder(path, budget or _asked_budget())
-        self.readers = readers or int(_number(READERS_VARIABLE) or 1)
+        self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
         self.patience = patience
         self.traffic = Traffic()
         self.begin_anew()
