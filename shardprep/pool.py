@@ -60,7 +60,9 @@ def run_tasks(
         return
     # A fork server gives workers a clean start (no threads, no locks of the caller's), and loads
     # the modules once for all of them.
-    context = multiprocessing.get_context("forkserver")
+    # In a process that was forked it would be that of the parent.
+    forked = multiprocessing.parent_process() is not None
+    context = multiprocessing.get_context("spawn" if forked else "forkserver")
     context.set_forkserver_preload(["shardprep.writer"])
     progress, stop = context.RawArray("Q", 2 * len(tasks)), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(

@@ -120,4 +120,11 @@ def _rank() -> int:
 if __name__ == "__main__":
     # A shard that is cut short while it is mapped, or whose disk fails, ends the process by SIGBUS.
     faulthandler.enable()
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written and closed. As the interpreter tears the rest down, a thread of gloo now
+        # and then aborts a process that has done all it should.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
