@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardprep.background import BackgroundThreads
 from shardprep.cachefolder import ROOM, CacheFolder, Held, NoRoomError
 from shardprep.errors import CorruptShardError, StorageError
 from shardprep.format import FileInfo, ShardInfo
 from shardprep.remote import PATIENCE, Remote
-from shardprep.storage import storage_errors
+from shardprep.storage import sha256_of, storage_errors
 
 _log = logging.getLogger("shardprep")
 
@@ -96,13 +98,13 @@ class ShardCache:
     ) -> None:
         path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
         with storage_errors(path):
-            self.folder = CacheFolder(path, budget or _asked_budget())
+            self.folder = CacheFolder(path, _asked_budget() if budget is None else budget)
         self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
         self.patience = patience
         self.traffic = Traffic()
         self.begin_anew()
         self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads: tuple[int, BackgroundThreads] | None = None
 
     def begin_anew(self) -> None:
         """Have nothing on its way, in a process that was forked: its threads stayed behind."""
@@ -117,15 +119,15 @@ class ShardCache:
     @property
     def share(self) -> int:
         """Bytes that this process may have in use at a time."""
-        return self.folder.budget // self.readers
+        return self.folder.budget // (self.readers * _loader_workers())
 
     @property
-    def threads(self) -> ThreadPoolExecutor:
+    def threads(self) -> BackgroundThreads:
         """Threads that fetch ahead."""
         with self._counting:
             # A process that was forked has none of its parent's.
             if self._threads is None or self._threads[0] != os.getpid():
-                self._threads = os.getpid(), ThreadPoolExecutor(DOWNLOADS, "shardprep-fetch")
+                self._threads = os.getpid(), BackgroundThreads(DOWNLOADS, "shardprep-fetch")
             return self._threads[1]
 
     def count_wait(self, seconds: float) -> None:
@@ -164,6 +166,20 @@ class ShardCache:
             with self._counting:
                 self._arriving -= info.bytes
 
+    def renew(self, remote: Remote, info: FileInfo | ShardInfo) -> bool:
+        """Fetch a file anew that is not what its name says.
+
+        Returns:
+            False if it is: then it is the store that has such a file.
+        """
+        with contextlib.closing(self.hold(remote, info)) as held:
+            if sha256_of(held.path) == info.sha256:
+                return False
+            _log.warning("%s: was damaged in the cache; fetched again (%s)", remote, held.path)
+            self.folder.discard(held)
+        self.hold(remote, info).close()
+        return True
+
     def _keep_to_share(self, size: int, *, wait: bool) -> None:
         """Count a file as arriving; what this process has in use is to stay within its share.
 
@@ -191,6 +207,7 @@ class ShardCache:
 
     def _hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool) -> Held:
         full_since = None
+        come, came_at = -1, time.monotonic()
         while True:
             try:
                 with storage_errors(self.folder.path):
@@ -198,8 +215,17 @@ class ShardCache:
                         return held
                     if (part := self.folder.claim(info)) is not None:
                         return self._fetch(part, remote, info)
-                # Another is fetching it, and ends on its own if the store gives no answer.
+                # Another is fetching it.
                 full_since = None
+                if (now := self.folder.stored(info)) != come:
+                    come, came_at = now, time.monotonic()
+                elif time.monotonic() - came_at > self.patience:
+                    raise StorageError(
+                        f"another process is fetching it, of which nothing has come for "
+                        f"{self.patience:.0f} s",
+                        file=remote,
+                        remedy=f"See which process has {self.folder.part(info)} open, and end it.",
+                    )
             except NoRoomError:
                 if full_since is None:
                     full_since = time.monotonic()
@@ -292,13 +318,20 @@ class ShardCache:
             file.truncate()
             if error.errno not in _FULL:
                 raise
-            with self.folder.lock():
-                freed = self.folder.evict(lacking)
+            with self.folder.lock() as lock:
+                freed = self.folder.evict(lock, lacking)
             if not freed:
                 raise NoRoomError from None
             _log.warning("%s: the disk is full; %d bytes were given up", self.folder.path, freed)
             return False
         return True
+
+
+def _loader_workers() -> int:
+    """Workers of the DataLoader that this process is one of, 1 if it is none."""
+    data = sys.modules.get("torch.utils.data")
+    worker = data.get_worker_info() if data is not None else None
+    return 1 if worker is None else int(worker.num_workers)
 
 
 def _default_folder() -> Path:

@@ -101,6 +101,16 @@ class CachedMap(ShardMap):
     def map_all(self) -> None:
         """Nothing: the files of a set are known by their sha256, and need not be held for it."""
 
+    def renew(self, shard: int) -> bool:
+        """Fetch a file anew that was damaged in the cache; False if the store has it so."""
+        info = self._infos[shard]
+        if not self._cache.renew(self._folder / info.file, info):
+            return False
+        with self._lock:
+            # What is mapped is the damaged one; whoever reads it just now will find that as well.
+            self._leave([shard] if shard in self._held else [])
+        return True
+
     def check_sizes(self) -> None:
         """Nothing: the size of a file is checked as it comes."""
 

@@ -35,6 +35,9 @@ ROOM = (
     "or smaller shards at a time (lanes, window_shards, --samples-per-shard)."
 )
 
+# Bytes that may be promised to files which are being fetched; and the part of the budget that is
+# given up at a time where the cache is full.
+_ON_THEIR_WAY, _AT_A_TIME = 8 << 30, 50
 # Left free for others: so many bytes, or such a part of a small disk.
 _MARGIN, _MARGIN_SHARE = 256 << 20, 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -101,7 +104,7 @@ class CacheFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._doubt_after_restart()
-        self.budget = budget or self._half()
+        self.budget = self._half() if budget is None else budget
 
     def open(self, info: FileInfo | ShardInfo) -> Held | None:
         """A file that is here, held; None if it is not."""
@@ -121,10 +124,19 @@ class CacheFolder:
         held.close()
         if found.st_nlink:
             # Cut short by a power cut, or by hand; perhaps another has put a whole one there since.
-            with self.lock(), contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(found, os.lstat(path)):
-                    path.unlink()
+            self._remove(path, found)
         return None
+
+    def discard(self, held: Held) -> None:
+        """Remove a file that is not what its name says; who holds it may go on."""
+        self._remove(held.path, os.stat(held.path))
+
+    def _remove(self, path: Path, found: os.stat_result) -> None:
+        """Remove a file, unless another is in its place by now."""
+        with self.lock() as lock, contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(found, os.lstat(path)):
+                path.unlink()
+                self._count(lock, -found.st_size)
 
     def claim(self, info: FileInfo | ShardInfo) -> int | None:
         """The part of a file, locked, with room for all of it; None if another has it.
@@ -140,17 +152,20 @@ class CacheFolder:
                 file=self.path,
                 remedy=ROOM,
             )
-        with self.lock():
+        with self.lock() as lock:
             if (self.path / info.sha256).exists():
                 return None
             new = not path.exists()
-            if new and not self._make_room(info.bytes):
+            if new and not self._make_room(lock, info.bytes):
                 raise NoRoomError
+            # Counted before it is there: whoever is killed leaves too much counted, never too
+            # little, and where room is short all is counted anew.
+            self._count(lock, info.bytes if new else 0)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # What is left over had its room once; others may have taken that of the disk.
-                if not new and not self._make_room(0):
+                if not new and not self._make_room(lock, 0):
                     raise NoRoomError
             except BlockingIOError:
                 os.close(handle)
@@ -177,23 +192,45 @@ class CacheFolder:
 
     def drop(self, info: FileInfo | ShardInfo) -> None:
         """Remove a part, for who has it locked."""
-        with self.lock():
-            self.part(info).unlink(missing_ok=True)
+        with self.lock() as lock, contextlib.suppress(FileNotFoundError):
+            self.part(info).unlink()
+            self._count(lock, -info.bytes)
 
-    def _make_room(self, size: int) -> bool:
+    def stored(self, info: FileInfo | ShardInfo) -> int:
+        """How much of a file has come that is being fetched, in bytes; -1 if it is not."""
+        try:
+            return self.part(info).stat().st_size
+        except FileNotFoundError:
+            return -1
+
+    def _make_room(self, lock: int, size: int) -> bool:
         """Have so many bytes free of the budget and of the disk, for who holds the lock."""
-        entries = self._entries()
-        budget = self.budget - sum(entry.size for entry in entries)
-        promised = sum(entry.size - entry.stored for entry in entries)
         disk = shutil.disk_usage(self.path)
-        margin = min(_MARGIN, disk.total // _MARGIN_SHARE)
-        lacking = size - min(budget, disk.free - promised - margin)
-        return lacking <= 0 or self.evict(lacking) >= lacking
+        free = disk.free - min(_MARGIN, disk.total // _MARGIN_SHARE)
+        used = self._used(lock)
+        if used is not None and used + size <= self.budget <= free + used - _ON_THEIR_WAY:
+            # To look at every file takes a while where there are many.
+            return True
+        entries = self._entries()
+        used = sum(entry.size for entry in entries)
+        self._set_used(lock, used)
+        promised = sum(entry.size - entry.stored for entry in entries)
+        lacking = size - min(self.budget - used, free - promised)
+        if lacking <= 0:
+            return True
+        # And some more, so as not to look at every file for each that comes.
+        return self.evict(lock, max(lacking, self.budget // _AT_A_TIME), entries) >= lacking
 
-    def evict(self, wanted: int) -> int:
-        """Remove the least recently used of what nobody holds; returns the bytes it had."""
+    def evict(self, lock: int, wanted: int, entries: list[_Entry] | None = None) -> int:
+        """Remove the least recently used of what nobody holds; returns the bytes it had.
+
+        Args:
+            lock: Of the cache, which the caller holds.
+            wanted: Bytes to free.
+            entries: What there is, where that is known.
+        """
         freed = 0
-        for entry in sorted(self._entries()):
+        for entry in sorted(self._entries() if entries is None else entries):
             if freed >= wanted:
                 break
             with contextlib.suppress(FileNotFoundError):
@@ -206,6 +243,7 @@ class CacheFolder:
                     pass
                 finally:
                     os.close(handle)
+        self._count(lock, -freed)
         return freed
 
     def _entries(self) -> list[_Entry]:
@@ -237,15 +275,44 @@ class CacheFolder:
 
     def _doubt_after_restart(self) -> None:
         """Make parts of all files if the system was started since they were written."""
-        start = _BOOT_ID.read_bytes() if _BOOT_ID.exists() else b"unknown"
-        with self.lock() as handle:
-            if os.pread(handle, len(start) + 1, 0) == start:
+        start = _BOOT_ID.read_bytes().strip() if _BOOT_ID.exists() else b"unknown"
+        with self.lock() as lock:
+            if self._noted(lock)[:1] == [start]:
                 return
             for entry in self._entries():
                 if not entry.path.endswith(".part"):
-                    os.rename(entry.path, f"{entry.path}.{entry.size}.part")
-            os.truncate(handle, 0)
-            os.pwrite(handle, start, 0)
+                    self._doubt(entry)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, start + b"\n", 0)
+
+    def _doubt(self, entry: _Entry) -> None:
+        handle = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            # Who reads it has been here since; perhaps it is another machine's cache as well.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(entry.path, f"{entry.path}.{entry.size}.part")
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(handle)
+
+    def _noted(self, lock: int) -> list[bytes]:
+        """The lines of the lock file: the system's start, and the bytes of all files."""
+        return os.pread(lock, 200, 0).split(b"\n")
+
+    def _used(self, lock: int) -> int | None:
+        """Bytes of all files as they were counted; None if they were not."""
+        noted = self._noted(lock)
+        return int(noted[1]) if len(noted) > 1 and noted[1].isdigit() else None
+
+    def _set_used(self, lock: int, used: int) -> None:
+        start = self._noted(lock)[0]
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%s\n%d\n" % (start, max(used, 0)), 0)
+
+    def _count(self, lock: int, change: int) -> None:
+        if change and (used := self._used(lock)) is not None:
+            self._set_used(lock, used + change)
 
     def _half(self) -> int:
         held = sum(entry.stored for entry in self._entries())

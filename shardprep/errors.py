@@ -23,6 +23,12 @@ REPAIR = (
 )
 """Remedy of errors about a damaged set."""
 
+REBUILD = (
+    "`shardprep verify URL --deep` names all that is damaged in the store, and `shardprep build "
+    "SRC URL --overwrite` makes it anew."
+)
+"""The same for a set behind a URL."""
+
 CRC_FAULT = "the stored bytes do not match their crc32"
 """What is wrong with an utterance whose bytes have changed."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from shardprep.cache import ShardCache
 from shardprep.cachedmap import CachedMap
-from shardprep.cachefolder import Held
+from shardprep.cachefolder import ROOM, Held
 from shardprep.errors import FormatError, StorageError
 from shardprep.format import FileInfo, Manifest, ShardInfo, load_manifest
 from shardprep.manifest_watch import ManifestWatch, replaced
@@ -44,6 +44,16 @@ class Files(Protocol):
     def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
         """The same, for as long as the context lasts."""
 
+    def renew(self, info: FileInfo | ShardInfo) -> bool:
+        """Get a file anew that is not as it should be; False if it is what the place has."""
+
+    def check_room(self, size: int) -> None:
+        """Make sure that so many bytes can be on this machine at a time.
+
+        Raises:
+            StorageError: They cannot.
+        """
+
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """The bytes of some shards."""
 
@@ -71,6 +81,13 @@ class LocalFiles:
     def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
         """Where a file of the set lies."""
         return contextlib.nullcontext(self.place / info.file)
+
+    def renew(self, info: FileInfo | ShardInfo) -> bool:
+        """There is only this one."""
+        return False
+
+    def check_room(self, size: int) -> None:
+        """They are here."""
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """See `Files.map_shards`."""
@@ -113,6 +130,21 @@ class CachedFiles:
         """Where a file of the set lies in the cache, for as long as the context lasts."""
         with contextlib.closing(self.cache.hold(self.place / info.file, info)) as held:
             yield held.path
+
+    def renew(self, info: FileInfo | ShardInfo) -> bool:
+        """See `Files.renew`: a file of the cache may have been damaged since it came."""
+        if (held := self._held.pop(info.file, None)) is not None:
+            held.close()
+        return self.cache.renew(self.place / info.file, info)
+
+    def check_room(self, size: int) -> None:
+        """See `Files.check_room`."""
+        if size > self.cache.folder.budget:
+            raise StorageError(
+                f"takes {size} bytes, and the cache keeps at most {self.cache.folder.budget}",
+                file=self.place,
+                remedy=ROOM,
+            )
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """See `Files.map_shards`."""

@@ -19,7 +19,7 @@ from shardprep.prefetch import ahead
 from shardprep.reader import Split
 from shardprep.resident import ResidentSplit, fits
 from shardprep.sampling import Indices, crop_starts, epoch_order, rank_slice
-from shardprep.windowed import WindowedOrder
+from shardprep.windowed import WindowedOrder, check_lanes
 
 Batch = dict[str, Tensor]
 Order = Literal["global", "windowed"]
@@ -164,6 +164,7 @@ class SegmentLoader:
             self._resident = ResidentSplit(split, self._device, self._guard)
         self._warmed = placement == "device"
         self._window = split.window()
+        self._orders: dict[int, WindowedOrder] = {}
 
     def __len__(self) -> int:
         """Batches a whole epoch gives each rank."""
@@ -278,6 +279,12 @@ class SegmentLoader:
         return self._windowed_order(epoch)
 
     def _windowed_order(self, epoch: int) -> WindowedOrder:
+        # The end of an epoch looks at the next one already.
+        if epoch not in self._orders:
+            self._orders = {epoch: self._new_order(epoch), **dict([*self._orders.items()][:1])}
+        return self._orders[epoch]
+
+    def _new_order(self, epoch: int) -> WindowedOrder:
         return WindowedOrder(
             self.split.shard_samples,
             self._seed,
@@ -360,6 +367,8 @@ def plan_for_cache(split: Split, order: Order, lanes: int, window_shards: int, r
         StorageError: The order needs more shards at a time than there is room for.
     """
     sizes = split.shard_bytes
+    if sizes.sum() <= room:
+        return PLANNED
     if order == "global":
         needed, advice = int(sizes.sum()), "read by order windowed, or "
     else:
@@ -376,21 +385,6 @@ def plan_for_cache(split: Split, order: Order, lanes: int, window_shards: int, r
         )
     spare = (room - needed) / 2 * len(split) / sizes.sum()
     return int(min(PLANNED, max(spare, 1)))
-
-
-def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: int) -> None:
-    """Make sure that lanes can be shared out over batches and ranks.
-
-    Raises:
-        ValueError: They cannot.
-    """
-    if lanes < 1 or window_shards < 1:
-        raise ValueError(f"lanes {lanes}, window_shards {window_shards}: both must be positive")
-    if lanes % world_size or global_batch % lanes:
-        raise ValueError(
-            f"lanes {lanes}: must be a multiple of the {world_size} processes, and divide the "
-            f"{global_batch} crops of a batch of all of them"
-        )
 
 
 def _read_all(split: Split) -> None:

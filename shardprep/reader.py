@@ -20,10 +20,10 @@ from shardprep import codecs
 from shardprep.cache import DOWNLOADS, ShardCache
 from shardprep.columns import load_columns
 from shardprep.crops import Cropper, DamagedChunk, PlainCropper, ZstdCropper
-from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
+from shardprep.errors import CRC_FAULT, REBUILD, REPAIR, CorruptShardError, FormatError
 from shardprep.files import Files, files_at
 from shardprep.format import Manifest, load_manifest
-from shardprep.remote import Location, locate
+from shardprep.remote import Location, Remote, locate
 from shardprep.shardmap import Window
 from shardprep.sidecars import load_index, read_rejects
 from shardprep.source import Reject
@@ -70,6 +70,7 @@ class ShardSet(Mapping[str, "Split"]):
             StorageError: The store cannot be reached, or the cache has no room for them all.
         """
         shards = self.manifest.splits[split].shards
+        self._files.check_room(sum(shard.bytes for shard in shards))
         with ThreadPoolExecutor(DOWNLOADS) as threads:
             return list(threads.map(self._files.local, shards))
 
@@ -144,7 +145,7 @@ class Split:
             raise CorruptShardError(
                 f"the {error} in the index does not fit the manifest",
                 file=files.place / self._info.index.file,
-                remedy=REPAIR,
+                remedy=self._remedy,
             ) from None
         self.labels, self.frames = columns.labels, columns.frames
         self._begin = columns.begin
@@ -186,10 +187,10 @@ class Split:
             raise IndexError(f"utterance {index} of a split of {len(self)}")
         row = self._rows[index]
         begin = int(self._begin[index])
+        if not self.intact([index])[0]:
+            raise self.damaged(index)
         with self._map.reading(np.array([row["shard"]], np.int64)):
             payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
-            if zlib.crc32(payload) != row["crc32"]:
-                raise self.damaged(index)
             try:
                 size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
                 mel = codecs.decode(payload, self._codec, size)
@@ -265,9 +266,15 @@ class Split:
         begin = self._begin[index]
         end, memory = begin + self._rows["nbytes"][index], self._map.bytes.data
         spans = zip(begin.tolist(), end.tolist(), strict=True)
-        with self._map.reading(self._rows["shard"][index]):
+        shards = self._rows["shard"][index]
+        with self._map.reading(shards):
             found = [zlib.crc32(memory[a:b]) for a, b in spans]
         whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
+        # What was damaged in a cache is looked at again when it has come anew.
+        for shard in np.unique(shards[~whole]).tolist():
+            if self._map.renew(shard):
+                own = shards == shard
+                whole[own] = self.intact(index[own])
         return whole
 
     def map_all(self) -> None:
@@ -302,6 +309,10 @@ class Split:
             CorruptShardError: The shard is missing, or has another size than the manifest says.
         """
         self._map.read_ahead(shard)
+
+    @property
+    def _remedy(self) -> str:
+        return REBUILD if isinstance(self.place, Remote) else REPAIR
 
     @property
     def place(self) -> Location:
@@ -340,7 +351,7 @@ class Split:
         """The error that says what is wrong with an utterance's stored bytes."""
         row = self._rows[index]
         path = self._files.place / self._info.shards[int(row["shard"])].file
-        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=REPAIR)
+        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=self._remedy)
 
 
 def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -> ShardSet:

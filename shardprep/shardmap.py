@@ -100,6 +100,10 @@ class ShardMap:
         """What one reader says of the files that it will read next."""
         return Window(self)
 
+    def renew(self, shard: int) -> bool:
+        """Get a file anew that is not as it should be; False if there is no other."""
+        return False
+
     def check_sizes(self) -> None:
         """Look at every file, without opening it.
 

@@ -47,7 +47,13 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
     """
     path = files.local(split.index)
     try:
-        rows = _map_index(path, split.index)
+        try:
+            check_whole(path, split.index)
+        except CorruptShardError:
+            if not files.renew(split.index):
+                raise
+            path = files.local(split.index)
+        rows = _map_index(path)
         _check_keys(rows)
     except OSError as error:
         raise CorruptShardError(
@@ -58,8 +64,7 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
     return rows
 
 
-def _map_index(path: Path, entry: FileInfo) -> NDArray[Any]:
-    check_whole(path, entry)
+def _map_index(path: Path) -> NDArray[Any]:
     # Not by np.load, which would also open pickles and zip files.
     rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     if not is_index(rows):

@@ -139,3 +139,18 @@ class WindowedOrder:
         keys = mix64(block + np.uint64(self._keys[across]))
         blocks_of_each = Permutation(border(number + 1) - begin, keys, self._largest)
         return begin + blocks_of_each(place - begin)
+
+
+def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: int) -> None:
+    """Make sure that lanes can be shared out over batches and ranks.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if lanes < 1 or window_shards < 1:
+        raise ValueError(f"lanes {lanes}, window_shards {window_shards}: both must be positive")
+    if lanes % world_size or global_batch % lanes:
+        raise ValueError(
+            f"lanes {lanes}: must be a multiple of the {world_size} processes, and divide the "
+            f"{global_batch} crops of a batch of all of them"
+        )
