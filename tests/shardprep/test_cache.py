@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shardprep import CorruptShardError, StorageError, cache, cachefolder
+from shardprep.background import BackgroundThreads
 from shardprep.cache import ShardCache
 from shardprep.cachefolder import NoRoomError
 from shardprep.format import FileInfo
@@ -667,3 +669,107 @@ def test_a_reader_and_one_that_makes_room_never_meet(store: Store, place: Path) 
         thread.join()
     assert wrong == []
     assert len(store.asked) > 3
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_anew_and_what_the_store_has_is_not(
+    store: Store, place: Path
+) -> None:
+    shards = ShardCache(place, 10 * KB)
+    remote, info = store.put("a", 2 * KB)
+    path = shards.hold(remote, info).path
+    assert not shards.renew(remote, info)
+    assert len(store.asked) == 2
+    data = bytearray(store.files["a"])
+    data[7] ^= 1
+    path.write_bytes(data)
+    assert shards.renew(remote, info)
+    assert shards.hold(remote, info).path.read_bytes() == store.files["a"]
+    assert len(store.asked) == 4
+
+
+def test_another_machines_start_leaves_files_alone_that_are_being_read(
+    store: Store, place: Path
+) -> None:
+    shards = ShardCache(place, 10 * KB, patience=2)
+    remote, info = store.put("a", KB)
+    held = shards.hold(remote, info)
+    shards.hold(*store.put("b", KB)).close()
+    (place / "lock").write_bytes(b"another start\n")
+    again = ShardCache(place, 10 * KB, patience=2)
+    assert sum(name.endswith(".part") for name in stored(place)) == 1
+    assert again.hold(remote, info).path == held.path
+    assert len(store.asked) == 2
+
+
+def test_a_fetcher_that_does_not_get_on_is_not_waited_for_without_end(
+    store: Store, place: Path
+) -> None:
+    shards = ShardCache(place, 10 * KB, patience=0.3)
+    remote, info = store.put("a", KB)
+    part = shards.folder.claim(info)
+    assert part is not None
+    with pytest.raises(StorageError, match=r"nothing has come for 0 s.*\.part open, and end it"):
+        shards.hold(remote, info)
+    shards.folder.unclaim(part)
+    assert shards.hold(remote, info).path.read_bytes() == store.files["a"]
+
+
+def test_files_are_looked_at_only_where_room_is_short(
+    store: Store, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cachefolder, "_ON_THEIR_WAY", 0)
+    shards = ShardCache(place, 10 * KB)
+    shards.hold(*store.put("first", KB)).close()
+    looks = []
+    entries = cachefolder.CacheFolder._entries
+
+    def counted(folder: cachefolder.CacheFolder) -> Any:
+        looks.append(1)
+        return entries(folder)
+
+    monkeypatch.setattr(cachefolder.CacheFolder, "_entries", counted)
+    for number in range(9):
+        shards.hold(*store.put(f"{number}", KB)).close()
+    assert not looks
+    shards.hold(*store.put("one more", KB)).close()
+    assert looks
+    assert sum(map(len, stored(place).values())) == 10 * KB
+    # What was counted is what there is, also after files went and a fetch failed.
+    store.answer = lambda data: bytes(len(data))
+    with pytest.raises(CorruptShardError):
+        shards.hold(*store.put("wrong", KB))
+    with shards.folder.lock() as lock:
+        assert shards.folder._used(lock) == sum(map(len, stored(place).values()))
+
+
+def test_workers_of_a_data_loader_share_what_their_process_may_use(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardCache(place, 12 * KB, readers=2)
+    assert shards.share == 6 * KB
+    worker = SimpleNamespace(num_workers=3)
+    monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: worker)
+    assert shards.share == 2 * KB
+
+
+def test_a_program_ends_though_files_are_on_their_way(tmp_path: Path) -> None:
+    program = """
+import sys, threading, time
+from shardprep.background import BackgroundThreads
+threads = BackgroundThreads(2, "slow")
+began = threading.Event()
+for _ in range(5):
+    threads.submit(lambda: (began.set(), time.sleep(60)))
+assert threads.submit(print).cancel()
+began.wait()
+"""
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+    assert time.monotonic() - begun < 30
+
+
+def test_what_a_job_returns_or_raises_is_the_futures() -> None:
+    threads = BackgroundThreads(3, "jobs")
+    assert [threads.submit(int, text).result() for text in "123"] == [1, 2, 3]
+    with pytest.raises(ValueError, match="invalid literal"):
+        threads.submit(int, "x").result()
