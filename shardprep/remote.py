@@ -16,6 +16,7 @@ import re
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,18 @@ _FINAL = (
     ImportError,
     MemoryError,
 )
-_FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+_FINAL_NAMES = {
+    "NoCredentialsError",
+    "NoRegionError",
+    "ParamValidationError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "SSOTokenLoadError",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+}
+# S3's codes of answers with status 400 that another try need not get.
+_PASSING_CODES = {"RequestTimeout", "RequestTimeTooSkewed", "XAmzContentSHA256Mismatch"}
 # Of the answers that refuse (4xx), those that a later try need not get.
 _PASSING_STATUS = (408, 425, 429)
 _BEHIND_THE_END, _ABSENT = 416, (404, 410)
@@ -99,7 +111,9 @@ class Remote:
     patience: float = PATIENCE
 
     def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.url}/{name}", self.patience)
+        # In a web address some characters mean something else, and a name may have them.
+        own = urllib.parse.quote(name) if self.is_http else name
+        return Remote(f"{self.url}/{own}", self.patience)
 
     def __str__(self) -> str:
         return self.url
@@ -168,7 +182,9 @@ class Remote:
             return {}
         # Stores return full paths, of which those below this one are alike up to here.
         here = self._filesystem()._strip_protocol(self.url).rstrip("/") + "/"
-        return {path.removeprefix(here): info for path, info in found.items()}
+        # Some programs mark folders by empty objects whose names end in a slash.
+        files = {path.removeprefix(here): info for path, info in found.items()}
+        return {name: info for name, info in files.items() if name and not name.endswith("/")}
 
     def write(self, data: bytes) -> None:
         """Make it a file of these bytes, in one piece."""
@@ -228,9 +244,18 @@ class Remote:
     def _connect(self, protocol: str) -> Any:
         import fsspec
 
-        options = {"use_listings_cache": False, "skip_instance_cache": True}
+        if self.is_http and re.search(r"[?#]", self.url):
+            raise StorageError(
+                "has a query or a fragment, behind which no file of a folder can be named",
+                file=self,
+                remedy="Give the address of the folder alone.",
+            )
+        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+        for name, value in _OPTIONS.get(protocol, {}).items():
+            # What the user's configuration of fsspec says goes first.
+            options[name] = {**value, **fsspec.config.conf.get(protocol, {}).get(name, {})}
         try:
-            return fsspec.core.url_to_fs(self.url, **options, **_OPTIONS.get(protocol, {}))[0]
+            return fsspec.core.url_to_fs(self.url, **options)[0]
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             fix = f"pip install 'shardprep[{extra}]'" if extra else "Install it."
@@ -347,10 +372,16 @@ def _may_pass(error: BaseException) -> bool:
     """Whether a call that failed so may succeed later."""
     if isinstance(error, (*_FINAL, StorageError)) or not isinstance(error, Exception):
         return False
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in _PASSING_STATUS
-    return type(error).__name__ not in _FINAL_NAMES and _status(error) != _BEHIND_THE_END
+    status = getattr(error, "status", None) or _status(error)
+    if isinstance(status, int) and 300 <= status < 500:
+        return status in _PASSING_STATUS or _code(error) in _PASSING_CODES
+    return type(error).__name__ not in _FINAL_NAMES
+
+
+def _code(error: BaseException) -> str:
+    """S3's word for what an answer says; nothing if it is not S3's."""
+    answer = getattr(error.__cause__, "response", None)
+    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
 
 
 def _status(error: BaseException | None) -> int | None:

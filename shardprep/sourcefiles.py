@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -129,11 +130,15 @@ class StoreFiles:
             self._found[name] = info
         if name not in self._found:
             raise FileNotFoundError(name)
-        return int(self._found[name]["size"] or 0)
+        # Where the server does not tell it, reading will.
+        return int(self._found[name].get("size") or 0)
 
     def read(self, name: str, most: int) -> bytes:
         """See `SourceFiles.read`."""
-        return (self._root / name).read()
+        data = (self._root / name).read(0, most + 1)
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+        return data
 
     def count(self) -> int:
         """See `SourceFiles.count`."""

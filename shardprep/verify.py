@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 import time
@@ -147,7 +148,7 @@ def _opened(place: Location) -> Iterator[LocalFiles | CachedFiles]:
         yield LocalFiles(place)
         return
     with tempfile.TemporaryDirectory(prefix="shardprep-verify-") as folder:
-        yield CachedFiles(place, ShardCache(folder))
+        yield CachedFiles(place, ShardCache(folder, shutil.disk_usage(folder).free // 2))
 
 
 def _store_faults(files: CachedFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:

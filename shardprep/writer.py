@@ -31,6 +31,8 @@ from shardprep.storage import storage_errors
 from shardprep.storework import claim_store
 from shardprep.unfinished import FolderWork, Work, claim
 
+_CLOCKS_DIFFER_NS = 60 * 10**9
+
 
 @dataclass
 class SplitReport:
@@ -200,7 +202,10 @@ def _report_finished(
             remedy="Name another folder, or give --overwrite to replace the set.",
         )
     present, built_ns = _present(target)
-    newer = [u for u in (*source.labelled, *source.test) if u.mtime_ns > built_ns]
+    # Stores have clocks of their own, and count whole seconds.
+    between = isinstance(target, Remote) or isinstance(source.root, Remote)
+    late_ns = built_ns + (_CLOCKS_DIFFER_NS if between else 0)
+    newer = [u for u in (*source.labelled, *source.test) if u.mtime_ns > late_ns]
     if newer:
         raise BuildError(
             f"the set is older than {len(newer)} files of the data set, such as {newer[0].path}",

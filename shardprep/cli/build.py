@@ -92,7 +92,8 @@ Examples:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Build anew; the set there before stays in use until the new one is complete.",
+    help="Build anew; the set there before stays in use until the new one is complete, in a store "
+    "until it is copied to its place.",
 )
 @click.option("--dry-run", is_flag=True, help="Read and check every file, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")

@@ -392,3 +392,68 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_a_process_that_is_forked_makes_connections_of_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
+
+
+def translated(status: int, code: str = "") -> OSError:
+    """What s3fs makes of an answer."""
+    error, cause = OSError(code), Exception(code)
+    cause.response = {  # type: ignore[attr-defined]
+        "ResponseMetadata": {"HTTPStatusCode": status},
+        "Error": {"Code": code},
+    }
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (translated(503, "SlowDown"), True),
+        (translated(429), True),
+        (translated(400, "RequestTimeout"), True),
+        (translated(403, "RequestTimeTooSkewed"), True),
+        (translated(301, "PermanentRedirect"), False),
+        (translated(400, "InvalidBucketName"), False),
+        (type("ParamValidationError", (Exception,), {})(), False),
+        (type("NoRegionError", (Exception,), {})(), False),
+        (type("EndpointConnectionError", (Exception,), {})(), True),
+    ],
+    ids=str,
+)
+def test_mistakes_of_the_user_are_not_tried_again(error: Exception, passes: bool) -> None:
+    assert remote._may_pass(error) is passes
+
+
+def test_names_are_quoted_in_web_addresses_only() -> None:
+    name = "a b/50%#1?.pt"
+    assert (Remote("https://x.org/d") / name).url == "https://x.org/d/a%20b/50%25%231%3F.pt"
+    assert (Remote("s3://x/d") / name).url == f"s3://x/d/{name}"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/d?key=1", "http://127.0.0.1:1/d#part"])
+def test_an_address_that_no_name_can_follow_is_refused(url: str) -> None:
+    with pytest.raises(StorageError, match=r"has a query or a fragment.*folder alone"):
+        (Remote(url) / "manifest.json").read()
+
+
+def test_marks_of_folders_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["/set/", "/set/within/", "/set/a.tar", "/set/within/b"]
+    found = {name: {"size": 1, "type": "file"} for name in names}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *arguments, **options: found)
+    assert set(Remote("memory://set").listing()) == {"a.tar", "within/b"}
+
+
+def test_the_users_configuration_of_fsspec_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def connect(url: str, **options: Any) -> tuple[Any, str]:
+        given.append(options["config_kwargs"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connect)
+    own = {"s3": {"addressing_style": "path"}, "read_timeout": 7}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": own})
+    remote.forget_connections()
+    with pytest.raises(StorageError, match="seen"):
+        Remote("s3://bucket/x").read()
+    assert given == [{**remote._S3["config_kwargs"], **own}]

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+
+from shardprep.remote import Remote, forget_connections
+from shardprep.sourcefiles import StoreFiles
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Edit = Callable[[Path], None]
@@ -196,3 +200,17 @@ def test_source_is_only_read(
     assert contents(root) == before
     shutil.rmtree(root)
     assert run_cli("verify", tmp_path / "shards", "--deep").returncode == 0
+
+
+def test_no_more_is_read_of_a_store_than_a_file_may_have() -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/data/metadata.json", b"x" * 100)
+    files = StoreFiles(Remote("memory://data"))
+    assert files.read("metadata.json", 100) == b"x" * 100
+    with pytest.raises(OSError, match="more than 99 bytes"):
+        files.read("metadata.json", 99)
+    assert (files.size("metadata.json"), files.count()) == (100, 1)
+    with pytest.raises(FileNotFoundError):
+        files.size("mapping.json")
+    store.store.clear()
+    forget_connections()
