@@ -66,7 +66,7 @@ def run_tasks(
     context.set_forkserver_preload(["shardprep.writer"])
     progress, stop = context.RawArray("Q", 2 * len(tasks)), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _enter_worker, (progress, stop)
+        min(workers, len(tasks)), context, _enter_worker, (progress, stop, dict(os.environ))
     )
     try:
         futures = {
@@ -110,9 +110,12 @@ def _results(futures: set[Future[Result | None]], meter: _Meter) -> Iterator[Res
             yield result
 
 
-def _enter_worker(progress: Any, stop: Any) -> None:
+def _enter_worker(progress: Any, stop: Any, environment: dict[str, str]) -> None:
     global _progress, _stop
     _progress, _stop = progress, stop
+    # The fork server has that of its start, and stores are found by what the environment says now.
+    os.environ.clear()
+    os.environ.update(environment)
     # Ctrl-C reaches the whole process group; the parent decides what becomes of the tasks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # For PyTorch, should a file need it: there are as many workers as there are cores to be used.

@@ -129,3 +129,13 @@ def test_work_runs_in_this_process_when_there_is_one_task(
     pids = list(run_tasks(lambda task, advance: os.getpid(), tasks[:1], 8, ignore))
     assert pids == [os.getpid()]
     assert list(run_tasks(lambda task, advance: io.BytesIO(), [], 8, ignore)) == []
+
+
+def test_workers_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["SHARDPREP_TEST_ONE", "SHARDPREP_TEST_TWO"]
+    for name in names:
+        monkeypatch.setenv(name, "before")
+    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["before", "before"]
+    monkeypatch.setenv(names[0], "now")
+    monkeypatch.setenv(names[1], "now")
+    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["now", "now"]
