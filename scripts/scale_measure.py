@@ -23,7 +23,7 @@ from servers import Faults, ObjectStore, fault_proxy, object_store
 
 import shardprep
 from shardprep.cache import DOWNLOADS, ShardCache
-from shardprep.remote import Remote
+from shardprep.remote import Remote, forget_connections
 
 UTTERANCES, PER_SHARD = 4_000, 100
 NAME = "scale"
@@ -90,7 +90,12 @@ def served(folder: Path) -> Iterator[ObjectStore]:
         s3fs.S3FileSystem(skip_instance_cache=True).put(
             str(folder / "shards"), store.url(NAME), recursive=True
         )
-        yield store
+        # Whoever runs this may have been connected elsewhere.
+        forget_connections()
+        try:
+            yield store
+        finally:
+            forget_connections()
 
 
 def calibrate(url: str, folder: Path) -> Calibration:

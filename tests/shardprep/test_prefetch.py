@@ -10,9 +10,17 @@ import pytest
 
 from shardprep.prefetch import ahead
 
+#: Threads of other tests, which broke a loop off and are kept by the error that they are about.
+others: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def know_the_others() -> None:
+    others.update(threading.enumerate())
+
 
 def threads() -> list[str]:
-    names = [thread.name for thread in threading.enumerate()]
+    names = [thread.name for thread in threading.enumerate() if thread not in others]
     return [name for name in names if name.startswith("shardprep-prefetch")]
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from shardprep import BuildOptions, build_shards
 from tests.conftest import write_dataset
-from trainer.predict import main as predict
-from trainer.train import main as train
 
 pytestmark = pytest.mark.remote
 SMOKE = Path(__file__).resolve().parents[2] / "trainer" / "recipes" / "smoke.yaml"
@@ -30,16 +29,21 @@ def places(store: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return found
 
 
-def run(place: str, runs: Path, *more: str) -> int:
-    return train(
-        [
-            *("--config", str(SMOKE), "--train.runs", str(runs), "--data.shards", place),
-            *("--data.order", "windowed", "--data.lanes", "2", "--data.window_shards", "1"),
-            *("--data.cache_folder", str(runs / "cache"), "--data.cache_gb", "0.01"),
-            *("--train.total_steps", "12", "--train.log_steps", "2", "--train.valid_steps", "6"),
-            *more,
-        ]
-    )
+def run(place: str, runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A training, in a process of its own: this one may have to be forked yet."""
+    words = [
+        *("--config", SMOKE, "--train.runs", runs, "--data.shards", place),
+        *("--data.order", "windowed", "--data.lanes", "2", "--data.window_shards", "1"),
+        *("--data.cache_folder", runs / "cache", "--data.cache_gb", "0.01"),
+        *("--train.total_steps", "12", "--train.log_steps", "2", "--train.valid_steps", "6"),
+        *more,
+    ]
+    return start("trainer.train", *words)
+
+
+def start(module: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def records(runs: Path) -> list[dict[str, Any]]:
@@ -54,9 +58,12 @@ def learnt(runs: Path) -> list[Any]:
 def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
     places: dict[str, str], tmp_path: Path
 ) -> None:
-    assert run(places["disk"], tmp_path / "disk") == 0
-    assert run(places["store"], tmp_path / "store", "--train.stop_step", "7") == 0
-    assert run(places["store"], tmp_path / "store", "--resume") == 0
+    for done in (
+        run(places["disk"], tmp_path / "disk"),
+        run(places["store"], tmp_path / "store", "--train.stop_step", "7"),
+        run(places["store"], tmp_path / "store", "--resume"),
+    ):
+        assert done.returncode == 0, done.stderr
     assert learnt(tmp_path / "store") == learnt(tmp_path / "disk")
     assert len(learnt(tmp_path / "disk")) == 8
     shares = [r for r in records(tmp_path / "store") if r["event"] == "train"]
@@ -67,22 +74,22 @@ def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
     submissions = []
     for name, place in places.items():
         out = tmp_path / f"{name}.csv"
-        words = [str(next((tmp_path / "store").glob("smoke*"))), "--shards", place]
-        done = CliRunner().invoke(predict, [*words, "--out", str(out)])
-        assert done.exit_code == 0, done.output
+        trained = next((tmp_path / "store").glob("smoke*"))
+        done = start("trainer.predict", trained, "--shards", place, "--out", out)
+        assert done.returncode == 0, done.stderr
         submissions.append(out.read_text())
     assert submissions[0] == submissions[1]
 
 
-def test_a_store_without_the_set_ends_the_run_with_its_name(
-    store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(store.url("nothing"), tmp_path) == 4
-    assert f"{store.url('nothing')}/manifest.json: there is no shard set" in capsys.readouterr().err
+def test_a_store_without_the_set_ends_the_run_with_its_name(store: Any, tmp_path: Path) -> None:
+    done = run(store.url("nothing"), tmp_path)
+    assert done.returncode == 4
+    assert f"{store.url('nothing')}/manifest.json: there is no shard set" in done.stderr
 
 
 def test_a_cache_that_is_too_small_ends_the_run_with_what_to_change(
-    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: dict[str, str], tmp_path: Path
 ) -> None:
-    assert run(places["store"], tmp_path, "--data.cache_gb", "0.0001") == 6
-    assert "fewer lanes or window_shards" in capsys.readouterr().err
+    done = run(places["store"], tmp_path, "--data.cache_gb", "0.0001")
+    assert done.returncode == 6
+    assert "fewer lanes or window_shards" in done.stderr
