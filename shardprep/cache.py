@@ -53,6 +53,9 @@ class Lender(Protocol):
     def give_back(self, *, urgent: bool) -> None:
         """Let go of what nobody is going to use soon; if urgent, also of some that is to be."""
 
+    def begin_anew(self) -> None:
+        """Have nothing in use or on its way, in a process that was forked."""
+
 
 @dataclass
 class Traffic:
@@ -102,15 +105,21 @@ class ShardCache:
         self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
         self.patience = patience
         self.traffic = Traffic()
-        self.begin_anew()
         self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
-        self._threads: tuple[int, BackgroundThreads] | None = None
+        self._begin()
+        _caches.add(self)
 
-    def begin_anew(self) -> None:
-        """Have nothing on its way, in a process that was forked: its threads stayed behind."""
+    def _begin(self) -> None:
         self._counting = threading.Lock()
         # Bytes of files that are being held or fetched for a lender just now.
         self._arriving = 0
+        self._threads: BackgroundThreads | None = None
+
+    def begin_anew(self) -> None:
+        """Have nothing on its way, in a process that was forked: its threads stayed behind."""
+        self._begin()
+        for lender in list(self._lenders):
+            lender.begin_anew()
 
     def __reduce__(self) -> Any:
         # Threads and counters stay behind.
@@ -125,10 +134,9 @@ class ShardCache:
     def threads(self) -> BackgroundThreads:
         """Threads that fetch ahead."""
         with self._counting:
-            # A process that was forked has none of its parent's.
-            if self._threads is None or self._threads[0] != os.getpid():
-                self._threads = os.getpid(), BackgroundThreads(DOWNLOADS, "shardprep-fetch")
-            return self._threads[1]
+            if self._threads is None:
+                self._threads = BackgroundThreads(DOWNLOADS, "shardprep-fetch")
+            return self._threads
 
     def count_wait(self, seconds: float) -> None:
         """Add to the time for which readers stood still."""
@@ -325,6 +333,17 @@ class ShardCache:
             _log.warning("%s: the disk is full; %d bytes were given up", self.folder.path, freed)
             return False
         return True
+
+
+_caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_caches):
+        cache.begin_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _loader_workers() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -51,7 +50,6 @@ class CachedMap(ShardMap):
         self._wanted: Counter[int] = Counter()
         self._begin()
         cache.lends(self)
-        _maps.add(self)
 
     def _begin(self) -> None:
         # A window that nobody holds any more may end anywhere, also in here.
@@ -67,7 +65,6 @@ class CachedMap(ShardMap):
 
         Its threads stayed there, and what is mapped here too could not leave the cache.
         """
-        self._cache.begin_anew()
         self._begin()
         self._unmap(set(self._held))
 
@@ -265,14 +262,3 @@ class CachedWindow(Window):
 def _release(shards: CachedMap, chosen: list[int]) -> None:
     shards.change(chosen, [])
     chosen.clear()
-
-
-_maps: weakref.WeakSet[CachedMap] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for shards in list(_maps):
-        shards.begin_anew()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,8 @@
 """The folder of a cache: its files, its lock, and room for more within a budget of bytes.
 
     CACHE/lock                   held for moments, by whoever makes room or names a file; holds the
-                                 id that the system gave itself when it was started
+                                 id that the system gave itself when it was started, and how many
+                                 bytes all files have
     CACHE/SHA256                 a file that is whole: its name is the SHA-256 of its bytes
     CACHE/SHA256.BYTES.part      one that is being fetched, from its beginning; BYTES in the end
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from shardprep.cache import ShardCache
 from shardprep.cachedmap import CachedMap
 from shardprep.cachefolder import ROOM, Held
-from shardprep.errors import FormatError, StorageError
-from shardprep.format import FileInfo, Manifest, ShardInfo, load_manifest
-from shardprep.manifest_watch import ManifestWatch, replaced
+from shardprep.errors import StorageError
+from shardprep.format import FileInfo, Manifest, ShardInfo
+from shardprep.manifest_watch import ManifestWatch, check_fingerprint
 from shardprep.remote import Location, Remote
 from shardprep.shardmap import ShardMap
 
@@ -72,7 +72,10 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         self.place = folder
-        self._watches: dict[str, ManifestWatch] = {}
+        self._watch: ManifestWatch | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.place,)
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
         """Where a file of the set lies."""
@@ -91,15 +94,17 @@ class LocalFiles:
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """See `Files.map_shards`."""
-        watch = ManifestWatch(self.place, manifest.fingerprint)
+        watch = self._watch_of(manifest)
         return ShardMap([(self.place / shard.file, shard.bytes) for shard in shards], watch.check)
 
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; costs a `stat`."""
-        fingerprint = manifest.fingerprint
-        if fingerprint not in self._watches:
-            self._watches[fingerprint] = ManifestWatch(self.place, fingerprint)
-        self._watches[fingerprint].check()
+        self._watch_of(manifest).check()
+
+    def _watch_of(self, manifest: Manifest) -> ManifestWatch:
+        if self._watch is None or self._watch.fingerprint != manifest.fingerprint:
+            self._watch = ManifestWatch(self.place, manifest.fingerprint)
+        return self._watch
 
 
 class CachedFiles:
@@ -152,15 +157,8 @@ class CachedFiles:
 
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; a store that gives no answer counts as unchanged."""
-        try:
-            found = load_manifest(self.place).fingerprint
-        except FormatError:
-            raise replaced(self.place, "it has no manifest that can be read now") from None
-        except StorageError:
-            return
-        if found != manifest.fingerprint:
-            what = f"its fingerprint was {manifest.fingerprint} and is now {found}"
-            raise replaced(self.place, what)
+        with contextlib.suppress(StorageError):
+            check_fingerprint(self.place, manifest.fingerprint)
 
 
 def files_at(place: Location, cache: ShardCache | None = None) -> Files:

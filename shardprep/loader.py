@@ -279,20 +279,18 @@ class SegmentLoader:
         return self._windowed_order(epoch)
 
     def _windowed_order(self, epoch: int) -> WindowedOrder:
-        # The end of an epoch looks at the next one already.
         if epoch not in self._orders:
-            self._orders = {epoch: self._new_order(epoch), **dict([*self._orders.items()][:1])}
+            # The end of an epoch looks at the next one already; no others are needed any more.
+            self._orders = {n: order for n, order in self._orders.items() if abs(n - epoch) == 1}
+            self._orders[epoch] = WindowedOrder(
+                self.split.shard_samples,
+                self._seed,
+                epoch,
+                global_batch=self._global_batch,
+                lanes=self._lanes,
+                window_shards=self._window_shards,
+            )
         return self._orders[epoch]
-
-    def _new_order(self, epoch: int) -> WindowedOrder:
-        return WindowedOrder(
-            self.split.shard_samples,
-            self._seed,
-            epoch,
-            global_batch=self._global_batch,
-            lanes=self._lanes,
-            window_shards=self._window_shards,
-        )
 
     def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
         """Segments cut from the mapped shards, in memory that a GPU can fetch them from."""

@@ -14,6 +14,8 @@ from shardprep.errors import CorruptShardError, FormatError
 from shardprep.format import MANIFEST_NAME, load_manifest
 from shardprep.remote import Location
 
+_NONE = "it has no manifest that can be read now"
+
 
 class ManifestWatch:
     """Compares a set's manifest with the one that was opened; costs a `stat` where it is the same.
@@ -25,7 +27,7 @@ class ManifestWatch:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._seen: tuple[int, ...] | None = None
 
     def check(self) -> None:
@@ -43,19 +45,29 @@ class ManifestWatch:
                 found.st_mtime_ns,
                 found.st_ctime_ns,
             )
-            if state == self._seen:
-                return
-            fingerprint = load_manifest(self._folder).fingerprint
-        except (OSError, FormatError):
-            raise replaced(self._folder, "it has no manifest that can be read now") from None
-        if fingerprint != self._fingerprint:
-            what = f"its fingerprint was {self._fingerprint} and is now {fingerprint}"
-            raise replaced(self._folder, what)
-        self._seen = state
+        except OSError:
+            raise _replaced(self._folder, _NONE) from None
+        if state != self._seen:
+            check_fingerprint(self._folder, self.fingerprint)
+            self._seen = state
 
 
-def replaced(place: Location, what: str) -> CorruptShardError:
-    """The error that says that another set has taken the place of the one that was opened."""
+def check_fingerprint(place: Location, expected: str) -> None:
+    """Make sure that the set in a place, here or behind a URL, has the fingerprint expected.
+
+    Raises:
+        CorruptShardError: It has another, or there is no set.
+        StorageError: The store behind the URL cannot be reached.
+    """
+    try:
+        found = load_manifest(place).fingerprint
+    except FormatError:
+        raise _replaced(place, _NONE) from None
+    if found != expected:
+        raise _replaced(place, f"its fingerprint was {expected} and is now {found}")
+
+
+def _replaced(place: Location, what: str) -> CorruptShardError:
     return CorruptShardError(
         f"the set was changed while it was being read: {what}",
         file=place,

@@ -187,15 +187,21 @@ class Split:
             raise IndexError(f"utterance {index} of a split of {len(self)}")
         row = self._rows[index]
         begin = int(self._begin[index])
-        if not self.intact([index])[0]:
-            raise self.damaged(index)
         with self._map.reading(np.array([row["shard"]], np.int64)):
             payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
-            try:
-                size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
-                mel = codecs.decode(payload, self._codec, size)
-            except ValueError as error:
-                raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
+            if zlib.crc32(payload) == row["crc32"]:
+                return self._decode(index, payload)
+        # What was damaged in a cache is looked at again when it has come anew.
+        if not self._map.renew(int(row["shard"])):
+            raise self.damaged(index)
+        return self.read(index)
+
+    def _decode(self, index: int, payload: memoryview) -> NDArray[Any]:
+        size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
+        try:
+            mel = codecs.decode(payload, self._codec, size)
+        except ValueError as error:
+            raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
         if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
             raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
         return mel
@@ -270,7 +276,7 @@ class Split:
         with self._map.reading(shards):
             found = [zlib.crc32(memory[a:b]) for a, b in spans]
         whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
-        # What was damaged in a cache is looked at again when it has come anew.
+        # As in `read`.
         for shard in np.unique(shards[~whole]).tolist():
             if self._map.renew(shard):
                 own = shards == shard

@@ -41,7 +41,6 @@ _SLOWEST_UPLOAD = 250_000  # bytes a second
 _LONGEST_PAUSE = 10.0
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?::[a-z0-9+.-]+:)*//")
-_HTTP = ("http", "https")
 # Trouble that waiting does not mend, besides mistakes of a program.
 _FINAL = (
     FileNotFoundError,
@@ -198,11 +197,11 @@ class Remote:
         It is there, whole, at the end, or not at all: what stores take in parts appears when the
         last has come.
         """
+        self.check_writable()
         here = Path(tempfile.gettempdir())
         with storage_errors(here), tempfile.NamedTemporaryFile(prefix="shardprep-") as file:
             yield file  # type: ignore[misc]
             file.flush()
-            self._check_writable()
             seconds = CALL_SECONDS + os.path.getsize(file.name) / _SLOWEST_UPLOAD
             try:
                 # An async store is given the method by name, and the path of the file first.
@@ -224,7 +223,8 @@ class Remote:
         with contextlib.suppress(FileNotFoundError):
             self._call("rm_file")
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Make sure that the store can be written to at all. StorageError if it cannot."""
         if self.is_http:
             raise StorageError(
                 "a web server can be read only",
@@ -372,26 +372,23 @@ def _may_pass(error: BaseException) -> bool:
     """Whether a call that failed so may succeed later."""
     if isinstance(error, (*_FINAL, StorageError)) or not isinstance(error, Exception):
         return False
-    status = getattr(error, "status", None) or _status(error)
+    status = _status(error)
     if isinstance(status, int) and 300 <= status < 500:
-        return status in _PASSING_STATUS or _code(error) in _PASSING_CODES
+        code = _answer(error).get("Error", {}).get("Code")
+        return status in _PASSING_STATUS or code in _PASSING_CODES
     return type(error).__name__ not in _FINAL_NAMES
 
 
-def _code(error: BaseException) -> str:
-    """S3's word for what an answer says; nothing if it is not S3's."""
-    answer = getattr(error.__cause__, "response", None)
-    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+def _answer(error: BaseException | None) -> dict[str, Any]:
+    """What S3 has answered, of which botocore made the cause of an error; else nothing."""
+    answer = getattr(error and error.__cause__, "response", None)
+    return answer if isinstance(answer, dict) else {}
 
 
 def _status(error: BaseException | None) -> int | None:
     """HTTP status of the answer that was an error to aiohttp, or to botocore; None if unknown."""
-    answer = getattr(error and error.__cause__, "response", None)
-    status: int | None = (
-        answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if isinstance(answer, dict)
-        else getattr(error, "status", None)
-    )
+    said = getattr(error, "status", None)
+    status: int | None = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", said)
     return status
 
 

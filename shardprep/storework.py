@@ -19,12 +19,12 @@ from typing import TypeVar
 import msgspec
 
 from shardprep.errors import BuildError, StorageError
-from shardprep.format import FORMAT, MANIFEST_NAME, WORK_FOLDER, FileInfo, ShardInfo
+from shardprep.format import MANIFEST_NAME, WORK_FOLDER, FileInfo, ShardInfo
 from shardprep.limits import MAX_MANIFEST_BYTES
 from shardprep.pool import Advance
 from shardprep.remote import Remote
 from shardprep.shard import ShardRecord, ShardTask, write_shard
-from shardprep.unfinished import RECORD_SUFFIX, is_of, is_ours
+from shardprep.unfinished import RECORD_SUFFIX, check_manifest_is_ours, is_of, is_ours
 
 # Requests at once, and bytes that are read at a time.
 _REQUESTS = 16
@@ -33,7 +33,8 @@ _BLOCK = 16 << 20
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TARGET_REMEDY = "Name another place, or empty this one."
+# How the names of files in the work folder begin, in a listing.
+_AHEAD = f"{WORK_FOLDER}/"
 
 
 class _Sent(msgspec.Struct, frozen=True):
@@ -96,10 +97,9 @@ class StoreWork:
         A build that is killed here finds the files where they are, and moves the rest.
         """
         there = self.target.listing()
-        ahead = f"{WORK_FOLDER}/"
-        waiting = [name for name in files if ahead + name in there]
+        waiting = [name for name in files if _AHEAD + name in there]
         for name, info in files.items():
-            found = there.get(ahead + name if name in waiting else name)
+            found = there.get(_AHEAD + name if name in waiting else name)
             if found is None or found["size"] != info.bytes:
                 raise StorageError(
                     "is missing in the store, or has another size than was sent",
@@ -160,28 +160,18 @@ def claim_store(target: Remote, overwrite: bool) -> Iterator[StoreWork | None]:
         BuildError: The place holds something else.
         StorageError: It cannot be written to.
     """
-    if target.is_http:
-        raise StorageError(
-            "a web server can be read only",
-            file=target,
-            remedy="Build into a folder, or into an object store such as s3://BUCKET/NAME.",
-        )
+    target.check_writable()
     there = target.listing()
     finished = MANIFEST_NAME in there
-    if finished and f'"{FORMAT}"'.encode() not in (target / MANIFEST_NAME).read(
-        0, MAX_MANIFEST_BYTES
-    ):
-        raise BuildError(
-            "is not the manifest of a shard set, and will not be replaced",
-            file=target / MANIFEST_NAME,
-            remedy="Name another place.",
-        )
-    foreign = [n for n in there if not is_ours(n) and not n.startswith(f"{WORK_FOLDER}/")]
+    if finished:
+        written = target / MANIFEST_NAME
+        check_manifest_is_ours(written, written.read(0, MAX_MANIFEST_BYTES))
+    foreign = [n for n in there if not is_ours(n) and not n.startswith(_AHEAD)]
     if foreign and not finished:
         raise BuildError(
             f"holds other things than shards, such as {foreign[0]}",
             file=target,
-            remedy=_TARGET_REMEDY,
+            remedy="Name another place, or empty this one.",
         )
     work = StoreWork(target, replaces=finished)
     if not finished or overwrite:
@@ -189,7 +179,7 @@ def claim_store(target: Remote, overwrite: bool) -> Iterator[StoreWork | None]:
         return
     # What is left of a build that was killed as it finished; shards in it would be those of one
     # that is to replace the set.
-    if not any(n.startswith(f"{WORK_FOLDER}/") and n.endswith(".tar") for n in there):
+    if not any(n.startswith(_AHEAD) and n.endswith(".tar") for n in there):
         work.remove()
     yield None
 

@@ -79,7 +79,7 @@ def claim(target: Path, overwrite: bool) -> Iterator[Path | None]:
         if _is_finished(target) and not busy and not overwrite:
             yield None
             return
-        _check_manifest_is_ours(target)
+        _check_manifest_of(target)
         with hold(target) as work:
             finish_repair(target)
             # Only now is it certain that nobody else is about to finish the set.
@@ -270,16 +270,24 @@ def is_ours(name: str) -> bool:
     return bool(_OURS.fullmatch(stem)) or (stem != name and stem == MANIFEST_NAME)
 
 
-def _check_manifest_is_ours(target: Path) -> None:
+def _check_manifest_of(target: Path) -> None:
     path = target / MANIFEST_NAME
     try:
-        # Damaged or not: other programs too keep a file of this name.
-        ours = f'"{FORMAT}"'.encode() in read_at_most(path, MAX_MANIFEST_BYTES)
+        data = read_at_most(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError:
-        ours = False
-    if not ours:
+        data = b""
+    check_manifest_is_ours(path, data)
+
+
+def check_manifest_is_ours(path: Location, data: bytes) -> None:
+    """Make sure that what a manifest.json holds is of a shard set, damaged or not.
+
+    Raises:
+        BuildError: It is not: other programs too keep a file of this name.
+    """
+    if f'"{FORMAT}"'.encode() not in data:
         raise BuildError(
             "is not the manifest of a shard set, and will not be replaced",
             file=path,

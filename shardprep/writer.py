@@ -297,7 +297,8 @@ def run_shards(
     utterances = [utterance for task in tasks for utterance in task.plan.utterances]
     listener.start(len(utterances), sum(utterance.nbytes for utterance in utterances))
     if engine == "ray":
-        places = (tasks[0].root if tasks else None, getattr(work, "work", None))
+        folder = work.work if isinstance(work, FolderWork) else None
+        places = (tasks[0].root if tasks else None, folder)
         results = run_on_ray(work, tasks, workers, listener.advance, address, places)
     else:
         results = run_tasks(work, tasks, workers or len(os.sched_getaffinity(0)), listener.advance)
