@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from shardprep.cli import main
 
 N_MELS = 40
 DatasetFactory = Callable[..., Path]
@@ -70,3 +76,50 @@ def make_dataset(tmp_path: Path) -> DatasetFactory:
         return write_dataset(tmp_path / name, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def run_cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_cli("verify", folder)`: the command line, run in this process."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["shardprep", *words])
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        said = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return subprocess.CompletedProcess(words, stop.value.code, said.out, said.err)
+
+    return run
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: str) -> Iterator[Path]:
+    """A file system of a size such as "256k", in a new folder; skips where that is refused."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a file system")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def stored_bytes(cache: Path) -> int:
+    """How much the files of a cache have in sum, which others may change meanwhile."""
+    total = 0
+    for path in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.name != "lock" else 0
+    return total

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from shardprep import BuildOptions, BuildReport, Split, build_shards, open_shards
-from shardprep.cli import main
 
 # From one frame up, around the lengths of a zstd chunk (64) and of a crop (128).
 EDGE_LENGTHS = (1, 2, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 300, 517)
@@ -193,26 +191,3 @@ def contents() -> Callable[[Path], dict[str, str]]:
         }
 
     return read
-
-
-@pytest.fixture
-def run_cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_cli("verify", folder)`: the command line, run in this process."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["shardprep", *words])
-        handler = signal.getsignal(signal.SIGTERM)
-        capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        said = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return subprocess.CompletedProcess(words, stop.value.code, said.out, said.err)
-
-    return run

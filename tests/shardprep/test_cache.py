@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -29,6 +28,7 @@ from shardprep.cache import ShardCache
 from shardprep.cachefolder import NoRoomError
 from shardprep.format import FileInfo
 from shardprep.remote import Remote
+from tests.conftest import mounted, stored_bytes
 
 KB = 1000
 
@@ -396,13 +396,7 @@ def test_the_budget_holds_whatever_processes_and_threads_do(place: Path) -> None
     runs = [other(HAMMER, place) for _ in range(3)]
     most = 0
     while any(run.poll() is None for run in runs):
-        sizes = 0
-        if place.exists():
-            with os.scandir(place) as files:
-                for file in files:
-                    with contextlib.suppress(FileNotFoundError):
-                        sizes += file.stat().st_size if file.name != "lock" else 0
-        most = max(most, sizes)
+        most = max(most, stored_bytes(place) if place.exists() else 0)
     assert [run.communicate()[0].split() for run in runs] == [["True"]] * 3
     # A file that is gone before its turn comes may be counted beside the one in its place.
     assert 6000 < most <= 12_000
@@ -412,15 +406,8 @@ def test_the_budget_holds_whatever_processes_and_threads_do(place: Path) -> None
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def test_a_disk_that_fills_up_makes_the_cache_smaller(store: Store, small_disk: Path) -> None:

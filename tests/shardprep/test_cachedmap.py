@@ -24,6 +24,7 @@ from shardprep.cache import ShardCache
 from shardprep.cachedmap import CachedMap
 from shardprep.format import ShardInfo
 from shardprep.remote import Remote
+from tests.conftest import stored_bytes
 
 SIZE = 5000
 
@@ -261,13 +262,7 @@ def test_values_are_right_whatever_comes_and_goes_meanwhile(
 
     def watcher() -> None:
         while time.monotonic() < end:
-            total = 0
-            for path in (tmp_path / "cache").iterdir():
-                if path.name != "lock":
-                    try:
-                        total += path.stat().st_size
-                    except FileNotFoundError:
-                        continue
+            total = stored_bytes(tmp_path / "cache")
             if total > 9 * SIZE:
                 wrong.append(total)
 

@@ -32,6 +32,7 @@ from shardprep import (
 )
 from shardprep.format import WORK_FOLDER
 from shardprep.storage import sha256_of
+from tests.conftest import mounted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 injuries = importlib.import_module("injuries")
@@ -254,15 +255,8 @@ def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user may not mount a file system")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted(tmp_path / "disk", "256k") as place:
+        yield place
 
 
 def test_build_on_a_full_disk_goes_on_when_there_is_room(

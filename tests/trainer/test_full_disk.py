@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import trainer
+from tests.conftest import mounted
 from trainer.checkpoint import CheckpointFolder, State, load
 from trainer.config import Config
 from trainer.engine import Trainer
@@ -29,16 +30,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint of the smoke recipe, some 500 kB, not for two."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a file system")
-    (place / "other").write_bytes(bytes(300_000))
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "disk", "1m") as place:
+        (place / "other").write_bytes(bytes(300_000))
+        yield place
 
 
 def fit(config: Config) -> Trainer:

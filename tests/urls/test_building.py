@@ -15,7 +15,6 @@ import pytest
 from fsspec.implementations.http import HTTPFileSystem
 
 from shardprep import BuildError, BuildOptions, StorageError, build_shards, open_shards, remote
-from shardprep.cli import main
 from shardprep.remote import Remote, locate
 from shardprep.verify import verify_shards
 from tests.conftest import write_dataset
@@ -59,27 +58,9 @@ def upload(folder: Path, url: str) -> str:
     return url
 
 
-@pytest.fixture
-def run_cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_cli("verify", url)`: the command line, run in this process."""
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHARDPREP_CACHE", str(tmp_path / "cache"))
-
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["shardprep", *map(str, words)])
-        handler = signal.getsignal(signal.SIGTERM)
-        capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        said = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return subprocess.CompletedProcess(list(map(str, words)), stop.value.code, *said)
-
-    return run
 
 
 def test_a_build_into_a_store_is_a_local_one_byte_for_byte(

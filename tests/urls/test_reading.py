@@ -37,7 +37,7 @@ from shardprep import (
 )
 from shardprep.cache import ShardCache
 from shardprep.cli.inspect import inspect
-from tests.conftest import write_dataset
+from tests.conftest import stored_bytes, write_dataset
 
 pytestmark = pytest.mark.remote
 
@@ -173,14 +173,7 @@ def test_with_a_tenth_of_the_data_here_every_sample_comes_once_and_the_budget_ho
 
     def watch() -> None:
         while not done.is_set():
-            total = 0
-            for path in (tmp_path / "cache").iterdir():
-                if path.name != "lock":
-                    try:
-                        total += path.stat().st_size
-                    except FileNotFoundError:
-                        continue
-            most[0] = max(most[0], total)
+            most[0] = max(most[0], stored_bytes(tmp_path / "cache"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
