@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.layers import (
     Dropout,
+    Linear,
     MaskedBatchNorm1d,
     SelfAttention,
     attend,
@@ -114,7 +115,8 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
         for sequence in (self.ff1.fn.fn.net, self.ff2.fn.fn.net, self.conv.net):
             for index, layer in enumerate(sequence):
                 sequence[index] = _ours(layer)
-        self.attn.fn.dropout = _ours(self.attn.fn.dropout)
+        for name in ("to_q", "to_kv", "to_out", "dropout"):
+            setattr(self.attn.fn, name, _ours(getattr(self.attn.fn, name)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode frames in their context.
@@ -173,6 +175,9 @@ def _ours(layer: nn.Module) -> nn.Module:
         return nn.SiLU()
     if isinstance(layer, nn.Dropout):
         return Dropout(layer.p)
+    if isinstance(layer, nn.Linear):
+        # The same parameters, another way to compute.
+        layer.__class__ = Linear
     return layer
 
 
@@ -201,8 +206,8 @@ class TransformerBlock(nn.Module):
             batch_first=True,
         )
         self.layer.self_attn = SelfAttention(dim, heads, dropout=dropout, batch_first=True)
-        for name in ("dropout", "dropout1", "dropout2"):
-            setattr(self.layer, name, Dropout(dropout))
+        for name in ("linear1", "linear2", "dropout", "dropout1", "dropout2"):
+            setattr(self.layer, name, _ours(getattr(self.layer, name)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode frames in their context.

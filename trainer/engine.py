@@ -20,6 +20,7 @@ from trainer.agreement import together
 from trainer.average import AveragedModel
 from trainer.checkpoint import Newest, State
 from trainer.config import Config
+from trainer.cpu import keep_memory
 from trainer.errors import CheckpointError, DivergedError
 from trainer.evaluation import evaluate
 from trainer.factory import (
@@ -80,6 +81,8 @@ class Trainer:
         self.accelerator = join_processes(config)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_memory()
         start = find_start(config, resume=resume)
         self.shards, self.checkpoints, found = start.shards, start.checkpoints, start.found
         self._launchers = start.launchers

@@ -14,13 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer import cpu
+
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """Replace the padded frames of x (B, T, D) by zeros, whatever they held, NaN included.
 
     Filling differs from multiplying by the mask: 0 * NaN would stay NaN.
     """
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if mask is None:
+        return x
+    if cpu.pays(x):
+        rows = (~mask).flatten().nonzero().squeeze(1)
+        return cpu.zero_rows(x.flatten(0, 1), rows).view(x.shape)
+    return x.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 def frame_mask(lengths: Tensor | None, frames: int) -> Tensor | None:
@@ -37,28 +44,22 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return zero_padding(x, mask).sum(1, keepdim=True) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, by `cpu.multiply` in training on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T, in) to (B, T, out)."""
+        return multiply(x, self.weight, self.bias)
+
+
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, with `drop` in training on a CPU."""
+    """`nn.Dropout`, by `cpu.drop` in training on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero values of x, any shape, with probability p and scale up the others; in training."""
-        native = x.device.type != "cpu" or torch.compiler.is_compiling()
-        if not self.training or self.p == 0 or native:
+        if not self.training or self.p == 0 or not cpu.pays(x):
             return super().forward(x)
-        return drop(x, self.p)
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout whose numbers are drawn four at a time, which halves its cost on a CPU.
-
-    PyTorch's kernel for CPUs draws a 32-bit number a value, one after the other. Here a 64-bit
-    number serves four values of 16 bits, so that p is kept to within 2**-16.
-    """
-    limit = min(round(p * 2**16), 2**16 - 1)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 2**15
-    # One multiplication each way; the mask alone would be multiplied twice.
-    return x * (kept.to(x.dtype) * (1.0 / (1.0 - limit / 2**16)))
+        return cpu.drop(x, self.p)
 
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
@@ -83,15 +84,19 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             mask: (B, T) bool, True on valid frames; None for all.
 
         Returns:
-            (B, C, T) of the dtype of x. In training, padded frames become the bias.
+            (B, C, T) of the dtype of x. In training, padded frames become some finite number.
 
         Raises:
             ValueError: In training with mask None, when B * T is 1.
         """
         if not self.training or (mask is None and x.numel()):
             # Frames in rows: twice as fast where channels lie next to one another in memory.
-            rows = super().forward(x.transpose(1, 2).flatten(0, 1))  # (B * T, C)
-            return rows.view(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
+            return _as_channels(super().forward(_as_rows(x)), x)
+        if mask is not None and cpu.pays(x):
+            valid = mask.flatten().nonzero().squeeze(1)
+            if len(valid) > 1:
+                found = super().forward(cpu.take_rows(_as_rows(x), valid))
+                return _as_channels(cpu.put_rows(found, valid, mask.numel()), x)
         if mask is None:
             mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
         padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)
@@ -122,6 +127,16 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         unbiased = variance * (count / (count - 1).clamp(min=1))
         for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.lerp_(seen.to(running.dtype), rate.to(running.dtype))
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    # (B, C, T) -> (B * T, C)
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_channels(rows: Tensor, x: Tensor) -> Tensor:
+    # (B * T, C) -> (B, C, T), the shape of x
+    return rows.view(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -171,7 +186,7 @@ class SelfAttention(nn.MultiheadAttention):
         if not self.training or query.device.type != "cpu" or not len(query):
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
-        joined = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
+        joined = multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
         q, k, v = (
             part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, T, d)
             for part in joined.chunk(3, dim=-1)
@@ -180,28 +195,32 @@ class SelfAttention(nn.MultiheadAttention):
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if (padding := options.get("key_padding_mask")) is not None:
             wide = wide + padding[:, None, None, :].clamp(min=torch.finfo(wide.dtype).min)
-        weights = drop(torch.softmax(wide, -1).to(v.dtype), self.dropout)
+        weights = cpu.drop(torch.softmax(wide, -1).to(v.dtype), self.dropout)
         return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), None
 
 
 def convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Convolve every channel of x (B, T, C) with its own kernel, to the same number of frames.
-
-    On a CPU this goes by way of a two-dimensional convolution of one row: oneDNN has no fast
-    one-dimensional kernel for channels that lie next to one another (forward and backward of 32
-    x 128 frames of 288 channels: 16 against 55 ms).
-    """
-    reach = conv.kernel_size[0] // 2
-    if x.device.type != "cpu":
-        same: Tensor = F.conv1d(
-            x.transpose(1, 2), conv.weight, conv.bias, padding=reach, groups=conv.groups
-        )
-        return same.transpose(1, 2)
-    row = x.transpose(1, 2).unsqueeze(2)  # (B, T, C) -> (B, C, 1, T), channels last in memory
-    out = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, reach), groups=conv.groups)
-    return out.squeeze(2).transpose(1, 2)
+    """Convolve every channel of x (B, T, C) with its own kernel, to the same number of frames."""
+    if cpu.pays(x):
+        assert conv.bias is not None
+        return cpu.convolve_depthwise(x, conv.weight, conv.bias)
+    if x.device.type == "cpu":
+        return cpu.depthwise(x, conv.weight, conv.bias)
+    same: Tensor = F.conv1d(
+        x.transpose(1, 2),
+        conv.weight,
+        conv.bias,
+        padding=conv.kernel_size[0] // 2,
+        groups=conv.groups,
+    )
+    return same.transpose(1, 2)
 
 
 def convolve_pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution of width 1, as the matrix product that it is: (B, T, in) -> (B, T, out)."""
-    return F.linear(x, conv.weight.squeeze(-1), conv.bias)
+    return multiply(x, conv.weight.squeeze(-1), conv.bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x (B, T, in), by `cpu.multiply` in training on a CPU: (B, T, out)."""
+    return cpu.multiply(x, weight, bias) if cpu.pays(x) else F.linear(x, weight, bias)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.blocks import ConformerBlock, TransformerBlock
-from trainer.layers import MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
+from trainer.layers import Linear, MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
 from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
 
 ENCODERS = ("conformer", "transformer")
@@ -141,7 +141,7 @@ class SpeakerModel(nn.Module):
         self.subsampling = subsampling
         self.concat = concat
         # Half rate: each frame with its neighbours, every second time.
-        self.prenet = nn.Linear(n_mels * (3 if subsampling == 2 else 1), dim)
+        self.prenet = Linear(n_mels * (3 if subsampling == 2 else 1), dim)
         build: Callable[..., nn.Module] = _transformer_block
         if encoder == "conformer":
             build = partial(_conformer_block, conv_expansion, kernel_size)

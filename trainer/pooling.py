@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.layers import masked_mean, zero_padding
+from trainer.layers import Linear, masked_mean, zero_padding
 
 # The slope of a square root is endless at 0.
 _LEAST_VARIANCE = 1e-6
@@ -46,7 +46,7 @@ class SelfAttentivePooling(nn.Module):
     def __init__(self, dim: int, hidden: int | None = None) -> None:
         super().__init__()
         width = dim if hidden is None else hidden
-        self.hidden = nn.Linear(dim, width)
+        self.hidden = Linear(dim, width)
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
