@@ -4,8 +4,9 @@
 # make check            lint and type-check only
 # make bench            measure the loaders against their peers, from an environment of its own, and
 #                       write scripts/results/; DATA=folder for real data
-# make bench-train      measure training against the course's code, and write scripts/results/train.json;
-#                       DATA=folder of a data set, ARGS='--batch 32 2048' and others of the script
+# make bench-train      measure training against the course's code, and ways to attend, and write
+#                       scripts/results/{train,attention}.json; DATA=folder of a data set,
+#                       ARGS='--batch 32 2048' and others of bench_train.py
 # make bench-remote     measure shards behind a network, and what comes of its faults, with a real
 #                       S3 server on this machine, and write scripts/results/remote.json
 # make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and
@@ -65,6 +66,7 @@ bench: $(BENCH_VENV)/.installed
 bench-train: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python scripts/bench_train.py $(if $(DATA),--dataset '$(DATA)') \
 		--out scripts/results/train.json $(ARGS)
+	$(BENCH_VENV)/bin/python scripts/bench_attention.py --out scripts/results/attention.json
 
 bench-remote: $(INSTALLED)
 	$(BIN)/python scripts/bench_remote.py --out scripts/results/remote.json $(ARGS)
