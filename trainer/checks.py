@@ -34,6 +34,7 @@ _AT_LEAST = {
     "model.conv_expansion": 1,
     "model.kernel_size": 1,
     "model.dropout": 0,
+    "model.stem_channels": 0,
     "augment.reverb": 0,
     "augment.channel": 0,
     "augment.channel_points": 1,

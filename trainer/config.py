@@ -88,6 +88,8 @@ class ModelConfig:
     """Subtract the mean frame of each utterance, and with it a fixed filter of the channel."""
     subsampling: int = 1
     """Rate of the frames in the encoder: 1 for all, 2 for a front end that halves it."""
+    stem_channels: int = 0
+    """Channels of three convolutions over frames and bins before the encoder; 0 for none."""
     concat: bool = False
     """Pool the outputs of all blocks side by side, not only those of the last."""
     embedding_dim: int | None = None

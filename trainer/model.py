@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.blocks import ConformerBlock, TransformerBlock
-from trainer.layers import Linear, MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
+from trainer.layers import MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
 from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
+from trainer.stem import build_stem
 
 ENCODERS = ("conformer", "transformer")
 POOLINGS = ("mean", "self_attentive", "attentive_statistics")
@@ -90,6 +91,7 @@ class SpeakerModel(nn.Module):
         pooling: "mean", "self_attentive" or "attentive_statistics".
         center: Subtract the mean frame of each utterance: a fixed filter of the channel.
         subsampling: 1, or 2 for a front end that halves the rate of the frames.
+        stem_channels: Channels of the convolutions of a `ConvolutionalStem`; 0 for a matrix alone.
         concat: Pool the outputs of all blocks side by side (MFA-Conformer, arXiv 2203.15249).
         embedding_dim: Width of the embedding; None for that of what is pooled.
         classifier: "linear", "mlp" (Linear, ReLU, Linear) or "cosine" (for AM-softmax).
@@ -115,6 +117,7 @@ class SpeakerModel(nn.Module):
         pooling: str = "self_attentive",
         center: bool = False,
         subsampling: int = 1,
+        stem_channels: int = 0,
         concat: bool = False,
         embedding_dim: int | None = None,
         classifier: str = "cosine",
@@ -135,13 +138,14 @@ class SpeakerModel(nn.Module):
             kernel_size=kernel_size,
             embedding_dim=1 if embedding_dim is None else embedding_dim,
         )
+        if stem_channels < 0:
+            raise ValueError(f"stem_channels: found {stem_channels}; allowed: 0 or more")
         if subsampling not in (1, 2):
             raise ValueError(f"subsampling: found {subsampling}; allowed: 1 or 2")
         self.center = center
         self.subsampling = subsampling
         self.concat = concat
-        # Half rate: each frame with its neighbours, every second time.
-        self.prenet = Linear(n_mels * (3 if subsampling == 2 else 1), dim)
+        self.prenet = build_stem(n_mels, dim, stem_channels, subsampling)
         build: Callable[..., nn.Module] = _transformer_block
         if encoder == "conformer":
             build = partial(_conformer_block, conv_expansion, kernel_size)
@@ -173,14 +177,12 @@ class SpeakerModel(nn.Module):
             lengths = lengths.to(mel.device, non_blocking=True)
         mask = frame_mask(lengths, mel.shape[1])  # (B, T)
         # Padding goes before the first product, for NaN times a zero gradient is NaN.
-        mel = zero_padding(mel.to(self.prenet.weight.dtype), mask)
+        mel = zero_padding(mel.to(next(self.parameters()).dtype), mask)
         if self.center:
             mel = zero_padding(mel - masked_mean(mel, mask), mask)
-        if self.subsampling == 2:
-            mel = join_neighbours(mel)  # (B, T, F) -> (B, ceil(T / 2), 3 * F)
-            mask = None if mask is None else mask[:, ::2]
         # Under autocast the sum of all blocks stays in the wider dtype; only products are narrow.
-        x = self.prenet(mel).to(torch.promote_types(mel.dtype, torch.float32))
+        x = self.prenet(mel, mask).to(torch.promote_types(mel.dtype, torch.float32))
+        mask = None if mask is None else mask[:, :: self.subsampling]
         outputs = []
         for block in self.blocks:
             x = block(x, mask)
@@ -204,22 +206,6 @@ class SpeakerModel(nn.Module):
         embedding = self.embed(mel, lengths)
         scores: Tensor = self.classifier(embedding)
         return scores.to(embedding.dtype)
-
-
-def join_neighbours(mel: Tensor) -> Tensor:
-    """Every second frame with the one before and the one after it, zeros beyond the ends.
-
-    Args:
-        mel: (B, T, F), zero where it is padded.
-
-    Returns:
-        (B, ceil(T / 2), 3 * F).
-    """
-    padded = F.pad(mel, (0, 0, 1, 1 + mel.shape[1] % 2))
-    middle, after = padded[:, 1::2], padded[:, 2::2]
-    frames = (mel.shape[1] + 1) // 2
-    parts = (padded[:, 0::2][:, :frames], middle[:, :frames], after[:, :frames])
-    return torch.cat(parts, dim=2)
 
 
 def _build_pooling(name: str, width: int, hidden: int) -> nn.Module:

@@ -100,6 +100,7 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
             ["loss.margin", "0.2", "null with softmax"],
         ),
         (["--train.stop_step", "70001"], ["train.stop_step", "70001", "70000"]),
+        (["--model.stem_channels", "-1"], ["model.stem_channels", "found -1"]),
         (["--model.subsampling", "3"], ["model.subsampling", "found 3", "1 or 2"]),
         (["--model.embedding_dim", "0"], ["model.embedding_dim", "found 0", "null"]),
         (["--augment.noise", "1.5"], ["augment.noise", "1.5", "0 to 1"]),

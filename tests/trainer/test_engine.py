@@ -522,6 +522,7 @@ STRONG_RECIPE: dict[str, Any] = {
     "model.pooling": "attentive_statistics",
     "model.center": True,
     "model.subsampling": 2,
+    "model.stem_channels": 4,
     "model.concat": True,
     "model.embedding_dim": 24,
     "augment.reverb": 0.5,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.losses import AMSoftmaxLoss, SoftmaxLoss
-from trainer.model import CosineClassifier, Embedding, SpeakerModel, join_neighbours
+from trainer.model import CosineClassifier, Embedding, SpeakerModel
 
 CONFORMER = {
     "encoder": "conformer",
@@ -44,7 +44,16 @@ MFA = {
     "concat": True,
     "embedding_dim": 12,
 }
-MODELS = {"conformer": CONFORMER, "transformer": TRANSFORMER, "linear": LINEAR, "mfa": MFA}
+STEM = {**CONFORMER, "stem_channels": 4}
+HALF_STEM = {**MFA, "stem_channels": 3}
+MODELS = {
+    "conformer": CONFORMER,
+    "transformer": TRANSFORMER,
+    "linear": LINEAR,
+    "mfa": MFA,
+    "stem": STEM,
+    "half stem": HALF_STEM,
+}
 CONV = {"conv_expansion": 2, "kernel_size": 31, "head_dim": 64, "ff_dim": 2048}
 STRONG = {"encoder": "conformer", "dim": 512, "layers": 1, "heads": 8, **CONV}
 MEDIUM = {"encoder": "transformer", "dim": 160, "layers": 2, "heads": 8, "ff_dim": 256}
@@ -285,21 +294,6 @@ def test_all_blocks_reach_the_embedding_of_joined_outputs() -> None:
     assert model.embed(torch.randn(2, 21, 40)).shape == (2, 12)
     assert seen[0].shape == (2, 11, 48)
     assert torch.equal(seen[0], torch.cat(outputs, dim=2))
-
-
-@given(frames=st.integers(1, 9))
-@settings(max_examples=9, deadline=None)
-def test_half_the_rate_takes_every_second_frame_with_its_neighbours(frames: int) -> None:
-    mel = torch.randn(2, frames, 3)
-    zero = torch.zeros(2, 3)
-    expected = [
-        torch.cat(
-            [mel[:, t + d] if 0 <= t + d < frames else zero for d in (-1, 0, 1)],
-            dim=1,
-        )
-        for t in range(0, frames, 2)
-    ]
-    assert torch.equal(join_neighbours(mel), torch.stack(expected, dim=1))
 
 
 @pytest.mark.parametrize("name", ["mfa", "conformer"])
