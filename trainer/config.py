@@ -173,6 +173,8 @@ class TrainConfig:
     """Steps from one line of metrics to the next."""
     save_steps: int = 2000
     """Steps from one checkpoint to the next; there is always one at the end."""
+    tf32: bool = True
+    """Let a GPU multiply float32 matrices in TensorFloat-32, but for those of the cosine head."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes; otherwise each sees its own."""
     max_skipped: int = 20

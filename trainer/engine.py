@@ -37,6 +37,7 @@ from trainer.journal import Journal
 from trainer.meeting import meeting_place
 from trainer.metrics import Window, combine, peak_memory_mib
 from trainer.outcome import Outcome
+from trainer.precision import allow_tensor_float32
 from trainer.preflight import (
     Changes,
     check_same_data,
@@ -83,6 +84,8 @@ class Trainer:
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             keep_memory()
+        elif config.train.tf32:
+            allow_tensor_float32()
         start = find_start(config, resume=resume)
         self.shards, self.checkpoints, found = start.shards, start.checkpoints, start.found
         self._launchers = start.launchers

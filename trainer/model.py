@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trainer.blocks import ConformerBlock, TransformerBlock
 from trainer.layers import MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
 from trainer.pooling import AttentiveStatisticsPooling, MeanPooling, SelfAttentivePooling
+from trainer.precision import exact_product
 from trainer.stem import build_stem
 
 ENCODERS = ("conformer", "transformer")
@@ -31,7 +32,8 @@ class CosineClassifier(nn.Module):
     """Cosine of an embedding with one learned direction a speaker (arXiv 1801.05599, section 3).
 
     No bias, no scale and no margin: those belong to the loss. Computed in float32 at least,
-    autocast or not, because half precision cannot tell apart cosines closer than 5e-4.
+    autocast or TensorFloat-32 or not, because half precision cannot tell apart cosines closer than
+    5e-4.
 
     Args:
         dim: Embedding width D.
@@ -48,7 +50,11 @@ class CosineClassifier(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(embedding.device.type, enabled=False):
             features = F.normalize(embedding.to(dtype), dim=1)
-            return features @ F.normalize(self.weight.to(dtype), dim=1).T
+            directions = F.normalize(self.weight.to(dtype), dim=1)
+            # Only there is a product of float32 matrices ever computed from less.
+            if features.is_cuda:
+                return exact_product(features, directions)
+            return features @ directions.T
 
 
 class Embedding(nn.Module):
