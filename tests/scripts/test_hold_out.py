@@ -1,0 +1,88 @@
+"""What is held out is a situation, whole, and nothing of it is trained on."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+hold_out = importlib.import_module("hold_out")
+
+SITUATIONS = 3
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """5 speakers, each in 3 situations of 4 utterances, which their names tell; bins of 8."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "Dataset"
+    folder.mkdir()
+    speakers: dict[str, list[dict[str, object]]] = {}
+    for speaker in range(5):
+        voice = random.normal(size=8)
+        for situation in range(SITUATIONS):
+            channel = 2 * random.normal(size=8)
+            for take in range(4):
+                frames = int(random.integers(60, 90))
+                mel = voice + channel + random.normal(size=(frames, 8))
+                name = f"uttr-{speaker}{situation}{take}.pt"
+                torch.save(torch.from_numpy(mel.astype(np.float32)), folder / name)
+                entry = {"feature_path": name, "mel_len": frames}
+                speakers.setdefault(f"id{speaker}", []).append(entry)
+    metadata = {"n_mels": 8, "speakers": speakers}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "mapping.json").write_text(
+        json.dumps({"speaker2id": {name: n for n, name in enumerate(speakers)}, "id2speaker": {}})
+    )
+    return folder
+
+
+def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_path: Path) -> None:
+    target = tmp_path / "held-out"
+    words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
+    done = CliRunner().invoke(hold_out.main, words)
+    assert done.exit_code == 0, done.output
+    assert "40 utterances to train on, 20 held out" in done.output
+    with (target / "test_labels.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["Id", "Category"]
+    metadata = json.loads((target / "Dataset" / "metadata.json").read_text())
+    test = json.loads((target / "Dataset" / "testdata.json").read_text())
+    assert [entry["feature_path"] for entry in test["utterances"]] == [name for name, _ in rows]
+    for speaker, entries in metadata["speakers"].items():
+        trained = {entry["feature_path"][6] for entry in entries}
+        held = {name[6] for name, owner in rows if owner == speaker}
+        assert len(held) == 1
+        assert len(trained) == SITUATIONS - 1
+        assert not held & trained
+        assert all(name[5] == speaker[2] for name, owner in rows if owner == speaker)
+    for name in [name for name, _ in rows] + [entries[0]["feature_path"]]:
+        assert (target / "Dataset" / name).read_bytes() == (recorded / name).read_bytes()
+
+
+def test_the_group_farthest_from_the_others_is_chosen_and_never_most() -> None:
+    line = np.array([0.0, 0.1, 0.2, 5.0, 5.1, 7.0, 7.1])[:, None]
+    found = hold_out.choose_group(line, 3)
+    assert found.tolist() == [True, True, True, False, False, False, False]
+    most = np.array([0.0, 0.1, 0.2, 0.3, 50.0])[:, None]
+    assert hold_out.choose_group(most, 2).tolist() == [False] * 4 + [True]
+    assert not hold_out.choose_group(line[:1], 3).any()
+
+
+def test_a_folder_that_is_there_is_left_alone(recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "Dataset2" / "Dataset").mkdir(parents=True)
+    done = CliRunner().invoke(hold_out.main, [str(recorded), str(tmp_path / "Dataset2")])
+    assert done.exit_code == 2
+    assert "is there already" in done.output
+    done = CliRunner().invoke(hold_out.main, [str(tmp_path), str(tmp_path / "new")])
+    assert done.exit_code == 2
+    assert "metadata.json" in done.output
