@@ -20,6 +20,11 @@ from shardprep.cli import main
 N_MELS = 40
 DatasetFactory = Callable[..., Path]
 
+# A shell has what it runs in the background ignore Ctrl-C, and that is inherited: programs that
+# tests stop by it would go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def write_dataset(
     root: Path,
