@@ -24,7 +24,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def pays(x: Tensor) -> bool:
-    """Whether a tensor is one to train on with the functions of this module."""
+    """Whether a tensor is one to train on in the ways of this module."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -43,7 +43,9 @@ def keep_memory() -> None:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; in float32 by oneDNN's convolution of width 1, a tenth faster than MKL on AMD.
+    """`F.linear`; in training on a CPU in float32 by oneDNN, a tenth faster than MKL on AMD.
+
+    To oneDNN it is a convolution of width 1.
 
     Args:
         x: (B, T, D), or any shape that `F.linear` takes.
@@ -54,7 +56,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (B, T, N).
     """
     wide = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not wide or x.ndim != 3 or not x.numel() or not _ONEDNN:
+    if not (pays(x) and wide and x.ndim == 3 and x.numel() and _ONEDNN):
         return F.linear(x, weight, bias)
     out = F.conv2d(_as_row(x), weight[:, :, None, None], bias)
     return _as_frames(out)
@@ -74,51 +76,8 @@ def drop(x: Tensor, p: float) -> Tensor:
     return x * kept.to(x.dtype).mul_(1.0 / (1.0 - limit / 2**16))
 
 
-def zero_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (R,) int64 of x (N, D) become zeros, in a sixth of the time of `masked_fill`: (N, D)."""
-    out: Tensor = _ZeroRows.apply(x, rows)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _ZeroRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.clone().index_fill_(0, rows, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.clone().index_fill_(0, ctx.saved_tensors[0], 0), None
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (R,) int64, each at most once, of x (N, D): (R, D)."""
-    out: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.number = len(x)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Set, where PyTorch adds, for the same row could be asked for twice.
-        return put_rows(grad, ctx.saved_tensors[0], ctx.number), None
-
-
-def put_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
-    """Rows x (R, D) at the places that `take_rows` took them from, zeros elsewhere: (number, D)."""
-    return x.new_zeros(number, x.shape[1]).index_copy(0, rows, x)
-
-
 def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve every channel with its own kernel, to the same number of frames.
+    """Convolve every channel with its own kernel, to the same number of frames, on a CPU.
 
     Args:
         x: (B, T, C).
@@ -128,8 +87,8 @@ def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, T, C).
     """
-    if not x.numel():
-        return depthwise(x, weight, bias)
+    if not pays(x) or not x.numel():
+        return _depthwise(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -143,17 +102,17 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return depthwise(x, weight, bias)
+        return _depthwise(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         by_weight = _kernel_gradient(grad, x, weight.shape[2]).unsqueeze(1)
-        return depthwise(grad, weight.flip(2), None), by_weight, grad.sum((0, 1))
+        return _depthwise(grad, weight.flip(2), None), by_weight, grad.sum((0, 1))
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`convolve_depthwise` as a two-dimensional convolution of one row.
 
     oneDNN has no fast one-dimensional kernel for channels that lie next to one another.

@@ -25,8 +25,9 @@ def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
     if cpu.pays(x):
+        # A third to a sixth of the time of `masked_fill`.
         rows = (~mask).flatten().nonzero().squeeze(1)
-        return cpu.zero_rows(x.flatten(0, 1), rows).view(x.shape)
+        return x.flatten(0, 1).index_fill(0, rows, 0.0).view(x.shape)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
@@ -45,11 +46,11 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by `cpu.multiply` in training on a CPU."""
+    """`nn.Linear` by `cpu.multiply`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, in) to (B, T, out)."""
-        return multiply(x, self.weight, self.bias)
+        return cpu.multiply(x, self.weight, self.bias)
 
 
 class Dropout(nn.Dropout):
@@ -95,8 +96,9 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         if mask is not None and cpu.pays(x):
             valid = mask.flatten().nonzero().squeeze(1)
             if len(valid) > 1:
-                found = super().forward(cpu.take_rows(_as_rows(x), valid))
-                return _as_channels(cpu.put_rows(found, valid, mask.numel()), x)
+                rows = _as_rows(x)
+                found = super().forward(rows.index_select(0, valid))
+                return _as_channels(torch.zeros_like(rows).index_copy(0, valid, found), x)
         if mask is None:
             mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
         padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)
@@ -186,7 +188,7 @@ class SelfAttention(nn.MultiheadAttention):
         if not self.training or query.device.type != "cpu" or not len(query):
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
-        joined = multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
+        joined = cpu.multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
         q, k, v = (
             part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, T, d)
             for part in joined.chunk(3, dim=-1)
@@ -201,26 +203,15 @@ class SelfAttention(nn.MultiheadAttention):
 
 def convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """Convolve every channel of x (B, T, C) with its own kernel, to the same number of frames."""
-    if cpu.pays(x):
-        assert conv.bias is not None
-        return cpu.convolve_depthwise(x, conv.weight, conv.bias)
+    weight, bias = conv.weight, conv.bias
+    assert bias is not None
     if x.device.type == "cpu":
-        return cpu.depthwise(x, conv.weight, conv.bias)
-    same: Tensor = F.conv1d(
-        x.transpose(1, 2),
-        conv.weight,
-        conv.bias,
-        padding=conv.kernel_size[0] // 2,
-        groups=conv.groups,
-    )
+        return cpu.convolve_depthwise(x, weight, bias)
+    reach = conv.kernel_size[0] // 2
+    same: Tensor = F.conv1d(x.transpose(1, 2), weight, bias, padding=reach, groups=conv.groups)
     return same.transpose(1, 2)
 
 
 def convolve_pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution of width 1, as the matrix product that it is: (B, T, in) -> (B, T, out)."""
-    return multiply(x, conv.weight.squeeze(-1), conv.bias)
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x (B, T, in), by `cpu.multiply` in training on a CPU: (B, T, out)."""
-    return cpu.multiply(x, weight, bias) if cpu.pays(x) else F.linear(x, weight, bias)
+    return cpu.multiply(x, conv.weight.squeeze(-1), conv.bias)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.cpu import drop, pays, put_rows, take_rows, zero_rows
-from trainer.layers import Dropout, Linear, convolve_depthwise, convolve_pointwise, multiply
+from trainer.cpu import drop, multiply, pays
+from trainer.layers import Dropout, Linear, convolve_depthwise, convolve_pointwise, zero_padding
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -89,17 +89,14 @@ def test_products_equal_pytorch_with_gradients(shape: tuple[int, ...], biased: b
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [[], [0], [4, 1, 2], [0, 1, 2, 3, 4]])
-def test_rows_are_zeroed_taken_and_put_back_with_gradients(rows: list[int]) -> None:
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor(rows, dtype=torch.long)
-    others = torch.tensor([row for row in range(5) if row not in rows], dtype=torch.long)
-    kept = put_rows(take_rows(x, index), index, 5)
-    assert torch.equal(kept, zero_rows(x, others))
-    assert torch.equal(kept + zero_rows(x, index), x)
-    for function in (zero_rows, take_rows):
-        assert torch.autograd.gradcheck(lambda x, function=function: function(x, index), (x,))
-    assert torch.autograd.gradcheck(lambda x: put_rows(x, index, 5), (x[: len(rows)],))
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 0], [1, 3], [0, 0]])
+def test_padding_is_zeroed_with_its_gradient(lengths: list[int]) -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    assert pays(x)
+    assert torch.equal(zero_padding(x, mask), torch.where(mask[:, :, None], x, 0.0))
+    assert not zero_padding(torch.full_like(x, torch.nan), ~mask)[mask].any()
+    assert torch.autograd.gradcheck(lambda x: zero_padding(x, mask), (x,))
 
 
 def test_autocast_narrows_what_it_narrows_in_pytorch() -> None:
