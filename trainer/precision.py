@@ -9,7 +9,8 @@ Axis legend: B batch, D embedding width, S speakers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +26,16 @@ def allow_tensor_float32() -> None:
 
 def exact_product(features: Tensor, directions: Tensor) -> Tensor:
     """Features (B, D) times directions (S, D), float32 to the last bit, gradients too: (B, S)."""
-    # What is compiled would take the setting of the moment when it was.
-    product = torch.compiler.disable(_ExactProduct.apply)  # type: ignore[no-untyped-call]
-    out: Tensor = product(features, directions)
+    out: Tensor = _uncompiled()(features, directions)
     return out
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    # What is compiled would take the setting of the moment when it was. Asked for when it is first
+    # needed, for it brings the whole compiler, which takes a second.
+    product: Callable[..., Tensor] = torch.compiler.disable(_ExactProduct.apply)  # type: ignore[no-untyped-call]
+    return product
 
 
 class _ExactProduct(torch.autograd.Function):
