@@ -1,6 +1,6 @@
 """Ways to attend with relative positions, measured in one run: which is the fastest on this device.
 
-    python scripts/bench_attention.py [--precision bf16] [--cpu] [--out attention.json]
+    python scripts/bench_attention.py [--precision no bf16] [--cpu] [--out attention.json]
 
 - products: scores by two products and a softmax, as the `conformer` package has them;
 - sdpa: `scaled_dot_product_attention` with the relative scores as its bias, a view of them by
@@ -29,9 +29,10 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
+from spread_options import SpreadCommand
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from train_arithmetic import DTYPES
+from train_arithmetic import DTYPES, wait_for
 
 from shardprep.bench.standings import machine
 from trainer.blocks import skew
@@ -101,12 +102,11 @@ def run_once(attend: Attention, inputs: list[Tensor]) -> None:
 
 def passed_ms(attend: Attention, inputs: list[Tensor], repeats: int) -> float:
     """Milliseconds of one `run_once`, of a number of them."""
-    wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
-    wait()
+    wait_for(inputs[0].device)
     began = time.perf_counter()
     for _ in range(repeats):
         run_once(attend, inputs)
-    wait()
+    wait_for(inputs[0].device)
     return (time.perf_counter() - began) / repeats * 1e3
 
 
@@ -151,7 +151,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=SpreadCommand, context_settings={"show_default": True})
 @click.option("--precision", multiple=True, type=click.Choice(list(DTYPES)), default=tuple(DTYPES))
 @click.option("--rounds", type=click.IntRange(1), default=9)
 @click.option("--flex/--no-flex", "with_flex", default=True, help="Compiling takes a minute.")

@@ -34,6 +34,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
+from trainer.labels import HEADER
+
 Entry = dict[str, Any]
 
 
@@ -80,7 +82,7 @@ def split(
             describe(torch.load(dataset / entry["feature_path"], weights_only=True).numpy())
             for entry in entries
         ]
-        out = choose_group(np.stack(sounds), situations) if sounds else np.zeros(0, bool)
+        out = choose_group(np.array(sounds), situations)
         kept[speaker] = [entry for entry, away in zip(entries, out, strict=True) if not away]
         held += [(entry, speaker) for entry, away in zip(entries, out, strict=True) if away]
     return kept, held, metadata["n_mels"]
@@ -88,7 +90,6 @@ def split(
 
 def place(source: Path, target: Path) -> None:
     """Have the file in another place as well."""
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
@@ -115,7 +116,7 @@ def main(dataset: Path, target: Path, situations: int) -> None:
     (new / "testdata.json").write_text(json.dumps(test))
     with (target / "test_labels.csv").open("w", newline="") as file:
         rows = [(entry["feature_path"], speaker) for entry, speaker in held]
-        csv.writer(file).writerows([("Id", "Category"), *rows])
+        csv.writer(file).writerows([HEADER, *rows])
     (new / "metadata.json").write_text(json.dumps({"n_mels": n_mels, "speakers": kept}))
     left = sum(map(len, kept.values()))
     click.echo(f"{new}: {left:,} utterances to train on, {len(held):,} held out")

@@ -64,11 +64,11 @@ def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int 
     repeats = 20 if device.type == "cuda" else 1
     rates = []
     for _ in range(trials + 1):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         for _ in range(repeats):
             left @ right
-        _wait(device)
+        wait_for(device)
         rates.append(2 * size**3 * repeats / (time.perf_counter() - began))
     return statistics.median(rates[1:])
 
@@ -81,7 +81,8 @@ def nominal_peak(name: str, precision: str) -> float | None:
     return None
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
