@@ -1,4 +1,4 @@
-"""What is held out is a situation, whole, and nothing of it is trained on."""
+"""What is held out is a situation, whole; nothing of it or of its recordings is trained on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_pa
     words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
     done = CliRunner().invoke(hold_out.main, words)
     assert done.exit_code == 0, done.output
-    assert "40 utterances to train on, 20 held out" in done.output
+    assert "40 utterances to train on, 20 held out, 0 left out" in done.output
     with (target / "test_labels.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["Id", "Category"]
@@ -67,6 +67,53 @@ def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_pa
         assert all(name[5] == speaker[2] for name, owner in rows if owner == speaker)
     for name in [name for name, _ in rows] + [entries[0]["feature_path"]]:
         assert (target / "Dataset" / name).read_bytes() == (recorded / name).read_bytes()
+
+
+def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
+    recorded: Path, tmp_path: Path
+) -> None:
+    # Of every speaker one take is heard again in each of the situations, after other words.
+    take = np.random.default_rng(1).normal(size=(100, 8))
+    for speaker in range(5):
+        for situation in range(SITUATIONS):
+            name = recorded / f"uttr-{speaker}{situation}0.pt"
+            mel = torch.load(name, weights_only=True).numpy()
+            heard = mel.mean(0) + np.concatenate([mel - mel.mean(0), take])
+            torch.save(torch.from_numpy(heard.astype(np.float32)), name)
+    target = tmp_path / "held-out"
+    words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
+    done = CliRunner().invoke(hold_out.main, words)
+    assert "30 utterances to train on, 20 held out, 10 left out" in done.output
+    metadata = json.loads((target / "Dataset" / "metadata.json").read_text())
+    for speaker, entries in metadata["speakers"].items():
+        names = [entry["feature_path"] for entry in entries]
+        assert len(names) == 6, speaker
+        assert not [name for name in names if name.endswith("0.pt")]
+    held = json.loads((target / "Dataset" / "testdata.json").read_text())["utterances"]
+    files = {path.name for path in (target / "Dataset").glob("uttr-*")}
+    kept = [entry for entries in metadata["speakers"].values() for entry in entries]
+    assert files == {entry["feature_path"] for entry in [*kept, *held]}
+
+
+def test_a_speaker_of_one_take_is_trained_on_whole(recorded: Path) -> None:
+    take = np.random.default_rng(1).normal(size=(120, 8)).astype(np.float32)
+    names = [f"uttr-0{situation}{number}.pt" for situation in range(3) for number in range(4)]
+    for number, name in enumerate(names):
+        torch.save(torch.from_numpy(take + number // 4), recorded / name)
+    entries = [{"feature_path": name} for name in names]
+    assert hold_out.part(recorded, entries, SITUATIONS) == hold_out.Parts(entries, [], [])
+
+
+def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels() -> None:
+    random = np.random.default_rng(2)
+    mel, other = random.normal(size=(2, 250, 8)).astype(np.float32)
+    heard = np.concatenate([other, 3 + 2 * mel[30:160]])
+    assert hold_out.correlation(mel, mel) == pytest.approx(1.0, abs=1e-5)
+    assert hold_out.correlation(mel, heard) == pytest.approx(1.0, abs=0.01)
+    assert 0 < hold_out.correlation(mel, other) < 0.3
+    assert hold_out.correlation(mel[:70], mel) == pytest.approx(1.0, abs=1e-5)
+    assert hold_out.correlation(mel, mel[30:155]) == pytest.approx(1.0, abs=1e-5)
+    assert hold_out.correlation(np.zeros_like(mel), mel) == 0.0
 
 
 def test_the_group_farthest_from_the_others_is_chosen_and_never_most() -> None:
