@@ -59,7 +59,7 @@ def test_best_has_all_that_is_ours() -> None:
     model, augment = config.model, config.augment
     expected = ("attentive_statistics", True, "cosine")
     assert (model.pooling, model.concat, model.classifier) == expected
-    assert min(augment.channel, augment.babble, augment.noise) > 0
+    assert min(augment.reverb, augment.channel, augment.babble, augment.noise) > 0
     assert config.loss.margin_growth > 0
     assert config.train.average_decay > 0
 
