@@ -282,7 +282,8 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
         self.journal.record(record)
-        better = self.best["accuracy"] is None or result.accuracy > self.best["accuracy"]
+        # Of equals the later: it has learnt more than a few validation utterances can show.
+        better = self.best["accuracy"] is None or result.accuracy >= self.best["accuracy"]
         if better:
             before, self.best = self.best, {"accuracy": result.accuracy, "step": self.step}
             # The best is what is on the disk: one that is not can still be surpassed, and saved.

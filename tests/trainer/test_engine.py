@@ -128,13 +128,13 @@ def test_best_is_a_copy_of_the_weights_at_the_best_step(
         **{"train.valid_steps": 3, "train.save_steps": 3, "train.keep": 9, "train.log_steps": 5}
     )
     outcome = train(config)
-    # Of equals the first is kept.
-    assert (outcome.best_step, outcome.best_accuracy) == (6, 5 / 6)
+    # Of equals the later is kept.
+    assert (outcome.best_step, outcome.best_accuracy) == (9, 5 / 6)
     folder = config.run / "checkpoints"
     best, then, last = (
-        load(folder / n) for n in ("best.pt", "step-00000006.pt", "step-00000012.pt")
+        load(folder / n) for n in ("best.pt", "step-00000009.pt", "step-00000012.pt")
     )
-    assert best["best"] == {"accuracy": 5 / 6, "step": 6}
+    assert best["best"] == {"accuracy": 5 / 6, "step": 9}
     pairs = list(zip(*(tensors(state["model"]) for state in (best, then, last)), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not any(torch.equal(a, c) for a, _, c in pairs if a.dtype.is_floating_point and a.any())
