@@ -5,11 +5,13 @@ Slower than `SegmentLoader`, which reads by index; here every byte of every shar
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import tarfile
+import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -85,12 +87,15 @@ def stream(
         info = _info(place, split)
         urls = [str(place / shard.file) for shard in info.shards]
         pipeline = wds.WebDataset(urls, **{**defaults, **options})
-        opener = [isinstance(stage, StreamingOpen | FileCache) for stage in pipeline.pipeline]
-        pipeline.pipeline.insert(opener.index(True), partial(_check_shards, files, info))
+    stages = pipeline.pipeline
+    opener = [isinstance(stage, StreamingOpen | FileCache) for stage in stages].index(True)
+    stages.insert(opener + 1, _close_shards)
+    if place is not None:
+        stages.insert(opener, partial(_check_shards, files, info))
         pipeline = pipeline.compose(partial(_check_samples, files, info))
     if shuffle:
         pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
-    return pipeline.map(decode_sample)
+    return pipeline.map(decode_sample).compose(_let_go)
 
 
 def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +192,26 @@ def _check_samples(
             raise CorruptShardError(CRC_FAULT, file=path, key=key, remedy=REPAIR)
         yield sample
     _check_complete(path, due)
+
+
+def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Close each shard after use: webdataset leaves its files to the garbage collector.
+
+    Its pipes close themselves, and wait for their processes.
+    """
+    for shard in shards:
+        file = shard["stream"]
+        with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
+            yield shard
+
+
+def _let_go(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Have an error keep none of the stages before: who keeps it would keep a shard open."""
+    try:
+        yield from samples
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _check_complete(path: Location, due: dict[bytes, int]) -> None:

@@ -56,8 +56,10 @@ def learnt(runs: Path) -> list[Any]:
 
 
 def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
-    places: dict[str, str], tmp_path: Path
+    places: dict[str, str], proxy: Any, tmp_path: Path
 ) -> None:
+    # Slow enough for a step to come to wait for a shard, however slowly the run gets going.
+    proxy.faults = type(proxy.faults)(match=r"train-.*\.tar", delay=0.5)
     for done in (
         run(places["disk"], tmp_path / "disk"),
         run(places["store"], tmp_path / "store", "--train.stop_step", "7"),
@@ -68,7 +70,7 @@ def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
     assert len(learnt(tmp_path / "disk")) == 8
     shares = [r for r in records(tmp_path / "store") if r["event"] == "train"]
     assert all(0 <= r["network"] <= r["waiting"] <= 1 for r in shares)
-    assert shares[0]["network"] > 0
+    assert any(r["network"] > 0 for r in shares)
     assert all(r["network"] == 0 for r in records(tmp_path / "disk") if r["event"] == "train")
 
     submissions = []
