@@ -29,11 +29,9 @@ _TAIL_FRAMES = 40
 class Augment(nn.Module):
     """Changes a batch of crops at random, each crop by its own draw; the identity if all is 0.
 
-    In this order: pieces, room, channel, other voices, noise, SpecAugment.
+    In this order: room, channel, other voices, noise, SpecAugment.
 
     Args:
-        pieces: Pieces of equal length that a crop is cut into, which are put in a random order: a
-            voice stays what it is, while words are lost; 0 or 1 leaves crops whole.
         reverb: Share of the crops that get a room's tail.
         reverb_seconds: Shortest and longest time in which the tail falls by 60 dB [s].
         channel: Standard deviation of a smooth curve over mel bins that is added [nepers of power].
@@ -51,7 +49,6 @@ class Augment(nn.Module):
     def __init__(
         self,
         *,
-        pieces: int = 0,
         reverb: float = 0.0,
         reverb_seconds: tuple[float, float] = (0.1, 0.8),
         channel: float = 0.0,
@@ -66,7 +63,6 @@ class Augment(nn.Module):
         freq_width: int = 6,
     ) -> None:
         super().__init__()
-        self.pieces = pieces
         self.reverb = reverb
         self.reverb_seconds = reverb_seconds
         self.channel = channel
@@ -94,8 +90,6 @@ class Augment(nn.Module):
         if not self.training or not len(mel):
             return mel
         mask = frame_mask(lengths, mel.shape[1])
-        if self.pieces > 1:
-            mel = shuffle_pieces(mel, self.pieces, mask)
         if self.reverb:
             room = reverberate(mel, _between(mel, self.reverb_seconds))
             mel = torch.where(_chosen(mel, self.reverb), room, mel)
@@ -128,28 +122,6 @@ class Augment(nn.Module):
     ) -> Tensor:
         mixed = mix(mel, other, _between(mel, snr), mask)
         return torch.where(_chosen(mel, share), mixed, mel)
-
-
-def shuffle_pieces(mel: Tensor, pieces: int, mask: Tensor | None = None) -> Tensor:
-    """Cut each crop into pieces and put these in a random order.
-
-    Args:
-        mel: (B, T, F).
-        pieces: Pieces of each crop, as many frames each but for the last.
-        mask: (B, T) bool, the frames to cut up; None for all. The others stay at the end.
-
-    Returns:
-        (B, T, F), the same frames in another order.
-    """
-    batch, frames, _ = mel.shape
-    length = mel.new_full((batch, 1), frames) if mask is None else mask.sum(1, keepdim=True)
-    size = (length / pieces).ceil().clamp(min=1)
-    piece = (torch.arange(frames, device=mel.device) / size).long().clamp(max=pieces - 1)
-    place = torch.rand(batch, pieces, device=mel.device).gather(1, piece)
-    if mask is not None:
-        place = place.masked_fill(~mask, torch.inf)
-    order = place.argsort(dim=1, stable=True)
-    return mel.gather(1, order.unsqueeze(2).expand_as(mel))
 
 
 def mix(mel: Tensor, other: Tensor, snr: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -43,7 +43,6 @@ _AT_LEAST = {
     "augment.time_masks": 0,
     "augment.time_width": 0,
     "augment.freq_masks": 0,
-    "augment.pieces": 0,
     "augment.freq_width": 0,
     "loss.margin_growth": 0,
     "optim.weight_decay": 0,

@@ -102,8 +102,6 @@ class ModelConfig:
 class AugmentConfig:
     """Changes to training crops, on the device; a share of 0 leaves a change out."""
 
-    pieces: int = 0
-    """Pieces that every crop is cut into, to be put in a random order; 0 or 1 leaves it whole."""
     reverb: float = 0.0
     """Crops that get the tail of a room [share]."""
     reverb_seconds: tuple[float, float] = (0.1, 0.8)

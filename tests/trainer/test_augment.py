@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.augment import Augment, mix, reverberate, shuffle_pieces, smooth_curve
+from trainer.augment import Augment, mix, reverberate, smooth_curve
 
 ALL: dict[str, Any] = {
-    "pieces": 3,
     "reverb": 0.5,
     "channel": 1.0,
     "babble": 0.5,
@@ -43,40 +42,6 @@ def test_mixing_adds_powers_at_the_ratio_asked_for(snr: float, lengths: list[int
         assert ratio == pytest.approx(snr, abs=1e-6)
         gain = (added / other[b, :length].exp()).log()
         assert gain.max() - gain.min() < 1e-6
-
-
-@given(
-    pieces=st.integers(2, 7),
-    lengths=st.lists(st.integers(0, 50), min_size=4, max_size=4) | st.none(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=60, deadline=None)
-def test_pieces_change_places_whole_and_none_is_lost(
-    pieces: int, lengths: list[int] | None, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    numbers = torch.arange(50.0).view(1, 50, 1).repeat(4, 1, 3)
-    mask = None if lengths is None else torch.arange(50) < torch.tensor(lengths)[:, None]
-    shuffled = shuffle_pieces(numbers, pieces, mask)[..., 1].int()
-    for row, length in zip(shuffled, lengths or [50] * 4, strict=True):
-        assert row[length:].tolist() == list(range(length, 50))
-        size = -(-length // pieces)
-        cut = [list(range(a, min(a + size, length))) for a in range(0, length, max(1, size))]
-        assert sorted(row[:length].tolist()) == list(range(length))
-        found = row[:length].tolist()
-        while found:
-            (piece,) = [part for part in cut if part[0] == found[0]]
-            assert found[: len(piece)] == piece
-            found = found[len(piece) :]
-
-
-def test_every_order_of_pieces_is_as_likely() -> None:
-    torch.manual_seed(0)
-    mel = torch.arange(30.0).view(1, 30, 1).expand(6000, 30, 1)
-    firsts = shuffle_pieces(mel, 3)[:, ::10, 0]
-    orders, counts = firsts.unique(dim=0, return_counts=True)
-    assert len(orders) == 6
-    assert counts.min() > 900
 
 
 def test_a_room_is_the_convolution_of_powers_with_its_decay() -> None:

@@ -531,7 +531,6 @@ STRONG_RECIPE: dict[str, Any] = {
     "augment.noise": 0.5,
     "augment.time_masks": 1,
     "augment.freq_masks": 1,
-    "augment.pieces": 3,
     "loss.margin_growth": 0.5,
     "train.average_decay": 0.9,
 }

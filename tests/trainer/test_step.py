@@ -143,7 +143,6 @@ RICH = {
     "augment.noise": 0.5,
     "augment.time_masks": 2,
     "augment.freq_masks": 2,
-    "augment.pieces": 3,
     "loss.margin_growth": 0.5,
     "train.average_decay": 0.9,
     "train.max_skipped": 2,
