@@ -198,6 +198,18 @@ class TrainConfig:
     """Trackers of `accelerate` to log to, beside metrics.jsonl; TensorBoard writes into the run."""
 
 
+BACKENDS = ("head", "wccn")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """How predict and score name a speaker; training and its validation use the head."""
+
+    backend: Literal["head", "wccn"] = "head"
+    """By the head of the model, or by the nearest mean embedding of the training speakers, after
+    within-class covariance normalisation (`trainer.backend`)."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The whole of a run; every field can be given in YAML or as an option."""
@@ -216,6 +228,8 @@ class Config:
     """Optimiser (--optim.FIELD)"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Course of the run (--train.FIELD)"""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    """Prediction (--predict.FIELD)"""
 
     @property
     def run(self) -> Path:
@@ -239,6 +253,7 @@ PARTS = {
     "loss": LossConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "predict": PredictConfig,
 }
 
 

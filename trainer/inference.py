@@ -6,18 +6,21 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader
+from trainer.backend import Wccn
 from trainer.checkpoint import CheckpointFolder
-from trainer.config import config_from_dict
+from trainer.config import BACKENDS, config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
-from trainer.evaluation import Collected, Labels, collect
+from trainer.evaluation import Collected, Evaluation, Labels, collect, grade
 from trainer.preflight import open_shards_of
 from trainer.rejects import LeftOut, read_left_out
 from trainer.snapshot import load_described, load_model
@@ -37,6 +40,8 @@ class ModelOptions:
     max_frames: int
     tta: int
     tta_frames: int
+    backend: str | None = "head"
+    """One of BACKENDS; None is the recipe's."""
 
 
 def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -77,6 +82,16 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=None,
+    help="What names a speaker: the head of the model, or (wccn) the nearest mean embedding of the "
+    "speakers of the train split, after within-class covariance normalisation; that hears the "
+    "train split first.  [default: the recipe's predict.backend]",
+)
+
+
 @dataclass(frozen=True)
 class Session:
     """A model on its device, and the shards it is to hear."""
@@ -85,8 +100,10 @@ class Session:
     """The checkpoint."""
     step: int
     """Training steps behind the checkpoint."""
-    speakers: tuple[str, ...]
+    classes: tuple[str, ...]
     """Names of the model's classes; those of the shards may be others."""
+    backend: str
+    """One of BACKENDS."""
     views: Views
     """The model, in evaluation mode."""
     shards: ShardSet
@@ -112,12 +129,38 @@ class Session:
             )
         return self.shards[name]
 
+    @cached_property
+    def training(self) -> Collected:
+        """The train split, heard.
+
+        Raises:
+            PredictionError: As `split` and `hear`.
+        """
+        return self.hear(self.split("train"))
+
+    @cached_property
+    def _enrolled(self) -> Wccn:
+        labels = self.split("train").labels
+        if not (labels >= 0).any():
+            raise PredictionError(
+                f"{self.shards.path}: no utterance of its train split has a speaker for --backend "
+                "wccn to know them by; take --backend head"
+            )
+        return Wccn(self.training.embeddings, labels)
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Names of the speakers that can be recognised, by their numbers."""
+        if self.backend == "head":
+            return self.classes
+        return tuple(self.shards.speakers[number] for number in self._enrolled.speakers)
+
     def batches(self, part: Split) -> UtteranceLoader:
         """The whole utterances of a split, batched by length."""
         return UtteranceLoader(part, max_frames=self.max_frames, pad_value=self.pad_value)
 
     def hear(self, part: Split, classes: Labels | None = None) -> Collected:
-        """Embed and classify every utterance of a split.
+        """Embed every utterance of a split, and classify it by the head of the model.
 
         Args:
             part: The split.
@@ -137,6 +180,30 @@ class Session:
                 "are faulty: take another checkpoint, or see `shardprep verify`"
             )
         return found
+
+    def recognise(
+        self, part: Split, speakers: Labels | None = None
+    ) -> tuple[NDArray[np.float32], Evaluation]:
+        """Embed every utterance of a split and name its speaker by the backend.
+
+        Args:
+            part: The split.
+            speakers: Number of each utterance's speaker (N,) in `Session.speakers`, -1 where it is
+                not among them; None counts nothing.
+
+        Returns:
+            Embeddings (N, D), and what the backend makes of them.
+
+        Raises:
+            PredictionError: As `hear` and `training`, or the train split has no speakers.
+        """
+        if self.backend == "head":
+            found = self.hear(part, speakers)
+            return found.embeddings, found.evaluation
+        enrolled = self._enrolled
+        embeddings = self.hear(part).embeddings
+        numbers = np.full(len(part), -1) if speakers is None else speakers
+        return embeddings, grade(enrolled.scores, embeddings, numbers)
 
 
 def find_checkpoint(run: Path, choice: str) -> Path:
@@ -190,7 +257,8 @@ def open_session(options: ModelOptions) -> Session:
     session = Session(
         file=file,
         step=saved["step"],
-        speakers=tuple(saved["speakers"]),
+        classes=tuple(saved["speakers"]),
+        backend=options.backend or config.predict.backend,
         views=Views(load_model(saved, file).to(device), options.tta, frames).eval(),
         shards=shards,
         left_out=left_out,

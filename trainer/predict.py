@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from shardprep import Split, publish
-from trainer.evaluation import evaluate
 from trainer.inference import (
     EXIT_CODES,
     ModelOptions,
     Session,
+    backend_option,
     model_options,
     note,
     open_session,
@@ -37,8 +36,7 @@ def predict_names(session: Session, part: Split) -> list[str]:
         Names (N,) in the split's own order.
     """
     # The numbers of speakers differ between data sets: only names are compared, and not here.
-    unlabelled = np.full(len(part), -1)
-    found = evaluate(session.views, session.batches(part), unlabelled, device=session.device)
+    found = session.recognise(part)[1]
     return [session.speakers[speaker] for speaker in found.predictions]
 
 
@@ -107,6 +105,7 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     labels are known. {EXIT_CODES}""",
 )
 @model_options(split="test")
+@backend_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -22,6 +22,7 @@ from trainer.inference import (
     EXIT_CODES,
     ModelOptions,
     Session,
+    backend_option,
     model_options,
     note,
     open_session,
@@ -48,7 +49,9 @@ class Score:
     labelled: int
     """Utterances whose speaker is known to us, and counted in the accuracies."""
     unknown_to_model: int
-    """Those of them whose speaker the model has no class for: always wrong."""
+    """Those of them whose speaker the backend does not know: always wrong."""
+    backend: str
+    """What named the speakers, head or wccn."""
     accuracy: float | None
     top5_accuracy: float | None
     trials: int
@@ -171,8 +174,7 @@ def find_cohort(session: Session) -> NDArray[np.float64]:
     Raises:
         PredictionError: There are fewer than two, or no training split.
     """
-    train = session.split("train")
-    cohort = speaker_means(session.hear(train).embeddings, train.labels)
+    cohort = speaker_means(session.training.embeddings, session.split("train").labels)
     if len(cohort) < 2:
         raise PredictionError(
             f"{session.shards.path}: AS-norm needs two training speakers or more, found "
@@ -228,10 +230,10 @@ def score(
         note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
     size = options.cohort_size
     cohort = None if trials is None or size is None else find_cohort(session)
-    found = session.hear(part, classes)
+    embeddings, evaluation = session.recognise(part, classes)
     verified = None
     if trials is not None:
-        verified = verify(found.embeddings, trials, cohort, size or 0)
+        verified = verify(embeddings, trials, cohort, size or 0)
     source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
     return Score(
         checkpoint=str(session.file),
@@ -241,8 +243,9 @@ def score(
         utterances=len(part),
         labelled=labelled,
         unknown_to_model=strangers,
-        accuracy=found.evaluation.correct / labelled if labelled else None,
-        top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
+        backend=session.backend,
+        accuracy=evaluation.correct / labelled if labelled else None,
+        top5_accuracy=evaluation.correct_top5 / labelled if labelled else None,
         trials=verified.trials if verified else 0,
         target_trials=verified.target_trials if verified else 0,
         trials_from=source if verified else None,
@@ -265,6 +268,7 @@ def score(
     to stdout, all else to stderr. {EXIT_CODES}""",
 )
 @model_options(split="val")
+@backend_option
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -6,13 +6,18 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import shardprep
+from trainer.backend import Wccn
+from trainer.config import DataConfig
 from trainer.errors import PredictionError
+from trainer.model import SpeakerModel
 from trainer.predict import main, score_submission, write_submission
+from trainer.preflight import open_shards_of
 
 # As the fixture `run` has them.
 NAMES = ["id00002", "id00000", "id00001"]
@@ -26,8 +31,6 @@ def expected_names(run: Path, shards: Path, split: str, checkpoint: str = "best.
     """The oracle: each utterance alone through the model of a checkpoint."""
     saved = torch.load(run / "checkpoints" / checkpoint, weights_only=True)
     settings = saved["config"]["model"]
-    from trainer.model import SpeakerModel
-
     model = SpeakerModel(40, 3, **settings).eval()
     model.load_state_dict(saved["model"])
     part = shardprep.open_shards(shards)[split]
@@ -46,6 +49,46 @@ def test_rows_follow_testdata_json_and_carry_names(run: Path, shards: Path, tmp_
     assert [line.split(",")[0] for line in lines[1:]] == [row["feature_path"] for row in listed]
     assert [line.split(",")[1] for line in lines[1:]] == expected_names(run, shards, "test")
     assert result.stdout == ""
+
+
+def test_the_recipe_chooses_the_backend_and_an_option_overrides_it(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    file, data = run / "checkpoints" / "best.pt", shardprep.open_shards(shards)
+    saved = torch.load(file, weights_only=True)
+    saved["config"]["predict"]["backend"] = "wccn"
+    torch.save(saved, file)
+    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
+    model.load_state_dict(saved["model"])
+
+    def embeddings(split: str) -> np.ndarray:
+        mels = [torch.from_numpy(data[split].read(i)).float() for i in range(len(data[split]))]
+        with torch.no_grad():
+            return torch.cat([model.embed(mel[None]) for mel in mels]).numpy()
+
+    scores = Wccn(embeddings("train"), data["train"].labels).scores(embeddings("val"))
+    enrolled = [data.speakers[number] for number in scores.argmax(1)]
+    by_head = expected_names(run, shards, "val")
+    assert enrolled != by_head
+    for options, names in (((), enrolled), (("--backend", "head"), by_head)):
+        predict(run, "--split", "val", "--out", tmp_path / "out.csv", *options)
+        rows = (tmp_path / "out.csv").read_text().splitlines()[1:]
+        assert [row.split(",")[1] for row in rows] == names
+
+
+def test_a_backend_without_speakers_to_know_is_an_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_speakers(data: DataConfig, path: str | None) -> shardprep.ShardSet:
+        shards = open_shards_of(data, path)
+        monkeypatch.setattr(shards["train"], "labels", np.full(len(shards["train"]), -1))
+        return shards
+
+    monkeypatch.setattr("trainer.inference.open_shards_of", without_speakers)
+    result = predict(run, "--backend", "wccn", "--out", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert "no utterance of its train split has a speaker" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_the_shards_of_the_run_are_the_default(

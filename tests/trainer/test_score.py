@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import shardprep
+from trainer.backend import Wccn
 from trainer.model import SpeakerModel
 from trainer.score import main
 from trainer.trials import Trials, draw_trials
@@ -211,6 +212,32 @@ def test_more_speakers_in_the_shards_than_in_the_model(run: Path) -> None:
     torch.save(saved, file)
     found = score_json(run, "--as-norm")
     assert (found["accuracy"], found["cohort"]) == (2 / 6, 3)
+
+
+def enrolled_names(run: Path, shards: Path, split: str) -> list[str]:
+    """The oracle: each utterance alone, compared with the means of the training speakers."""
+    data = shardprep.open_shards(shards)
+    backend = Wccn(alone(run, data["train"])[0], data["train"].labels)
+    return [data.speakers[n] for n in backend.scores(alone(run, data[split])[0]).argmax(1)]
+
+
+def test_a_backend_recognises_by_the_training_utterances(run: Path, shards: Path) -> None:
+    names, truth = enrolled_names(run, shards, "val"), speakers_of(shards, "val")
+    right = sum(a == b for a, b in zip(names, truth, strict=True)) / 6
+    by_head, found = score_json(run, "--as-norm"), score_json(run, "--as-norm", "--backend", "wccn")
+    assert (found["backend"], found["accuracy"], found["top5_accuracy"]) == ("wccn", right, 1)
+    assert (by_head["backend"], by_head["accuracy"] != right) == ("head", True)
+    # Trials compare embeddings, whatever names speakers.
+    same = ("eer", "min_dcf", "trials", "cohort")
+    assert [found[key] for key in same] == [by_head[key] for key in same]
+
+
+def test_a_backend_knows_the_speakers_of_the_shards(run: Path) -> None:
+    file = run / "checkpoints" / "best.pt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "speakers": ["some", "one", "else"]}, file)
+    assert score_json(run)["unknown_to_model"] == 6
+    assert score_json(run, "--backend", "wccn")["unknown_to_model"] == 0
 
 
 def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: Path) -> None:
