@@ -12,12 +12,12 @@ from shardprep import publish
 from trainer.inference import (
     EXIT_CODES,
     ModelOptions,
-    Session,
     model_options,
     note,
     open_session,
     reported_errors,
 )
+from trainer.session import Session
 
 
 def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What predict, score and embed have in common: a trained model in front of a split of shards."""
+"""What predict, score and embed have in common: options, opening a `Session`, errors."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from shardprep import ShardprepError, ShardSet, Split, StorageError, UtteranceLoader
-from trainer.backend import Wccn
+from shardprep import ShardprepError, StorageError
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import BACKENDS, config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
-from trainer.evaluation import Collected, Evaluation, Labels, collect, grade
 from trainer.preflight import open_shards_of
-from trainer.rejects import LeftOut, read_left_out
+from trainer.rejects import read_left_out
+from trainer.session import Session
 from trainer.snapshot import load_described, load_model
 from trainer.tta import Views
 
@@ -90,120 +86,6 @@ backend_option = click.option(
     "speakers of the train split, after within-class covariance normalisation; that hears the "
     "train split first.  [default: the recipe's predict.backend]",
 )
-
-
-@dataclass(frozen=True)
-class Session:
-    """A model on its device, and the shards it is to hear."""
-
-    file: Path
-    """The checkpoint."""
-    step: int
-    """Training steps behind the checkpoint."""
-    classes: tuple[str, ...]
-    """Names of the model's classes; those of the shards may be others."""
-    backend: str
-    """One of BACKENDS."""
-    views: Views
-    """The model, in evaluation mode."""
-    shards: ShardSet
-    left_out: LeftOut | None
-    """What the build of the shards left out."""
-    device: torch.device
-    max_frames: int
-    """Largest padded area of a batch [frames]."""
-    pad_value: float
-    """Fills padded frames [log-mel]."""
-
-    def split(self, name: str) -> Split:
-        """Open a split.
-
-        Raises:
-            PredictionError: There is none of that name, or nothing in it.
-        """
-        splits = self.shards.manifest.splits
-        filled = [other for other, part in splits.items() if part.samples]
-        if name not in filled:
-            raise PredictionError(
-                f"{self.shards.path} has no split {name}, only {', '.join(filled)}"
-            )
-        return self.shards[name]
-
-    @cached_property
-    def training(self) -> Collected:
-        """The train split, heard.
-
-        Raises:
-            PredictionError: As `split` and `hear`.
-        """
-        return self.hear(self.split("train"))
-
-    @cached_property
-    def _enrolled(self) -> Wccn:
-        labels = self.split("train").labels
-        if not (labels >= 0).any():
-            raise PredictionError(
-                f"{self.shards.path}: no utterance of its train split has a speaker for --backend "
-                "wccn to know them by; take --backend head"
-            )
-        return Wccn(self.training.embeddings, labels)
-
-    @property
-    def speakers(self) -> tuple[str, ...]:
-        """Names of the speakers that can be recognised, by their numbers."""
-        if self.backend == "head":
-            return self.classes
-        return tuple(self.shards.speakers[number] for number in self._enrolled.speakers)
-
-    def batches(self, part: Split) -> UtteranceLoader:
-        """The whole utterances of a split, batched by length."""
-        return UtteranceLoader(part, max_frames=self.max_frames, pad_value=self.pad_value)
-
-    def hear(self, part: Split, classes: Labels | None = None) -> Collected:
-        """Embed every utterance of a split, and classify it by the head of the model.
-
-        Args:
-            part: The split.
-            classes: The model's number of each utterance's speaker (N,), -1 where it has none;
-                None counts nothing. Not the split's labels: those number the shards' speakers.
-
-        Raises:
-            PredictionError: An embedding is not finite.
-        """
-        labels = np.full(len(part), -1) if classes is None else classes
-        found = collect(self.views, self.batches(part), labels, device=self.device)
-        bad = np.flatnonzero(~np.isfinite(found.embeddings).all(axis=1))
-        if len(bad):
-            raise PredictionError(
-                f"{self.file}: the embeddings of {len(bad)} utterances of {part.name} are not "
-                f"finite, the first is {part.keys[bad[0]]}; the run has diverged or the features "
-                "are faulty: take another checkpoint, or see `shardprep verify`"
-            )
-        return found
-
-    def recognise(
-        self, part: Split, speakers: Labels | None = None
-    ) -> tuple[NDArray[np.float32], Evaluation]:
-        """Embed every utterance of a split and name its speaker by the backend.
-
-        Args:
-            part: The split.
-            speakers: Number of each utterance's speaker (N,) in `Session.speakers`, -1 where it is
-                not among them; None counts nothing.
-
-        Returns:
-            Embeddings (N, D), and what the backend makes of them.
-
-        Raises:
-            PredictionError: As `hear` and `training`, or the train split has no speakers.
-        """
-        if self.backend == "head":
-            found = self.hear(part, speakers)
-            return found.embeddings, found.evaluation
-        enrolled = self._enrolled
-        embeddings = self.hear(part).embeddings
-        numbers = np.full(len(part), -1) if speakers is None else speakers
-        return embeddings, grade(enrolled.scores, embeddings, numbers)
 
 
 def find_checkpoint(run: Path, choice: str) -> Path:

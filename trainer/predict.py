@@ -14,7 +14,6 @@ from shardprep import Split, publish
 from trainer.inference import (
     EXIT_CODES,
     ModelOptions,
-    Session,
     backend_option,
     model_options,
     note,
@@ -23,6 +22,7 @@ from trainer.inference import (
 )
 from trainer.labels import HEADER, missing_rows, read_labels
 from trainer.rejects import LeftOut
+from trainer.session import Session
 
 
 def predict_names(session: Session, part: Split) -> list[str]:

@@ -21,7 +21,6 @@ from trainer.errors import PredictionError
 from trainer.inference import (
     EXIT_CODES,
     ModelOptions,
-    Session,
     backend_option,
     model_options,
     note,
@@ -29,6 +28,7 @@ from trainer.inference import (
     reported_errors,
 )
 from trainer.labels import missing_rows, read_labels
+from trainer.session import Session
 from trainer.trials import Trials, draw_trials, positions_of, possible_trials, read_trials
 from trainer.verification import as_norm, cosine_scores, equal_error_rate, min_dcf, speaker_means
 
