@@ -80,27 +80,24 @@ def choose_group(sounds: NDArray[np.float64], situations: int) -> NDArray[np.boo
     return chosen
 
 
-def correlation(held: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """How alike two utterances are where they are most alike.
-
-    Args:
-        held: (T, F).
-        other: (T', F).
+def correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """How alike two utterances, (T, F) and (T', F), are where they are most alike.
 
     Returns:
-        The highest correlation of `WINDOW` frames of `held`, taken at every quarter of a window,
-        with as many of `other`, mean frames subtracted.
+        The highest correlation of `WINDOW` frames of the shorter one, taken at every quarter of a
+        window, with as many of the longer one at any place, mean frames subtracted.
     """
-    window = min(WINDOW, len(held), len(other))
-    places = len(other) - window + 1
-    sums = np.lib.stride_tricks.sliding_window_view(other, window, axis=0).sum(2, dtype=np.float64)
-    squares = np.convolve((other.astype(np.float64) ** 2).sum(1), np.ones(window), "valid")
+    short, long = sorted((one, other), key=len)
+    window = min(WINDOW, len(short))
+    places = len(long) - window + 1
+    sums = np.lib.stride_tricks.sliding_window_view(long, window, axis=0).sum(2, dtype=np.float64)
+    squares = np.convolve((long.astype(np.float64) ** 2).sum(1), np.ones(window), "valid")
     energy = (squares - (sums * sums).sum(1) / window).clip(1e-6)  # about the mean frame: (places,)
-    size = next_fast_len(len(other))
-    spectrum = rfft(other, size, axis=0)
+    size = next_fast_len(len(long))
+    spectrum = rfft(long, size, axis=0)
     best = -1.0
-    for start in range(0, len(held) - window + 1, max(1, window // 4)):
-        part = held[start : start + window]
+    for start in range(0, len(short) - window + 1, max(1, window // 4)):
+        part = short[start : start + window]
         part = part - part.mean(0, dtype=np.float64)
         product = irfft((rfft(part, size, axis=0).conj() * spectrum).sum(1), size)[:places]
         best = max(best, float((product / np.sqrt(energy * (part * part).sum().clip(1e-6))).max()))
@@ -134,9 +131,10 @@ def part(dataset: Path, entries: Sequence[Entry], situations: int) -> Parts:
 
 
 def place(source: Path, target: Path) -> None:
-    """Have the file in another place as well."""
+    """Have the file in another place as well, whose folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a link itself the copy might lead nowhere
     except OSError:
         shutil.copyfile(source, target)
 
@@ -147,8 +145,9 @@ def place(source: Path, target: Path) -> None:
 @click.option("--situations", type=click.IntRange(2), default=4, help="Groups a speaker.")
 def main(dataset: Path, target: Path, situations: int) -> None:
     """Make of the training data of DATASET a data set with a test split of its own, in TARGET."""
-    if not (dataset / "metadata.json").exists():
-        raise click.UsageError(f"{dataset}: there is no metadata.json; name the Dataset/ folder")
+    for name in ("metadata.json", "mapping.json"):
+        if not (dataset / name).exists():
+            raise click.UsageError(f"{dataset}: there is no {name}; name the Dataset/ folder")
     new = target / "Dataset"
     if new.exists():
         raise click.UsageError(f"{new} is there already; name another folder, or remove it")

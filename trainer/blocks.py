@@ -159,11 +159,11 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
     def _convolve(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Convolution module: (B, T, D) -> (B, T, D), frames by channels all along."""
         norm, _, expand, _, depthwise, batch_norm, activation, project, _, dropout = self.conv.net
-        x = F.glu(convolve_pointwise(expand, norm(x)), dim=-1)  # (B, T, D) -> (B, T, C)
+        x = F.glu(convolve_pointwise(norm(x), expand), dim=-1)  # (B, T, D) -> (B, T, C)
         # Beyond the end of an utterance must be the zeros that it sees when it is not padded.
         x = convolve_depthwise(zero_padding(x, mask), depthwise.conv)
         x = batch_norm(x.transpose(1, 2), mask).transpose(1, 2)
-        out: Tensor = dropout(convolve_pointwise(project, activation(x)))
+        out: Tensor = dropout(convolve_pointwise(activation(x), project))
         return out
 
 

@@ -58,7 +58,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero values of x, any shape, with probability p and scale up the others; in training."""
-        if not self.training or self.p == 0 or not cpu.pays(x):
+        if not self.training or self.p == 1 or not cpu.pays(x):
             return super().forward(x)
         return cpu.drop(x, self.p)
 
@@ -101,16 +101,29 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
                 return _as_channels(torch.zeros_like(rows).index_copy(0, valid, found), x)
         if mask is None:
             mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
+        return self.normalise(x, mask)
+
+    def normalise(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`forward` in training, by sums over valid frames that `total` may add to.
+
+        Padded frames become the bias.
+        """
         padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = mask.sum().to(wide.dtype)
-        frames = count.clamp(min=1)
-        mean = wide.masked_fill(padding, 0.0).sum((0, 2), keepdim=True) / frames
-        centred = (wide - mean).masked_fill(padding, 0.0)
-        variance = centred.square().sum((0, 2)) / frames
-        self._track(mean.detach().flatten(), variance.detach(), count)
+        sums = wide.masked_fill(padding, 0.0).sum((0, 2))
+        number = mask.sum().to(wide.dtype).unsqueeze(0)
+        sums, count = self.total(torch.cat([sums, number])).tensor_split([len(sums)])
+        count = count.detach().squeeze(0)
+        mean = sums / count.clamp(min=1)
+        centred = (wide - mean.unsqueeze(-1)).masked_fill(padding, 0.0)
+        variance = self.total(centred.square().sum((0, 2))) / count.clamp(min=1)
+        self._track(mean.detach(), variance.detach(), count)
         gain = self.weight * torch.rsqrt(variance + self.eps)
         return torch.addcmul(self.bias.unsqueeze(-1), centred, gain.unsqueeze(-1)).to(x.dtype)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """What sums over this process's frames are part of: here, all there is."""
+        return sums
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards mean and variance (C,), of `count` frames (scalar).
@@ -185,7 +198,7 @@ class SelfAttention(nn.MultiheadAttention):
         Returns:
             (B, T, D), and None.
         """
-        if not self.training or query.device.type != "cpu" or not len(query):
+        if not self.training or self.dropout == 1 or not cpu.pays(query) or not len(query):
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
         joined = cpu.multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
@@ -196,7 +209,8 @@ class SelfAttention(nn.MultiheadAttention):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if (padding := options.get("key_padding_mask")) is not None:
-            wide = wide + padding[:, None, None, :].clamp(min=torch.finfo(wide.dtype).min)
+            bias = padding[:, None, None, :].to(wide.dtype)
+            wide = wide + bias.clamp(min=torch.finfo(wide.dtype).min)
         weights = cpu.drop(torch.softmax(wide, -1).to(v.dtype), self.dropout)
         return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), None
 
@@ -212,6 +226,6 @@ def convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return same.transpose(1, 2)
 
 
-def convolve_pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+def convolve_pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """A convolution of width 1, as the matrix product that it is: (B, T, in) -> (B, T, out)."""
     return cpu.multiply(x, conv.weight.squeeze(-1), conv.bias)

@@ -94,8 +94,6 @@ def join_neighbours(mel: Tensor) -> Tensor:
     Returns:
         (B, ceil(T / 2), 3 * F).
     """
-    padded = F.pad(mel, (0, 0, 1, 1 + mel.shape[1] % 2))
-    middle, after = padded[:, 1::2], padded[:, 2::2]
+    padded = F.pad(mel, (0, 0, 1, 1))
     frames = (mel.shape[1] + 1) // 2
-    parts = (padded[:, 0::2][:, :frames], middle[:, :frames], after[:, :frames])
-    return torch.cat(parts, dim=2)
+    return torch.cat([padded[:, first::2][:, :frames] for first in range(3)], dim=2)

@@ -34,11 +34,6 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def _sum_over_ranks(mine: Tensor) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(mine)  # type: ignore[no-untyped-call]
-    return total
-
-
 class SyncedBatchNorm1d(MaskedBatchNorm1d):
     """`MaskedBatchNorm1d` whose statistics in training are those of all ranks together.
 
@@ -61,19 +56,12 @@ class SyncedBatchNorm1d(MaskedBatchNorm1d):
             return super().forward(frames, mask).view_as(x)
         if mask is None:
             mask = frames.new_ones((frames.shape[0], frames.shape[2]), dtype=torch.bool)
-        padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)
-        wide = frames.to(torch.promote_types(x.dtype, torch.float32))
-        mine = wide.masked_fill(padding, 0.0).sum((0, 2))
-        number = mask.sum().to(wide.dtype).unsqueeze(0)
-        total, count = _sum_over_ranks(torch.cat([mine, number])).tensor_split([len(mine)])
-        count = count.detach().squeeze(0)
-        mean = total / count.clamp(min=1)
-        centred = (wide - mean.unsqueeze(-1)).masked_fill(padding, 0.0)
-        variance = _sum_over_ranks(centred.square().sum((0, 2))) / count.clamp(min=1)
-        self._track(mean.detach(), variance.detach(), count)
-        gain = self.weight * torch.rsqrt(variance + self.eps)
-        out = torch.addcmul(self.bias.unsqueeze(-1), centred, gain.unsqueeze(-1))
-        return out.to(x.dtype).view_as(x)
+        return self.normalise(frames, mask).view_as(x)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the frames of all ranks, of those over the frames of this one."""
+        summed: Tensor = _SumOverRanks.apply(sums)  # type: ignore[no-untyped-call]
+        return summed
 
 
 def synchronise(model: nn.Module) -> None:

@@ -112,8 +112,30 @@ def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels
     assert hold_out.correlation(mel, heard) == pytest.approx(1.0, abs=0.01)
     assert 0 < hold_out.correlation(mel, other) < 0.3
     assert hold_out.correlation(mel[:70], mel) == pytest.approx(1.0, abs=1e-5)
-    assert hold_out.correlation(mel, mel[30:155]) == pytest.approx(1.0, abs=1e-5)
+    for cut in (mel[30:155], mel[37:137], mel[43:103], mel[249:]):
+        for pair in ((mel, cut), (cut, mel)):
+            assert hold_out.correlation(*pair) == pytest.approx(float(len(cut) > 1), abs=1e-5)
     assert hold_out.correlation(np.zeros_like(mel), mel) == 0.0
+
+
+def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path: Path) -> None:
+    metadata = json.loads((recorded / "metadata.json").read_text())
+    (recorded / "some").mkdir()
+    (tmp_path / "store").mkdir()
+    for entries in metadata["speakers"].values():
+        for entry in entries:
+            name = entry["feature_path"]
+            (recorded / name).rename(tmp_path / "store" / name)
+            entry["feature_path"] = f"some/{name}"
+            (recorded / "some" / name).symlink_to(Path("../../store") / name)
+    (recorded / "metadata.json").write_text(json.dumps(metadata))
+    target = tmp_path / "far" / "away" / "held-out"
+    done = CliRunner().invoke(hold_out.main, [str(recorded), str(target)])
+    assert done.exit_code == 0, done.output
+    placed = list((target / "Dataset" / "some").iterdir())
+    assert len(placed) == 60
+    for file in placed:
+        assert file.read_bytes() == (tmp_path / "store" / file.name).read_bytes()
 
 
 def test_the_group_farthest_from_the_others_is_chosen_and_never_most() -> None:
@@ -133,3 +155,7 @@ def test_a_folder_that_is_there_is_left_alone(recorded: Path, tmp_path: Path) ->
     done = CliRunner().invoke(hold_out.main, [str(tmp_path), str(tmp_path / "new")])
     assert done.exit_code == 2
     assert "metadata.json" in done.output
+    (recorded / "mapping.json").unlink()
+    done = CliRunner().invoke(hold_out.main, [str(recorded), str(tmp_path / "new")])
+    assert (done.exit_code, (tmp_path / "new").exists()) == (2, False)
+    assert "mapping.json" in done.output

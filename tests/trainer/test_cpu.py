@@ -27,6 +27,13 @@ def test_dropout_keeps_the_mean_and_each_value_independently(p: float) -> None:
         assert together == pytest.approx((1 - p) ** 2, abs=0.004)
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.0, 1.0), (1.0, 0.0)])
+def test_dropout_of_nothing_and_of_all(p: float, expected: float) -> None:
+    x, state = torch.ones(100_000, requires_grad=True), torch.get_rng_state()
+    assert (Dropout(p)(x) == expected).all()
+    assert p or torch.equal(torch.get_rng_state(), state)
+
+
 def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
     x = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
     found = drop(x, 0.5)
@@ -56,7 +63,7 @@ def test_convolutions_equal_pytorch_with_gradients(width: int, frames: int) -> N
     results = []
     for ours in (True, False):
         if ours:
-            out = convolve_pointwise(point, convolve_depthwise(x, deep))
+            out = convolve_pointwise(convolve_depthwise(x, deep), point)
         else:
             out = point(deep(x.transpose(1, 2))).transpose(1, 2)
         weights = (x, *deep.parameters(), *point.parameters())
@@ -105,7 +112,7 @@ def test_autocast_narrows_what_it_narrows_in_pytorch() -> None:
     x = torch.randn(2, 40, 6, requires_grad=True)
 
     def ours() -> Tensor:
-        return convolve_pointwise(point, convolve_depthwise(x, deep))
+        return convolve_pointwise(convolve_depthwise(x, deep), point)
 
     def pytorchs() -> Tensor:
         return point(deep(x.transpose(1, 2))).transpose(1, 2)

@@ -17,6 +17,13 @@ def mask_of(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
+@pytest.fixture(params=[True, False], ids=["by rows", "by masks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm as a CPU trains with it, and as a GPU does."""
+    monkeypatch.setattr("trainer.cpu.pays", lambda x: request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 def test_batch_norm_counts_valid_frames_only(momentum: float | None) -> None:
     ours = MaskedBatchNorm1d(5, momentum=momentum).double()
@@ -39,6 +46,7 @@ def test_batch_norm_counts_valid_frames_only(momentum: float | None) -> None:
         assert ours.num_batches_tracked == step
 
 
+@pytest.mark.usefixtures("way")
 def test_batch_norm_equals_pytorch_on_the_valid_frames_with_gradients() -> None:
     ours, pytorch = MaskedBatchNorm1d(5).double(), nn.BatchNorm1d(5).double()
     for norm in (ours, pytorch):
@@ -90,11 +98,10 @@ def test_self_attention_in_training_equals_pytorch(lengths: list[int] | None) ->
     torch.manual_seed(0)
     ours = SelfAttention(12, 3, batch_first=True).double().train()
     oracle = nn.MultiheadAttention(12, 3, batch_first=True).double().train()
-    oracle.load_state_dict(ours.state_dict())
     for weight in ours.parameters():
         nn.init.normal_(weight)
     oracle.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 9, 12, dtype=torch.float64)
+    x = torch.randn(3, 9, 12, dtype=torch.float64, requires_grad=True)
     padding = None
     if lengths is not None:
         beyond = torch.arange(9) >= torch.tensor(lengths)[:, None]
@@ -103,10 +110,27 @@ def test_self_attention_in_training_equals_pytorch(lengths: list[int] | None) ->
     for module in (ours, oracle):
         out, weights = module(x, x, x, key_padding_mask=padding, need_weights=False)
         assert weights is None
-        out.square().sum().backward()
-        results.append([out, *(w.grad for w in module.parameters())])
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, *module.parameters()))])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_self_attention_trains_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours = SelfAttention(12, 3, batch_first=True).to(dtype).train()
+    x = torch.randn(2, 5, 12).to(dtype)
+    padding = torch.zeros(2, 5, dtype=dtype)
+    padding[1, 3:] = -torch.inf
+    found = ours(x, x, x, key_padding_mask=padding)[0]
+    expected = ours.eval()(x, x, x, key_padding_mask=padding)[0]
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+def test_self_attention_compiles_in_one_piece() -> None:
+    layer, x = SelfAttention(12, 3, dropout=0.1, batch_first=True).train(), torch.randn(2, 5, 12)
+    explained = torch._dynamo.explain(lambda x: layer(x, x, x, need_weights=False)[0])(x)
+    assert explained.graph_break_count == 0, explained.break_reasons
 
 
 def test_the_mean_frame_leaves_padding_out() -> None:
