@@ -62,6 +62,7 @@ def test_best_has_all_that_is_ours() -> None:
     assert min(augment.reverb, augment.channel, augment.babble, augment.noise) > 0
     assert config.loss.margin_growth > 0
     assert config.train.average_decay > 0
+    assert config.predict.backend == "wccn"
 
 
 def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
