@@ -66,13 +66,13 @@ class Session:
 
     @cached_property
     def _enrolled(self) -> Wccn:
-        labels = self.split("train").labels
-        if not (labels >= 0).any():
+        train = self.shards.manifest.splits.get("train")
+        if train is None or not train.samples or not (self.shards["train"].labels >= 0).any():
             raise PredictionError(
-                f"{self.shards.path}: no utterance of its train split has a speaker for --backend "
-                "wccn to know them by; take --backend head"
+                f"{self.shards.path} has no train split with speakers, by whose utterances "
+                "--backend wccn would know them; take shards that have one, or --backend head"
             )
-        return Wccn(self.training.embeddings, labels)
+        return Wccn(self.training.embeddings, self.shards["train"].labels)
 
     @property
     def speakers(self) -> tuple[str, ...]:

@@ -87,7 +87,8 @@ def test_a_backend_without_speakers_to_know_is_an_error(
     monkeypatch.setattr("trainer.inference.open_shards_of", without_speakers)
     result = predict(run, "--backend", "wccn", "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
-    assert "no utterance of its train split has a speaker" in result.stderr
+    assert "has no train split with speakers" in result.stderr
+    assert "--backend head" in result.stderr
     assert not (tmp_path / "out.csv").exists()
 
 
