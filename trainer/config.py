@@ -198,14 +198,14 @@ class TrainConfig:
     """Trackers of `accelerate` to log to, beside metrics.jsonl; TensorBoard writes into the run."""
 
 
-BACKENDS = ("head", "wccn")
+Backend = Literal["head", "wccn"]
 
 
 @dataclass(frozen=True)
 class PredictConfig:
     """How predict and score name a speaker; training and its validation use the head."""
 
-    backend: Literal["head", "wccn"] = "head"
+    backend: Backend = "head"
     """By the head of the model, or by the nearest mean embedding of the training speakers, after
     within-class covariance normalisation (`trainer.backend`)."""
 
@@ -276,7 +276,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
             package wrote it.
     """
     try:
-        parts = {key: kind(**values[key]) for key, kind in PARTS.items()}
+        # Checkpoints without "predict" were written when there was only the head.
+        parts = {key: kind(**{"predict": {}, **values}[key]) for key, kind in PARTS.items()}
         config = Config(values["name"], **parts)
     except (KeyError, TypeError) as error:
         raise ConfigError(

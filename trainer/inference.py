@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
 
 from shardprep import ShardprepError, StorageError
 from trainer.checkpoint import CheckpointFolder
-from trainer.config import BACKENDS, config_from_dict
+from trainer.config import Backend, config_from_dict
 from trainer.errors import CheckpointError, PredictionError, TrainerError, is_out_of_memory
 from trainer.preflight import open_shards_of
 from trainer.rejects import read_left_out
@@ -36,8 +36,8 @@ class ModelOptions:
     max_frames: int
     tta: int
     tta_frames: int
-    backend: str | None = "head"
-    """One of BACKENDS; None is the recipe's."""
+    backend: Backend | None = "head"
+    """None is the recipe's."""
 
 
 def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -80,7 +80,7 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 backend_option = click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
+    type=click.Choice(get_args(Backend)),
     default=None,
     help="What names a speaker: the head of the model, or (wccn) the nearest mean embedding of the "
     "speakers of the train split, after within-class covariance normalisation; that hears the "
@@ -149,6 +149,9 @@ def open_session(options: ModelOptions) -> Session:
         pad_value=config.data.pad_value,
     )
     session.split(options.split)
+    if session.backend != "head":
+        who = f"those of the train split of {shards.path}, which is heard first"
+        note(f"speakers are named by --backend {session.backend}: {who}")
     return session
 
 

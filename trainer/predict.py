@@ -29,14 +29,14 @@ def predict_names(session: Session, part: Split) -> list[str]:
     """Name the speaker of every utterance of a split.
 
     Args:
-        session: The model; its speakers may be others than those of the shards.
+        session: The model; the speakers of its head may be others than those of the shards.
         part: The split.
 
     Returns:
         Names (N,) in the split's own order.
     """
     # The numbers of speakers differ between data sets: only names are compared, and not here.
-    found = session.recognise(part)[1]
+    found = session.recognise(part).evaluation
     return [session.speakers[speaker] for speaker in found.predictions]
 
 
@@ -89,7 +89,7 @@ def _predict(options: ModelOptions, out: Path) -> LeftOut | None:
         _tell_accuracy(split, sum(name == truth for name, truth in known), len(known))
     strangers = {truth for _, truth in known} - set(session.speakers)
     if strangers:
-        note(f"{len(strangers)} speakers of {split} are unknown to the model")
+        note(f"{len(strangers)} speakers of {split} cannot be named")
     return session.left_out
 
 

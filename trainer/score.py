@@ -1,6 +1,6 @@
 """How good a trained speaker model is: `python -m trainer.score RUN`.
 
-Accuracy asks which of the model's speakers an utterance is from; verification asks whether two
+Accuracy asks which of the known speakers an utterance is from; verification asks whether two
 utterances have one speaker, known to the model or not. Axis legend: N utterances, K trials.
 """
 
@@ -76,6 +76,8 @@ class Score:
             if share is not None:
                 right = f"{round(share * self.labelled):,} of {self.labelled:,}"
                 lines.append(f"{name} accuracy on {self.split}: {share:.4f} ({right})")
+        if self.accuracy is not None:
+            lines.append(f"backend: {self.backend}")
         if self.eer is not None:
             lines.append(f"EER: {100 * self.eer:.2f} %")
             lines.append(f"minDCF({self.p_target}): {self.min_dcf:.4f}")
@@ -213,27 +215,30 @@ def score(
         options: The trials.
 
     Raises:
-        PredictionError: See `choose_trials`, `find_cohort` and `Session.hear`.
+        PredictionError: See `choose_trials`, `find_cohort` and `Session.recognise`.
     """
     # Trials first: what is wrong with them is said before the long work.
     trials = choose_trials(options, session, part, names)
-    numbers = {name: number for number, name in enumerate(session.speakers)}
-    classes = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
     labelled = sum(name is not None for name in names)
+    # Without labels a backend need not learn to know anybody.
+    numbers = {name: number for number, name in enumerate(session.speakers if labelled else ())}
+    classes = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
     strangers = labelled - int((classes >= 0).sum())
     if strangers:
         note(
-            f"{strangers:,} utterances of {part.name} are from speakers unknown to the model: "
+            f"{strangers:,} utterances of {part.name} are from speakers who cannot be named: "
             "wrong for the accuracy, but good for trials"
         )
     if labelled < len(part):
         note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
     size = options.cohort_size
     cohort = None if trials is None or size is None else find_cohort(session)
-    embeddings, evaluation = session.recognise(part, classes)
+    if labelled and session.backend != "head" and part.name == "train":
+        note("the accuracy on train says nothing: the speakers are known by these very utterances")
+    found = session.recognise(part, classes) if labelled else session.hear(part)
     verified = None
     if trials is not None:
-        verified = verify(embeddings, trials, cohort, size or 0)
+        verified = verify(found.embeddings, trials, cohort, size or 0)
     source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
     return Score(
         checkpoint=str(session.file),
@@ -244,8 +249,8 @@ def score(
         labelled=labelled,
         unknown_to_model=strangers,
         backend=session.backend,
-        accuracy=evaluation.correct / labelled if labelled else None,
-        top5_accuracy=evaluation.correct_top5 / labelled if labelled else None,
+        accuracy=found.evaluation.correct / labelled if labelled else None,
+        top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
         trials=verified.trials if verified else 0,
         target_trials=verified.target_trials if verified else 0,
         trials_from=source if verified else None,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shardprep import ShardSet, Split, UtteranceLoader
 from trainer.backend import Wccn
+from trainer.config import Backend
 from trainer.errors import PredictionError
-from trainer.evaluation import Collected, Evaluation, Labels, collect, grade
+from trainer.evaluation import Collected, Labels, collect, grade
 from trainer.rejects import LeftOut
 from trainer.tta import Views
 
@@ -28,8 +28,8 @@ class Session:
     """Training steps behind the checkpoint."""
     classes: tuple[str, ...]
     """Names of the model's classes; those of the shards may be others."""
-    backend: str
-    """One of BACKENDS."""
+    backend: Backend
+    """What names speakers."""
     views: Views
     """The model, in evaluation mode."""
     shards: ShardSet
@@ -74,7 +74,7 @@ class Session:
             )
         return Wccn(self.training.embeddings, self.shards["train"].labels)
 
-    @property
+    @cached_property
     def speakers(self) -> tuple[str, ...]:
         """Names of the speakers that can be recognised, by their numbers."""
         if self.backend == "head":
@@ -107,9 +107,7 @@ class Session:
             )
         return found
 
-    def recognise(
-        self, part: Split, speakers: Labels | None = None
-    ) -> tuple[NDArray[np.float32], Evaluation]:
+    def recognise(self, part: Split, speakers: Labels | None = None) -> Collected:
         """Embed every utterance of a split and name its speaker by the backend.
 
         Args:
@@ -117,16 +115,12 @@ class Session:
             speakers: Number of each utterance's speaker (N,) in `Session.speakers`, -1 where it is
                 not among them; None counts nothing.
 
-        Returns:
-            Embeddings (N, D), and what the backend makes of them.
-
         Raises:
             PredictionError: As `hear` and `training`, or the train split has no speakers.
         """
         if self.backend == "head":
-            found = self.hear(part, speakers)
-            return found.embeddings, found.evaluation
+            return self.hear(part, speakers)
         enrolled = self._enrolled
-        embeddings = self.hear(part).embeddings
+        found = self.training if part.name == "train" else self.hear(part)
         numbers = np.full(len(part), -1) if speakers is None else speakers
-        return embeddings, grade(enrolled.scores, embeddings, numbers)
+        return Collected(found.embeddings, grade(enrolled.scores, found.embeddings, numbers))

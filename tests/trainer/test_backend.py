@@ -88,6 +88,14 @@ def test_unknown_speakers_take_no_part_and_numbers_may_have_gaps() -> None:
     assert (backend.speakers[backend.scores(embeddings).argmax(1)] == labels).all()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_silence_and_a_single_speaker_give_finite_scores(count: int) -> None:
+    embeddings = np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)
+    embeddings[0] = 0
+    scores = Wccn(embeddings, np.zeros(count, np.int64)).scores(np.zeros((2, 8), np.float32))
+    np.testing.assert_array_equal(scores, np.zeros((2, 1)))
+
+
 def test_no_speaker_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match="no utterance has a speaker"):
         Wccn(np.ones((2, 3), np.float32), np.full(2, -1))

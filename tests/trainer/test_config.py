@@ -233,6 +233,11 @@ def test_a_dict_from_another_version_is_refused_by_name() -> None:
     values["model"]["depth"] = 3
     with pytest.raises(ConfigError, match="depth"):
         config_from_dict(values)
+    del values["predict"]
+    with pytest.raises(ConfigError, match="depth"):
+        config_from_dict(values)
+    del values["model"]["depth"]
+    assert config_from_dict(values) == Config()
     del values["model"]
     with pytest.raises(ConfigError, match="model"):
         config_from_dict(values)

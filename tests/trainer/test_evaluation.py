@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import shardprep
-from trainer.evaluation import Evaluation, collect, evaluate, model_inputs
+from trainer.evaluation import Evaluation, collect, evaluate, grade, model_inputs
 from trainer.losses import SoftmaxLoss
 from trainer.model import SpeakerModel
 from trainer.tta import Views
@@ -212,3 +212,26 @@ def test_collected_embeddings_stand_in_the_order_of_the_split(
         for index, embedding in enumerate(found.embeddings):
             alone = model.embed(torch.from_numpy(split.read(index)).float()[None])[0]
             assert np.allclose(embedding, alone.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 7])
+def test_embeddings_are_graded_a_block_at_a_time(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.evaluation._BLOCK", 2)
+    random, sizes = np.random.default_rng(0), []
+    embeddings = random.normal(size=(count, 8)).astype(np.float32)
+    labels = random.integers(-1, 8, count)
+
+    def score(block: np.ndarray) -> np.ndarray:
+        sizes.append(len(block))
+        return block
+
+    found = grade(score, embeddings, labels)
+    best = np.argsort(-embeddings, axis=1)
+    known = labels >= 0
+    assert found.predictions.tolist() == best[:, 0].tolist()
+    assert found.labelled == known.sum()
+    assert found.correct == (best[:, 0] == labels)[known].sum()
+    assert found.correct_top5 == (best[:, :5] == labels[:, None]).any(1)[known].sum()
+    assert max(sizes, default=0) <= 2
