@@ -7,9 +7,9 @@ FOLDER holds Dataset/ in the homework's layout and test_labels.csv, the truth ab
 utterances, which is used for scoring only. The rungs are the course's code as published
 (`course_baseline.py`), then our recipes simple, medium, strong, boss and best, each trained by the
 command that a user would give. All get the same number of training crops: steps are --segments
-through the crops of a step. Checkpoints are chosen by validation accuracy; test accuracy is that of
-whole utterances, EER that of
-pairs of test utterances, drawn once, the same for all.
+through the crops of a step. Checkpoints are chosen by validation accuracy, which is by the head;
+test accuracy is that of whole utterances, named by the recipe's backend, EER that of pairs of test
+utterances, drawn once, the same for all.
 
 A run that is done is a file in the work folder and is not made again; one that was interrupted goes
 on from its newest checkpoint. With --width the Conformers of course, strong and boss are narrowed
