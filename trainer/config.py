@@ -277,7 +277,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """
     try:
         # Checkpoints without "predict" were written when there was only the head.
-        parts = {key: kind(**{"predict": {}, **values}[key]) for key, kind in PARTS.items()}
+        values = {"predict": {}, **values}
+        parts = {key: kind(**values[key]) for key, kind in PARTS.items()}
         config = Config(values["name"], **parts)
     except (KeyError, TypeError) as error:
         raise ConfigError(

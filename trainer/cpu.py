@@ -68,10 +68,12 @@ def drop(x: Tensor, p: float) -> Tensor:
     """Dropout in a third of the time of PyTorch's kernel, which draws value after value.
 
     A 64-bit number of NumPy's SFC64, seeded by PyTorch's generator, serves four values of 16 bits,
-    so that p, less than 1, is kept to within 2**-16; 0 draws nothing.
+    so that p is kept to within 2**-16; nothing is drawn where nothing is left to chance.
     """
     if p == 0:
         return x
+    if p == 1:
+        return x * 0.0
     limit = min(round(p * 2**16), 2**16 - 1)
     source = np.random.SFC64(torch.randint(2**63 - 1, (1,)).numpy())
     draws = torch.from_numpy(source.random_raw((x.numel() + 3) // 4).view(np.int16))

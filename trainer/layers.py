@@ -58,7 +58,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero values of x, any shape, with probability p and scale up the others; in training."""
-        if not self.training or self.p == 1 or not cpu.pays(x):
+        if not self.training or not cpu.pays(x):
             return super().forward(x)
         return cpu.drop(x, self.p)
 
@@ -99,15 +99,15 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
                 rows = _as_rows(x)
                 found = super().forward(rows.index_select(0, valid))
                 return _as_channels(torch.zeros_like(rows).index_copy(0, valid, found), x)
-        if mask is None:
-            mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
         return self.normalise(x, mask)
 
-    def normalise(self, x: Tensor, mask: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`forward` in training, by sums over valid frames that `total` may add to.
 
         Padded frames become the bias.
         """
+        if mask is None:
+            mask = x.new_ones((x.shape[0], x.shape[2]), dtype=torch.bool)
         padding = ~mask.unsqueeze(1)  # (B, T) -> (B, 1, T)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         sums = wide.masked_fill(padding, 0.0).sum((0, 2))
@@ -198,7 +198,7 @@ class SelfAttention(nn.MultiheadAttention):
         Returns:
             (B, T, D), and None.
         """
-        if not self.training or self.dropout == 1 or not cpu.pays(query) or not len(query):
+        if not self.training or not cpu.pays(query) or not len(query):
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
         joined = cpu.multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)

@@ -54,8 +54,6 @@ class SyncedBatchNorm1d(MaskedBatchNorm1d):
         frames = x.unsqueeze(2) if x.ndim == 2 else x  # (B, C) -> (B, C, 1)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(frames, mask).view_as(x)
-        if mask is None:
-            mask = frames.new_ones((frames.shape[0], frames.shape[2]), dtype=torch.bool)
         return self.normalise(frames, mask).view_as(x)
 
     def total(self, sums: Tensor) -> Tensor:

@@ -27,12 +27,17 @@ def predict(run: Path, *options: object) -> Result:
     return CliRunner().invoke(main, [str(run), *map(str, options)])
 
 
+def model_of(file: Path) -> SpeakerModel:
+    """The model of a checkpoint, rebuilt without the code under test."""
+    saved = torch.load(file, weights_only=True)
+    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
+    model.load_state_dict(saved["model"])
+    return model
+
+
 def expected_names(run: Path, shards: Path, split: str, checkpoint: str = "best.pt") -> list[str]:
     """The oracle: each utterance alone through the model of a checkpoint."""
-    saved = torch.load(run / "checkpoints" / checkpoint, weights_only=True)
-    settings = saved["config"]["model"]
-    model = SpeakerModel(40, 3, **settings).eval()
-    model.load_state_dict(saved["model"])
+    model = model_of(run / "checkpoints" / checkpoint)
     part = shardprep.open_shards(shards)[split]
     with torch.no_grad():
         scores = [model(torch.from_numpy(part.read(i)).float()[None]) for i in range(len(part))]
@@ -58,8 +63,7 @@ def test_the_recipe_chooses_the_backend_and_an_option_overrides_it(
     saved = torch.load(file, weights_only=True)
     saved["config"]["predict"]["backend"] = "wccn"
     torch.save(saved, file)
-    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
+    model = model_of(file)
 
     def embeddings(split: str) -> np.ndarray:
         mels = [torch.from_numpy(data[split].read(i)).float() for i in range(len(data[split]))]
