@@ -13,7 +13,7 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-bench_remote = importlib.import_module("bench_remote")
+remote_faults = importlib.import_module("remote_faults")
 
 
 @pytest.mark.remote
@@ -35,13 +35,13 @@ def test_it_runs_and_adds_to_what_it_wrote_before(tmp_path: Path) -> None:
 def test_a_file_that_is_not_what_its_name_says_is_seen(tmp_path: Path) -> None:
     true = tmp_path / "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     true.write_bytes(b"test")
-    assert bench_remote.is_true(true)
+    assert remote_faults.is_true(true)
     true.write_bytes(b"text")
-    assert not bench_remote.is_true(true)
+    assert not remote_faults.is_true(true)
 
 
 def test_the_most_that_a_folder_held_is_seen(tmp_path: Path) -> None:
-    with bench_remote.watching(tmp_path) as peak:
+    with remote_faults.watching(tmp_path) as peak:
         (tmp_path / "a").write_bytes(bytes(1000))
         (tmp_path / "b").write_bytes(bytes(500))
         waiting = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from trainer.checkpoint import CheckpointFolder
 from trainer.config import Config
 from trainer.factory import build_model
 from trainer.options import RECIPES, parse_args
+
+# For the modules beside the tests.
+sys.path.insert(0, str(Path(__file__).parent))
 
 ConfigFactory = Callable[..., Config]
 

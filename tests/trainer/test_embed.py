@@ -9,22 +9,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from oracle import model_of
 
 import shardprep
 from trainer.embed import main
-from trainer.model import SpeakerModel
 from trainer.tta import Views
 
 
 def embed(run: Path, *options: object) -> Result:
     return CliRunner().invoke(main, [str(run), *map(str, options)])
-
-
-def model_of(run: Path, checkpoint: str = "best.pt") -> SpeakerModel:
-    saved = torch.load(run / "checkpoints" / checkpoint, weights_only=True)
-    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
-    return model
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -38,7 +31,8 @@ def test_a_file_holds_what_each_utterance_gives_alone(
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     data = shardprep.open_shards(shards)
-    part, views = data[split], Views(model_of(run, "step-00000009.pt"), crops, 64)
+    model = model_of(run / "checkpoints" / "step-00000009.pt")
+    part, views = data[split], Views(model, crops, 64)
     with np.load(out, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     assert found["embeddings"].dtype == np.float32

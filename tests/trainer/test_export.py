@@ -15,11 +15,12 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from oracle import model_of
 from torch import Tensor, nn
 
 from trainer import export
-from trainer.checkpoint import CheckpointFolder, load
-from trainer.config import Config, config_from_dict
+from trainer.checkpoint import CheckpointFolder
+from trainer.config import Config
 from trainer.errors import ConfigError, ExportError, TrainerError
 from trainer.export import choose_format, export_model, main
 from trainer.factory import build_model
@@ -167,9 +168,7 @@ def test_the_command_writes_the_chosen_model_and_what_it_means(
         "step": str(step),
     }
     file = run / "checkpoints" / ("best.pt" if choice == "best" else "step-00000009.pt")
-    saved = load(file)
-    model = build_model(config_from_dict(saved["config"]).model, 40, len(NAMES)).eval()
-    model.load_state_dict(saved["model"])
+    model = model_of(file)
     mel, lengths = padded(utterances(77, 12))
     with torch.no_grad():
         expected = model(mel, lengths)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from oracle import model_of
 
 import shardprep
 from trainer.backend import Wccn
 from trainer.config import DataConfig
 from trainer.errors import PredictionError
-from trainer.model import SpeakerModel
 from trainer.predict import main, score_submission, write_submission
 from trainer.preflight import open_shards_of
 
@@ -25,14 +25,6 @@ NAMES = ["id00002", "id00000", "id00001"]
 
 def predict(run: Path, *options: object) -> Result:
     return CliRunner().invoke(main, [str(run), *map(str, options)])
-
-
-def model_of(file: Path) -> SpeakerModel:
-    """The model of a checkpoint, rebuilt without the code under test."""
-    saved = torch.load(file, weights_only=True)
-    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
-    return model
 
 
 def expected_names(run: Path, shards: Path, split: str, checkpoint: str = "best.pt") -> list[str]:
@@ -228,11 +220,7 @@ def test_crops_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path: Pa
     assert predict(run, *chosen, "--out", none, "--tta", 0).exit_code == 0
     assert predict(run, *chosen, "--out", some, "--tta", 3, "--tta-frames", 30).exit_code == 0
     assert none.read_bytes() == plain.read_bytes()
-    saved = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
-    from trainer.model import SpeakerModel
-
-    model = SpeakerModel(40, 3, **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
+    model = model_of(run / "checkpoints" / "best.pt")
     part, names = shardprep.open_shards(shards)["train"], []
     for index in range(len(part)):
         mel = torch.from_numpy(part.read(index)).float()

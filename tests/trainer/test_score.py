@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from oracle import model_of
 
 import shardprep
 from trainer.backend import Wccn
-from trainer.model import SpeakerModel
 from trainer.score import main
 from trainer.trials import Trials, draw_trials
 
@@ -35,10 +35,8 @@ def score_json(run: Path, *options: object) -> dict[str, Any]:
 
 def alone(run: Path, part: shardprep.Split) -> tuple[np.ndarray, list[str]]:
     """The oracle: unit embeddings (N, D) in float64 and predicted names, one by one."""
-    saved = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
-    names = saved["speakers"]
-    model = SpeakerModel(40, len(names), **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
+    file = run / "checkpoints" / "best.pt"
+    names, model = torch.load(file, weights_only=True)["speakers"], model_of(file)
     rows, answers = [], []
     with torch.no_grad():
         for index in range(len(part)):

@@ -1,0 +1,45 @@
+"""What a kind of hostile input is, and the list of all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GB = 1 << 30
+
+
+class Kind(NamedTuple):
+    """A kind of hostile input.
+
+    Attributes:
+        entry: What is to read it: "plain" and "zstd" are shard sets, "dataset" a data set,
+            "target" a folder that is to be built into.
+        make: Spoils the valid set in a folder.
+    """
+
+    entry: str
+    make: Callable[[Path], None]
+
+    @property
+    def sentence(self) -> str:
+        return " ".join((self.make.__doc__ or "").split())
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(entry: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def register(make: Callable[[Path], None]) -> Callable[[Path], None]:
+        KINDS[make.__name__.replace("_", "-")] = Kind(entry, make)
+        return make
+
+    return register
+
+
+class Canary:
+    """Unpickling it makes a file `canary`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch canary",)
