@@ -145,8 +145,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW: linear warm-up from 0, then half a cosine down to 0 at train.total_steps."""
+    """The optimiser; its rate rises from 0, then falls along half a cosine to 0 at the end."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices within the network and adamw for the rest."""
     lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     weight_decay: float = 0.01

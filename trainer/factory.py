@@ -16,6 +16,7 @@ from trainer.config import Config, DataConfig, LossConfig, ModelConfig, OptimCon
 from trainer.errors import ConfigError
 from trainer.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 from trainer.model import SpeakerModel
+from trainer.optimizer import MuonAdamW, split_weights
 from trainer.schedule import learning_rate, margin
 from trainer.step import StepPlan
 
@@ -52,15 +53,17 @@ def build_plan(config: Config, average: AveragedModel | None, device: torch.devi
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, device: torch.device
+    config: OptimConfig, model: SpeakerModel, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters; its learning rate is set before every step."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
+    """AdamW over all parameters, or Muon over those that it is for.
+
+    The learning rate is set before every step.
+    """
+    lr, decay, fused = config.lr, config.weight_decay, device.type in ("cuda", "cpu")
+    if config.name == "muon":
+        matrices, others = split_weights(model, model.classifier)
+        return MuonAdamW(matrices, others, lr=lr, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, fused=fused)
 
 
 def batch_of_each(config: DataConfig, world_size: int) -> int:

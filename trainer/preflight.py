@@ -12,7 +12,7 @@ from accelerate.utils import ProjectConfiguration
 
 from shardprep import ShardCache, ShardSet, locate, open_shards
 from trainer.checkpoint import State
-from trainer.config import Config, DataConfig, flatten
+from trainer.config import Config, DataConfig, config_from_dict, flatten
 from trainer.errors import ConfigError
 from trainer.meeting import group_options
 from trainer.watchdog import MEETING, Watchdog
@@ -27,6 +27,7 @@ _FIXED = (
     "data.order",
     "data.lanes",
     "data.window_shards",
+    "optim.name",
     "train.average_decay",
     "train.start_from",
     "train.seed",
@@ -97,7 +98,9 @@ def check_same_run(
     Raises:
         ConfigError: Naming the field, what was found and what the run began with.
     """
-    before, now = flatten(saved["config"]), flatten(config.to_dict())
+    # Fields that are newer than the checkpoint had their defaults.
+    began = config_from_dict(saved["config"])
+    before, now = flatten(began.to_dict()), flatten(config.to_dict())
     changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
     for key, (then, found) in changed.items():
         if key in _FIXED or key.startswith(_FIXED_PARTS):

@@ -532,6 +532,7 @@ STRONG_RECIPE: dict[str, Any] = {
     "augment.time_masks": 1,
     "augment.freq_masks": 1,
     "loss.margin_growth": 0.5,
+    "optim.name": "muon",
     "train.average_decay": 0.9,
 }
 

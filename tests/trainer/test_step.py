@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,30 +12,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint import load
 from trainer.config import Config, OptimConfig
 from trainer.engine import Trainer
-from trainer.factory import build_model
-from trainer.model import CosineClassifier
+from trainer.factory import build_model, build_optimizer
+from trainer.model import CosineClassifier, SpeakerModel
 from trainer.preflight import join_processes
 
 ConfigFactory = Callable[..., Config]
 Batch = dict[str, Tensor]
 
 
-@pytest.fixture(params=[False, True], ids=["branch", "fused"])
+@pytest.fixture(params=["branch", "fused", "muon"])
 def make_trainer(
     request: pytest.FixtureRequest, make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Trainer]:
-    """Trainers whose steps are skipped by a branch on the host, or by the fused optimiser."""
+    """Trainers whose steps are skipped by a branch on the host, or by a fused optimiser."""
 
-    def build(config: OptimConfig, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
-        decay = config.weight_decay
-        return torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=decay, fused=request.param
-        )
+    def build(config: OptimConfig, model: SpeakerModel, device: torch.device) -> Optimizer:
+        if request.param == "muon":
+            return build_optimizer(replace(config, name="muon"), model, device)
+        decay, fused = config.weight_decay, request.param == "fused"
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay, fused=fused)
 
     monkeypatch.setattr("trainer.engine.build_optimizer", build)
     return lambda **changes: Trainer(make_config(**changes))

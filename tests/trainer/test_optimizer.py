@@ -1,0 +1,230 @@
+"""Muon for matrices, AdamW for the rest: each as its paper and PyTorch have it, exactly resumed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Config, OptimConfig
+from trainer.factory import build_model, build_optimizer
+from trainer.model import SpeakerModel
+from trainer.optimizer import MuonAdamW, split_weights
+from trainer.options import RECIPES, parse_args
+
+ConfigFactory = Callable[..., Config]
+LR, DECAY = 0.01, 0.1
+
+
+class Parts(nn.Module):
+    """One weight of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tall, self.wide = nn.Linear(8, 24), nn.Linear(24, 6, bias=False)
+        self.kernels = nn.Conv2d(4, 16, 3)
+        self.line = nn.Conv1d(6, 5, 1)
+        self.depthwise = nn.Conv1d(6, 6, 7, groups=6)
+        self.table = nn.Embedding(9, 4)
+        self.norm = nn.LayerNorm(8)
+        self.score = nn.Linear(8, 1)
+        self.head = nn.Linear(8, 5)
+
+
+def make(seed: int = 0) -> tuple[Parts, MuonAdamW]:
+    torch.manual_seed(seed)
+    model = Parts()
+    matrices, others = split_weights(model, model.head)
+    return model, MuonAdamW(matrices, others, lr=LR, weight_decay=DECAY, fused=True)
+
+
+def set_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def names(model: nn.Module, weights: list[Tensor]) -> set[str]:
+    known = {id(weight): name for name, weight in model.named_parameters()}
+    return {known[id(weight)] for weight in weights}
+
+
+def test_only_matrices_within_the_network_are_matrices() -> None:
+    model = Parts()
+    matrices, others = split_weights(model, model.head)
+    assert names(model, matrices) == {f"{x}.weight" for x in ("tall", "wide", "kernels", "line")}
+    assert len(matrices) + len(others) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
+def test_every_weight_of_every_recipe_moves_once(recipe: str) -> None:
+    asked = ["--config", str(RECIPES / f"{recipe}.yaml"), "--data.shards", "shards"]
+    narrow = ["--model.dim=32", "--model.ff_dim=64", "--model.heads=2", "--model.head_dim=16"]
+    model = build_model(parse_args([*asked, *narrow]).config.model, 40, 7)
+    optimizer = build_optimizer(OptimConfig(name="muon"), model, torch.device("cpu"))
+    matrices, others = (group["params"] for group in optimizer.param_groups)
+    assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
+    assert names(model, others) >= names(model, list(model.classifier.parameters()))
+    assert sum(w.numel() for w in matrices) > sum(w.numel() for w in others) / 4
+    assert all(weight.ndim >= 2 for weight in matrices)
+
+
+def test_a_matrix_moves_by_the_nearest_orthogonal_one_as_far_as_adamw_would() -> None:
+    model, optimizer = make()
+    before = values(model)
+    set_gradients(model, 1)
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    optimizer.step()
+    for (name, weight), was in zip(model.named_parameters(), before, strict=True):
+        if name not in ("tall.weight", "wide.weight", "kernels.weight", "line.weight"):
+            continue
+        gradient = gradients[name]
+        assert gradient is not None
+        rows, columns = weight.flatten(1).shape
+        moved = (was * (1 - LR * DECAY) - weight.detach()).flatten(1).double()
+        moved /= LR * 0.2 * math.sqrt(max(rows, columns))
+        left, _, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
+        # In the singular directions of the gradient, by about the same along each.
+        turned = left.T @ moved @ right.T
+        sizes = turned.diagonal()
+        assert (turned - torch.diag(sizes)).abs().max() < 0.06, name
+        assert sizes.min() > 0.5, name
+        assert sizes.max() < 1.3, name
+
+
+def test_momentum_is_what_gradients_leave_behind() -> None:
+    model, optimizer = make()
+    expected = torch.zeros_like(model.kernels.weight).flatten(1)
+    for seed in range(3):
+        set_gradients(model, seed)
+        assert model.kernels.weight.grad is not None
+        expected = 0.95 * expected + 0.05 * model.kernels.weight.grad.flatten(1)
+        optimizer.step()
+    found = optimizer.state[model.kernels.weight]["momentum_buffer"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_rest_moves_as_pytorchs_adamw_has_it_to_the_bit() -> None:
+    model, optimizer = make()
+    reference = Parts()
+    reference.load_state_dict(model.state_dict())
+    plain = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=DECAY, fused=True)
+    for seed in range(3):
+        set_gradients(model, seed)
+        set_gradients(reference, seed)
+        optimizer.step()
+        plain.step()
+    others = names(model, split_weights(model, model.head)[1])
+    other = dict(reference.named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, other[name]) == (name in others), name
+
+
+def test_a_rate_set_between_steps_moves_both() -> None:
+    model, optimizer = make()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = values(model)
+    set_gradients(model, 0)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def test_an_optimiser_from_a_file_goes_on_to_the_bit() -> None:
+    model, optimizer = make()
+    for seed in range(2):
+        set_gradients(model, seed)
+        optimizer.step()
+    other, resumed = make(seed=9)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for seed in range(2, 4):
+        for a, b in ((model, optimizer), (other, resumed)):
+            set_gradients(a, seed)
+            b.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(other), strict=True))
+    one, two = optimizer.state_dict(), resumed.state_dict()
+    assert one["param_groups"] == two["param_groups"]
+    assert one["state"].keys() == two["state"].keys()
+    assert len(one["state"]) == len(list(model.parameters()))
+
+
+def test_the_moments_of_another_optimiser_are_refused() -> None:
+    model, optimizer = make()
+    plain = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("bad", [1.0, 2.0])
+def test_weights_and_moments_are_put_back_where_a_step_must_not_count(bad: float) -> None:
+    model, optimizer = make()
+    # The way that does not wait for a GPU, taken on the CPU.
+    set_gradients(model, 0)
+    optimizer._move_matrices(torch.tensor(0.0))
+    plain, reference = make()
+    set_gradients(plain, 0)
+    reference._move_matrices(None)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(plain), strict=True))
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, math.nan)
+    optimizer._move_matrices(torch.tensor(bad))
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(plain), strict=True))
+    set_gradients(model, 1)
+    set_gradients(plain, 1)
+    optimizer._move_matrices(torch.tensor(0.0))
+    reference._move_matrices(None)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(plain), strict=True))
+
+
+def test_weights_without_a_gradient_stay() -> None:
+    model, optimizer = make()
+    set_gradients(model, 0)
+    model.tall.weight.grad = None
+    before = values(model)
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(values(model), before, strict=True)]
+    still = [name for (name, _), x in zip(model.named_parameters(), moved, strict=True) if not x]
+    assert still == ["tall.weight"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_that_must_not_count_changes_nothing_and_waits_for_nothing() -> None:
+    torch.manual_seed(0)
+    model = SpeakerModel(40, 5, dim=32, heads=2, ff_dim=64, kernel_size=7).cuda()
+    optimizer = build_optimizer(OptimConfig(name="muon"), model, torch.device("cuda"))
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    before = values(model)
+    for weight in model.parameters():
+        assert weight.grad is not None
+        weight.grad.fill_(math.nan)
+    optimizer.found_inf = torch.ones((), device="cuda")  # type: ignore[attr-defined]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
