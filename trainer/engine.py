@@ -380,6 +380,8 @@ class Trainer:
         if self.average is not None:
             load_weights(self.bare, {"model": saved["raw"]}, file)
         load_training(self.accelerator, self.optimizer, self.loader, saved, file)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.optim.weight_decay
         self.step, self.best = saved["step"], saved["best"]
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.

@@ -16,22 +16,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is PyTorch's, its steps
     scaled to be as long as AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one
-    learning rate and one weight decay serve both. It computes in bfloat16 whatever the precision.
-    A kernel of a convolution counts as a matrix of output channels by what each of them sees.
+    learning rate and one weight decay serve both. A kernel of a convolution counts as a matrix of
+    output channels by what each of them sees. Muon computes in bfloat16 whatever the precision,
+    and devices of different kinds round that differently: processes that share a model must run
+    on the same kind.
 
     Args:
-        matrices: Weights of two dimensions or more for Muon.
+        matrices: Weights of two dimensions or more for Muon, contiguous.
         others: Weights for AdamW.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, per step and unit of learning rate.
         fused: Whether AdamW runs as one kernel, and both heed `found_inf`.
 
     Attributes:
-        found_inf: Scalar; where it is set to anything but 0, a step changes nothing. Unlike a
-            branch on it, that need not wait for a GPU.
+        found_inf: If it is set, a scalar on the device of the weights; where it is not 0, a step
+            changes nothing. Unlike a branch on it, that need not wait for the device.
     """
-
-    found_inf: Tensor
 
     def __init__(
         self,
@@ -42,43 +42,43 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
         fused: bool,
     ) -> None:
-        rest = list(others)
-        self._adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=fused)
+        adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=fused)
         group = {"params": list(matrices), "lr": lr, "weight_decay": weight_decay}
-        super().__init__([group, *self._adamw.param_groups], {"fused": fused})
+        super().__init__([group, *adamw.param_groups], {"fused": fused})
+        # A gradient scaler passes its `found_inf` on rather than waiting for it.
+        self._step_supports_amp_scaling = fused
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on this optimiser's own groups and moments."""
-        self._adamw.param_groups = self.param_groups[1:]
-        self._adamw.state = self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave.
-
-        Raises:
-            ValueError: It is of other weights, or of another optimiser.
-        """
-        super().load_state_dict(state_dict)
-        self._share()
+        """Let AdamW work on this optimiser's own group and moments."""
+        group = self.param_groups[1]
+        self._adamw = torch.optim.AdamW(group["params"], fused=group["fused"])
+        state = {"state": self.state, "param_groups": [group]}
+        self._adamw.__setstate__(state)  # type: ignore[no-untyped-call]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients."""
+        """Change the weights by their gradients, which a gradient scaler has unscaled."""
         assert closure is None
+        assert getattr(self, "grad_scale", None) is None
         found: Tensor | None = getattr(self, "found_inf", None)
-        if found is not None and found.device.type == "cpu":
-            if found:
-                return
-            found = None
-        self._adamw.found_inf = found  # type: ignore[attr-defined]
+        # A scaler counts devices, and AdamW heeds 1 alone.
+        keep = None if found is None else (found != 0).float()
+        self._adamw.found_inf = keep  # type: ignore[attr-defined]
         self._adamw.step()
-        self._move_matrices(found)
+        self._move_matrices(keep)
 
     @torch.no_grad()
-    def _move_matrices(self, found: Tensor | None) -> None:
+    def _move_matrices(self, keep: Tensor | None) -> None:
         group = self.param_groups[0]
         weights = [weight for weight in group["params"] if weight.grad is not None]
-        views = [weight.detach().flatten(1) for weight in weights]
+        if not weights:
+            return
+        # Not flatten, which copies what is not contiguous: the weight itself would stay.
+        views = [weight.detach().view(len(weight), -1) for weight in weights]
         for weight, view in zip(weights, views, strict=True):
             view.grad = weight.grad.flatten(1)
             if not self.state[weight]:
@@ -94,11 +94,11 @@ class MuonAdamW(torch.optim.Optimizer):
         for weight, view in zip(weights, views, strict=True):
             muon.state[view] = self.state[weight]
         touched = [*views, *(self.state[weight]["momentum_buffer"] for weight in weights)]
-        before = [] if found is None else [x.clone() for x in touched]
+        before = [] if keep is None else [x.clone() for x in touched]
         muon.step()  # type: ignore[no-untyped-call]
-        if found is not None:
+        if keep is not None:
             for x, old in zip(touched, before, strict=True):
-                x.copy_(torch.where(found == 0, x, old))
+                x.copy_(torch.where(keep == 0, x, old))
 
 
 def split_weights(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

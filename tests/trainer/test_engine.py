@@ -548,6 +548,33 @@ def test_a_run_with_all_that_best_has_resumes_to_the_bit(make_config: ConfigFact
     assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_may_go_on_with_another_weight_decay(
+    make_config: ConfigFactory, optimizer: str
+) -> None:
+    train(make_config(**{"train.stop_step": 5, "optim.name": optimizer}))
+    changed = make_config(**{"optim.name": optimizer, "optim.weight_decay": 0.25})
+    trainer = Trainer(changed, resume=True)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.25] * (
+        2 if optimizer == "muon" else 1
+    )
+    trainer.close()
+
+
+def test_a_run_begun_before_there_was_a_choice_of_optimiser_goes_on(
+    make_config: ConfigFactory,
+) -> None:
+    config = make_config(**{"train.stop_step": 5})
+    train(config)
+    file = config.run / "checkpoints" / "step-00000005.pt"
+    saved = load(file)
+    del saved["config"]["optim"]["name"]
+    torch.save(saved, file)
+    with pytest.raises(ConfigError, match=r"optim\.name: found muon, .* began with adamw"):
+        Trainer(make_config(**{"optim.name": "muon"}), resume=True)
+    assert train(make_config(), resume=True).finished
+
+
 def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFactory) -> None:
     config = make_config(**{"train.average_decay": 0.9, "train.valid_steps": 12})
     trainer = Trainer(config)

@@ -139,6 +139,7 @@ class Operations(TorchDispatchMode):
 
 
 RICH = {
+    "optim.name": "muon",
     "model.dropout": 0.1,
     "augment.channel": 0.5,
     "augment.babble": 0.5,
