@@ -14,7 +14,8 @@ than a third would be left to train on, nothing is held out. The test split of t
 out. Files are linked, or copied where that is not possible.
 
 The groups are guesses: some utterances of a held-out situation stay in training, so the new split
-is easier than situations that were never heard. Exit codes: 0 done, 2 usage.
+is easier than situations that were never heard. The data set is checked as `shardprep build` checks
+it. Exit codes: 0 done, 2 usage, else those of shardprep.
 
 Axis legend: N utterances of a speaker, T frames, F mel bins.
 """
@@ -25,23 +26,25 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
+from shardprep import ShardprepError
+from shardprep.errors import SourceError
+from shardprep.features import load_features
+from shardprep.source import Source, Utterance, scan_dataset
 from trainer.labels import HEADER
-
-Entry = dict[str, Any]
 
 # One second. Of utterances of two speakers one pair in five hundred correlates above 0.55 over so
 # many frames; those that share words of one take do so at 0.55 to 0.95, the less the noisier.
@@ -108,26 +111,58 @@ def correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 class Parts:
     """The utterances of a speaker."""
 
-    kept: list[Entry]
-    held: list[Entry]
-    left_out: list[Entry]
+    kept: list[Utterance]
+    held: list[Utterance]
+    left_out: list[Utterance]
     """Not held out, but with a recording of those that are."""
 
 
-def part(dataset: Path, entries: Sequence[Entry], situations: int) -> Parts:
-    """Divide the utterances of a speaker."""
-    mels = [torch.load(dataset / one["feature_path"], weights_only=True).numpy() for one in entries]
+def part(source: Source, utterances: Sequence[Utterance], situations: int) -> Parts:
+    """Divide the utterances of a speaker.
+
+    Raises:
+        SourceError: One is not what the metadata say; names its file.
+    """
+    mels = [
+        load_features(source.root / one.path, n_mels=source.n_mels, frames=one.frames)
+        for one in utterances
+    ]
     away = choose_group(np.array([describe(mel) for mel in mels]), situations)
     parts = Parts([], [], [])
     held_mels = [mel for mel, out in zip(mels, away, strict=True) if out]
-    for entry, mel, out in zip(entries, mels, away, strict=True):
+    for utterance, mel, out in zip(utterances, mels, away, strict=True):
         if out:
-            parts.held.append(entry)
+            parts.held.append(utterance)
         elif any(correlation(other, mel) > SHARED for other in held_mels):
-            parts.left_out.append(entry)
+            parts.left_out.append(utterance)
         else:
-            parts.kept.append(entry)
-    return parts if 3 * len(parts.kept) >= len(entries) else Parts(list(entries), [], [])
+            parts.kept.append(utterance)
+    return parts if 3 * len(parts.kept) >= len(utterances) else Parts(list(utterances), [], [])
+
+
+def divide(dataset: Path, situations: int) -> tuple[Source, dict[str, Parts]]:
+    """Look through a data set, and divide the utterances of each speaker.
+
+    Raises:
+        SourceError: Something in it is not as it should be; names the file.
+    """
+    source = scan_dataset(dataset)
+    for one in source.rejects:
+        if one.split == "test":
+            continue
+        file, remedy = source.root / one.file, "Mend the data set."
+        raise SourceError(one.reason, file=file, key=f"speaker {one.speaker}", remedy=remedy)
+    by_speaker = [
+        (str(speaker), list(own)) for speaker, own in groupby(source.labelled, lambda u: u.speaker)
+    ]
+    # The bar is for a terminal alone.
+    shown = tqdm(by_speaker, unit="speaker", disable=None)
+    return source, {speaker: part(source, own, situations) for speaker, own in shown}
+
+
+def listed(utterances: Sequence[Utterance]) -> list[dict[str, object]]:
+    """Utterances as the files of a data set list them."""
+    return [{"feature_path": one.path, "mel_len": one.frames} for one in utterances]
 
 
 def place(source: Path, target: Path) -> None:
@@ -151,24 +186,24 @@ def main(dataset: Path, target: Path, situations: int) -> None:
     new = target / "Dataset"
     if new.exists():
         raise click.UsageError(f"{new} is there already; name another folder, or remove it")
-    metadata = json.loads((dataset / "metadata.json").read_text())
-    speakers = {
-        speaker: part(dataset, entries, situations)
-        for speaker, entries in tqdm(metadata["speakers"].items(), unit="speaker")
-    }
+    try:
+        source, speakers = divide(dataset, situations)
+    except ShardprepError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
     new.mkdir(parents=True)
     for parts in speakers.values():
-        for entry in parts.kept + parts.held:
-            place(dataset / entry["feature_path"], new / entry["feature_path"])
+        for utterance in parts.kept + parts.held:
+            place(dataset / utterance.path, new / utterance.path)
     shutil.copyfile(dataset / "mapping.json", new / "mapping.json")
-    held = [(entry, speaker) for speaker, parts in speakers.items() for entry in parts.held]
-    test = {"n_mels": metadata["n_mels"], "utterances": [entry for entry, _ in held]}
+    held = [utterance for parts in speakers.values() for utterance in parts.held]
+    test = {"n_mels": source.n_mels, "utterances": listed(held)}
     (new / "testdata.json").write_text(json.dumps(test))
     with (target / "test_labels.csv").open("w", newline="") as file:
-        rows = [(entry["feature_path"], speaker) for entry, speaker in held]
-        csv.writer(file).writerows([HEADER, *rows])
-    kept = {speaker: parts.kept for speaker, parts in speakers.items()}
-    (new / "metadata.json").write_text(json.dumps({"n_mels": metadata["n_mels"], "speakers": kept}))
+        csv.writer(file).writerows([HEADER, *((one.path, one.speaker) for one in held)])
+    nothing = Parts([], [], [])
+    kept = {name: listed(speakers.get(name, nothing).kept) for name in source.speakers}
+    (new / "metadata.json").write_text(json.dumps({"n_mels": source.n_mels, "speakers": kept}))
     left = sum(len(parts.left_out) for parts in speakers.values())
     click.echo(
         f"{new}: {sum(map(len, kept.values())):,} utterances to train on, {len(held):,} held out, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+
+from shardprep.errors import SourceError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -40,9 +43,9 @@ def recorded(tmp_path: Path) -> Path:
                 speakers.setdefault(f"id{speaker}", []).append(entry)
     metadata = {"n_mels": 8, "speakers": speakers}
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    (folder / "mapping.json").write_text(
-        json.dumps({"speaker2id": {name: n for n, name in enumerate(speakers)}, "id2speaker": {}})
-    )
+    numbers = {name: n for n, name in enumerate(speakers)}
+    names = {str(n): name for name, n in numbers.items()}
+    (folder / "mapping.json").write_text(json.dumps({"speaker2id": numbers, "id2speaker": names}))
     return folder
 
 
@@ -80,6 +83,11 @@ def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
             mel = torch.load(name, weights_only=True).numpy()
             heard = mel.mean(0) + np.concatenate([mel - mel.mean(0), take])
             torch.save(torch.from_numpy(heard.astype(np.float32)), name)
+    metadata = json.loads((recorded / "metadata.json").read_text())
+    for entries in metadata["speakers"].values():
+        for entry in entries:
+            entry["mel_len"] = len(torch.load(recorded / entry["feature_path"], weights_only=True))
+    (recorded / "metadata.json").write_text(json.dumps(metadata))
     target = tmp_path / "held-out"
     words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
     done = CliRunner().invoke(hold_out.main, words)
@@ -98,10 +106,15 @@ def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
 def test_a_speaker_of_one_take_is_trained_on_whole(recorded: Path) -> None:
     take = np.random.default_rng(1).normal(size=(120, 8)).astype(np.float32)
     names = [f"uttr-0{situation}{number}.pt" for situation in range(3) for number in range(4)]
+    metadata = json.loads((recorded / "metadata.json").read_text())
     for number, name in enumerate(names):
         torch.save(torch.from_numpy(take + number // 4), recorded / name)
-    entries = [{"feature_path": name} for name in names]
-    assert hold_out.part(recorded, entries, SITUATIONS) == hold_out.Parts(entries, [], [])
+    for entry in metadata["speakers"]["id0"]:
+        entry["mel_len"] = 120
+    (recorded / "metadata.json").write_text(json.dumps(metadata))
+    _, speakers = hold_out.divide(recorded, SITUATIONS)
+    assert [one.path for one in speakers["id0"].kept] == names
+    assert not speakers["id0"].held + speakers["id0"].left_out
 
 
 def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels() -> None:
@@ -121,13 +134,13 @@ def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels
 def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path: Path) -> None:
     metadata = json.loads((recorded / "metadata.json").read_text())
     (recorded / "some").mkdir()
-    (tmp_path / "store").mkdir()
+    (recorded / "store").mkdir()
     for entries in metadata["speakers"].values():
         for entry in entries:
             name = entry["feature_path"]
-            (recorded / name).rename(tmp_path / "store" / name)
+            (recorded / name).rename(recorded / "store" / name)
             entry["feature_path"] = f"some/{name}"
-            (recorded / "some" / name).symlink_to(Path("../../store") / name)
+            (recorded / "some" / name).symlink_to(Path("../store") / name)
     (recorded / "metadata.json").write_text(json.dumps(metadata))
     target = tmp_path / "far" / "away" / "held-out"
     done = CliRunner().invoke(hold_out.main, [str(recorded), str(target)])
@@ -135,7 +148,26 @@ def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path
     placed = list((target / "Dataset" / "some").iterdir())
     assert len(placed) == 60
     for file in placed:
-        assert file.read_bytes() == (tmp_path / "store" / file.name).read_bytes()
+        assert file.read_bytes() == (recorded / "store" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../elsewhere.pt", r"\.\./elsewhere\.pt: speaker id0: the path leads outside"),
+        ("uttr-001.pt", "uttr-001.pt: speaker id0: .*listed"),
+        ("uttr-missing.pt", "uttr-missing.pt: speaker id0: the file does not exist"),
+    ],
+)
+def test_a_data_set_that_could_not_be_built_is_refused_by_file(
+    recorded: Path, tmp_path: Path, path: str, reason: str
+) -> None:
+    metadata = json.loads((recorded / "metadata.json").read_text())
+    metadata["speakers"]["id0"][0]["feature_path"] = path
+    (recorded / "metadata.json").write_text(json.dumps(metadata))
+    done = CliRunner().invoke(hold_out.main, [str(recorded), str(tmp_path / "new")])
+    assert re.search(reason, done.output), done.output
+    assert (done.exit_code, (tmp_path / "new").exists()) == (SourceError.exit_code, False)
 
 
 def test_the_group_farthest_from_the_others_is_chosen_and_never_most() -> None:
