@@ -45,8 +45,6 @@ class MuonAdamW(torch.optim.Optimizer):
         adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=fused)
         group = {"params": list(matrices), "lr": lr, "weight_decay": weight_decay}
         super().__init__([group, *adamw.param_groups], {"fused": fused})
-        # A gradient scaler passes its `found_inf` on rather than waiting for it.
-        self._step_supports_amp_scaling = fused
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -56,6 +54,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _share(self) -> None:
         """Let AdamW work on this optimiser's own group and moments."""
         group = self.param_groups[1]
+        # A gradient scaler passes its `found_inf` on rather than waiting for it.
+        self._step_supports_amp_scaling = group["fused"]
         self._adamw = torch.optim.AdamW(group["params"], fused=group["fused"])
         state = {"state": self.state, "param_groups": [group]}
         self._adamw.__setstate__(state)  # type: ignore[no-untyped-call]
