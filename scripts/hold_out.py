@@ -29,7 +29,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import click
@@ -41,7 +40,6 @@ from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 from shardprep import ShardprepError
-from shardprep.errors import SourceError
 from shardprep.features import load_features
 from shardprep.source import Source, Utterance, scan_dataset
 from trainer.labels import HEADER
@@ -147,16 +145,14 @@ def divide(dataset: Path, situations: int) -> tuple[Source, dict[str, Parts]]:
         SourceError: Something in it is not as it should be; names the file.
     """
     source = scan_dataset(dataset)
-    for one in source.rejects:
-        if one.split == "test":
-            continue
-        file, remedy = source.root / one.file, "Mend the data set."
-        raise SourceError(one.reason, file=file, key=f"speaker {one.speaker}", remedy=remedy)
-    by_speaker = [
-        (str(speaker), list(own)) for speaker, own in groupby(source.labelled, lambda u: u.speaker)
-    ]
+    for reject in source.rejects:
+        if reject.split != "test":
+            raise reject.error(source.root, "Mend the data set.")
+    by_speaker: dict[str, list[Utterance]] = {name: [] for name in source.speakers}
+    for one in source.labelled:
+        by_speaker[str(one.speaker)].append(one)
     # The bar is for a terminal alone.
-    shown = tqdm(by_speaker, unit="speaker", disable=None)
+    shown = tqdm(by_speaker.items(), unit="speaker", disable=None)
     return source, {speaker: part(source, own, situations) for speaker, own in shown}
 
 
@@ -201,8 +197,7 @@ def main(dataset: Path, target: Path, situations: int) -> None:
     (new / "testdata.json").write_text(json.dumps(test))
     with (target / "test_labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEADER, *((one.path, one.speaker) for one in held)])
-    nothing = Parts([], [], [])
-    kept = {name: listed(speakers.get(name, nothing).kept) for name in source.speakers}
+    kept = {speaker: listed(parts.kept) for speaker, parts in speakers.items()}
     (new / "metadata.json").write_text(json.dumps({"n_mels": source.n_mels, "speakers": kept}))
     left = sum(len(parts.left_out) for parts in speakers.values())
     click.echo(

@@ -47,6 +47,7 @@ _MOST_REJECTS = 100_000
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 _TOO_LARGE = "Split the data set into several, or leave out of the file what is not needed."
+_MEND = "Mend the data set, or leave such utterances out with --on-error skip."
 _HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
 
 
@@ -89,13 +90,13 @@ class Reject(msgspec.Struct, frozen=True):
     split: str
     reason: str
 
-    def error(self, root: Location) -> SourceError:
-        """The error that this fault is under --on-error fail."""
+    def error(self, root: Location, remedy: str = _MEND) -> SourceError:
+        """The error that this fault is where it may not be left out, as under --on-error fail."""
         return SourceError(
             self.reason,
             file=root / self.file,
             key=f"speaker {self.speaker}" if self.speaker else None,
-            remedy="Mend the data set, or leave such utterances out with --on-error skip.",
+            remedy=remedy,
         )
 
 

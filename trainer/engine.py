@@ -380,6 +380,7 @@ class Trainer:
         if self.average is not None:
             load_weights(self.bare, {"model": saved["raw"]}, file)
         load_training(self.accelerator, self.optimizer, self.loader, saved, file)
+        # The optimiser has come back with that of the checkpoint; the rate is set in every step.
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.optim.weight_decay
         self.step, self.best = saved["step"], saved["best"]

@@ -66,13 +66,13 @@ class MuonAdamW(torch.optim.Optimizer):
         assert getattr(self, "grad_scale", None) is None
         found: Tensor | None = getattr(self, "found_inf", None)
         # A scaler counts devices, and AdamW heeds 1 alone.
-        keep = None if found is None else (found != 0).float()
-        self._adamw.found_inf = keep  # type: ignore[attr-defined]
+        skip = None if found is None else (found != 0).float()
+        self._adamw.found_inf = skip  # type: ignore[attr-defined]
         self._adamw.step()
-        self._move_matrices(keep)
+        self._move_matrices(skip)
 
     @torch.no_grad()
-    def _move_matrices(self, keep: Tensor | None) -> None:
+    def _move_matrices(self, skip: Tensor | None) -> None:
         group = self.param_groups[0]
         weights = [weight for weight in group["params"] if weight.grad is not None]
         if not weights:
@@ -94,11 +94,11 @@ class MuonAdamW(torch.optim.Optimizer):
         for weight, view in zip(weights, views, strict=True):
             muon.state[view] = self.state[weight]
         touched = [*views, *(self.state[weight]["momentum_buffer"] for weight in weights)]
-        before = [] if keep is None else [x.clone() for x in touched]
+        before = [] if skip is None else [x.clone() for x in touched]
         muon.step()  # type: ignore[no-untyped-call]
-        if keep is not None:
+        if skip is not None:
             for x, old in zip(touched, before, strict=True):
-                x.copy_(torch.where(keep == 0, x, old))
+                torch.where(skip == 0, x, old, out=x)
 
 
 def split_weights(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -137,6 +138,12 @@ def holes(path: Path, size: int) -> None:
         file.truncate(size)
 
 
+def pipe(path: Path) -> None:
+    """Put a named pipe that nobody writes into where the file is."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def set_entry(dataset: Path, **values: Any) -> None:
     """Change what the metadata say of uttr-0.pt."""
     path = dataset / "metadata.json"
@@ -145,5 +152,6 @@ def set_entry(dataset: Path, **values: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def encoded(frames: int, codec: CodecInfo) -> bytes:
-    return codecs.encode(np.zeros((frames, N_MELS), "<f2"), codec)
+def zstd_frames(frames: int) -> bytes:
+    """So many frames of zeros as a shard with codec zstd stores them."""
+    return codecs.encode(np.zeros((frames, N_MELS), "<f2"), CodecInfo("zstd", 3, 64))

@@ -7,7 +7,9 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,16 @@ def recorded(tmp_path: Path) -> Path:
     return folder
 
 
+def change_entries(dataset: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let `change` change what metadata.json says of every utterance."""
+    path = dataset / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for entries in metadata["speakers"].values():
+        for entry in entries:
+            change(entry)
+    path.write_text(json.dumps(metadata))
+
+
 def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_path: Path) -> None:
     target = tmp_path / "held-out"
     words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
@@ -83,11 +95,11 @@ def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
             mel = torch.load(name, weights_only=True).numpy()
             heard = mel.mean(0) + np.concatenate([mel - mel.mean(0), take])
             torch.save(torch.from_numpy(heard.astype(np.float32)), name)
-    metadata = json.loads((recorded / "metadata.json").read_text())
-    for entries in metadata["speakers"].values():
-        for entry in entries:
-            entry["mel_len"] = len(torch.load(recorded / entry["feature_path"], weights_only=True))
-    (recorded / "metadata.json").write_text(json.dumps(metadata))
+
+    def measure(entry: dict[str, Any]) -> None:
+        entry["mel_len"] = len(torch.load(recorded / entry["feature_path"], weights_only=True))
+
+    change_entries(recorded, measure)
     target = tmp_path / "held-out"
     words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
     done = CliRunner().invoke(hold_out.main, words)
@@ -106,12 +118,14 @@ def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
 def test_a_speaker_of_one_take_is_trained_on_whole(recorded: Path) -> None:
     take = np.random.default_rng(1).normal(size=(120, 8)).astype(np.float32)
     names = [f"uttr-0{situation}{number}.pt" for situation in range(3) for number in range(4)]
-    metadata = json.loads((recorded / "metadata.json").read_text())
     for number, name in enumerate(names):
         torch.save(torch.from_numpy(take + number // 4), recorded / name)
-    for entry in metadata["speakers"]["id0"]:
-        entry["mel_len"] = 120
-    (recorded / "metadata.json").write_text(json.dumps(metadata))
+
+    def lengthen(entry: dict[str, Any]) -> None:
+        if entry["feature_path"] in names:
+            entry["mel_len"] = 120
+
+    change_entries(recorded, lengthen)
     _, speakers = hold_out.divide(recorded, SITUATIONS)
     assert [one.path for one in speakers["id0"].kept] == names
     assert not speakers["id0"].held + speakers["id0"].left_out
@@ -132,16 +146,16 @@ def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels
 
 
 def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path: Path) -> None:
-    metadata = json.loads((recorded / "metadata.json").read_text())
     (recorded / "some").mkdir()
     (recorded / "store").mkdir()
-    for entries in metadata["speakers"].values():
-        for entry in entries:
-            name = entry["feature_path"]
-            (recorded / name).rename(recorded / "store" / name)
-            entry["feature_path"] = f"some/{name}"
-            (recorded / "some" / name).symlink_to(Path("../store") / name)
-    (recorded / "metadata.json").write_text(json.dumps(metadata))
+
+    def link(entry: dict[str, Any]) -> None:
+        name = entry["feature_path"]
+        (recorded / name).rename(recorded / "store" / name)
+        entry["feature_path"] = f"some/{name}"
+        (recorded / "some" / name).symlink_to(Path("../store") / name)
+
+    change_entries(recorded, link)
     target = tmp_path / "far" / "away" / "held-out"
     done = CliRunner().invoke(hold_out.main, [str(recorded), str(target)])
     assert done.exit_code == 0, done.output
@@ -162,9 +176,12 @@ def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path
 def test_a_data_set_that_could_not_be_built_is_refused_by_file(
     recorded: Path, tmp_path: Path, path: str, reason: str
 ) -> None:
-    metadata = json.loads((recorded / "metadata.json").read_text())
-    metadata["speakers"]["id0"][0]["feature_path"] = path
-    (recorded / "metadata.json").write_text(json.dumps(metadata))
+
+    def mislead(entry: dict[str, Any]) -> None:
+        if entry["feature_path"] == "uttr-000.pt":
+            entry["feature_path"] = path
+
+    change_entries(recorded, mislead)
     done = CliRunner().invoke(hold_out.main, [str(recorded), str(tmp_path / "new")])
     assert re.search(reason, done.output), done.output
     assert (done.exit_code, (tmp_path / "new").exists()) == (SourceError.exit_code, False)

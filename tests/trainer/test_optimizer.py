@@ -17,6 +17,7 @@ from trainer.optimizer import MuonAdamW, split_weights
 from trainer.options import RECIPES, parse_args
 
 LR, DECAY = 0.01, 0.1
+MATRICES = ("tall.weight", "wide.weight", "kernels.weight", "line.weight")
 
 
 class Parts(nn.Module):
@@ -59,7 +60,7 @@ def names(model: nn.Module, weights: list[Tensor]) -> set[str]:
 def test_only_matrices_within_the_network_are_matrices() -> None:
     model = Parts()
     matrices, others = split_weights(model, model.head)
-    assert names(model, matrices) == {f"{x}.weight" for x in ("tall", "wide", "kernels", "line")}
+    assert names(model, matrices) == set(MATRICES)
     assert len(matrices) + len(others) == len(list(model.parameters()))
 
 
@@ -83,7 +84,7 @@ def test_a_matrix_moves_by_the_nearest_orthogonal_one_as_far_as_adamw_would() ->
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
     optimizer.step()
     for (name, weight), was in zip(model.named_parameters(), before, strict=True):
-        if name not in ("tall.weight", "wide.weight", "kernels.weight", "line.weight"):
+        if name not in MATRICES:
             continue
         gradient = gradients[name]
         assert gradient is not None
@@ -101,8 +102,7 @@ def test_a_matrix_moves_by_the_nearest_orthogonal_one_as_far_as_adamw_would() ->
 
 def test_matrices_and_kernels_move_as_pytorchs_muon_has_it_to_the_bit() -> None:
     model, optimizer = make()
-    names = ("tall.weight", "wide.weight", "kernels.weight", "line.weight")
-    weights = [model.get_parameter(name) for name in names]
+    weights = [model.get_parameter(name) for name in MATRICES]
     flat = [weight.detach().flatten(1).clone().requires_grad_() for weight in weights]
     options: dict[str, Any] = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     plain = torch.optim.Muon(flat, lr=LR, weight_decay=DECAY, **options)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from forge import (
     holes,
+    pipe,
     set_entry,
 )
 
-from kinds.registry import GB, kind
+from kinds.registry import GB, kind, register
 
 
 def metadata(
@@ -23,16 +23,11 @@ def metadata(
         path = folder / f"{file}.json"
         path.write_text(change(path.read_text() if path.exists() else ""))
 
-    make.__name__, make.__doc__ = name, sentence
-    kind("dataset")(make)
+    register(name, sentence, make, "dataset")
 
 
 def entry(name: str, sentence: str, /, **values: Any) -> None:
-    def make(folder: Path) -> None:
-        set_entry(folder, **values)
-
-    make.__name__, make.__doc__ = name, sentence
-    kind("dataset")(make)
+    register(name, sentence, lambda folder: set_entry(folder, **values), "dataset")
 
 
 FIRST = '{"feature_path": "uttr-0.pt", "mel_len": 70}'
@@ -100,8 +95,7 @@ def metadata_of_10_gb(folder: Path) -> None:
 @kind("dataset")
 def metadata_pipe(folder: Path) -> None:
     """metadata.json is a named pipe"""
-    (folder / "metadata.json").unlink()
-    os.mkfifo(folder / "metadata.json")
+    pipe(folder / "metadata.json")
 
 
 @kind("dataset")
@@ -120,8 +114,7 @@ def link_outside(folder: Path) -> None:
 @kind("dataset")
 def pt_pipe(folder: Path) -> None:
     """a .pt file is a named pipe"""
-    (folder / "uttr-0.pt").unlink()
-    os.mkfifo(folder / "uttr-0.pt")
+    pipe(folder / "uttr-0.pt")
 
 
 @kind("dataset")

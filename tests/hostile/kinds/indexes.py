@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import struct
@@ -11,16 +12,15 @@ from pathlib import Path
 import numpy as np
 from forge import (
     edit_index,
-    encoded,
     holes,
+    pipe,
     replace_payload,
     sign,
+    zstd_frames,
 )
 
 from kinds.registry import Canary, kind
-from shardprep.format import CodecInfo, index_dtype
-
-ZSTD = CodecInfo("zstd", 3, 64)
+from shardprep.format import index_dtype
 
 
 @kind("plain")
@@ -120,14 +120,13 @@ def index_key_not_unicode(folder: Path) -> None:
 @kind("plain")
 def index_pipe(folder: Path) -> None:
     """an index is a named pipe"""
-    (folder / "train.index.npy").unlink()
-    os.mkfifo(folder / "train.index.npy")
+    pipe(folder / "train.index.npy")
 
 
 @kind("zstd")
 def index_frames_without_bytes(folder: Path) -> None:
     """an index claims 400 million frames of a few stored bytes"""
-    replace_payload(folder, encoded(33, ZSTD), frames=400_000_000)
+    replace_payload(folder, zstd_frames(33), frames=400_000_000)
 
 
 @kind("plain")
@@ -141,8 +140,6 @@ def rejects_of_500_mb(folder: Path) -> None:
 @kind("plain")
 def rejects_nested(folder: Path) -> None:
     """rejects.jsonl nests lists 100,000 deep"""
-    import hashlib
-
     data = b'{"file": ' + b"[" * 100_000
     (folder / "rejects.jsonl").write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()

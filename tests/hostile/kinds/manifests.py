@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from forge import (
     holes,
+    pipe,
     sign,
 )
 
-from kinds.registry import GB, Canary, kind
+from kinds.registry import GB, Canary, kind, register
 
 
 @kind("plain")
@@ -52,8 +52,7 @@ def manifest_pickle(folder: Path) -> None:
 @kind("plain")
 def manifest_pipe(folder: Path) -> None:
     """manifest.json is a named pipe that nobody writes into"""
-    (folder / "manifest.json").unlink()
-    os.mkfifo(folder / "manifest.json")
+    pipe(folder / "manifest.json")
 
 
 @kind("plain")
@@ -65,12 +64,7 @@ def manifest_device(folder: Path) -> None:
 
 def forged(name: str, sentence: str, edit: Callable[[Any], None], entry: str = "plain") -> None:
     """Register a manifest whose fingerprint is true, and whose contents `edit` has changed."""
-
-    def make(folder: Path) -> None:
-        sign(folder, edit)
-
-    make.__name__, make.__doc__ = name, sentence
-    kind(entry)(make)
+    register(name, sentence, lambda folder: sign(folder, edit), entry)
 
 
 def shard(**values: Any) -> Callable[[Any], None]:

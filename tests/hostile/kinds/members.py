@@ -11,13 +11,10 @@ import zstandard
 from forge import (
     N_MELS,
     edit_payload,
-    encoded,
+    zstd_frames,
 )
 
 from kinds.registry import Canary, kind
-from shardprep.format import CodecInfo
-
-ZSTD = CodecInfo("zstd", 3, 64)
 
 
 def frame(size: int, known: bool = True) -> bytes:
@@ -45,7 +42,7 @@ def zstd_chunk_bomb(folder: Path) -> None:
     """the chunk of a crop inflates to 500 MB"""
 
     def bomb(data: bytes) -> bytes:
-        head, body = encoded(33, ZSTD), frame(500 << 20)
+        head, body = zstd_frames(33), frame(500 << 20)
         first = struct.unpack_from("<I", head, len(head) - 9 - 16)[0]
         table = struct.pack("<IIII", first, 128, len(body), 330)
         return head[:first] + body + table + struct.pack("<IBI", 2, 0, 0x8F92EAB1)

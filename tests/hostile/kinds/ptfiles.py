@@ -18,7 +18,7 @@ from forge import (
     set_entry,
 )
 
-from kinds.registry import GB, Canary, kind
+from kinds.registry import GB, Canary, register
 
 
 def pt(name: str, sentence: str, data: Callable[[Path], Any], /, **values: Any) -> None:
@@ -31,8 +31,7 @@ def pt(name: str, sentence: str, data: Callable[[Path], Any], /, **values: Any) 
         if values:
             set_entry(folder, **values)
 
-    make.__name__, make.__doc__ = name, sentence
-    kind("dataset")(make)
+    register(name, sentence, make, "dataset")
 
 
 def saved(value: Any, **options: Any) -> bytes:

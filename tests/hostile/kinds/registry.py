@@ -38,6 +38,12 @@ def kind(entry: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None
     return register
 
 
+def register(name: str, sentence: str, make: Callable[[Path], None], entry: str = "plain") -> None:
+    """Make a kind of a function that bears neither its name nor its sentence."""
+    make.__name__, make.__doc__ = name, sentence
+    kind(entry)(make)
+
+
 class Canary:
     """Unpickling it makes a file `canary`."""
 

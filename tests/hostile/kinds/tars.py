@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import gzip
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 
 from forge import (
     holes,
+    pipe,
     sign,
     write_tar,
 )
 
-from kinds.registry import GB, kind
+from kinds.registry import GB, kind, register
 
 
 def member(**values: Any) -> Callable[[tarfile.TarInfo, int], None]:
@@ -27,11 +28,7 @@ def member(**values: Any) -> Callable[[tarfile.TarInfo, int], None]:
 
 
 def tar(name: str, sentence: str, /, **values: Any) -> None:
-    def make(folder: Path) -> None:
-        write_tar(folder, member(**values))
-
-    make.__name__, make.__doc__ = name, sentence
-    kind("plain")(make)
+    register(name, sentence, lambda folder: write_tar(folder, member(**values)))
 
 
 tar(
@@ -81,43 +78,31 @@ def tar_sparse(folder: Path) -> None:
     write_tar(folder, change)
 
 
-@kind("plain")
-def tar_extended_header(folder: Path) -> None:
-    """a shard has an extended (pax) header of 400 MB"""
+def long_header(name: str, sentence: str, title: str, kind_of_header: bytes) -> None:
+    """Register a shard with a header of 400 MB for the member that follows."""
 
     def change(info: tarfile.TarInfo, number: int) -> bytes:
         if number != 1:
             return b""
-        head = tarfile.TarInfo("pax")
-        head.type, head.size = b"x", 400 << 20
+        head = tarfile.TarInfo(title)
+        head.type, head.size = kind_of_header, 400 << 20
         return head.tobuf(tarfile.GNU_FORMAT)
 
-    write_tar(folder, change)
-    holes(folder / "test-000000.tar", 600 << 20)
-    sign(folder)
+    def make(folder: Path) -> None:
+        write_tar(folder, change)
+        holes(folder / "test-000000.tar", 600 << 20)
+        sign(folder)
+
+    register(name, sentence, make)
 
 
-@kind("plain")
-def tar_long_name(folder: Path) -> None:
-    """a shard has a member name of 400 MB"""
-
-    def change(info: tarfile.TarInfo, number: int) -> bytes:
-        if number != 1:
-            return b""
-        head = tarfile.TarInfo("././@LongLink")
-        head.type, head.size = b"L", 400 << 20
-        return head.tobuf(tarfile.GNU_FORMAT)
-
-    write_tar(folder, change)
-    holes(folder / "test-000000.tar", 600 << 20)
-    sign(folder)
+long_header("tar_extended_header", "a shard has an extended (pax) header of 400 MB", "pax", b"x")
+long_header("tar_long_name", "a shard has a member name of 400 MB", "././@LongLink", b"L")
 
 
 @kind("plain")
 def tar_gzip_bomb(folder: Path) -> None:
     """a shard is a gzip bomb"""
-    import gzip
-
     (folder / "test-000000.tar").write_bytes(gzip.compress(bytes(300 << 20), 1))
     sign(folder)
 
@@ -133,8 +118,7 @@ def tar_json_of_500_mb(folder: Path) -> None:
 @kind("plain")
 def shard_pipe(folder: Path) -> None:
     """a shard is a named pipe"""
-    (folder / "test-000000.tar").unlink()
-    os.mkfifo(folder / "test-000000.tar")
+    pipe(folder / "test-000000.tar")
 
 
 @kind("plain")
