@@ -171,24 +171,32 @@ class CachedMap(ShardMap):
             self._coming[shard] = self._cache.threads.submit(self._arrive, shard, wanted)
 
     def _arrive(self, shard: int, wanted: bool) -> None:
-        try:
-            if not wanted or self._wanted[shard] > 0:
-                # What finds no room now is brought when it is needed.
-                with contextlib.suppress(NoRoomError):
-                    self._fetch(shard, wait=False)
-                    # Perhaps no window wants it by now.
-                    self._trim(int(_LOOSE * self._cache.share), {shard})
-        finally:
-            with self._lock:
+        # An order is struck off in the same moment as its file is mapped or given up: a window
+        # that comes to want a file which is gone again must not take it to be on its way.
+        with self._lock:
+            if wanted and self._wanted[shard] <= 0:
                 self._coming.pop(shard, None)
+                return
+        # What finds no room now is brought when it is needed.
+        with contextlib.suppress(NoRoomError):
+            try:
+                self._fetch(shard, wait=False)
+            except BaseException:
+                self._strike_off(shard)
+                raise
+            # Perhaps no window wants it by now.
+            self._trim(int(_LOOSE * self._cache.share), {shard})
+
+    def _strike_off(self, shard: int) -> None:
+        with self._lock:
+            self._coming.pop(shard, None)
 
     def _bring(self, shard: int) -> None:
         """Wait until a file is mapped, at the latest by this thread itself."""
         coming = self._coming.get(shard)
         if coming is not None:
             if coming.cancel():
-                with self._lock:
-                    self._coming.pop(shard, None)
+                self._strike_off(shard)
             else:
                 coming.result()
         if not self._mapped[shard]:
@@ -198,6 +206,7 @@ class CachedMap(ShardMap):
         info = self._infos[shard]
         held = self._cache.hold(self._folder / info.file, info, wait=wait)
         with self._lock:
+            self._coming.pop(shard, None)
             if self._mapped[shard]:
                 held.close()
                 return

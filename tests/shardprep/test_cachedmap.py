@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,53 @@ def test_of_what_may_wait_a_window_wants_as_much_as_there_is_room_for(
     assert eventually(lambda: there(shards) == [0, 1, 2, 3, 4, 5])
     time.sleep(0.05)
     assert len(there(shards)) == 6
+
+
+def test_what_is_wanted_while_its_order_is_being_dropped_comes(
+    mapped: Callable[..., CachedMap],
+) -> None:
+    shards = mapped(10, 10)
+    looked = threading.Event()
+
+    class Slow(Counter[int]):
+        def __getitem__(self, key: int) -> int:
+            value = super().__getitem__(key)
+            if threading.current_thread() is dropping:
+                looked.set()
+                time.sleep(0.2)
+            return value
+
+    # An order of a window that is gone: it finds that nobody wants the file, as a window comes to.
+    shards._wanted, shards._coming[3] = Slow(), Future()
+    dropping = threading.Thread(target=shards._arrive, args=(3, True))
+    dropping.start()
+    assert looked.wait(10)
+    window = shards.window()
+    window.want([3])
+    dropping.join()
+    assert eventually(lambda: there(shards) == [3])
+
+
+def test_what_is_wanted_after_it_came_and_left_comes_again(
+    mapped: Callable[..., CachedMap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = mapped(10, 10)
+    trim, other_wants = shards._trim, threading.Event()
+
+    def late(most: int, keep: set[int]) -> None:
+        assert other_wants.wait(10)
+        trim(most, keep)
+
+    monkeypatch.setattr(shards, "_trim", late)
+    one, other = shards.window(), shards.window()
+    one.want([3])
+    assert eventually(lambda: there(shards) == [3])
+    # Its order is not at its end yet.
+    one.close()
+    assert there(shards) == []
+    other.want([3])
+    other_wants.set()
+    assert eventually(lambda: there(shards) == [3])
 
 
 def test_what_two_windows_want_stays_until_both_have_left_it(
