@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from spread_options import SpreadCommand
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from train_arithmetic import DTYPES, wait_for
+from train_arithmetic import DTYPES, wait_for, worthwhile_precisions
 
 from shardprep.bench.standings import machine
 from trainer.blocks import skew
@@ -152,7 +152,12 @@ def table(cases: list[dict[str, Any]]) -> str:
 
 
 @click.command(cls=SpreadCommand, context_settings={"show_default": True})
-@click.option("--precision", multiple=True, type=click.Choice(list(DTYPES)), default=tuple(DTYPES))
+@click.option(
+    "--precision",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    help="[default: both; no alone on a CPU that is slow in bfloat16]",
+)
 @click.option("--rounds", type=click.IntRange(1), default=9)
 @click.option("--flex/--no-flex", "with_flex", default=True, help="Compiling takes a minute.")
 @click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
@@ -169,7 +174,7 @@ def main(
     cases = [
         measure(case, ways, each, device, rounds=rounds)
         for case in (GPU_CASES if on_gpu else CPU_CASES)
-        for each in precision
+        for each in precision or worthwhile_precisions(on_gpu=on_gpu)
     ]
     click.echo(table(cases))
     if out is not None:

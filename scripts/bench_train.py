@@ -33,7 +33,7 @@ from typing import Any
 import click
 import torch
 from spread_options import SpreadCommand
-from train_arithmetic import COUNTED
+from train_arithmetic import COUNTED, DTYPES, worthwhile_precisions
 from train_summary import ratios, summarise, table
 from train_turns import FRAMES, MEASURED, WARM, Turn
 
@@ -41,7 +41,6 @@ import shardprep
 from shardprep.bench.standings import machine, usable_cores
 
 WORKERS = (0, 2)
-PRECISIONS = ("no", "bf16")
 SPEAKERS = 100
 # Crops in the measured part of a turn.
 CPU_SEGMENTS, GPU_SEGMENTS = 1024, 131_072
@@ -189,7 +188,10 @@ _COUNT = click.IntRange(min=1)
 @click.option("--width", type=_COUNT, default=512)
 @click.option("--heads", type=_COUNT, default=8)
 @click.option(
-    "--precision", multiple=True, type=click.Choice(["no", "bf16"]), default=("no", "bf16")
+    "--precision",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    help="[default: both; no alone on a CPU that is slow in bfloat16]",
 )
 @click.option(
     "--compile/--no-compile",
@@ -223,6 +225,7 @@ def main(
     """Measure all ways to train boss and print tables."""
     on_gpu = torch.cuda.is_available() and not cpu
     compiled = (False, True) if (on_gpu if with_compiled is None else with_compiled) else (False,)
+    precision = precision or worthwhile_precisions(on_gpu=on_gpu)
     segments = segments or (GPU_SEGMENTS if on_gpu else CPU_SEGMENTS)
     with work_folder(work) as folder:
         given, shards = prepare(dataset, folder, utterances)

@@ -40,6 +40,7 @@ from spread_options import SpreadCommand
 
 import shardprep
 from shardprep.bench.standings import machine
+from trainer.cpu import SLOW_BFLOAT16, is_slow_in_bfloat16
 from trainer.errors import TrainerError
 from trainer.options import RECIPES
 
@@ -161,6 +162,8 @@ def main(
         jobs = plan(rungs, seeds, settings, places)
     except TrainerError as error:
         raise click.UsageError(str(error)) from error
+    if settings.cpu and settings.precision == "bf16" and is_slow_in_bfloat16():
+        click.echo(f"WARNING: {SLOW_BFLOAT16}", err=True)
     if dry_run:
         click.echo(shlex.join(["shardprep", "build", str(places.dataset), str(places.shards)]))
         for command in (command for job in jobs for command in job.commands):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.cpu import is_slow_in_bfloat16
+
 COUNTED = (
     "matrix products and convolutions of the forward pass of the `conformer` package's block with "
     "its pooling and classifier (a multiplication and an addition are 2), times 3 for the backward "
@@ -30,6 +32,12 @@ NOMINAL: dict[str, dict[str, float]] = {
     "H200": {"no": 67.0, "bf16": 989.0},
     "A100": {"no": 19.5, "bf16": 312.0},
 }
+
+
+def worthwhile_precisions(*, on_gpu: bool) -> tuple[str, ...]:
+    """Those to measure unless told otherwise: without bf16 where it takes many times as long."""
+    narrow = on_gpu or not is_slow_in_bfloat16()
+    return tuple(DTYPES) if narrow else ("no",)
 
 
 def train_flops(model: nn.Module, batch: Tensor) -> float:

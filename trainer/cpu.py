@@ -19,6 +19,12 @@ from torch.autograd.function import once_differentiable
 # Frames whose products with a window of K - 1 more are taken at once, in `_kernel_gradient`.
 _BLOCK = 32
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+# What PyTorch calls x86 without AVX-512.
+_NARROW = ("NO AVX", "AVX2")
+SLOW_BFLOAT16 = (
+    "this CPU has no AVX-512, without which bfloat16 takes 8 to 60 times as long as float32; "
+    "leave bf16 out"
+)
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -26,6 +32,15 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def pays(x: Tensor) -> bool:
     """Whether a tensor is one to train on in the ways of this module."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def is_slow_in_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 many times slower than float32, as x86 without AVX-512.
+
+    oneDNN has no kernels for it there, and PyTorch's own take 8 (matrices) to 60 times as long
+    (convolutions).
+    """
+    return torch.backends.cpu.get_cpu_capability() in _NARROW
 
 
 def keep_memory() -> None:
@@ -45,9 +60,10 @@ def keep_memory() -> None:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; in training on a CPU in float32 by oneDNN, a tenth faster than MKL on AMD.
+    """`F.linear`; in training on a CPU in float32 by oneDNN where that is faster than MKL.
 
-    To oneDNN it is a convolution of width 1.
+    That is a tenth on AMD with AVX-512; with AVX2 it is slower by a seventh. To oneDNN it is a
+    convolution of width 1.
 
     Args:
         x: (B, T, D), or any shape that `F.linear` takes.
@@ -58,10 +74,14 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (B, T, N).
     """
     wide = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (pays(x) and wide and x.ndim == 3 and x.numel() and _ONEDNN):
+    if not (pays(x) and wide and x.ndim == 3 and x.numel() and _prefers_onednn()):
         return F.linear(x, weight, bias)
     out = F.conv2d(_as_row(x), weight[:, :, None, None], bias)
     return _as_frames(out)
+
+
+def _prefers_onednn() -> bool:
+    return _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def drop(x: Tensor, p: float) -> Tensor:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from shardprep import CorruptShardError, publish
+from trainer import cpu
 from trainer.agreement import together
 from trainer.average import AveragedModel
 from trainer.checkpoint import Newest, State
 from trainer.config import Config
-from trainer.cpu import keep_memory
 from trainer.errors import CheckpointError, DivergedError
 from trainer.evaluation import evaluate
 from trainer.factory import (
@@ -83,7 +83,7 @@ class Trainer:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         if self.device.type == "cpu":
-            keep_memory()
+            cpu.keep_memory()
         elif config.train.tf32:
             allow_tensor_float32()
         start = find_start(config, resume=resume)
@@ -116,6 +116,9 @@ class Trainer:
             store=meeting_place(),
         )
         self._introduce()
+        mixed = self.accelerator.mixed_precision
+        if self.device.type == "cpu" and mixed == "bf16" and cpu.is_slow_in_bfloat16():
+            self.journal.warn(self.step, cpu.SLOW_BFLOAT16)
         for error in found.damaged if found else ():
             self.progress.say(f"WARNING: {error}; goes on from step {self.step:,}")
         for key, (before, now) in changed.items():

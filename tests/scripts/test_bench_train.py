@@ -32,6 +32,24 @@ def test_a_linear_layer_is_counted_by_hand() -> None:
     assert arithmetic.utilisation(1000.0, flops, 1e6) == pytest.approx(0.63)
 
 
+@pytest.mark.parametrize(
+    ("capability", "on_gpu", "expected"),
+    [
+        ("NO AVX", False, ("no",)),
+        ("AVX2", False, ("no",)),
+        ("AVX2", True, ("no", "bf16")),
+        ("AVX512", False, ("no", "bf16")),
+        # An ARM CPU.
+        ("DEFAULT", False, ("no", "bf16")),
+    ],
+)
+def test_what_takes_many_times_as_long_is_measured_only_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capability: str, on_gpu: bool, expected: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert arithmetic.worthwhile_precisions(on_gpu=on_gpu) == expected
+
+
 def test_all_products_of_the_block_are_counted() -> None:
     dim, heads, head_dim, frames, mels, speakers = 16, 2, 8, 128, 40, 5
     model = models.CourseModel(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from trainer.options import RECIPES, parse_args
@@ -202,6 +203,16 @@ def test_a_dry_run_prints_commands_and_writes_nothing(data: Path, tmp_path: Path
     assert sum(str(SCRIPTS / "course_baseline.py") in line for line in lines) == 2
     assert sum("trainer.predict" in line for line in lines) == 2
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_a_cpu_that_is_slow_in_bf16_is_warned_of(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    words = ("--data", data, "--rungs", "simple", "--cpu", "--dry-run")
+    assert "WARNING" not in invoke(*words).stderr
+    assert ("WARNING: this CPU" in invoke(*words, "--precision", "bf16").stderr) == warned
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,22 @@ def test_an_empty_batch_is_convolved_to_nothing() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 50, 24), (50, 24), (24,), (0, 50, 24), (3, 0, 24)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_products_equal_pytorch_with_gradients(shape: tuple[int, ...], biased: bool) -> None:
+@pytest.mark.parametrize(("capability", "convolves"), [("AVX512", True), ("AVX2", False)])
+def test_products_equal_pytorch_with_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    biased: bool,
+    capability: str,
+    convolves: bool,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    convolve, calls = F.conv2d, []
+
+    def conv2d(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return convolve(*arguments)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
     torch.manual_seed(0)
     layer = Linear(24, 10, bias=biased)
     x = torch.randn(shape, requires_grad=True)
@@ -94,6 +110,7 @@ def test_products_equal_pytorch_with_gradients(shape: tuple[int, ...], biased: b
         results.append([out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert bool(calls) == (convolves and len(shape) == 3 and 0 not in shape)
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 0], [1, 3], [0, 0]])

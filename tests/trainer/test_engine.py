@@ -408,6 +408,26 @@ def test_launch_flags_that_the_device_cannot_follow_are_refused(
         Trainer(make_config())
 
 
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False)])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_warned_of(
+    make_config: ConfigFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: str,
+    slow: bool,
+    precision: str,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    config = make_config()
+    Trainer(config)
+    warned = "WARNING: this CPU has no AVX-512" in capsys.readouterr().err
+    assert warned == (slow and precision == "bf16")
+    metrics = config.run / "metrics.jsonl"
+    assert warned == (metrics.exists() and '"warning"' in metrics.read_text())
+
+
 def test_processes_that_do_not_meet_are_refused(
     make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
