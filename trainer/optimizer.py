@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.cpu import is_slow_in_bfloat16
+
 _MOMENTUM = 0.95
+# Of the Newton-Schulz iteration x -> a x + (b x x' + c (x x')^2) x.
+_ITERATIONS, _A, _B, _C = 5, 3.4445, -4.7750, 2.0315
+_SMALLEST_NORM = 1e-7
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Moves matrices by the nearest orthogonal matrix to their momentum, the rest as AdamW does.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is PyTorch's, its steps
+    Muon is that of Jordan et al. (2024, https://kellerjordan.github.io/posts/muon), its steps
     scaled to be as long as AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one
     learning rate and one weight decay serve both. A kernel of a convolution counts as a matrix of
-    output channels by what each of them sees. Muon computes in bfloat16 whatever the precision,
-    and devices of different kinds round that differently: processes that share a model must run
-    on the same kind.
+    output channels by what each of them sees. PyTorch's own Muon does the same, a matrix at a time
+    and in bfloat16 everywhere, which takes longer than all the rest of a step on a CPU without
+    AVX-512. Devices of different kinds round differently: processes that share a model must run on
+    the same kind.
 
     Args:
         matrices: Weights of two dimensions or more for Muon, contiguous.
@@ -74,31 +81,49 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _move_matrices(self, skip: Tensor | None) -> None:
         group = self.param_groups[0]
-        weights = [weight for weight in group["params"] if weight.grad is not None]
-        if not weights:
-            return
-        # Not flatten, which copies what is not contiguous: the weight itself would stay.
-        views = [weight.detach().view(len(weight), -1) for weight in weights]
-        for weight, view in zip(weights, views, strict=True):
-            view.grad = weight.grad.flatten(1)
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(view)
-        # Made anew, for the weights may have moved to a device, or their moments from a file.
-        muon = torch.optim.Muon(
-            views,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=_MOMENTUM,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        for weight, view in zip(weights, views, strict=True):
-            muon.state[view] = self.state[weight]
-        touched = [*views, *(self.state[weight]["momentum_buffer"] for weight in weights)]
-        before = [] if skip is None else [x.clone() for x in touched]
-        muon.step()  # type: ignore[no-untyped-call]
-        if skip is not None:
-            for x, old in zip(touched, before, strict=True):
-                torch.where(skip == 0, x, old, out=x)
+        lr = group["lr"]
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is not None:
+                # Not flatten, which copies what is not contiguous: the weight itself would stay.
+                matrix = weight.detach().view(len(weight), -1)
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(matrix)
+                parts = matrix, weight.grad.flatten(1), self.state[weight]["momentum_buffer"]
+                alike.setdefault(matrix.shape, []).append(parts)
+        for shape, parts_of in alike.items():
+            matrices, gradients, momenta = (torch.stack(x) for x in zip(*parts_of, strict=True))
+            momenta.lerp_(gradients, 1 - _MOMENTUM)
+            # Nesterov's, with the momentum that the next step begins with.
+            steps = orthogonalise(gradients.lerp_(momenta, _MOMENTUM)).to(matrices.dtype)
+            matrices.mul_(1 - lr * group["weight_decay"])
+            matrices.add_(steps, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+            for (matrix, _, momentum), *new in zip(parts_of, matrices, momenta, strict=True):
+                for old, x in zip((matrix, momentum), new, strict=True):
+                    old.copy_(x if skip is None else torch.where(skip == 0, x, old))
+
+
+def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The nearest orthogonal matrices, roughly: singular values come to lie between .7 and 1.2.
+
+    Five Newton-Schulz iterations of Jordan et al. (2024), whose polynomial is steep at 0.
+
+    Args:
+        x: (N, rows, columns).
+        dtype: To compute in; by default bfloat16, or float32 on a CPU that is slow in that.
+
+    Returns:
+        (N, rows, columns) of that type.
+    """
+    tall = x.shape[1] > x.shape[2]
+    if dtype is None:
+        dtype = torch.float32 if x.is_cpu and is_slow_in_bfloat16() else torch.bfloat16
+    x = (x.mT if tall else x).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if tall else x
 
 
 def split_weights(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
