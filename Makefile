@@ -60,26 +60,26 @@ $(BENCH_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 bench: $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python scripts/bench_loader.py $(if $(DATA),--dataset '$(DATA)') \
+	$(BENCH_VENV)/bin/python -m scripts.bench.loader $(if $(DATA),--dataset '$(DATA)') \
 		--out scripts/results/loader.json --plot scripts/results/loader.png
 
 bench-train: $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python scripts/bench_train.py $(if $(DATA),--dataset '$(DATA)') \
+	$(BENCH_VENV)/bin/python -m scripts.bench_train $(if $(DATA),--dataset '$(DATA)') \
 		--out scripts/results/train.json $(ARGS)
-	$(BENCH_VENV)/bin/python scripts/bench_attention.py --out scripts/results/attention.json
+	$(BENCH_VENV)/bin/python -m scripts.bench.attention --out scripts/results/attention.json
 
 bench-remote: $(INSTALLED)
-	$(BIN)/python scripts/bench_remote.py --out scripts/results/remote.json $(ARGS)
+	$(BIN)/python -m scripts.bench_remote --out scripts/results/remote.json $(ARGS)
 
 ladder: $(BENCH_VENV)/.installed
 	@test -n '$(DATA)' || { echo 'make ladder DATA=folder, with Dataset/ and test_labels.csv'; exit 2; }
-	$(BENCH_VENV)/bin/python scripts/ladder.py --data '$(DATA)' \
+	$(BENCH_VENV)/bin/python -m scripts.ladder --data '$(DATA)' \
 		--out scripts/results/ladder.json --plot scripts/results/ladder.png $(ARGS)
 
 torture: $(INSTALLED)
-	$(BIN)/python scripts/torture.py --out scripts/results/torture.json
-	$(BIN)/python scripts/train_kills.py --rounds 20 --out scripts/results/kills.json
-	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --out scripts/results/soak.json
+	$(BIN)/python -m scripts.torture.shards --out scripts/results/torture.json
+	$(BIN)/python -m scripts.torture.training --rounds 20 --out scripts/results/kills.json
+	$(BIN)/python -m scripts.torture.soak --minutes $(MINUTES) --out scripts/results/soak.json
 
 $(FUZZ_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FUZZ_VENV)
@@ -87,7 +87,7 @@ $(FUZZ_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 fuzz: $(FUZZ_VENV)/.installed
-	$(FUZZ_VENV)/bin/python scripts/fuzz.py --seconds $(SECONDS) --found fuzz-found \
+	$(FUZZ_VENV)/bin/python -m scripts.torture.fuzz --seconds $(SECONDS) --found fuzz-found \
 		--out scripts/results/fuzz.json
 
 clean:

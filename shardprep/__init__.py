@@ -15,7 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardprep.cache import ShardCache
+    from shardprep.build.options import BuildOptions
+    from shardprep.build.writer import BuildReport, build_shards
+    from shardprep.cache.shard_cache import ShardCache
+    from shardprep.check.repair import RepairReport, repair_shards
+    from shardprep.check.verify import Fault, VerifyReport, verify_shards
     from shardprep.errors import (
         BuildError,
         CorruptShardError,
@@ -24,47 +28,43 @@ if TYPE_CHECKING:
         SourceError,
         StorageError,
     )
-    from shardprep.format import Manifest
-    from shardprep.loader import SegmentLoader
-    from shardprep.options import BuildOptions
-    from shardprep.reader import ShardSet, Split, open_shards
-    from shardprep.remote import Remote, locate
-    from shardprep.repair import RepairReport, repair_shards
-    from shardprep.storage import publish
-    from shardprep.streaming import stream
-    from shardprep.utterances import UtteranceLoader
-    from shardprep.verify import Fault, VerifyReport, verify_shards
-    from shardprep.writer import BuildReport, build_shards
+    from shardprep.format.manifest import Manifest
+    from shardprep.load.segments import SegmentLoader
+    from shardprep.load.utterances import UtteranceLoader
+    from shardprep.read.shard_set import ShardSet, Split, open_shards
+    from shardprep.read.webdataset import stream
+    from shardprep.storage.local import publish
+    from shardprep.storage.remote import Remote, locate
 
 __version__ = "0.1.0"
 
 # Loaded when first asked for, so that `import shardprep` costs nothing and needs no torch.
 _HOMES = {
     "BuildError": "errors",
-    "BuildOptions": "options",
-    "BuildReport": "writer",
+    "BuildOptions": "build.options",
+    "BuildReport": "build.writer",
     "CorruptShardError": "errors",
-    "Fault": "verify",
+    "Fault": "check.verify",
     "FormatError": "errors",
-    "Manifest": "format",
-    "Remote": "remote",
-    "RepairReport": "repair",
-    "SegmentLoader": "loader",
-    "ShardCache": "cache",
-    "ShardSet": "reader",
+    "Manifest": "format.manifest",
+    "Remote": "storage.remote",
+    "RepairReport": "check.repair",
+    "SegmentLoader": "load.segments",
+    "ShardCache": "cache.shard_cache",
+    "ShardSet": "read.shard_set",
     "ShardprepError": "errors",
     "SourceError": "errors",
-    "Split": "reader",
+    "Split": "read.shard_set",
     "StorageError": "errors",
-    "UtteranceLoader": "utterances",
-    "VerifyReport": "verify",
-    "build_shards": "writer",
-    "locate": "remote",
-    "open_shards": "reader",
-    "publish": "storage",
-    "repair_shards": "repair",
-    "stream": "streaming",
-    "verify_shards": "verify",
+    "UtteranceLoader": "load.utterances",
+    "VerifyReport": "check.verify",
+    "build_shards": "build.writer",
+    "locate": "storage.remote",
+    "open_shards": "read.shard_set",
+    "publish": "storage.local",
+    "repair_shards": "check.repair",
+    "stream": "read.webdataset",
+    "verify_shards": "check.verify",
 }
 
 __all__ = [

@@ -15,16 +15,15 @@ from pathlib import Path
 import msgspec
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from shardprep_trainer.config.command_line import parse_args
+from shardprep_trainer.config.fields import Config, flatten
 from torch.distributed.run import get_args_parser
 
-from shardprep.format import decode_manifest, index_dtype
-from shardprep.source import Reject
-from trainer.config import Config, flatten
-from trainer.options import parse_args
+from shardprep.format.manifest import decode_manifest, index_dtype
+from shardprep.source.dataset import Reject
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-servers = importlib.import_module("servers")
+servers = importlib.import_module("scripts.servers.object_store")
 README = (ROOT / "README.md").read_text()
 FORMAT = (ROOT / "FORMAT.md").read_text()
 MULTINODE = (ROOT / "docs" / "multinode.md").read_text()

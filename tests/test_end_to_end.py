@@ -31,10 +31,15 @@ def chain(data: Path, work: Path, steps: int, *overrides: str) -> dict[str, floa
     run("shardprep", "build", data / "Dataset", shards)
     assert ": whole (" in run("shardprep", "verify", shards, "--against", data / "Dataset")
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "trainer/train.py")
-    recipe = ("--config", "trainer/recipes/demo.yaml", "--train.total_steps", str(steps))
+    recipe = (
+        "--config",
+        "trainer/shardprep_trainer/recipes/demo.yaml",
+        "--train.total_steps",
+        str(steps),
+    )
     places = ("--data.shards", shards, "--train.runs", runs)
     run(*launch, *recipe, *places, "--train.valid_steps", str(steps), *overrides)
-    predict = ("python", "-m", "trainer.predict", runs / "demo", "--shards", shards)
+    predict = ("python", "-m", "shardprep_trainer.predict", runs / "demo", "--shards", shards)
     out = run(*predict, "--split", "val", "--out", work / "val.csv")
     out += run(*predict, "--out", work / "submission.csv", "--labels", data / "test_labels.csv")
     val, test = map(float, re.findall(r"accuracy on .*?: (\d\.\d+)", out))
@@ -43,7 +48,7 @@ def chain(data: Path, work: Path, steps: int, *overrides: str) -> dict[str, floa
 
 def test_the_whole_chain_learns_to_tell_synthetic_speakers_apart(tmp_path: Path) -> None:
     data = tmp_path / "synthetic"
-    script = ("python", "scripts/make_synthetic.py", data)
+    script = ("python", "-m", "scripts.synthetic", data)
     run(*script, "--speakers", "6", "--utterances", "30", "--test-utterances", "60")
     narrow = ("--model.dim", "64", "--model.heads", "2", "--model.head_dim", "32")
     short = ("--model.ff_dim", "128", "--optim.warmup_steps", "20")

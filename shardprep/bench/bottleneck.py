@@ -15,10 +15,10 @@ import numpy as np
 
 from shardprep.bench.contenders import CropShape, from_shards
 from shardprep.bench.turns import measure
-from shardprep.loader import PLANNED
-from shardprep.reader import Split, open_shards
-from shardprep.remote import Location
-from shardprep.sampling import crop_starts, epoch_order
+from shardprep.load.order import crop_starts, epoch_order
+from shardprep.load.segments import PLANNED
+from shardprep.read.shard_set import Split, open_shards
+from shardprep.storage.remote import Location
 
 # Batches whose crops are gathered again and again; more than the caches of a processor hold.
 _DRAWN_BATCHES = 512

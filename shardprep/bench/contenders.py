@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shardprep import codecs
 from shardprep.bench.turns import Candidate, free_memory
-from shardprep.format import NO_LABEL, CodecInfo
-from shardprep.loader import SegmentLoader
-from shardprep.reader import ShardSet, open_shards
-from shardprep.remote import Location
+from shardprep.format import codecs
+from shardprep.format.manifest import NO_LABEL, CodecInfo
+from shardprep.load.segments import SegmentLoader
+from shardprep.read.shard_set import ShardSet, open_shards
+from shardprep.storage.remote import Location
 
 Batch = tuple[Tensor, Tensor]
 Sample = tuple[NDArray[Any], int]

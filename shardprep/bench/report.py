@@ -29,10 +29,10 @@ from shardprep.bench.standings import (
 )
 from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, warm
 from shardprep.errors import FormatError, SourceError
-from shardprep.format import MANIFEST_NAME
-from shardprep.reader import ShardSet, Split, open_shards
-from shardprep.remote import Location
-from shardprep.source import scan_dataset
+from shardprep.format.manifest import MANIFEST_NAME
+from shardprep.read.shard_set import ShardSet, Split, open_shards
+from shardprep.source.dataset import scan_dataset
+from shardprep.storage.remote import Location
 
 _STAGES_TIMEOUT = 300.0
 

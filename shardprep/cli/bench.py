@@ -12,7 +12,7 @@ from shardprep.cli.places import Place
 
 if TYPE_CHECKING:
     from shardprep.bench.report import BenchReport, SetResult
-    from shardprep.remote import Location
+    from shardprep.storage.remote import Location
 
 
 @click.command(short_help="Measure how fast the shard sets DST can be read.")

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
+from shardprep.build.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
+from shardprep.build.writer import BuildReport, build_shards
 from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
-from shardprep.format import REJECTS_NAME
-from shardprep.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
-from shardprep.remote import Location
-from shardprep.writer import BuildReport, build_shards
+from shardprep.format.manifest import REJECTS_NAME
+from shardprep.storage.remote import Location
 
 _EPILOG = """
 \b

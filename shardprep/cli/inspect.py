@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from shardprep.cli.output import hours, print_json, size
 from shardprep.cli.places import Place
-from shardprep.format import FRAMES_PER_SECOND, NO_LABEL
-from shardprep.reader import ShardSet, Split, open_shards
-from shardprep.remote import Location
+from shardprep.format.manifest import FRAMES_PER_SECOND, NO_LABEL
+from shardprep.read.shard_set import ShardSet, Split, open_shards
+from shardprep.storage.remote import Location
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BARS = " ▁▂▃▄▅▆▇█"

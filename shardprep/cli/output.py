@@ -9,7 +9,7 @@ import click
 import msgspec
 from tqdm import tqdm
 
-from shardprep.format import FRAMES_PER_SECOND
+from shardprep.format.manifest import FRAMES_PER_SECOND
 
 
 def size(nbytes: float) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from shardprep.remote import Location, Remote, locate
+from shardprep.storage.remote import Location, Remote, locate
 
 
 class Place(click.ParamType[Any]):
-    """A folder or a URL, as `shardprep.remote.locate` gives it.
+    """A folder or a URL, as `shardprep.storage.remote.locate` gives it.
 
     Args:
         exists: Whether a folder must be there; what lies behind a URL is seen when it is read.

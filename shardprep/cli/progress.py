@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from shardprep.build.writer import ProgressListener
 from shardprep.cli.output import progress_bar
-from shardprep.writer import ProgressListener
 
 
 class BuildProgress(ProgressListener):

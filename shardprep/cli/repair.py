@@ -6,12 +6,12 @@ import dataclasses
 
 import click
 
+from shardprep.check.repair import RepairReport, repair_shards
 from shardprep.cli.output import count, print_json
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
-from shardprep.format import REJECTS_NAME
-from shardprep.remote import Location, Remote
-from shardprep.repair import RepairReport, repair_shards
+from shardprep.format.manifest import REJECTS_NAME
+from shardprep.storage.remote import Location, Remote
 
 _MOST_LINES = 20
 

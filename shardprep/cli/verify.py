@@ -6,12 +6,12 @@ import dataclasses
 
 import click
 
+from shardprep.check.verify import verify_shards
 from shardprep.cli.output import count, print_json, progress_bar, size
 from shardprep.cli.places import Place
 from shardprep.errors import FormatError
-from shardprep.format import load_manifest
-from shardprep.remote import Location
-from shardprep.verify import verify_shards
+from shardprep.format.manifest import load_manifest
+from shardprep.storage.remote import Location
 
 
 @click.command(short_help="Check that the shard set DST is whole.")

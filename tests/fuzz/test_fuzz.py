@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import random
 import subprocess
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
+ROOT = Path(__file__).parents[2]
 FOUND = sorted(path for path in (Path(__file__).parent / "found").glob("*/*"))
 
 TARGETS = ("manifest", "index", "tar", "zstd", "metadata", "pt")
@@ -24,12 +24,7 @@ EXAMPLES = {"tar": 100}
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("scripts.torture.fuzz")
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +96,14 @@ def test_a_crash_is_noticed_kept_and_counted_once(fuzz: ModuleType, tmp_path: Pa
 
 
 def test_results_are_those_of_all_targets() -> None:
-    results = json.loads((SCRIPT.parent / "results" / "fuzz.json").read_text())
+    results = json.loads((ROOT / "scripts" / "results" / "fuzz.json").read_text())
     assert tuple(results["targets"]) == TARGETS
     assert all(target["runs"] > 1000 for target in results["targets"].values())
     assert all(target["crashes"] == [] for target in results["targets"].values())
 
 
 def test_script_says_what_it_needs() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "scripts.torture.fuzz", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "--seconds" in done.stdout

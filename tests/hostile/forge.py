@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardprep import BuildOptions, codecs
-from shardprep.format import CodecInfo
-from shardprep.source import scan_dataset
-from shardprep.unfinished import FolderWork
-from shardprep.writer import shard_tasks
+from shardprep import BuildOptions
+from shardprep.build.work_folder import FolderWork
+from shardprep.build.writer import shard_tasks
+from shardprep.format import codecs
+from shardprep.format.manifest import CodecInfo
+from shardprep.source.dataset import scan_dataset
 
 N_MELS = 5
 Edit = Callable[[Any], Any]

@@ -27,7 +27,7 @@ from kinds import KINDS
 
 import shardprep
 from shardprep import ShardprepError
-from shardprep.repair import repair_shards
+from shardprep.check.repair import repair_shards
 
 SECONDS = 60
 Report = dict[str, Any]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from shardprep_trainer.checkpoint.files import CheckpointFolder
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.learning.build import build_model
 
 import shardprep
-from trainer.checkpoint import CheckpointFolder
-from trainer.config import Config
-from trainer.factory import build_model
-from trainer.options import RECIPES, parse_args
 
 # For the modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))

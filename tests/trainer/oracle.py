@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
-from trainer.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerModel
 
 
 def model_of(file: Path) -> SpeakerModel:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from shardprep_trainer.embed import main
+from shardprep_trainer.evaluation.views import Views
 
 import shardprep
-from trainer.embed import main
-from trainer.tta import Views
 
 
 def embed(run: Path, *options: object) -> Result:

@@ -16,16 +16,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from shardprep_trainer import export
+from shardprep_trainer.checkpoint.files import CheckpointFolder
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.errors import ConfigError, ExportError, TrainerError
+from shardprep_trainer.export import choose_format, export_model, main
+from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.model import SpeakerModel
 from torch import Tensor, nn
-
-from trainer import export
-from trainer.checkpoint import CheckpointFolder
-from trainer.config import Config
-from trainer.errors import ConfigError, ExportError, TrainerError
-from trainer.export import choose_format, export_model, main
-from trainer.factory import build_model
-from trainer.model import SpeakerModel
-from trainer.options import RECIPES, parse_args
 
 # Names that a careless encoding would lose, not in alphabetical order.
 NAMES = ["id00002", 'Zoë, "Z"', "張三"]
@@ -178,7 +177,7 @@ def test_the_command_writes_the_chosen_model_and_what_it_means(
 def test_a_trained_run_can_be_exported_from_a_shell(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    from trainer.train import main as train
+    from shardprep_trainer.train import main as train
 
     config = make_config()
     argv = ["--config", str(RECIPES / "smoke.yaml"), f"--data.shards={config.data.shards}"]
@@ -186,7 +185,14 @@ def test_a_trained_run_can_be_exported_from_a_shell(
     argv += ["--train.save_steps=4", "--data.batch_size=4", "--train.trackers=[]", "--name=tiny"]
     assert train(argv) in (0, None)
     out = tmp_path / "model.onnx"
-    command = [sys.executable, "-W", "error", "-m", "trainer.export", str(tmp_path / "runs/tiny")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "shardprep_trainer.export",
+        str(tmp_path / "runs/tiny"),
+    ]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert len(done.stderr.splitlines()) == 2

@@ -11,13 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from shardprep_trainer.config.fields import DataConfig
+from shardprep_trainer.errors import PredictionError
+from shardprep_trainer.evaluation.wccn import Wccn
+from shardprep_trainer.predict import main, score_submission, write_submission
+from shardprep_trainer.run.preflight import open_shards_of
 
 import shardprep
-from trainer.backend import Wccn
-from trainer.config import DataConfig
-from trainer.errors import PredictionError
-from trainer.predict import main, score_submission, write_submission
-from trainer.preflight import open_shards_of
 
 # As the fixture `run` has them.
 NAMES = ["id00002", "id00000", "id00001"]
@@ -80,7 +80,7 @@ def test_a_backend_without_speakers_to_know_is_an_error(
         monkeypatch.setattr(shards["train"], "labels", np.full(len(shards["train"]), -1))
         return shards
 
-    monkeypatch.setattr("trainer.inference.open_shards_of", without_speakers)
+    monkeypatch.setattr("shardprep_trainer.inference.open_shards_of", without_speakers)
     result = predict(run, "--backend", "wccn", "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert "has no train split with speakers" in result.stderr
@@ -207,7 +207,7 @@ def test_too_little_memory_is_one_message(
     def exhausted(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("trainer.predict.predict_names", exhausted)
+    monkeypatch.setattr("shardprep_trainer.predict.predict_names", exhausted)
     result = predict(run, "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert "--max-frames" in result.stderr

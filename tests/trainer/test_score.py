@@ -12,11 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from shardprep_trainer.evaluation.trials import Trials, draw_trials
+from shardprep_trainer.evaluation.wccn import Wccn
+from shardprep_trainer.score import main
 
 import shardprep
-from trainer.backend import Wccn
-from trainer.score import main
-from trainer.trials import Trials, draw_trials
 
 # As the fixture `run` has them.
 NAMES = ["id00002", "id00000", "id00001"]
@@ -137,7 +137,7 @@ def test_trials_are_drawn_by_the_seed(run: Path, monkeypatch: pytest.MonkeyPatch
         drawn.append(draw_trials(*arguments))
         return drawn[-1]
 
-    monkeypatch.setattr("trainer.score.draw_trials", spy)
+    monkeypatch.setattr("shardprep_trainer.score.draw_trials", spy)
     options = ("--split", "train", "--pairs", 31)
     first, again, _ = (score_json(run, *options, "--seed", seed) for seed in (4, 4, 5))
     assert first == again

@@ -17,16 +17,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.run.trainer import Trainer
+from shardprep_trainer.train import main
 from torch import distributed
 
-import trainer
-from trainer.config import Config
-from trainer.engine import Trainer
-from trainer.options import RECIPES, parse_args
-from trainer.train import main
-
 ConfigFactory = Callable[..., Config]
-PACKAGE = Path(trainer.__path__[0])
+PACKAGE = Path(__file__).resolve().parents[2] / "trainer"
 SCRIPT = str(PACKAGE / "train.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 
@@ -107,7 +105,7 @@ def test_a_run_ends_with_what_comes_next_and_can_be_continued_from_its_folder(
     assert "continues after step 5" in err
     assert f"finished all 12 steps; the run is in {run}\n" in err
     given = f"{run} --shards {tmp_path / 'shards'} --out submission.csv"
-    assert f"next: python -m trainer.predict {given}\n" in err
+    assert f"next: python -m shardprep_trainer.predict {given}\n" in err
 
 
 def test_a_run_without_validation_is_predicted_from_its_last_checkpoint(
@@ -155,7 +153,7 @@ def test_a_changed_precision_is_noted_and_named_in_the_command_that_continues(
     assert "--mixed_precision" not in capsys.readouterr().err
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr("trainer.train.parent_command", list)
+    monkeypatch.setattr("shardprep_trainer.train.parent_command", list)
     assert main(["--config", config_file(**{"train.stop_step": 4}), "--resume"]) == 0
     err = capsys.readouterr().err
     assert "note: mixed precision was no and is now bf16\n" in err
@@ -315,7 +313,7 @@ def test_ctrl_c_before_training_leaves_quietly(
     def interrupted(argv: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.train.parse_args", interrupted)
+    monkeypatch.setattr("shardprep_trainer.train.parse_args", interrupted)
     assert main([]) == 130
     assert capsys.readouterr().err.startswith("interrupted")
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
 
-from shardprep import remote
+from shardprep.storage import remote
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-servers = importlib.import_module("servers")
+servers = importlib.import_module("scripts.servers.object_store")
 
 
 def forget() -> None:

@@ -14,9 +14,10 @@ import fsspec
 import pytest
 from fsspec.implementations.http import HTTPFileSystem
 
-from shardprep import BuildError, BuildOptions, StorageError, build_shards, open_shards, remote
-from shardprep.remote import Remote, locate
-from shardprep.verify import verify_shards
+from shardprep import BuildError, BuildOptions, StorageError, build_shards, open_shards
+from shardprep.check.verify import verify_shards
+from shardprep.storage import remote
+from shardprep.storage.remote import Remote, locate
 from tests.conftest import write_dataset
 
 pytestmark = pytest.mark.remote
@@ -109,7 +110,7 @@ def test_what_is_busy_or_cut_off_is_sent_again(
 KILLED = """
 import os, signal, sys
 from shardprep import BuildOptions, build_shards
-from shardprep.remote import Remote
+from shardprep.storage.remote import Remote
 
 def publish(self, real=Remote.publish, left=[int(sys.argv[3])]):
     if self.url.endswith((".tar", ".npy", "manifest.json")):
@@ -170,7 +171,7 @@ def test_the_old_set_is_whole_until_the_new_one_is(
 KILLED_AT_THE_END = """
 import os, signal, sys
 from shardprep import BuildOptions, build_shards
-from shardprep.remote import Remote
+from shardprep.storage.remote import Remote
 
 def move(self, to, real=Remote.move, left=[int(sys.argv[3])]):
     left[0] -= 1

@@ -33,10 +33,10 @@ from shardprep import (
     UtteranceLoader,
     build_shards,
     open_shards,
-    remote,
 )
-from shardprep.cache import ShardCache
+from shardprep.cache.shard_cache import ShardCache
 from shardprep.cli.inspect import inspect
+from shardprep.storage import remote
 from tests.conftest import stored_bytes, write_dataset
 
 pytestmark = pytest.mark.remote
@@ -139,7 +139,7 @@ def test_a_web_server_without_ranges_will_do(
     local: Path, plain_web: str, cached: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("shardprep.cache.CHUNK", 20_000)
+    monkeypatch.setattr("shardprep.cache.shard_cache.CHUNK", 20_000)
     own, other = loader(open_shards(local)["train"]), loader(cached(plain_web)["train"])
     assert samples(own) == samples(other)
 
@@ -248,7 +248,7 @@ def run_inspect(
 RANK = """
 import hashlib, os, sys
 from shardprep import SegmentLoader, open_shards
-from shardprep.cache import ShardCache
+from shardprep.cache.shard_cache import ShardCache
 url, folder, budget, rank, world = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
 shards = open_shards(url, ShardCache(folder, budget, patience=30))
 batches = SegmentLoader(shards["train"], batch_size=8 // world, segment_frames=32, lanes=4,

@@ -20,9 +20,8 @@ import pytest
 import s3fs
 from botocore.exceptions import FlexibleChecksumError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-servers = importlib.import_module("servers")
+ROOT = Path(__file__).resolve().parents[2]
+servers = importlib.import_module("scripts.servers.object_store")
 
 pytestmark = pytest.mark.remote
 
@@ -127,8 +126,8 @@ def test_objects_outlive_an_outage(tmp_path: Path) -> None:
 def test_the_store_ends_with_its_process(tmp_path: Path) -> None:
     program = f"""
 import sys, time
-sys.path.insert(0, {str(SCRIPTS)!r})
-import servers
+sys.path.insert(0, {str(ROOT)!r})
+from scripts.servers import object_store as servers
 with servers.object_store() as store:
     print(store.process, *store.sockets, flush=True)
     time.sleep(60)

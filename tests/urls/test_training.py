@@ -14,7 +14,9 @@ from shardprep import BuildOptions, build_shards
 from tests.conftest import write_dataset
 
 pytestmark = pytest.mark.remote
-SMOKE = Path(__file__).resolve().parents[2] / "trainer" / "recipes" / "smoke.yaml"
+SMOKE = (
+    Path(__file__).resolve().parents[2] / "trainer" / "shardprep_trainer" / "recipes" / "smoke.yaml"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def run(place: str, runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
         *("--train.total_steps", "12", "--train.log_steps", "2", "--train.valid_steps", "6"),
         *more,
     ]
-    return start("trainer.train", *words)
+    return start("shardprep_trainer.train", *words)
 
 
 def start(module: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -77,7 +79,7 @@ def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
     for name, place in places.items():
         out = tmp_path / f"{name}.csv"
         trained = next((tmp_path / "store").glob("smoke*"))
-        done = start("trainer.predict", trained, "--shards", place, "--out", out)
+        done = start("shardprep_trainer.predict", trained, "--shards", place, "--out", out)
         assert done.returncode == 0, done.stderr
         submissions.append(out.read_text())
     assert submissions[0] == submissions[1]

@@ -24,7 +24,7 @@ from shardprep.bench.contenders import (
     webdataset_candidate,
 )
 from shardprep.bench.turns import Candidate
-from shardprep.source import scan_dataset
+from shardprep.source.dataset import scan_dataset
 
 # webdataset leaves it to the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -1,0 +1,1 @@
+"""What measures, tries and draws the project; run from its root as `python -m scripts.NAME`."""

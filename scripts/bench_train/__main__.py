@@ -1,0 +1,270 @@
+"""Crops a second of every way to train the boss model on the same data, measured in one run.
+
+    python -m scripts.bench_train [--dataset Dataset/] [--batch 32 256 2048] [--precision no bf16]
+        [--out scripts/results/train.json]
+
+- course, files: the course's loop, loader and .pt files, its model from the `conformer` package on
+  the right axis, float32, with 0 and with 2 workers;
+- course, shards: the same loop and model, fed by `SegmentLoader`;
+- ours: the trainer as it is, end to end, with its metrics and its log;
+- ours, one batch: the same, fed with one batch for ever: the limit that computing sets.
+
+All train on as many crops of 128 frames and take turns, round by round, each in a process of its
+own; a third of the steps warm up apart, and the table shows medians over the rounds. The share of
+the peak is the model's arithmetic (counted, not timed) over what a large matrix product reaches on
+the same device, with the same precision and threads, in the same run. On a machine with a GPU the
+same command measures that. Without --dataset one is synthesised by `make_synthetic.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import shardprep
+from scripts.bench_train.arithmetic import COUNTED, DTYPES, worthwhile_precisions
+from scripts.bench_train.summary import ratios, summarise, table
+from scripts.bench_train.turns import FRAMES, MEASURED, WARM, Turn
+from scripts.spread_options import SpreadCommand
+from shardprep.bench.standings import machine, usable_cores
+
+WORKERS = (0, 2)
+SPEAKERS = 100
+# Crops in the measured part of a turn.
+CPU_SEGMENTS, GPU_SEGMENTS = 1024, 131_072
+TURN_SECONDS = 3600.0
+
+
+def contenders(base: Turn, precisions: Sequence[str], compiled: Sequence[bool]) -> dict[str, Turn]:
+    """The ways to train that are measured, by name."""
+    found = {
+        f"course, files, {workers} workers": replace(base, kind="course files", workers=workers)
+        for workers in WORKERS
+    }
+    found["course, shards"] = replace(base, kind="course shards")
+    for precision in precisions:
+        for compile_model in compiled:
+            how = {"no": "float32", "bf16": "bfloat16"}[precision]
+            how += ", compiled" if compile_model else ""
+            own = replace(base, precision=precision, compile=compile_model)
+            found[f"ours, {how}"] = replace(own, kind="ours")
+            found[f"ours, {how}, one batch"] = replace(own, kind="ours fixed")
+    return found
+
+
+def take_turn(turn: Turn, threads: int) -> dict[str, Any]:
+    """Make a measurement in a process of its own.
+
+    Raises:
+        RuntimeError: The process failed; the message ends with the end of its stderr.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "ACCELERATE_MIXED_PRECISION": turn.precision,
+        "ACCELERATE_USE_CPU": str(turn.cpu).lower(),
+        # What `accelerate launch --dynamo_backend inductor` sets.
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if turn.compile else "NO",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.bench_train.turns", json.dumps(asdict(turn))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TURN_SECONDS,
+    )
+    if done.returncode:
+        last = " ".join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(f"exit code {done.returncode}: {last[-400:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])["found"]
+    return found
+
+
+def measure_batch(
+    ways: dict[str, Turn], rounds: int, threads: int, failed: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """All ways in turns, round by round; one that fails is left out from then on."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, turn in ways.items():
+            if name not in found:
+                continue
+            try:
+                found[name].append(take_turn(turn, threads))
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                failed[f"batch {turn.batch}: {name}"] = str(error)
+                del found[name]
+                click.echo(f"batch {turn.batch}: {name}: failed: {error}", err=True)
+            else:
+                rate = found[name][-1]["samples_per_s"]
+                click.echo(f"batch {turn.batch}: {name}: {rate:,.1f}/s", err=True)
+    return found
+
+
+def prepare(dataset: Path | None, work: Path, utterances: int) -> tuple[Path, Path]:
+    """The data set, synthesised if none is given, and the shards of it: all in one split."""
+    if dataset is None:
+        root = work / "synthetic"
+        if not (root / "Dataset" / "metadata.json").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            each = max(1, utterances // SPEAKERS)
+            sizes = ["--speakers", str(SPEAKERS), "--utterances", str(each)]
+            subprocess.run(
+                [sys.executable, "-m", "scripts.synthetic", str(root), *sizes], check=True
+            )
+        dataset = root
+    if not (dataset / "metadata.json").exists():
+        dataset = dataset / "Dataset"
+    options = shardprep.BuildOptions(val_fraction=0.0, overwrite=True)
+    shardprep.build_shards(dataset, work / "shards", options)
+    return dataset.absolute(), work / "shards"
+
+
+def measure_all(
+    base: Turn,
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    compiled: Sequence[bool],
+    *,
+    rounds: int,
+    segments: int,
+    threads: int,
+    whole_frames: int,
+) -> dict[str, Any]:
+    """Everything but the description of the machine."""
+    failed: dict[str, str] = {}
+    peaks = {
+        precision: take_turn(replace(base, kind="peak", precision=precision), threads)
+        for precision in dict.fromkeys(("no", *precisions))
+    }
+    flops = take_turn(replace(base, kind="flops"), threads)["flops_per_sample"]
+    found = []
+    for batch in batches:
+        window = max(1, segments // (MEASURED * batch))
+        ways = contenders(replace(base, batch=batch, window=window), precisions, compiled)
+        rows = summarise(measure_batch(ways, rounds, threads, failed), ways, flops, peaks)
+        steps = {"warm_steps": WARM * window, "measured_steps": MEASURED * window}
+        found.append({"batch": batch, **steps, "ways": rows, "ratios": ratios(rows)})
+    whole = None
+    if whole_frames:
+        turn = replace(base, kind="whole", cpu=True, frames=whole_frames)
+        whole = take_turn(turn, threads)
+    arithmetic = {"flops_per_sample": flops, "counted": COUNTED, "peak": peaks}
+    return {"batches": found, "arithmetic": arithmetic, "whole": whole, "failed": failed}
+
+
+@contextmanager
+def work_folder(kept: Path | None) -> Iterator[Path]:
+    """The given folder, or one that goes away."""
+    if kept is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept.absolute()
+
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_NEW = click.Path(path_type=Path, dir_okay=False)
+_COUNT = click.IntRange(min=1)
+
+
+@click.command(cls=SpreadCommand, context_settings={"show_default": True})
+@click.option("--dataset", type=_FOLDER, help="Data to train on.")
+@click.option("--utterances", type=_COUNT, default=4000, help="Files to synthesise, if none.")
+@click.option("--batch", "batches", multiple=True, type=_COUNT, default=(32,), help="Crops a step.")
+@click.option("--width", type=_COUNT, default=512)
+@click.option("--heads", type=_COUNT, default=8)
+@click.option(
+    "--precision",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    help="[default: both; no alone on a CPU that is slow in bfloat16]",
+)
+@click.option(
+    "--compile/--no-compile",
+    "with_compiled",
+    default=None,
+    help="Measure compiled models too.  [default: on a GPU]",
+)
+@click.option("--segments", type=_COUNT, help="Crops measured in a turn.  [default: by the device]")
+@click.option("--rounds", type=_COUNT, default=3)
+@click.option("--threads", type=_COUNT, default=usable_cores, show_default="the cores")
+@click.option("--whole-frames", type=click.IntRange(0), default=7193, help="0 leaves it out.")
+@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep the data here.")
+@click.option("--out", type=_NEW, help="Result file to write (JSON).")
+def main(
+    dataset: Path | None,
+    utterances: int,
+    batches: tuple[int, ...],
+    width: int,
+    heads: int,
+    precision: tuple[str, ...],
+    with_compiled: bool | None,
+    segments: int | None,
+    rounds: int,
+    threads: int,
+    whole_frames: int,
+    cpu: bool,
+    work: Path | None,
+    out: Path | None,
+) -> None:
+    """Measure all ways to train boss and print tables."""
+    on_gpu = torch.cuda.is_available() and not cpu
+    compiled = (False, True) if (on_gpu if with_compiled is None else with_compiled) else (False,)
+    precision = precision or worthwhile_precisions(on_gpu=on_gpu)
+    segments = segments or (GPU_SEGMENTS if on_gpu else CPU_SEGMENTS)
+    with work_folder(work) as folder:
+        given, shards = prepare(dataset, folder, utterances)
+        number = len(shardprep.open_shards(shards)["train"])
+        if max(batches) > number:
+            raise click.UsageError(f"--batch {max(batches)} exceeds the {number} utterances")
+        sizes = {"dim": width, "heads": heads, "head_dim": width // heads}
+        base = Turn("ours", str(given), str(shards), **sizes, cpu=not on_gpu)  # type: ignore[arg-type]
+        found = measure_all(
+            base,
+            batches,
+            precision,
+            compiled,
+            rounds=rounds,
+            segments=segments,
+            threads=threads,
+            whole_frames=whole_frames,
+        )
+    about = machine()
+    result = {
+        **asdict(about),
+        "device": torch.cuda.get_device_name() if on_gpu else about.cpu,
+        "threads": threads,
+        "dataset": {
+            "kind": "synthesised" if dataset is None else "given folder",
+            "utterances": number,
+        },
+        "model": {**sizes, "ff_dim": 4 * width, "frames": FRAMES},
+        "rounds": rounds,
+        "segments": segments,
+        **found,
+    }
+    click.echo(table(result))
+    for name, reason in result["failed"].items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

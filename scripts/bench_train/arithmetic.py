@@ -1,0 +1,103 @@
+"""How much arithmetic a training step takes, and how much the device can do at most.
+
+Axis legend: B batch, T frames, F mel bins, D width, S speakers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from shardprep_trainer.model.cpu_kernels import is_slow_in_bfloat16
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+COUNTED = (
+    "matrix products and convolutions of the forward pass of the `conformer` package's block with "
+    "its pooling and classifier (a multiplication and an addition are 2), times 3 for the backward "
+    "pass; no elementwise operation, normalisation, softmax or optimiser"
+)
+# A gradient by the input and one by the weights for each product.
+FORWARD_AND_BACKWARD = 3
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+
+# Dense, without sparsity, in 1e12 a second, from the vendor's data sheets. Longer names go first.
+NOMINAL: dict[str, dict[str, float]] = {
+    "H100 PCIe": {"no": 51.0, "bf16": 756.0},
+    "H100 NVL": {"no": 60.0, "bf16": 835.0},
+    "H100": {"no": 67.0, "bf16": 989.0},
+    "H200": {"no": 67.0, "bf16": 989.0},
+    "A100": {"no": 19.5, "bf16": 312.0},
+}
+
+
+def worthwhile_precisions(*, on_gpu: bool) -> tuple[str, ...]:
+    """Those to measure unless told otherwise: without bf16 where it takes many times as long."""
+    narrow = on_gpu or not is_slow_in_bfloat16()
+    return tuple(DTYPES) if narrow else ("no",)
+
+
+def train_flops(model: nn.Module, batch: Tensor) -> float:
+    """Floating-point operations of a forward and a backward pass, per sample.
+
+    Args:
+        model: Takes the batch alone; with nothing fused, so that the counter sees its products.
+        batch: (B, ...).
+    """
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch)
+    total: int = counter.get_total_flops()
+    return FORWARD_AND_BACKWARD * total / len(batch)
+
+
+def utilisation(samples_per_s: float, flops: float, peak: float) -> float:
+    """Share of the device's peak that the counted arithmetic comes to.
+
+    Args:
+        samples_per_s: Samples a second.
+        flops: Operations a sample.
+        peak: Operations a second.
+    """
+    return samples_per_s * flops / peak
+
+
+def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int = 5) -> float:
+    """Operations a second of one large square matrix product, the median of some trials."""
+    left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    # Enough products a trial that a GPU's clock and launch do not matter.
+    repeats = 20 if device.type == "cuda" else 1
+    rates = []
+    for _ in range(trials + 1):
+        wait_for(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            left @ right
+        wait_for(device)
+        rates.append(2 * size**3 * repeats / (time.perf_counter() - began))
+    return statistics.median(rates[1:])
+
+
+def nominal_peak(name: str, precision: str) -> float | None:
+    """Operations a second that the vendor names for a GPU; None for one that is not listed."""
+    for known, peaks in NOMINAL.items():
+        if all(word in name for word in known.split()):
+            return peaks[precision] * 1e12
+    return None
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_peak(device: torch.device, precision: str, size: int) -> dict[str, Any]:
+    """The measured and the nominal peak of a device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "measured": matmul_peak(device, precision, size=size),
+        "nominal": nominal_peak(name, precision),
+    }

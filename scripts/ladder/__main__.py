@@ -1,0 +1,203 @@
+"""Train every rung of the course's ladder on one data set, and see whether each is above the last.
+
+    python -m scripts.ladder --data FOLDER [--segments 48000] [--seeds 0 1 2]
+        [--width 144] [--jobs 2] [--override RECIPE.FIELD=VALUE] [--dry-run]
+
+FOLDER holds Dataset/ in the homework's layout and test_labels.csv, the truth about the test
+utterances, which is used for scoring only. The rungs are the course's code as published
+(`course_baseline.py`), then our recipes simple, medium, strong, boss and best, each trained by the
+command that a user would give. All get the same number of training crops: steps are --segments
+through the crops of a step. Checkpoints are chosen by validation accuracy, which is by the head;
+test accuracy is that of whole utterances, named by the recipe's backend, EER that of pairs of test
+utterances, drawn once, the same for all.
+
+A run that is done is a file in the work folder and is not made again; one that was interrupted goes
+on from its newest checkpoint. With --width the Conformers of course, strong and boss are narrowed
+alike (4 heads, feed-forward 4 x width), to do it on CPUs; `best` is narrowed by --override. Without
+it the same command runs at full width, on a GPU where there is one. Exit codes: 0 all runs done,
+1 a run failed, 2 usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import click
+import torch
+from shardprep_trainer.config.command_line import RECIPES
+from shardprep_trainer.errors import TrainerError
+from shardprep_trainer.model.cpu_kernels import SLOW_BFLOAT16, is_slow_in_bfloat16
+
+import shardprep
+from scripts.ladder.jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
+from scripts.ladder.summary import RUNGS, Run, summarise, table
+from scripts.ladder.trials import write_trials
+from scripts.spread_options import SpreadCommand
+from shardprep.bench.standings import machine
+
+
+def plan(
+    rungs: Sequence[str], seeds: Sequence[int], settings: Settings, places: Places
+) -> list[Job]:
+    """All runs, seed after seed, so that an interrupted ladder has whole seeds to show."""
+    digest = data_digest(places.dataset)
+    return [plan_job(rung, seed, settings, places, digest) for seed in seeds for rung in rungs]
+
+
+def climb(
+    jobs: Sequence[Job], places: Places, *, parallel: int, threads: int
+) -> tuple[list[Run], dict[str, str]]:
+    """Carry out all runs, several at a time.
+
+    Args:
+        jobs: The runs.
+        places: Where files are.
+        parallel: Runs at a time.
+        threads: Threads that each may compute with.
+
+    Returns:
+        The runs that are done, in the order of the jobs, and why others failed, by name.
+    """
+    stop, runs, failed = Event(), {}, {}
+    with ThreadPoolExecutor(parallel) as pool:
+        waiting: dict[Future[Run], Job] = {
+            pool.submit(run_job, job, places, threads, stop): job for job in jobs
+        }
+        try:
+            for done in as_completed(waiting):
+                job = waiting[done]
+                try:
+                    runs[job.name] = run = done.result()
+                    score = f"test {run['test_accuracy']:.4f}, validation {run['val_accuracy']:.4f}"
+                except Exception as error:
+                    score = failed[job.name] = f"failed: {type(error).__name__}: {error}"
+                click.echo(f"{job.rung}, seed {job.seed}: {score}", err=True)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [runs[job.name] for job in jobs if job.name in runs], failed
+
+
+def describe(places: Places) -> dict[str, Any]:
+    """The size of the data set."""
+    metadata = json.loads((places.dataset / "metadata.json").read_text())
+    test = json.loads((places.dataset / "testdata.json").read_text())
+    return {
+        "name": places.dataset.parent.name,
+        "speakers": len(metadata["speakers"]),
+        "labelled": sum(len(entries) for entries in metadata["speakers"].values()),
+        "test": len(test["utterances"]),
+    }
+
+
+def _check(rungs: Sequence[str], settings: Settings) -> None:
+    if settings.width is not None and settings.width % HEADS:
+        raise click.UsageError(f"--width {settings.width}: take a multiple of {HEADS} heads")
+    for override in settings.overrides:
+        name, _, rest = override.partition(".")
+        field, equals, _ = rest.partition("=")
+        if name not in RUNGS or name == "course" or not field or not equals:
+            raise click.UsageError(
+                f"--override {override}: write RECIPE.FIELD=VALUE, such as best.model.dim=96"
+            )
+    for rung in rungs:
+        if rung != "course" and not (RECIPES / f"{rung}.yaml").exists():
+            raise click.UsageError(f"there is no recipe {rung}.yaml; name the rungs with --rungs")
+
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_NEW = click.Path(path_type=Path, dir_okay=False)
+_COUNT = click.IntRange(min=1)
+
+
+@click.command(cls=SpreadCommand, context_settings={"show_default": True})
+@click.option("--data", type=_FOLDER, required=True, help="Holds Dataset/ and test_labels.csv.")
+@click.option("--rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
+@click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
+@click.option("--segments", type=_COUNT, default=48000, help="Training crops of a run.")
+@click.option("--width", type=_COUNT, help="Narrow course, strong and boss to this width.")
+@click.option("--override", "overrides", multiple=True, help="RECIPE.FIELD=VALUE, repeatable.")
+@click.option("--precision", type=click.Choice(["no", "bf16"]), default="no")
+@click.option("--warmup-share", type=click.FloatRange(0, 1), default=0.1)
+@click.option("--validations", type=_COUNT, default=15, help="Validations of a run.")
+@click.option("--jobs", "parallel", type=_COUNT, default=1, help="Runs at a time.")
+@click.option("--threads", type=_COUNT, default=1, help="Threads a run computes with on a CPU.")
+@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/ladder", help="Work folder.")
+@click.option("--out", type=_NEW, help="Result file to write (JSON).")
+@click.option("--plot", type=_NEW, help="Picture of it to write (PNG); needs matplotlib.")
+@click.option("--dry-run", is_flag=True, help="Print the commands and do nothing.")
+def main(
+    data: Path,
+    rungs: tuple[str, ...],
+    seeds: tuple[int, ...],
+    parallel: int,
+    threads: int,
+    work: Path,
+    out: Path | None,
+    plot: Path | None,
+    dry_run: bool,
+    cpu: bool,
+    **options: Any,
+) -> None:
+    """Train all rungs, with each seed, and print how they compare."""
+    on_gpu = torch.cuda.is_available() and not cpu
+    settings = Settings(**options, cpu=not on_gpu)
+    places = Places(
+        data.absolute() / "Dataset", data.absolute() / "test_labels.csv", work.absolute()
+    )
+    _check(rungs, settings)
+    rungs = tuple(rung for rung in RUNGS if rung in rungs)
+    try:
+        jobs = plan(rungs, seeds, settings, places)
+    except TrainerError as error:
+        raise click.UsageError(str(error)) from error
+    if settings.cpu and settings.precision == "bf16" and is_slow_in_bfloat16():
+        click.echo(f"WARNING: {SLOW_BFLOAT16}", err=True)
+    if dry_run:
+        click.echo(shlex.join(["shardprep", "build", str(places.dataset), str(places.shards)]))
+        for command in (command for job in jobs for command in job.commands):
+            click.echo(shlex.join(command))
+        return
+    # A scheduler's SIGTERM ends the runs as Ctrl-C does: they save first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What is there is kept if it is of the same data.
+    shardprep.build_shards(places.dataset, places.shards, shardprep.BuildOptions(overwrite=True))
+    write_trials(places.trials, places.dataset, places.labels)
+    try:
+        runs, failed = climb(jobs, places, parallel=parallel, threads=threads)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on", err=True)
+        sys.exit(130)
+    result = {
+        **asdict(machine()),
+        "device": torch.cuda.get_device_name() if on_gpu else machine().cpu,
+        "dataset": describe(places),
+        "settings": {**asdict(settings), "seeds": seeds, "jobs": parallel, "threads": threads},
+        **summarise(runs),
+        "runs": runs,
+        "failed": failed,
+    }
+    click.echo(table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    if plot is not None and runs:
+        from scripts.ladder.plot import draw
+
+        draw(result, plot)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

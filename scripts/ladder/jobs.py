@@ -1,0 +1,303 @@
+"""The runs of a ladder: which commands make one, carrying them out, and what they measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.predict import score_submission
+
+from scripts.ladder.summary import Run
+from scripts.ladder.trials import verify_embeddings
+from shardprep import publish
+
+COURSE_BATCH = 32
+HEADS, FF_MULT = 4, 4
+# Narrowed by --width; the other rungs are narrow as they are, and `best` has widths of its own.
+NARROWED = ("strong", "boss")
+TRAIN = RECIPES.parents[1] / "train.py"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a ladder share.
+
+    Attributes:
+        segments: Training crops of a run.
+        width: Width of the Conformer blocks; None for the recipes' own.
+        precision: Mixed precision of our runs; the course's is float32.
+        warmup_share: Share of the steps that the learning rate rises for.
+        validations: Validations of a run.
+        overrides: `RECIPE.FIELD=VALUE`, each for one of our recipes.
+        cpu: Whether to leave GPUs alone.
+    """
+
+    segments: int = 48000
+    width: int | None = None
+    precision: str = "no"
+    warmup_share: float = 0.1
+    validations: int = 15
+    overrides: tuple[str, ...] = ()
+    cpu: bool = True
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a ladder's files are: the data set, its truth, the shards, and the work folder."""
+
+    dataset: Path
+    labels: Path
+    work: Path
+
+    @property
+    def shards(self) -> Path:
+        """The shards that our runs read."""
+        return self.work / "shards"
+
+    @property
+    def trials(self) -> Path:
+        """The pairs of test utterances that all runs are verified on, if there are any."""
+        return self.work / "trials.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one rung.
+
+    Attributes:
+        rung: Which rung.
+        seed: Its seed.
+        name: Of its folder and files; settings that differ give another.
+        steps: Optimiser steps.
+        batch_size: Crops a step.
+        train: The command that trains; the course's predicts as well, and prints JSON.
+        predict: The command that predicts, if it is another.
+        score: The command that tells the rest about the test split as JSON, if there is one.
+    """
+
+    rung: str
+    seed: int
+    name: str
+    steps: int
+    batch_size: int
+    train: tuple[str, ...]
+    predict: tuple[str, ...] = ()
+    score: tuple[str, ...] = ()
+
+    @property
+    def commands(self) -> list[tuple[str, ...]]:
+        """All of them, in order."""
+        return [command for command in (self.train, self.predict, self.score) if command]
+
+
+def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str) -> Job:
+    """The commands of a run.
+
+    Args:
+        rung: "course" or the name of a recipe.
+        seed: Its seed.
+        settings: What all runs share.
+        places: Where files are.
+        data: Digest of the data set.
+
+    Raises:
+        ConfigError: The recipe does not allow these settings.
+        OSError: There is no such recipe.
+    """
+    if rung == "course":
+        return _plan_course(seed, settings, places, data)
+    recipe = RECIPES / f"{rung}.yaml"
+    options = ["--config", str(recipe), *_narrow(rung, settings.width)]
+    for override in settings.overrides:
+        name, _, value = override.partition("=")
+        if name.startswith(f"{rung}."):
+            options += [f"--{name.removeprefix(f'{rung}.')}", value]
+    asked = parse_args(options).config
+    batch_size = asked.data.batch_size * asked.train.accumulate
+    steps = max(1, settings.segments // batch_size)
+    every = max(1, steps // settings.validations)
+    options += ["--optim.warmup_steps", str(int(steps * settings.warmup_share))]
+    options += ["--train.total_steps", str(steps), "--train.seed", str(seed)]
+    options += ["--train.valid_steps", str(every), "--train.save_steps", str(every)]
+    options += ["--train.log_steps", str(max(1, steps // 50)), "--train.trackers", "[]"]
+    config = parse_args(options).config
+    name = _name(rung, seed, [config.to_dict(), settings.precision, settings.cpu, data])
+    runs = places.work / "runs"
+    options += ["--name", name, "--train.runs", str(runs), "--data.shards", str(places.shards)]
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    launch += ["--cpu"] if settings.cpu else []
+    launch += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
+    launch += ["--mixed_precision", settings.precision, str(TRAIN)]
+    shards = ["--shards", str(places.shards), "--split", "test", "--labels", str(places.labels)]
+    trials = ["--trials", str(places.trials), "--json"]
+    predict = (sys.executable, "-m", "shardprep_trainer.predict", str(runs / name), *shards)
+    return Job(
+        rung=rung,
+        seed=seed,
+        name=name,
+        steps=steps,
+        batch_size=batch_size,
+        train=(*launch, *options),
+        predict=(*predict, "--out", str(_submission(places, name))),
+        score=(sys.executable, "-m", "shardprep_trainer.score", str(runs / name), *shards, *trials),
+    )
+
+
+def _plan_course(seed: int, settings: Settings, places: Places, data: str) -> Job:
+    steps = max(1, settings.segments // COURSE_BATCH)
+    options = ["--steps", str(steps), "--batch", str(COURSE_BATCH), "--seed", str(seed)]
+    options += ["--warmup", str(int(steps * settings.warmup_share))]
+    options += ["--valid-steps", str(max(1, steps // settings.validations))]
+    if settings.width is not None:
+        options += ["--width", str(settings.width), "--heads", str(HEADS)]
+        options += ["--head-dim", str(settings.width // HEADS)]
+    name = _name("course", seed, [options, settings.cpu, data])
+    script = [sys.executable, "-m", "scripts.bench_train.course_baseline", str(places.dataset)]
+    out = ["--out", str(_submission(places, name)), "--json"]
+    out += ["--embeddings", str(_embeddings(places, name))]
+    return Job("course", seed, name, steps, COURSE_BATCH, (*script, *options, *out))
+
+
+def _narrow(rung: str, width: int | None) -> list[str]:
+    if width is None or rung not in NARROWED:
+        return []
+    sizes = {"dim": width, "heads": HEADS, "head_dim": width // HEADS, "ff_dim": FF_MULT * width}
+    return [word for key, size in sizes.items() for word in (f"--model.{key}", str(size))]
+
+
+def _name(rung: str, seed: int, about: Sequence[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return f"{rung}-s{seed}-{digest[:8]}"
+
+
+def _submission(places: Places, name: str) -> Path:
+    return places.work / "submissions" / f"{name}.csv"
+
+
+def _embeddings(places: Places, name: str) -> Path:
+    return places.work / "submissions" / f"{name}.npz"
+
+
+def data_digest(dataset: Path) -> str:
+    """A digest of what the data set lists."""
+    files = [dataset / name for name in ("metadata.json", "testdata.json")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def result_file(places: Places, job: Job) -> Path:
+    """Where the result of a run is kept; it is there only if the run is done."""
+    return places.work / "results" / f"{job.name}.json"
+
+
+def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
+    """Carry out a run, or read what an earlier one came to.
+
+    Args:
+        job: The run.
+        places: Where files are.
+        threads: Threads that its processes may compute with.
+        stop: Ends it when set.
+
+    Raises:
+        RuntimeError: A command failed; the message names its log.
+    """
+    kept = result_file(places, job)
+    for folder in ("logs", "submissions", "results", "runs"):
+        (places.work / folder).mkdir(parents=True, exist_ok=True)
+    log = places.work / "logs" / f"{job.name}.log"
+    if kept.exists():
+        run: Run = json.loads(kept.read_text())
+    else:
+        run = _train_and_predict(job, places, log, threads, stop)
+        _keep(kept, run)
+    if "eer" not in run and places.trials.exists():
+        if job.score:
+            answer = json.loads(_carry_out(job.score, log, threads, stop))
+            run.update({key: answer[key] for key in ("top5_accuracy", "eer", "min_dcf")})
+        else:
+            run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
+        _keep(kept, run)
+    return run
+
+
+def _keep(file: Path, run: Run) -> None:
+    with publish(file) as out:
+        out.write((json.dumps(run, indent=2) + "\n").encode())
+
+
+def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: Event) -> Run:
+    command, began = job.train, time.perf_counter()
+    resumed = any((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt"))
+    if resumed:
+        command = (*command, "--resume")
+    answer = _carry_out(command, log, threads, stop)
+    seconds = time.perf_counter() - began
+    if job.predict:
+        _carry_out(job.predict, log, threads, stop)
+        metrics = places.work / "runs" / job.name / "metrics.jsonl"
+        measured = {"seconds": None if resumed else seconds, **read_metrics(metrics)}
+    else:
+        measured = json.loads(answer)
+    correct, total = score_submission(_submission(places, job.name), places.labels)
+    return {
+        "rung": job.rung,
+        "seed": job.seed,
+        "name": job.name,
+        "batch_size": job.batch_size,
+        "steps": job.steps,
+        "test_accuracy": correct / total,
+        "test_correct": correct,
+        "test_utterances": total,
+        **measured,
+    }
+
+
+def _carry_out(command: Sequence[str], log: Path, threads: int, stop: Event) -> str:
+    """Run a command with its stderr, and a copy of its stdout, in the log; returns the stdout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("a+") as errors, log.with_suffix(".out").open("w+") as answer:
+        # A group of its own: a launcher that is ended would leave the training behind.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            if stop.wait(_POLL_SECONDS):
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        answer.seek(0)
+        text = answer.read()
+        errors.write(text)
+    if process.returncode:
+        raise RuntimeError(f"exit code {process.returncode}; {log} tells why")
+    return text
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    """What `metrics.jsonl` of a run tells: best validation, and medians of the rates."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    valid = [record["accuracy"] for record in records if record["event"] == "valid"]
+    train = [record for record in records if record["event"] == "train"]
+    return {
+        "val_accuracy": max(valid),
+        "samples_per_s": statistics.median(record["samples_per_second"] for record in train),
+        "waiting": statistics.median(record["waiting"] for record in train),
+        "peak_memory_mib": max(record["peak_memory_mib"] for record in train),
+    }

@@ -1,0 +1,357 @@
+"""Injure shard sets and builds in every way, and count what is noticed and what is lost.
+
+    python -m scripts.torture.shards [--dataset Dataset/] [--only flips kills] [--out FILE.json]
+
+Without --dataset it synthesises a small one (`make_synthetic.py`). Each part is done in full:
+
+- flips: random single bits of all files of a set, one at a time, are to be found by
+  `verify` (sha256) and by `verify --deep`;
+- truncations: every file of a set is cut at every member boundary and at random places; `verify`
+  must find each, and opening must refuse the set, so that no reader returns less in silence;
+- kills: a build with two workers is killed (SIGKILL to it or to its whole group) at a random
+  moment, half of them at another as they go on; then it goes on to its end, and the set must be
+  the one of a build that nothing disturbed;
+- refusals: each write, fsync, rename, mkdir and unlink of a build in turn fails with ENOSPC, then
+  with EIO; the build must end with a StorageError and go on to the identical set;
+- drops: random bytes of random shards are overwritten; `repair --source` must give the identical
+  set, `repair --drop` a whole one that has all other utterances.
+
+Exit codes: 0 all was noticed and nothing lost, 1 something was not, 2 usage.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from tqdm import tqdm
+
+from scripts.spread_options import SpreadCommand
+from scripts.torture.injuries import group, refusing
+from shardprep import (
+    BuildError,
+    BuildOptions,
+    ShardprepError,
+    StorageError,
+    build_shards,
+    open_shards,
+    repair_shards,
+    verify_shards,
+)
+from shardprep.bench.standings import machine
+from shardprep.format.manifest import WORK_FOLDER
+from shardprep.storage.local import sha256_of
+
+SAMPLES_PER_SHARD = 40
+Result = dict[str, Any]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a folder and what is below it, with its sha256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
+
+
+class Case:
+    """A data set, a whole shard set of it, and how much to do."""
+
+    def __init__(self, source: Path, work: Path, rng: random.Random, counts: dict[str, int]):
+        self.source = source
+        self.work = work
+        self.rng = rng
+        self.counts = counts
+        self.whole = work / "whole"
+        options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD)
+        build_shards(source, self.whole, options)
+
+    def copy(self, name: str) -> Path:
+        """A fresh copy of the whole set."""
+        folder = self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        return Path(shutil.copytree(self.whole, folder))
+
+
+def flips(case: Case) -> Result:
+    """Flip random single bits, one at a time."""
+    folder, rounds = case.copy("flips"), case.counts["flips"]
+    files = sorted(folder.iterdir())
+    sizes = [path.stat().st_size for path in files]
+    found = {"verify": 0, "verify --deep": 0}
+    missed = []
+    for _ in bar(range(rounds), "flips"):
+        (path,) = case.rng.choices(files, sizes)
+        bit = case.rng.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        for name, deep in (("verify", False), ("verify --deep", True)):
+            if path.name in {fault.file for fault in verify_shards(folder, deep=deep).faults}:
+                found[name] += 1
+            else:
+                missed.append([name, path.name, bit])
+        flip(path, bit)
+    assert verify_shards(folder, deep=True).whole
+    return {"asked": rounds, "found": found, "missed": missed, "bytes": sum(sizes)}
+
+
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file in place."""
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def truncations(case: Case) -> Result:
+    """Cut each file at its boundaries and at random places."""
+    folder = case.copy("truncations")
+    cuts = [
+        (path, at)
+        for path in sorted(folder.glob("*.tar"))
+        for at in range(0, path.stat().st_size, 512)
+        if at % 10_240 == 0 or is_boundary(path, at)
+    ]
+    files = sorted(folder.iterdir())
+    for _ in range(case.counts["truncations"]):
+        path = case.rng.choice(files)
+        cuts.append((path, case.rng.randrange(path.stat().st_size)))
+    found = refused = 0
+    missed = []
+    for path, at in bar(cuts, "truncations"):
+        data = path.read_bytes()
+        os.truncate(path, at)
+        seen = path.name in {fault.file for fault in verify_shards(folder).faults}
+        shut = not opens(folder)
+        found, refused = found + seen, refused + shut
+        if not (seen and shut):
+            missed.append([path.name, at])
+        path.write_bytes(data)
+    return {
+        "asked": len(cuts),
+        "at_boundaries": len(cuts) - case.counts["truncations"],
+        "found": found,
+        "refused_on_opening": refused,
+        "missed": missed,
+    }
+
+
+def is_boundary(path: Path, at: int) -> bool:
+    """Whether a header of a member begins here."""
+    with open(path, "rb") as file:
+        file.seek(at + 257)
+        return file.read(5) == b"ustar"
+
+
+def opens(folder: Path) -> bool:
+    """Whether all splits of a set can be opened, and all utterances read."""
+    try:
+        for split in open_shards(folder).values():
+            for index in range(len(split)):
+                split.read(index)
+    except ShardprepError:
+        return False
+    return True
+
+
+def kills(case: Case) -> Result:
+    """Kill builds at random moments, and let them go on."""
+    folder = case.work / "kills"
+    # Slow on purpose, so that most moments are those of work.
+    options = ["--samples-per-shard=10", "--workers=2", "--codec=zstd", "--level=22"]
+    command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder), *options]
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(command, check=True, capture_output=True)
+    expected = contents(folder)
+    assert verify_shards(folder, deep=True, against=case.source).whole
+    shards = len(list(folder.glob("*.tar")))
+    killed, identical, kept = 0, 0, 0
+    for _ in bar(range(case.counts["kills"]), "kills"):
+        shutil.rmtree(folder, ignore_errors=True)
+        # One that came to its end before the kill is begun anew.
+        while not kill_once(command, folder, case.rng, shards):
+            shutil.rmtree(folder, ignore_errors=True)
+        killed += 1
+        if case.rng.random() < 0.5:
+            killed += kill_once(command, folder, case.rng, shards)
+        kept += len(list(folder.glob(f"{WORK_FOLDER}/*.tar")))
+        subprocess.run(command, check=True, capture_output=True)
+        identical += contents(folder) == expected
+    return {
+        "asked": case.counts["kills"],
+        "kills": killed,
+        "identical": identical,
+        "shards_found_whole": kept,
+    }
+
+
+def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int) -> bool:
+    """Start a build and kill it when some of its shards are whole; whether it was still alive."""
+    enough = rng.randrange(shards)
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as build:
+        while build.poll() is None and len(list(folder.glob(f"{WORK_FOLDER}/*.tar"))) < enough:
+            time.sleep(0.002)
+        # Without any, in its start; else within the next shard or two.
+        time.sleep(rng.uniform(0, 0.1 if enough else 1.0))
+        alive = build.poll() is None
+        # Workers that outlive their parent must end by themselves.
+        with suppress(ProcessLookupError):
+            (os.killpg if rng.random() < 0.5 else os.kill)(build.pid, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while group(build.pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not group(build.pid), "workers were left behind"
+    return alive
+
+
+def refusals(case: Case) -> Result:
+    """Let each call that changes the disk fail in turn."""
+    results: Result = {}
+    options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD, workers=1)
+    expected = contents(case.whole)
+    step = 0
+    for name, number in (("ENOSPC", errno.ENOSPC), ("EIO", errno.EIO)):
+        errors = unseen = identical = 0
+        for step in bar(itertools.count(1), name):
+            folder = case.work / "refusals"
+            shutil.rmtree(folder, ignore_errors=True)
+            with refusing(step, number) as calls:
+                try:
+                    build_shards(case.source, folder, options)
+                except StorageError:
+                    errors += 1
+                else:
+                    unseen += calls.made >= step
+            if calls.made < step:
+                break
+            build_shards(case.source, folder, options)
+            identical += contents(folder) == expected
+        results[name] = {
+            "asked": step - 1,
+            "errors": errors,
+            "made_no_difference": unseen,
+            "identical": identical,
+        }
+    return results
+
+
+def drops(case: Case) -> Result:
+    """Overwrite random stretches of random shards, and repair the set in both ways."""
+    expected = contents(case.whole)
+    identical = consistent = dropped = nothing_left = 0
+    for _ in bar(range(case.counts["drops"]), "drops"):
+        folder = case.copy("drops")
+        for _ in range(case.rng.randint(1, 6)):
+            path = case.rng.choice(sorted(folder.glob("*.[tn][ap][ry]")))
+            with open(path, "r+b") as file:
+                file.seek(case.rng.randrange(path.stat().st_size))
+                file.write(case.rng.randbytes(case.rng.choice((1, 100, 20_000))))
+        copy = case.work / "dropped"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        repair_shards(folder, source=case.source)
+        identical += contents(folder) == expected
+        try:
+            report = repair_shards(copy, drop=True)
+        except BuildError:
+            # Nothing is left of a small set.
+            nothing_left += 1
+            continue
+        dropped += len(report.dropped)
+        # What an index and its shard have lost together is listed without keys.
+        nameless = any(not reject.key for reject in report.dropped)
+        against = None if nameless else case.source
+        consistent += verify_shards(copy, deep=True, against=against).whole
+    return {
+        "asked": case.counts["drops"],
+        "identical_with_source": identical,
+        "whole_without": consistent,
+        "nothing_left": nothing_left,
+        "dropped": dropped,
+    }
+
+
+PARTS: dict[str, Callable[[Case], Result]] = {
+    "flips": flips,
+    "truncations": truncations,
+    "kills": kills,
+    "refusals": refusals,
+    "drops": drops,
+}
+
+
+def is_held(part: str, result: Result) -> bool:
+    """Whether all was noticed and nothing lost."""
+    if part == "flips":
+        return set(result["found"].values()) == {result["asked"]}
+    if part == "truncations":
+        return result["found"] == result["refused_on_opening"] == result["asked"]
+    if part == "kills":
+        return result["identical"] == result["asked"] <= result["kills"]
+    if part == "refusals":
+        return all(
+            one["errors"] + one["made_no_difference"] == one["identical"] == one["asked"]
+            for one in result.values()
+        )
+    without = result["whole_without"] + result["nothing_left"]
+    return result["identical_with_source"] == without == result["asked"]
+
+
+def bar(items: Any, label: str) -> Any:
+    """A progress bar where somebody looks."""
+    return tqdm(items, desc=label, disable=None)
+
+
+@click.command(cls=SpreadCommand, help=__doc__)
+@click.option("--dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice(list(PARTS)), default=tuple(PARTS))
+@click.option("--flips", type=click.IntRange(1), default=2000, show_default=True)
+@click.option("--truncations", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--kills", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--drops", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result (JSON).")
+def main(
+    dataset: Path | None, only: tuple[str, ...], seed: int, out: Path | None, **counts: int
+) -> None:
+    """See the text at the top of the file."""
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        work = Path(folder)
+        if dataset is None:
+            sample = work / "sample"
+            dataset = sample / "Dataset"
+            command = [sys.executable, "-m", "scripts.synthetic"]
+            size = ["--speakers", "6", "--utterances", "40", "--frames-min", "20"]
+            size += ["--test-utterances", "40", "--frames-max", "300", "--seed", str(seed)]
+            subprocess.run([*command, str(sample), *size], check=True)
+        case = Case(dataset, work, random.Random(seed), counts)
+        results: Result = {}
+        for part in only:
+            began = time.monotonic()
+            results[part] = PARTS[part](case)
+            results[part]["held"] = is_held(part, results[part])
+            results[part]["seconds"] = round(time.monotonic() - began, 1)
+            click.echo(f"{part}: {json.dumps(results[part])}")
+    report = {"machine": msgspec.to_builtins(machine()), "seed": seed, "parts": results}
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(0 if all(result["held"] for result in results.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pack a source into shards: plan, write, resume, publish."""

@@ -1,0 +1,97 @@
+"""The choices of a build, checked as soon as they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardprep.errors import BuildError
+from shardprep.format.manifest import BuildRecord, CodecInfo, Manifest
+
+DEFAULT_ZSTD_LEVEL = 3
+CHUNK_FRAMES = 64
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        dtype: Element type to store.
+        codec: "none", or "zstd" for about 13 % smaller shards that cost time to read.
+        level: zstd level, 1 to 22; None for 3. Only with that codec.
+        samples_per_shard: Most utterances a shard holds.
+        val_fraction: Share of each speaker's utterances for the split val, in [0, 1).
+        seed: Decides split and order.
+        workers: Processes; 0 stands for the number of cores. With Ray, tasks at a time; 0 stands
+            for as many as the cluster has CPUs.
+        on_error: Whether a faulty utterance stops the build or is left out and listed.
+        overwrite: Whether to replace a finished set of other contents.
+        dry_run: Read and check everything, write nothing.
+        engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
+        address: Of the cluster: "auto" or host:port; None starts Ray on this machine.
+    """
+
+    dtype: Literal["float16", "float32"] = "float16"
+    codec: Literal["none", "zstd"] = "none"
+    level: int | None = None
+    samples_per_shard: int = 1000
+    val_fraction: float = 0.1
+    seed: int = 0
+    workers: int = 0
+    on_error: Literal["fail", "skip"] = "fail"
+    overwrite: bool = False
+    dry_run: bool = False
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "dtype": ("float16", "float32"),
+            "codec": ("none", "zstd"),
+            "on_error": ("fail", "skip"),
+            "engine": ("local", "ray"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise BuildError(f"is {getattr(self, name)!r}, expected one of {values}", key=name)
+        ranges = {
+            "level": self.level is None or (self.codec == "zstd" and 1 <= self.level <= 22),
+            "samples_per_shard": self.samples_per_shard >= 1,
+            "val_fraction": 0 <= self.val_fraction < 1,
+            "workers": self.workers >= 0,
+        }
+        for name, valid in ranges.items():
+            if not valid:
+                raise BuildError(f"{getattr(self, name)} is out of range", key=name)
+        if self.address is not None and self.engine != "ray":
+            raise BuildError("is for the engine ray only", key="address")
+
+    @property
+    def codec_info(self) -> CodecInfo:
+        """The codec as the manifest states it."""
+        if self.codec == "none":
+            return CodecInfo("none")
+        return CodecInfo("zstd", self.level or DEFAULT_ZSTD_LEVEL, CHUNK_FRAMES)
+
+    @property
+    def record(self) -> BuildRecord:
+        """The choices that decide the bytes, as the manifest states them."""
+        # The manifest's fingerprint tells 0 from 0.0, so both become what its reader makes of them.
+        return BuildRecord(
+            int(self.seed), float(self.val_fraction), int(self.samples_per_shard), self.on_error
+        )
+
+
+def options_of(manifest: Manifest) -> BuildOptions:
+    """The options of the build that made a set, as far as they decide its bytes."""
+    build, codec = manifest.build, manifest.codec
+    return BuildOptions(
+        dtype=manifest.dtype,
+        codec=codec.name,
+        level=codec.level,
+        samples_per_shard=build.samples_per_shard,
+        val_fraction=build.val_fraction,
+        seed=build.seed,
+        on_error=build.on_error,
+    )

@@ -1,0 +1,269 @@
+"""One shard: a plain POSIX tar of the utterances that a plan puts into it.
+
+For each utterance, adjacent: KEY.mel.npy (or .mel.npy.zst), KEY.cls (the label; absent where
+unknown) and KEY.json. Times, owners and modes are fixed, so equal contents are equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import msgspec
+import numpy as np
+
+from shardprep.build.plan import ShardPlan
+from shardprep.format import codecs
+from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
+from shardprep.format.manifest import NO_LABEL, CodecInfo, ShardInfo
+from shardprep.source.dataset import Reject, Utterance
+from shardprep.source.features import check_file_size, load_features
+from shardprep.storage.local import fetch
+from shardprep.storage.remote import Location, Remote
+
+BLOCK = tarfile.BLOCKSIZE
+# Two empty blocks end a tar; `tar` pads a file to records of 20 blocks.
+RECORD = tarfile.RECORDSIZE
+
+# The header of a member without name and content; where its name, size and checksum go. For the
+# sum of its bytes, the checksum counts as spaces.
+_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
+_HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
+
+# A file of a data set: its path, or its bytes, or why these cannot be used.
+SourceFile: TypeAlias = Path | bytes | ValueError
+
+# Enough to keep a disk or a store busy with many requests at once; a few MB of memory.
+_FILES_AHEAD = 32
+
+# From here on a number becomes infinite as it is rounded to float16.
+_FLOAT16_LIMIT = 65520
+
+
+class IndexRow(msgspec.Struct, frozen=True, array_like=True):
+    """An index row without its shard number; see FORMAT.md."""
+
+    offset: int
+    nbytes: int
+    frames: int
+    label: int
+    crc32: int
+    key: str
+
+
+class ShardRecord(msgspec.Struct, frozen=True):
+    """What came of writing a shard; kept beside an unfinished build to resume from.
+
+    Attributes:
+        inputs: SHA-256 over everything that decided the bytes; see `inputs_of`.
+        info: The shard's entry in the manifest.
+        rows: Its index rows.
+        rejects: Utterances that were left out.
+        source_bytes: Bytes of the `.pt` files read.
+    """
+
+    inputs: str
+    info: ShardInfo
+    rows: tuple[IndexRow, ...]
+    rejects: tuple[Reject, ...]
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that a worker needs to write a shard.
+
+    Attributes:
+        plan: File name, split and utterances.
+        root: The data set's folder, or its URL.
+        n_mels: Mel bins F.
+        dtype: "float16" or "float32".
+        codec: How matrices are stored.
+        skip: Whether faulty utterances are left out; otherwise the first one raises.
+    """
+
+    plan: ShardPlan
+    root: Location
+    n_mels: int
+    dtype: str
+    codec: CodecInfo
+    skip: bool
+
+    @property
+    def inputs(self) -> str:
+        """SHA-256 over all that decides the bytes; file contents count by size and time."""
+        codec = msgspec.to_builtins(self.codec)
+        listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def write_shard(
+    task: ShardTask, file: BinaryIO, advance: Callable[[int], None] = lambda nbytes: None
+) -> ShardRecord:
+    """Load, check and write the utterances of a shard.
+
+    Args:
+        task: What to write.
+        file: Where to; written in one pass from its beginning.
+        advance: Called after each utterance with the bytes read for it.
+
+    Raises:
+        SourceError: An utterance is faulty and the task does not skip.
+    """
+    tar = TarWriter(file)
+    rows, rejects, source_bytes = [], [], 0
+    for utterance, content in files_ahead(task.root, task.plan.utterances, task.n_mels):
+        try:
+            payload = encode_file(
+                content,
+                n_mels=task.n_mels,
+                frames=utterance.frames,
+                dtype=task.dtype,
+                codec=task.codec,
+            )
+        except ValueError as fault:
+            split = "test" if utterance.speaker is None else "labelled"
+            reject = Reject(utterance.path, utterance.key, utterance.speaker, split, str(fault))
+            if not task.skip:
+                raise reject.error(task.root) from None
+            rejects.append(reject)
+        else:
+            rows.append(add_sample(tar, utterance, payload, codecs.member_suffix(task.codec)))
+        source_bytes += utterance.nbytes
+        advance(utterance.nbytes)
+    tar.close()
+    frames = sum(row.frames for row in rows)
+    info = ShardInfo(task.plan.file, len(rows), frames, tar.size, tar.sha256.hexdigest())
+    return ShardRecord(task.inputs, info, tuple(rows), tuple(rejects), source_bytes)
+
+
+def files_ahead(
+    root: Location, utterances: Sequence[Utterance], n_mels: int
+) -> Iterator[tuple[Utterance, SourceFile]]:
+    """Utterances of the data set at `root` with their files; the next files are on their way."""
+    if isinstance(root, Remote):
+        with ThreadPoolExecutor(_FILES_AHEAD) as threads:
+            asked = deque[Future[SourceFile]]()
+            later = iter(utterances)
+            for utterance in utterances:
+                for coming in itertools.islice(later, _FILES_AHEAD - len(asked)):
+                    asked.append(threads.submit(fetch_file, root, coming, n_mels))
+                yield utterance, asked.popleft().result()
+        return
+    later = iter(utterances)
+    for number, utterance in enumerate(utterances):
+        for coming in itertools.islice(later, 1 if number else _FILES_AHEAD):
+            fetch(os.path.join(root, coming.path))
+        yield utterance, root / utterance.path
+
+
+def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:
+    """The file of an utterance: its path, or its bytes, or why these cannot be used.
+
+    Raises:
+        StorageError: The store gives no answer.
+    """
+    path = root / utterance.path
+    if not isinstance(path, Remote):
+        return path
+    try:
+        check_file_size(utterance.nbytes, n_mels=n_mels, frames=utterance.frames)
+        # Its size is known, and to read it by range spares the store a question.
+        return path.read(0, utterance.nbytes)
+    except ValueError as fault:
+        return fault
+    except FileNotFoundError:
+        return ValueError("the file does not exist")
+
+
+def encode_file(
+    file: SourceFile, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo
+) -> bytes:
+    """Load a `.pt` file, given as by `fetch_file`; returns the payload that a shard stores of it.
+
+    Raises:
+        ValueError: What is wrong with the file, in words for `Reject.reason`.
+        StorageError: The machine, not the file, is at fault.
+    """
+    if isinstance(file, ValueError):
+        raise file
+    mel = load_features(file, n_mels=n_mels, frames=frames)
+    if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
+        raise ValueError("has values beyond the range of float16; use --dtype float32")
+    stored = mel.astype(np.dtype(dtype).newbyteorder("<"))
+    if stored.nbytes + codecs.NPY_HEADER_BYTES > MAX_MEMBER_BYTES:
+        raise ValueError(f"takes {stored.nbytes} bytes, more than a member of a shard may have")
+    payload = codecs.encode(stored, codec)
+    if len(payload) > MAX_MEMBER_BYTES or stored.nbytes > most_matrix_bytes(len(payload)):
+        raise ValueError(
+            f"shrinks from {stored.nbytes} to {len(payload)} bytes, more than readers believe; "
+            "use --codec none"
+        )
+    return payload
+
+
+def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
+    """Append the members of an utterance, whose matrix is encoded as `payload`."""
+    offset = tar.add(utterance.key + suffix, payload)
+    if utterance.label != NO_LABEL:
+        tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
+    about = {"frames": utterance.frames, "source": utterance.path, "speaker": utterance.speaker}
+    tar.add(f"{utterance.key}.json", json.dumps(about, sort_keys=True).encode())
+    return IndexRow(
+        offset,
+        len(payload),
+        utterance.frames,
+        utterance.label,
+        zlib.crc32(payload),
+        utterance.key,
+    )
+
+
+def _member_head(name: bytes, size: int) -> bytearray:
+    """What `tarfile` puts before a member, in a fraction of the time."""
+    assert len(name) <= 100
+    assert size < 8**11
+    digits = b"%011o" % size
+    head = bytearray(_HEAD)
+    head[_NAME] = name.ljust(100, b"\0")
+    head[_SIZE] = digits
+    head[_CHECKSUM] = b"%06o" % (_HEAD_SUM + sum(name) + sum(digits))
+    return head
+
+
+class TarWriter:
+    """Appends members to a ustar archive, counting and hashing what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+
+    def add(self, name: str, payload: bytes) -> int:
+        """Append a member; returns the offset of its payload."""
+        self._write(_member_head(name.encode(), len(payload)))
+        offset = self.size
+        self._write(payload)
+        self._write(bytes(-len(payload) % BLOCK))
+        return offset
+
+    def close(self) -> None:
+        """Write the end of the archive."""
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.size % RECORD))
+
+    def _write(self, data: bytes | bytearray) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)

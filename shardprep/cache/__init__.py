@@ -1,0 +1,1 @@
+"""Shards of a URL, kept on the disk of this machine."""

@@ -1,0 +1,381 @@
+"""Whole files of stores, kept on this machine's disk; see `shardprep.cache.folder` for how."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from shardprep.cache.folder import ROOM, CacheFolder, Held, NoRoomError
+from shardprep.cache.threads import BackgroundThreads
+from shardprep.errors import CorruptShardError, StorageError
+from shardprep.format.manifest import FileInfo, ShardInfo
+from shardprep.storage.local import sha256_of, storage_errors
+from shardprep.storage.remote import PATIENCE, Remote
+
+_log = logging.getLogger("shardprep")
+
+FOLDER_VARIABLE, BUDGET_VARIABLE = "SHARDPREP_CACHE", "SHARDPREP_CACHE_GB"
+READERS_VARIABLE = "LOCAL_WORLD_SIZE"
+
+DOWNLOADS = 8
+"""Files that a process fetches at once."""
+
+CHUNK = 8 << 20
+"""Bytes that are asked for at a time."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_POLL_SECONDS = 0.05
+# A file may come with other bytes than it should so often.
+_TRIES = 5
+_CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
+
+
+class Lender(Protocol):
+    """Keeps files of the cache in use that it can do without for a while.
+
+    Attributes:
+        in_use: Bytes of these files.
+    """
+
+    in_use: int
+
+    def give_back(self, *, urgent: bool) -> None:
+        """Let go of what nobody is going to use soon; if urgent, also of some that is to be."""
+
+    def begin_anew(self) -> None:
+        """Have nothing in use or on its way, in a process that was forked."""
+
+
+@dataclass
+class Traffic:
+    """What this process has had of the network.
+
+    Attributes:
+        files: Files fetched.
+        bytes: Bytes that came.
+        waited: Seconds for which readers stood still until what they needed had come.
+    """
+
+    files: int = 0
+    bytes: int = 0
+    waited: float = 0.0
+
+
+class ShardCache:
+    """The cache in a folder; any number of processes may have one each.
+
+    Args:
+        folder: Where; by default what SHARDPREP_CACHE names, or shardprep/ in the user's folder
+            of caches. On a disk of this machine: locks of network folders are not to be relied on.
+        budget: Most bytes that it keeps; by default SHARDPREP_CACHE_GB (1 GB = 10^9 bytes), or
+            half of what it and the free disk have.
+        readers: Processes of this machine that share the budget, by default as many as torchrun
+            started here (LOCAL_WORLD_SIZE). Each keeps at most its part in use at a time.
+        patience: Seconds for which a store may give no answer before that is an error.
+
+    Attributes:
+        traffic: What was fetched by this object.
+
+    Raises:
+        StorageError: The folder cannot be made, or a variable is no number.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        budget: int | None = None,
+        *,
+        readers: int | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
+        with storage_errors(path):
+            self.folder = CacheFolder(path, _asked_budget() if budget is None else budget)
+        self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
+        self.patience = patience
+        self.traffic = Traffic()
+        self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
+        self._begin()
+        _caches.add(self)
+
+    def _begin(self) -> None:
+        self._counting = threading.Lock()
+        # Bytes of files that are being held or fetched for a lender just now.
+        self._arriving = 0
+        self._threads: BackgroundThreads | None = None
+
+    def begin_anew(self) -> None:
+        """Have nothing on its way, in a process that was forked: its threads stayed behind."""
+        self._begin()
+        for lender in list(self._lenders):
+            lender.begin_anew()
+
+    def __reduce__(self) -> Any:
+        # Threads and counters stay behind.
+        return _reopen, (self.folder.path, self.folder.budget, self.readers, self.patience)
+
+    @property
+    def share(self) -> int:
+        """Bytes that this process may have in use at a time."""
+        return self.folder.budget // (self.readers * _loader_workers())
+
+    @property
+    def threads(self) -> BackgroundThreads:
+        """Threads that fetch ahead."""
+        with self._counting:
+            if self._threads is None:
+                self._threads = BackgroundThreads(DOWNLOADS, "shardprep-fetch")
+            return self._threads
+
+    def count_wait(self, seconds: float) -> None:
+        """Add to the time for which readers stood still."""
+        with self._counting:
+            self.traffic.waited += seconds
+
+    def lends(self, lender: Lender) -> None:
+        """Have a lender asked to give back when room is short."""
+        with self._counting:
+            self._lenders.add(lender)
+
+    def _give_back(self, *, urgent: bool) -> None:
+        with self._counting:
+            lenders = list(self._lenders)
+        for lender in lenders:
+            lender.give_back(urgent=urgent)
+
+    def hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool = True) -> Held:
+        """A file of a store, fetched if it is not here, checked by its sha256.
+
+        Args:
+            remote: Where it comes from.
+            info: Its size and sha256.
+            wait: Whether to wait for room.
+
+        Raises:
+            NoRoomError: What others hold leaves no room, and `wait` is off.
+            StorageError: The store gave no answer in time, or there is no room for it.
+            CorruptShardError: The store has no such file, or other bytes.
+        """
+        self._keep_to_share(info.bytes, wait=wait)
+        try:
+            return self._hold(remote, info, wait=wait)
+        finally:
+            with self._counting:
+                self._arriving -= info.bytes
+
+    def renew(self, remote: Remote, info: FileInfo | ShardInfo) -> bool:
+        """Fetch a file anew that is not what its name says.
+
+        Returns:
+            False if it is: then it is the store that has such a file.
+        """
+        with contextlib.closing(self.hold(remote, info)) as held:
+            if sha256_of(held.path) == info.sha256:
+                return False
+            _log.warning("%s: was damaged in the cache; fetched again (%s)", remote, held.path)
+            self.folder.discard(held)
+        self.hold(remote, info).close()
+        return True
+
+    def _keep_to_share(self, size: int, *, wait: bool) -> None:
+        """Count a file as arriving; what this process has in use is to stay within its share.
+
+        Else one rank could wait for room that others keep, which wait for it.
+
+        Raises:
+            NoRoomError: It would not, and `wait` is off.
+        """
+        with self._counting:
+            self._arriving += size
+        if self._in_use() > self.share:
+            self._give_back(urgent=False)
+        if self._in_use() > self.share and not wait:
+            with self._counting:
+                self._arriving -= size
+            raise NoRoomError
+        before = 0
+        while (now := self._in_use()) > self.share and now != before:
+            before = now
+            self._give_back(urgent=True)
+
+    def _in_use(self) -> int:
+        with self._counting:
+            return self._arriving + sum(lender.in_use for lender in self._lenders)
+
+    def _hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool) -> Held:
+        full_since = None
+        come, came_at = -1, time.monotonic()
+        while True:
+            try:
+                with storage_errors(self.folder.path):
+                    if (held := self.folder.open(info)) is not None:
+                        return held
+                    if (part := self.folder.claim(info)) is not None:
+                        return self._fetch(part, remote, info)
+                # Another is fetching it.
+                full_since = None
+                if (now := self.folder.stored(info)) != come:
+                    come, came_at = now, time.monotonic()
+                elif time.monotonic() - came_at > self.patience:
+                    raise StorageError(
+                        f"another process is fetching it, of which nothing has come for "
+                        f"{self.patience:.0f} s",
+                        file=remote,
+                        remedy=f"See which process has {self.folder.part(info)} open, and end it.",
+                    )
+            except NoRoomError:
+                if full_since is None:
+                    full_since = time.monotonic()
+                    self._give_back(urgent=False)
+                    continue
+                if not wait:
+                    raise
+                self._give_back(urgent=True)
+                if time.monotonic() - full_since > self.patience:
+                    raise StorageError(
+                        f"there was no room for {remote} ({info.bytes} bytes) for "
+                        f"{self.patience:.0f} s: what is in use fills the cache's "
+                        f"{self.folder.budget} bytes, or the disk",
+                        file=self.folder.path,
+                        remedy=ROOM,
+                    ) from None
+            time.sleep(_POLL_SECONDS)
+
+    def _fetch(self, part: int, remote: Remote, info: FileInfo | ShardInfo) -> Held:
+        """Fetch what a part lacks, check it, and give it its name.
+
+        Raises:
+            NoRoomError: The disk is full.
+            CorruptShardError: The store has no such file, or other bytes.
+        """
+        try:
+            self._fill(FileIO(part, "r+", closefd=False), remote, info)
+            held = self.folder.name(part, info)
+        except BaseException:
+            self.folder.unclaim(part)
+            raise
+        with self._counting:
+            self.traffic.files += 1
+        return held
+
+    def _fill(self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo) -> None:
+        """Fetch what a part lacks until it has the bytes that it should."""
+        for _ in range(_TRIES):
+            file.seek(0)
+            if os.fstat(file.fileno()).st_size > info.bytes:
+                file.truncate(0)
+            digest = hashlib.sha256()
+            while data := file.read(CHUNK):
+                digest.update(data)
+            if self._complete(file, remote, info, digest) and digest.hexdigest() == info.sha256:
+                return
+            if file.tell() >= info.bytes:
+                file.truncate(0)
+            _log.warning("%s: came with other bytes than it should; fetched again", remote)
+        self.folder.drop(info)
+        raise CorruptShardError(
+            f"its bytes are not those that the manifest names, {_TRIES} times",
+            file=remote,
+            remedy=_CHANGED,
+        )
+
+    def _complete(
+        self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo, digest: Any
+    ) -> bool:
+        """Fetch and write what a part lacks; False if the store has no more before its end."""
+        while (done := file.tell()) < info.bytes:
+            end = min(done + CHUNK, info.bytes)
+            try:
+                data = remote.read(done, end)
+            except FileNotFoundError:
+                raise CorruptShardError("is missing", file=remote, remedy=_CHANGED) from None
+            with self._counting:
+                self.traffic.bytes += len(data)
+            if len(data) > end - done:
+                # A server without ranges sends the whole file.
+                data = data[done : info.bytes]
+            if not data:
+                return False
+            if self._write(file, data, info.bytes - done):
+                digest.update(data)
+        return True
+
+    def _write(self, file: FileIO, data: bytes, lacking: int) -> bool:
+        """Append to a part; if the disk is full, make room on it and return False.
+
+        Raises:
+            NoRoomError: Nothing can be given up for it.
+        """
+        begin, view = file.tell(), memoryview(data)
+        try:
+            while view:
+                view = view[file.write(view) :]
+        except OSError as error:
+            file.seek(begin)
+            file.truncate()
+            if error.errno not in _FULL:
+                raise
+            with self.folder.lock() as lock:
+                freed = self.folder.evict(lock, lacking)
+            if not freed:
+                raise NoRoomError from None
+            _log.warning("%s: the disk is full; %d bytes were given up", self.folder.path, freed)
+            return False
+        return True
+
+
+_caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_caches):
+        cache.begin_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _loader_workers() -> int:
+    """Workers of the DataLoader that this process is one of, 1 if it is none."""
+    data = sys.modules.get("torch.utils.data")
+    worker = data.get_worker_info() if data is not None else None
+    return 1 if worker is None else int(worker.num_workers)
+
+
+def _default_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "shardprep"
+
+
+def _asked_budget() -> int | None:
+    gigabytes = _number(BUDGET_VARIABLE)
+    return None if gigabytes is None else max(1, int(gigabytes * 1e9))
+
+
+def _number(variable: str) -> float | None:
+    """What a variable of the environment is set to; None if it is not."""
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        number = float(text)
+        if not 0 < number < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise StorageError(f"is {text!r}, expected a positive number", key=variable) from None
+    return number
+
+
+def _reopen(folder: Path, budget: int, readers: int, patience: float) -> ShardCache:
+    return ShardCache(folder, budget, readers=readers, patience=patience)

@@ -1,0 +1,1 @@
+"""Verify a shard set and repair it."""

@@ -1,0 +1,1 @@
+"""The format as code: manifest, index, matrices, tar members, limits; it opens no file."""

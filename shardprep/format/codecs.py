@@ -1,0 +1,202 @@
+"""How a mel matrix becomes the bytes of a tar member and back, whole or by a range of frames.
+
+`none` stores an ordinary `.npy` file. `zstd` stores the same file as independent zstd frames: one
+for the 128-byte npy header, then one for every `chunk_frames` mel frames, then a seek table in a
+skippable frame, as in the zstd seekable format (facebook/zstd, contrib/seekable_format, 0.1.0).
+Any zstd reader that reads on across frames inflates the whole; a crop inflates what it touches.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import threading
+import tokenize
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from shardprep.format.limits import most_matrix_bytes
+from shardprep.format.manifest import CodecInfo
+
+NPY_HEADER_BYTES = 128
+# What NumPy takes for a header at most; ours has 128 bytes.
+_MOST_HEADER_BYTES = 1 << 14
+# The largest window that every zstd reader must grant.
+_USUAL_WINDOW_BYTES = 8 << 20
+# The largest that zstd grants unless it is asked to.
+_MOST_WINDOW_BYTES = 128 << 20
+_PIECE_BYTES = 1 << 20
+
+_SKIPPABLE_MAGIC = 0x184D2A5E
+_SEEKABLE_MAGIC = 0x8F92EAB1
+_FOOTER_BYTES = 9
+ENTRY_BYTES = 8
+
+# What NumPy raises on a header that is none; it reads them with Python's own parser.
+NPY_FAULTS = (
+    ValueError,
+    SyntaxError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    tokenize.TokenError,
+)
+
+_local = threading.local()
+
+
+def member_suffix(codec: CodecInfo) -> str:
+    """What follows the key in the name of a mel member."""
+    return ".mel.npy.zst" if codec.name == "zstd" else ".mel.npy"
+
+
+def encode(mel: NDArray[Any], codec: CodecInfo) -> bytes:
+    """Encode a C-contiguous (T, F) matrix as the payload of its tar member."""
+    header, body = npy_header(mel.shape, mel.dtype), mel.tobytes()
+    if codec.name == "none":
+        return header + body
+    assert codec.level is not None
+    assert codec.chunk_frames is not None
+    step = codec.chunk_frames * mel.shape[1] * mel.itemsize
+    compressor = zstandard.ZstdCompressor(level=codec.level, write_checksum=True)
+    plain = [header, *(body[at : at + step] for at in range(0, len(body), step))]
+    packed = [compressor.compress(part) for part in plain]
+    return b"".join(packed) + _seek_table(packed, plain)
+
+
+def decode(data: bytes | memoryview, codec: CodecInfo, most: int | None = None) -> NDArray[Any]:
+    """Decode a member's payload to its (T, F) matrix.
+
+    Args:
+        data: The payload.
+        codec: How it is stored.
+        most: Bytes that the matrix may have; by default as many as `limits.most_matrix_bytes`
+            allows for so large a payload.
+
+    Raises:
+        ValueError: The payload is not what `encode` writes, or the matrix is larger.
+    """
+    most = most_matrix_bytes(len(data)) if most is None else most
+    if codec.name == "zstd":
+        return _parse_npy(_inflate(data, most + _MOST_HEADER_BYTES), most)
+    return _parse_npy(data, most)
+
+
+def _inflate(data: bytes | memoryview, most: int) -> bytearray:
+    # A frame may also ask for a window, memory that is taken before it is known what it holds.
+    window = min(max(most, _USUAL_WINDOW_BYTES), _MOST_WINDOW_BYTES)
+    plain = bytearray()
+    try:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=window)
+        reader = decompressor.stream_reader(data, read_across_frames=True)
+        # Room is taken for as much as is asked for; mels shrink to no less than half.
+        while part := reader.read(min(2 * len(data) + _MOST_HEADER_BYTES, _PIECE_BYTES)):
+            plain += part
+            if len(plain) > most:
+                raise ValueError(f"it inflates to more than {most} bytes")
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    return plain
+
+
+def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
+    """The matrix of an npy file of format 1 or 2, which is the caller's own."""
+    file = io.BytesIO(data[:_MOST_HEADER_BYTES])
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    except NPY_FAULTS as error:
+        raise ValueError(f"its npy header is damaged ({error})") from None
+    if dtype.kind not in "fiu" or dtype.subdtype is not None:
+        raise ValueError(f"its npy header says {dtype}, not numbers; nothing is ever unpickled")
+    if fortran or len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"its npy header says {shape}, not a matrix in C order")
+    size, begin = math.prod(shape) * dtype.itemsize, file.tell()
+    if size > most:
+        raise ValueError(f"its npy header says {shape}, more than {most} bytes")
+    if begin + size != len(data):
+        raise ValueError(f"{len(data) - begin} bytes follow its npy header, expected {size}")
+    matrix: NDArray[Any] = np.frombuffer(data, dtype, offset=begin).reshape(shape)
+    own = isinstance(data, bytearray) and matrix.flags.aligned
+    return matrix if own else matrix.copy()
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The npy 1.0 header of a C-ordered array, padded to NPY_HEADER_BYTES.
+
+    NumPy writes the same bytes today; they are spelled out so that a later NumPy cannot change
+    where the matrix begins.
+    """
+    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    fields = "".join(f"{name!r}: {value!r}, " for name, value in sorted(head.items()))
+    room = NPY_HEADER_BYTES - len(b"\x93NUMPY\x01\x00") - 2
+    text = "{" + fields + "}"
+    assert len(text) < room
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1).encode() + b"\n"
+
+
+def table_bytes_from_end(frames: NDArray[np.int64], chunk_frames: int) -> NDArray[np.int64]:
+    """How many bytes before the end of its member an utterance's seek table begins, (B,).
+
+    Entry 0 of the table is the npy header, so that chunk c is entry c + 1; the first four bytes
+    of each entry are the size of its zstd frame.
+    """
+    distance: NDArray[np.int64] = _FOOTER_BYTES + ENTRY_BYTES * (1 + -(-frames // chunk_frames))
+    return distance
+
+
+def inflate_many(
+    source: NDArray[np.uint8],
+    at: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    inflated: NDArray[np.int64],
+    threads: int = 1,
+) -> Sequence[Any]:
+    """Inflate independent zstd frames, all in one call that lets other threads run.
+
+    Args:
+        source: Bytes that hold the frames.
+        at: Where each frame begins (N,).
+        nbytes: Its size there (N,).
+        inflated: Its size once inflated (N,).
+        threads: Threads that share the work.
+
+    Returns:
+        The inflated frames as buffers.
+
+    Raises:
+        ValueError: One of them is damaged, or of another size.
+    """
+    if not len(at):
+        return ()
+    if not hasattr(_local, "decompressor"):
+        # Not safe to share between threads.
+        _local.decompressor = zstandard.ZstdDecompressor()
+    segments = np.stack([at, nbytes], 1).astype("<u8").tobytes()
+    try:
+        frames = zstandard.BufferWithSegments(source.data, segments)
+        chunks: Sequence[Any] = _local.decompressor.multi_decompress_to_buffer(
+            frames, decompressed_sizes=inflated.astype("<u8").tobytes(), threads=threads
+        )
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    return chunks
+
+
+def _seek_table(packed: list[bytes], plain: list[bytes]) -> bytes:
+    entries = b"".join(
+        struct.pack("<II", len(small), len(large))
+        for small, large in zip(packed, plain, strict=True)
+    )
+    footer = struct.pack("<IBI", len(packed), 0, _SEEKABLE_MAGIC)
+    return struct.pack("<II", _SKIPPABLE_MAGIC, len(entries) + len(footer)) + entries + footer

@@ -1,0 +1,86 @@
+"""The columns of an index that readers need, taken only if no row leads outside the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.format import codecs
+from shardprep.format.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
+from shardprep.format.manifest import NO_LABEL, Manifest, SplitInfo
+
+# Index rows that are checked at a time.
+_BLOCK = 1 << 18
+
+
+class Columns(NamedTuple):
+    """Of each utterance of a split, in the order of its index.
+
+    Attributes:
+        labels: Speaker numbers (N,); -1 where unknown.
+        frames: Lengths in mel frames (N,).
+        begin: Where its payload begins (N,), in bytes of the mapped shards.
+    """
+
+    labels: NDArray[np.int32]
+    frames: NDArray[np.int64]
+    begin: NDArray[np.int64]
+
+
+def load_columns(
+    rows: NDArray[Any], split: SplitInfo, manifest: Manifest, begins: NDArray[np.int64]
+) -> Columns:
+    """The columns of an index, by blocks, so that a large one needs no memory twice.
+
+    Args:
+        rows: The index (N,).
+        split: What the manifest says of it.
+        manifest: Of the set.
+        begins: Where each shard begins (shards,), in bytes of the mapped shards.
+
+    Raises:
+        ValueError: It leads outside the shards, or does not fit the manifest: which field.
+    """
+    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
+    count, total = len(rows), 0
+    columns = Columns(
+        np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64)
+    )
+    for at in range(0, count, _BLOCK):
+        block = slice(at, at + _BLOCK)
+        some = rows[block]
+        frames = some["frames"].astype(np.int64)
+        for what, good in _checks(some, frames, sizes, manifest):
+            if not good.all():
+                raise ValueError(what)
+        total += int(frames.sum())
+        columns.frames[block], columns.labels[block] = frames, some["label"]
+        columns.begin[block] = begins[some["shard"]] + some["offset"].astype(np.int64)
+    if count != split.samples:
+        raise ValueError("number of utterances")
+    if total != split.frames:
+        raise ValueError("number of frames")
+    return columns
+
+
+def _checks(
+    rows: NDArray[Any], frames: NDArray[np.int64], sizes: NDArray[np.int64], manifest: Manifest
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """What must hold of every row (N,), one after the other."""
+    yield "shard number", rows["shard"] < len(sizes)
+    yield "label", (rows["label"] >= NO_LABEL) & (rows["label"] < len(manifest.speakers))
+    yield "number of frames", frames > 0
+    nbytes, chunk = rows["nbytes"].astype(np.int64), manifest.codec.chunk_frames
+    matrix = frames * manifest.n_mels * manifest.numpy_dtype.itemsize
+    if chunk is None:
+        yield "size", nbytes == codecs.NPY_HEADER_BYTES + matrix
+    else:
+        yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
+        most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
+        yield "number of frames for what is stored", matrix <= most
+    offset = rows["offset"].astype(np.int64)
+    aligned = (offset >= 0) & (offset % 512 == 0)
+    yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)

@@ -1,0 +1,102 @@
+"""A split that lies in the memory of the device which trains on it.
+
+Axis legend: B batch, T frames, F mel bins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shardprep.errors import CorruptShardError
+from shardprep.load.damage import ReadGuard
+from shardprep.read.shard_set import Split
+
+SHARE = 0.4
+"""Most of a device's free memory that a resident split may take."""
+
+_PIECE_BYTES = 64 << 20
+
+
+def fits(split: Split, device: torch.device) -> bool:
+    """Whether a split may reside on a device: it takes at most SHARE of what is free there.
+
+    Never on a CPU, where the mapped shards are in memory already.
+    """
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return split.nbytes <= SHARE * free
+
+
+class ResidentSplit:
+    """All matrices of a split, one behind the other, on a device.
+
+    Args:
+        split: What to load; the crc32 of each utterance is checked.
+        device: Where to.
+        guard: Decides what a damaged utterance leads to.
+
+    Raises:
+        CorruptShardError: An utterance is damaged, and that is not to be borne.
+    """
+
+    def __init__(self, split: Split, device: torch.device, guard: ReadGuard) -> None:
+        self._device = device
+        self._frames = split.frames
+        self._first: NDArray[np.int64] = np.cumsum(split.frames) - split.frames
+        total = int(split.frames.sum())
+        sample = torch.from_numpy(np.empty(0, split.dtype))
+        self.mel = torch.empty((total, split.n_mels), dtype=sample.dtype, device=device)
+        piece_frames = max(1, _PIECE_BYTES // (split.n_mels * split.dtype.itemsize))
+        index, shards = 0, split.locations["shard"]
+        window = split.window()
+        while index < len(split):
+            first = int(shards[index])
+            window.want([first], range(first + 1, len(split.shard_samples)))
+            at = int(self._first[index])
+            stop = max(index + 1, int(np.searchsorted(self._first, at + piece_frames)))
+            piece = np.concatenate([_read(split, i, guard) for i in range(index, stop)])
+            self.mel[at : at + len(piece)].copy_(torch.from_numpy(piece))
+            index = stop
+        window.close()
+        guard.vouch_for_all()
+
+    def crops(
+        self, indices: NDArray[np.int64], starts: NDArray[np.int64], length: int, pad_value: float
+    ) -> Tensor:
+        """A batch of crops (B, T, F) on the device, the same as those of `Split.crops`.
+
+        Args:
+            indices: Positions in the split (B,).
+            starts: First frame of each crop (B,), within its utterance.
+            length: Frames T a crop.
+            pad_value: Fills a crop behind the end of its utterance.
+        """
+        begin = self._first[indices] + starts
+        valid = np.minimum(self._frames[indices] - starts, length)
+        places = torch.from_numpy(np.stack([begin, valid]))
+        if self._device.type == "cuda":
+            places = places.pin_memory()
+        first, count = places.to(self._device, non_blocking=True).unsqueeze(2)  # each (B, 1)
+        steps = torch.arange(length, device=self._device)  # (T,)
+        rows = (first + steps).clamp_(max=len(self.mel) - 1)  # (B, T)
+        mel = self.mel[rows]  # (B, T, F)
+        if (valid < length).any():
+            mel.masked_fill_((steps >= count).unsqueeze(2), pad_value)
+        return mel
+
+
+def _read(split: Split, index: int, guard: ReadGuard) -> NDArray[Any]:
+    """An utterance, or zeros where it is damaged and that is borne: nobody will ask for them."""
+    try:
+        return split.read(index)
+    except CorruptShardError as error:
+        if error.key is None:
+            raise
+        guard.report(index, error)
+        return np.zeros((int(split.frames[index]), split.n_mels), split.dtype)

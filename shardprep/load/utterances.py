@@ -1,0 +1,123 @@
+"""Batches of whole utterances, for evaluation and prediction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardprep.load.damage import OnCorrupt, ReadGuard
+from shardprep.load.order import length_batches
+from shardprep.load.prefetch import ahead
+from shardprep.load.segments import Batch
+from shardprep.read.shard_set import Split
+
+# Of what a window may want, the part that is read at a time; the next one comes meanwhile.
+_AT_A_TIME = 0.45
+
+
+class UtteranceLoader:
+    """Whole utterances, their crc32 checked, batched by length, every one once over all ranks.
+
+    Ranks may yield different numbers of batches: do not synchronise them batch by batch.
+
+    Args:
+        split: What to read.
+        max_frames: Most frames of a batch, padding counted; a longer utterance travels alone.
+        rank: This process's number.
+        world_size: Number of processes.
+        pad_value: Fills padded frames.
+        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
+        on_corrupt: What a damaged utterance leads to: "raise" an error, or "skip", which leaves it
+            out.
+        max_corrupt: Damaged utterances of this rank that "skip" bears; one more is an error.
+
+    Yields:
+        Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,), length (B,) and
+        index (B,), the positions in the split, all int64.
+
+    Raises:
+        ValueError: An argument is out of range.
+        CorruptShardError: While iterating: an utterance is damaged, or a shard cannot be read.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        max_frames: int = 32_768,
+        rank: int = 0,
+        world_size: int = 1,
+        pad_value: float = -20.0,
+        prefetch: int = 1,
+        on_corrupt: OnCorrupt = "raise",
+        max_corrupt: int = 100,
+    ) -> None:
+        if max_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
+            raise ValueError(
+                f"max_frames {max_frames}, rank {rank} of {world_size}, prefetch {prefetch}"
+            )
+        self._prefetch = prefetch
+        self.split = split
+        self._pad_value = pad_value
+        self._guard = ReadGuard(split, "always", on_corrupt, max_corrupt)
+        # By groups of shards, each as much as can be here at a time.
+        self._groups = [
+            (
+                shards,
+                [indices[own] for own in length_batches(split.frames[indices], max_frames)][
+                    rank::world_size
+                ],
+            )
+            for shards, indices in _groups(split)
+        ]
+
+    def __len__(self) -> int:
+        """Batches that this rank yields, where nothing is left out."""
+        return sum(len(batches) for _, batches in self._groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ahead(self._read(), self._prefetch)
+
+    def _read(self) -> Iterator[Batch]:
+        with contextlib.closing(self.split.window()) as window:
+            for number, (shards, batches) in enumerate(self._groups):
+                if not batches:
+                    continue
+                window.want(shards, self._groups[(number + 1) % len(self._groups)][0])
+                for batch in batches:
+                    indices = self._guard.keep(batch)
+                    if len(indices):
+                        yield self._batch(indices)
+
+    def _batch(self, indices: NDArray[np.int64]) -> Batch:
+        split, frames = self.split, self.split.frames[indices]
+        starts = np.zeros_like(indices)
+        return {
+            "mel": torch.from_numpy(
+                split.crops(indices, starts, int(frames.max()), self._pad_value)
+            ),
+            "label": torch.from_numpy(split.labels[indices].astype(np.int64)),
+            "length": torch.from_numpy(frames),
+            "index": torch.from_numpy(indices),
+        }
+
+
+def _groups(split: Split) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
+    """Shards that can be here at a time, and the positions (N,) of the utterances in them."""
+    begins = np.cumsum([0, *split.shard_samples])
+    room = None if split.room is None else _AT_A_TIME * split.room
+    ends = np.cumsum(split.shard_bytes)
+    first = 0
+    while first < len(ends):
+        stop = len(ends)
+        if room is not None:
+            before = int(ends[first - 1]) if first else 0
+            stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
+        # All of them, read in an order of their own: nothing is gained by asking in this one.
+        shards = [] if room is None else list(range(first, stop))
+        yield shards, np.arange(begins[first], begins[stop])
+        first = stop

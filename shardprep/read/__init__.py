@@ -1,0 +1,1 @@
+"""Open a shard set and read it through memory maps."""

@@ -1,0 +1,231 @@
+"""The same samples as an ordinary webdataset pipeline: for pipes, URLs and foreign tars.
+
+Slower than `SegmentLoader`, which reads by index; here every byte of every shard goes by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import tarfile
+import traceback
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from webdataset.cache import FileCache, StreamingOpen
+
+from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
+from shardprep.format import codecs
+from shardprep.format.limits import SMALL_MATRIX_BYTES
+from shardprep.format.manifest import MANIFEST_NAME, NO_LABEL, CodecInfo, SplitInfo, load_manifest
+from shardprep.format.tar import walk
+from shardprep.read.files import Files, files_at
+from shardprep.read.sidecars import load_index
+from shardprep.storage.local import open_regular
+from shardprep.storage.remote import Location, Remote, locate
+
+# What tells a shard, or a pattern of shards, from the URL of a folder.
+_NO_FOLDER = re.compile(r"\.tar(\.|$)|[{}]|::")
+_CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
+
+
+def stream(
+    source: str | os.PathLike[str] | Sequence[str],
+    split: str = "train",
+    *,
+    shuffle: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> wds.WebDataset:
+    """A webdataset pipeline over shards.
+
+    Args:
+        source: A shard folder or the URL of one, whose shards come by way of the cache; or
+            whatever `webdataset.WebDataset` takes: the URL of a tar, a brace pattern such as
+            "shards/train-{000000..000009}.tar", "pipe:...", or a list of those.
+        split: Which split of a shard folder.
+        shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
+            buffer, the shards too come in random order.
+        seed: Seed of the shuffles. Each iteration of the pipeline has an order of its own; in a
+            DataLoader with workers, only if its workers are persistent.
+        **options: Passed on to `webdataset.WebDataset`. By default every node reads its own part
+            of the shards, and every DataLoader worker its part of these.
+
+    Returns:
+        A pipeline, to be extended by its methods (`.map`, `.batched`, ...). Its samples are dicts:
+        __key__ str, mel (T, F) array of the stored dtype, label int (-1 unknown), speaker str or
+        None, frames int.
+
+    Raises:
+        FormatError: The folder has no such split.
+        CorruptShardError: While iterating: a shard of the folder is no plain tar, lacks an
+            utterance of the index, or has one whose crc32 is another; or a sample cannot be
+            decoded.
+    """
+    defaults = {
+        "nodesplitter": wds.split_by_node,
+        # More workers than shards is no error: the others have read them.
+        "empty_check": False,
+        "shardshuffle": 100 if shuffle else False,
+        # Its other shuffle has one order for all epochs.
+        "detshuffle": True,
+        "seed": seed,
+    }
+    place = _folder(source)
+    if place is None:
+        urls = os.fspath(source) if isinstance(source, str | os.PathLike) else list(source)
+        pipeline = wds.WebDataset(urls, **{**defaults, **options})
+    else:
+        files = files_at(place)
+        info = _info(place, split)
+        urls = [str(place / shard.file) for shard in info.shards]
+        pipeline = wds.WebDataset(urls, **{**defaults, **options})
+    stages = pipeline.pipeline
+    opener = [isinstance(stage, StreamingOpen | FileCache) for stage in stages].index(True)
+    stages.insert(opener + 1, _close_shards)
+    if place is not None:
+        stages.insert(opener, partial(_check_shards, files, info))
+        pipeline = pipeline.compose(partial(_check_samples, files, info))
+    if shuffle:
+        pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
+    return pipeline.map(decode_sample).compose(_let_go)
+
+
+def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Decode one webdataset sample: members as bytes, by extension; see `stream`.
+
+    Only the members that the format names are looked at, and nothing in them is ever unpickled.
+    """
+    key, url = sample["__key__"], str(sample.get("__url__", ""))
+    found = [name for name in _CODECS if name in sample]
+    if not found:
+        raise CorruptShardError(f"has no member {' or '.join(_CODECS)}", file=url, key=key)
+    try:
+        mel = codecs.decode(sample[found[0]], _CODECS[found[0]])
+        about = json.loads(sample.get("json", b"{}"))
+        label = int(sample.get("cls", NO_LABEL))
+        speaker = about.get("speaker")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptShardError(f"cannot be decoded ({error})"[:300], file=url, key=key) from None
+    return {
+        "__key__": key,
+        "mel": mel,
+        "label": label,
+        "speaker": speaker,
+        "frames": len(mel),
+    }
+
+
+def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
+    """The shard folder that a source is, here or behind a URL; None if it is something else."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    place = locate(source)
+    if isinstance(place, Remote):
+        return None if _NO_FOLDER.search(place.url) else place
+    return place if place.is_dir() else None
+
+
+def _info(place: Location, split: str) -> SplitInfo:
+    manifest = load_manifest(place)
+    if split not in manifest.splits:
+        raise FormatError(
+            f"there is no split {split!r}; the set has {', '.join(manifest.splits)}",
+            file=place / MANIFEST_NAME,
+        )
+    return manifest.splits[split]
+
+
+def _check_shards(
+    files: Files, info: SplitInfo, shards: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Look at the headers of each shard before webdataset opens it, on this machine.
+
+    webdataset inflates what is no tar, follows extended headers and sparse files, and reads every
+    member whole.
+    """
+    infos = {str(files.place / shard.file): shard for shard in info.shards}
+    for shard in shards:
+        with files.lend(infos[shard["url"]]) as path:
+            try:
+                with open_regular(path) as file:
+                    _check_members(file)
+            except OSError as error:
+                raise CorruptShardError(
+                    f"cannot be read: {error.strerror}", file=shard["url"], remedy=REPAIR
+                ) from None
+            except tarfile.TarError as error:
+                raise CorruptShardError(
+                    f"is not a whole tar: {error}", file=shard["url"], remedy=REPAIR
+                ) from None
+            yield {**shard, "url": str(path)}
+
+
+def _check_samples(
+    files: Files, info: SplitInfo, samples: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Compare what comes out of the shards of a folder with the index, before it is shuffled."""
+    rows = load_index(files, info)
+    # In a folder a shard has its own name, in a cache that of its contents.
+    numbers = {shard.file: number for number, shard in enumerate(info.shards)}
+    numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}
+    url, due = "", dict[bytes, int]()
+    path: Location = Path()
+    for sample in samples:
+        if sample["__url__"] != url or not due:
+            _check_complete(path, due)
+            url = sample["__url__"]
+            number = numbers[Path(url).name]
+            path = files.place / info.shards[number].file
+            own = rows[rows["shard"] == number]
+            due = dict(zip(own["key"].tolist(), own["crc32"].tolist(), strict=True))
+        key = sample["__key__"]
+        stored = next((sample[name] for name in _CODECS if name in sample), b"")
+        if due.pop(key.encode(), None) != zlib.crc32(stored):
+            raise CorruptShardError(CRC_FAULT, file=path, key=key, remedy=REPAIR)
+        yield sample
+    _check_complete(path, due)
+
+
+def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Close each shard after use: webdataset leaves its files to the garbage collector.
+
+    Its pipes close themselves, and wait for their processes.
+    """
+    for shard in shards:
+        file = shard["stream"]
+        with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
+            yield shard
+
+
+def _let_go(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Have an error keep none of the stages before: who keeps it would keep a shard open."""
+    try:
+        yield from samples
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _check_complete(path: Location, due: dict[bytes, int]) -> None:
+    if due:
+        raise CorruptShardError(
+            f"lacks {len(due)} of the utterances in its index", file=path, remedy=REPAIR
+        )
+
+
+def _check_members(file: io.FileIO) -> None:
+    # Holes of a file take no room on the disk, but would in memory.
+    most = max(SMALL_MATRIX_BYTES, 512 * os.fstat(file.fileno()).st_blocks)
+    names = set()
+    for member in walk(file):
+        if member.size > most or member.name in names:
+            raise tarfile.ReadError(f"{member.name[:100]!a} is there twice, or holds holes")
+        names.add(member.name)

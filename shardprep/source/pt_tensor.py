@@ -1,0 +1,140 @@
+"""Reads the `.pt` file of any dense tensor, in today's or the older format, without unpickling it.
+
+Files that `shardprep.source.pt_plain` recognises, nearly all, do not come here. No size in a
+file is trusted: each is compared with the bytes at hand before it is used.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.source.pt_pickle import Storage, TensorCall, run_pickle
+from shardprep.source.pt_zip import ZIP_MAGIC, DamagedRecord, read_records
+
+# NumPy has no bfloat16, the upper half of a float32.
+_DTYPES = {"float16": "<f2", "float32": "<f4", "float64": "<f8", "bfloat16": "<u2"}
+
+# What precedes the tensor in the older format: a magic number, a version, facts of the machine.
+_OLDER_MAGIC, _OLDER_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+class _OtherContent(ValueError):
+    """The file is in order, and holds something else."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file describes it, its numbers where they lie in the file.
+
+    Attributes:
+        kind: Element type by PyTorch's name, such as "bfloat16".
+        numbers: The numbers, of any shape; bfloat16 as uint16.
+        repeats: Whether the tensor has more numbers than the file.
+        negated: Whether the numbers are to be negated.
+    """
+
+    kind: str
+    numbers: NDArray[Any]
+    repeats: bool
+    negated: bool
+
+    def values(self) -> NDArray[Any]:
+        """The tensor's values, in its shape: float16, float32 or float64."""
+        values = self.numbers
+        if self.kind == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return -values if self.negated else values
+
+
+def read_tensor(data: bytes) -> StoredTensor:
+    """The tensor in the bytes of a `.pt` file.
+
+    Raises:
+        ValueError: The file does not hold just one dense tensor of floating-point numbers; what it
+            says completes a sentence that begins with the file's name.
+    """
+    try:
+        return _from_zip(data) if data.startswith(ZIP_MAGIC) else _from_older(data)
+    except (_OtherContent, DamagedRecord):
+        raise
+    except ValueError as error:
+        why = str(error)[:200]
+        raise ValueError(f"not a tensor file that can be loaded safely: {why}") from None
+
+
+def _from_zip(data: bytes) -> StoredTensor:
+    records = read_records(data)
+    if records.get("byteorder", b"little") != b"little":
+        raise ValueError("its numbers are big-endian")
+    if "data.pkl" not in records:
+        raise ValueError("it has no record data.pkl")
+    program = io.BytesIO(records["data.pkl"])
+    call = _tensor(run_pickle(program))
+    if program.read(1):
+        raise ValueError("its pickle goes on after its end")
+    if f"data/{call.storage.key}" not in records:
+        raise ValueError(f"it has no record data/{call.storage.key}")
+    return _placed(call, records[f"data/{call.storage.key}"])
+
+
+def _from_older(data: bytes) -> StoredTensor:
+    file = io.BytesIO(data)
+    if (run_pickle(file), run_pickle(file)) != (_OLDER_MAGIC, _OLDER_VERSION):
+        raise ValueError("it is no file of torch.save")
+    run_pickle(file)
+    call = _tensor(run_pickle(file))
+    keys = run_pickle(file)
+    if keys != [call.storage.key]:
+        raise ValueError("it has other numbers than those of one tensor")
+    begin = file.tell() + 8
+    if data[begin - 8 : begin] != struct.pack("<Q", call.storage.numel % 2**64):
+        raise ValueError("it has another count of numbers than its pickle says")
+    return _placed(call, memoryview(data)[begin:])
+
+
+def _placed(call: TensorCall, numbers: memoryview | bytes) -> StoredTensor:
+    """The tensor over its numbers, if it stays within them."""
+    kind, _, count = call.storage
+    dtype = np.dtype(_DTYPES[kind])
+    if count * dtype.itemsize != len(numbers):
+        raise ValueError(f"it has {len(numbers)} bytes of numbers, but claims {count} of {kind}")
+    # The step along an axis of one number does not matter, and may be anything.
+    steps = [step if n > 1 else 0 for n, step in zip(call.shape, call.strides, strict=True)]
+    last = call.offset + sum((n - 1) * step for n, step in zip(call.shape, steps, strict=True))
+    if 0 in call.shape:
+        raise _OtherContent(f"has shape {call.shape}, expected numbers")
+    if last >= count:
+        raise ValueError("its tensor reaches beyond the numbers")
+    begin, steps = call.offset * dtype.itemsize, [step * dtype.itemsize for step in steps]
+    view: NDArray[Any] = np.ndarray(call.shape, dtype, numbers, begin, steps)
+    return StoredTensor(kind, view, math.prod(call.shape) > count, call.negated)
+
+
+def _tensor(result: Any) -> TensorCall:
+    """The result of a program, if it is a well-formed dense tensor of floats."""
+    if not isinstance(result, TensorCall):
+        raise _OtherContent(f"holds a {type(result).__name__}, not a tensor")
+    sizes = [result.offset, *_tuple(result.shape), *_tuple(result.strides)]
+    storage = result.storage
+    if (
+        not isinstance(storage, Storage)
+        or not all(type(size) is int and 0 <= size < 2**63 for size in (*sizes, storage.numel))
+        or len(result.shape) != len(result.strides)
+    ):
+        raise ValueError("its tensor has sizes that are none")
+    if storage.kind not in _DTYPES:
+        raise _OtherContent(f"holds torch.{storage.kind} numbers, expected dense floating point")
+    return result
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        raise ValueError("its tensor has no shape")
+    return value

@@ -1,0 +1,50 @@
+"""The script that measures shards behind a network sees what is lost, and writes what it saw."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
+remote_faults = importlib.import_module("scripts.bench_remote.faults")
+
+
+@pytest.mark.remote
+def test_it_runs_and_adds_to_what_it_wrote_before(tmp_path: Path) -> None:
+    out = tmp_path / "remote.json"
+    out.write_text('{"warm": {"ratio": 1.0}}')
+    command = [sys.executable, "-m", "scripts.bench_remote", "--scale", "0.1", "--rounds", "1"]
+    command += ["--only", "cold", "--only", "budget", "--out", out]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["warm"] == {"ratio": 1.0}
+    rates = found["cold"]["mb_per_s"]
+    best = max(rates["s3fs.get"], rates["botocore, 8 threads"])
+    assert found["cold"]["ratio"] == pytest.approx(rates["loader"] / best)
+    assert 0 < found["budget"]["peak"] <= found["budget"]["budget"]
+
+
+def test_a_file_that_is_not_what_its_name_says_is_seen(tmp_path: Path) -> None:
+    true = tmp_path / "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    true.write_bytes(b"test")
+    assert remote_faults.is_true(true)
+    true.write_bytes(b"text")
+    assert not remote_faults.is_true(true)
+
+
+def test_the_most_that_a_folder_held_is_seen(tmp_path: Path) -> None:
+    with remote_faults.watching(tmp_path) as peak:
+        (tmp_path / "a").write_bytes(bytes(1000))
+        (tmp_path / "b").write_bytes(bytes(500))
+        waiting = threading.Event()
+        while peak[0] < 1500 and not waiting.wait(0.01):
+            pass
+        (tmp_path / "a").unlink()
+    assert peak == [1500]

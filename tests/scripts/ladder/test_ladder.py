@@ -1,0 +1,299 @@
+"""The ladder: the commands are those of a user, the summary is arithmetic, a fall is flagged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
+ladder = importlib.import_module("scripts.ladder.__main__")
+jobs = importlib.import_module("scripts.ladder.jobs")
+plot = importlib.import_module("scripts.ladder.plot")
+summary = importlib.import_module("scripts.ladder.summary")
+trials = importlib.import_module("scripts.ladder.trials")
+
+OURS = ("simple", "medium", "strong", "boss")
+
+
+def runs_of(**accuracies: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"rung": rung, "seed": seed, "test_accuracy": test, "val_accuracy": 0.9, "eer": None}
+        for rung, tests in accuracies.items()
+        for seed, test in enumerate(tests)
+    ]
+
+
+def invoke(*words: object) -> Any:
+    return CliRunner().invoke(ladder.main, [str(word) for word in words])
+
+
+def plan(tmp_path: Path, rung: str, seed: int = 0, data: str = "d", **options: Any) -> Any:
+    places = jobs.Places(tmp_path / "Dataset", tmp_path / "test_labels.csv", tmp_path / "work")
+    return jobs.plan_job(rung, seed, jobs.Settings(**options), places, data)
+
+
+def config_of(job: Any) -> Any:
+    script = job.train.index(str(jobs.TRAIN))
+    return parse_args(job.train[script + 1 :]).config
+
+
+def test_means_spreads_and_checks_are_those_of_the_runs() -> None:
+    found = summary.summarise(
+        runs_of(course=[0.60, 0.62], strong=[0.70, 0.74], boss=[0.80, 0.84], best=[0.92])
+    )
+    assert list(found["rungs"]) == ["course", "strong", "boss", "best"]
+    assert found["rungs"]["boss"]["test_accuracy"] == pytest.approx(
+        {"mean": 0.82, "min": 0.80, "max": 0.84}
+    )
+    assert found["rungs"]["boss"]["seeds"] == [0, 1]
+    assert found["rungs"]["boss"]["eer"] is None
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks["strong above course"]["found"] == pytest.approx(0.11)
+    assert checks["best above boss"]["found"] == pytest.approx(0.10)
+    gone = "{1} without at least half of the errors of {0} (share gone)"
+    assert checks[gone.format("course", "boss")]["found"] == pytest.approx(1 - 0.18 / 0.39)
+    assert checks[gone.format("boss", "best")]["found"] == pytest.approx(1 - 0.08 / 0.18)
+    assert all(check["passed"] for check in found["checks"])
+
+
+def test_a_rung_below_the_one_before_is_flagged() -> None:
+    found = summary.summarise(
+        runs_of(simple=[0.6], medium=[0.7], strong=[0.65], boss=[0.8], best=[0.79])
+    )
+    assert {check["name"]: check["passed"] for check in found["checks"]} == {
+        "medium above simple": True,
+        "strong above medium": False,
+        "boss above strong": True,
+        "best above boss": False,
+        "best without at least half of the errors of boss (share gone)": False,
+    }
+    text = summary.table(found)
+    assert "NOT SO: strong above medium: -0.0500" in text
+    assert "| best | 0.7900 | 0.9000 | - | - | - |" in text
+
+
+def test_less_than_half_of_the_errors_gone_is_flagged() -> None:
+    for best, enough in ((0.89, False), (0.91, True)):
+        checks = summary.summarise(runs_of(boss=[0.8], best=[best]))["checks"]
+        assert [check["passed"] for check in checks] == [True, enough]
+
+
+def test_an_order_that_seeds_cross_is_not_clear() -> None:
+    crossing = runs_of(strong=[0.6, 0.8], boss=[0.7, 0.9])
+    (order,) = summary.summarise(crossing)["checks"]
+    assert (order["passed"], order["clear"]) == (True, False)
+    assert "but not at every seed" in summary.table(summary.summarise(crossing))
+
+
+def test_equal_rungs_do_not_pass() -> None:
+    (order,) = summary.summarise(runs_of(strong=[0.5], boss=[0.5]))["checks"]
+    assert not order["passed"]
+
+
+@pytest.mark.parametrize("rung", OURS)
+def test_runs_have_equally_many_segments_and_their_recipe(tmp_path: Path, rung: str) -> None:
+    job = plan(tmp_path, rung, 3, segments=3200, validations=4)
+    config, recipe = config_of(job), parse_args(["--config", str(RECIPES / f"{rung}.yaml")]).config
+    assert config.train.total_steps * config.data.batch_size * config.train.accumulate == 3200
+    assert config.optim.warmup_steps == config.train.total_steps // 10
+    assert config.train.valid_steps == config.train.total_steps // 4
+    assert config.train.seed == 3
+    assert (config.model, config.loss) == (recipe.model, recipe.loss)
+    assert config.run == tmp_path / "work" / "runs" / job.name
+
+
+def test_the_course_has_as_many_segments(tmp_path: Path) -> None:
+    words = list(plan(tmp_path, "course", 3, segments=3200, width=48).train)
+    given = dict(zip(words, words[1:], strict=False))
+    assert int(given["--steps"]) * int(given["--batch"]) == 3200
+    assert (given["--warmup"], given["--seed"]) == ("10", "3")
+    assert (given["--width"], given["--heads"], given["--head-dim"]) == ("48", "4", "12")
+    assert "--axis" not in words
+
+
+def test_width_narrows_conformers_alike_and_nothing_else(tmp_path: Path) -> None:
+    for rung in ("strong", "boss"):
+        model = config_of(plan(tmp_path, rung, width=144)).model
+        assert (model.dim, model.heads, model.head_dim, model.ff_dim) == (144, 4, 36, 576)
+    for rung in ("simple", "medium"):
+        assert plan(tmp_path, rung, width=144) == plan(tmp_path, rung)
+
+
+def test_overrides_reach_their_own_recipe(tmp_path: Path) -> None:
+    overrides = ("boss.model.dropout=0.3", "strong.data.batch_size=16", "boss.optim.lr=2e-3")
+    boss, strong = (config_of(plan(tmp_path, r, overrides=overrides)) for r in ("boss", "strong"))
+    assert (boss.model.dropout, boss.optim.lr, boss.data.batch_size) == (0.3, 2e-3, 32)
+    assert (strong.data.batch_size, strong.train.total_steps) == (16, 3000)
+
+
+def test_names_differ_where_runs_do(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 1},
+        {"data": "e"},
+        {"segments": 640},
+        {"width": 48},
+        {"precision": "bf16"},
+        {"overrides": ("boss.optim.lr=2e-3",)},
+    ]
+    names = [plan(tmp_path, "boss", **change).name for change in changes]
+    assert len(set(names)) == len(names)
+    assert plan(tmp_path, "boss", overrides=("strong.optim.lr=2e-3",)).name == names[0]
+
+
+def test_a_gpu_is_left_alone_only_where_asked(tmp_path: Path) -> None:
+    assert "--cpu" in plan(tmp_path, "boss", cpu=True).train
+    assert "--cpu" not in plan(tmp_path, "boss", cpu=False).train
+
+
+def test_all_trials_are_pairs_of_test_utterances_with_the_true_answer(
+    make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_dataset(speakers=3, utterances=2, test_utterances=12)
+    file = tmp_path / "trials.txt"
+    count = trials.write_trials(file, root, root.parent / "test_labels.csv")
+    rows = (root.parent / "test_labels.csv").read_text().splitlines()[1:]
+    truth = dict(row.removesuffix("\n").split(",") for row in rows)
+    lines = [line.split() for line in file.read_text().splitlines()]
+    assert len(lines) == count > 0
+    assert sum(answer == "1" for answer, _, _ in lines) == count // 2
+    for answer, one, other in lines:
+        assert one != other
+        assert (truth[f"{one}.pt"] == truth[f"{other}.pt"]) == (answer == "1")
+    keys = [name.removesuffix(".pt") for name in truth]
+    perfect = np.eye(3)[[sorted(set(truth.values())).index(name) for name in truth.values()]]
+    np.savez(tmp_path / "e.npz", key=keys, embedding=perfect)
+    assert trials.verify_embeddings(tmp_path / "e.npz", file) == {"eer": 0.0, "min_dcf": 0.0}
+
+
+def test_without_pairs_of_one_speaker_there_are_no_trials(
+    make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_dataset(test_utterances=1)
+    assert trials.write_trials(tmp_path / "t", root, root.parent / "test_labels.csv") == 0
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.fixture
+def data(make_dataset: Callable[..., Path]) -> Path:
+    return make_dataset(speakers=4, utterances=88, frames=(100, 140)).parent
+
+
+def test_a_dry_run_prints_commands_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    words = ("--data", data, "--work", tmp_path / "work", "--seeds", 0, 1, "--dry-run")
+    done = invoke(*words, "--rungs", "simple", "course")
+    assert done.exit_code == 0, done.output
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert lines[0][:2] == ["shardprep", "build"]
+    assert sum(str(jobs.TRAIN) in line for line in lines) == 2
+    assert sum("scripts.bench_train.course_baseline" in line for line in lines) == 2
+    assert sum("shardprep_trainer.predict" in line for line in lines) == 2
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_a_cpu_that_is_slow_in_bf16_is_warned_of(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    words = ("--data", data, "--rungs", "simple", "--cpu", "--dry-run")
+    assert "WARNING" not in invoke(*words).stderr
+    assert ("WARNING: this CPU" in invoke(*words, "--precision", "bf16").stderr) == warned
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--width", 50), "multiple of 4 heads"),
+        (("--override", "course.x=1"), "write RECIPE.FIELD=VALUE"),
+        (("--override", "boss.model.dim"), "write RECIPE.FIELD=VALUE"),
+        (("--rungs", "boss", "--override", "boss.model.dim=100"), "model.ff_dim"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    data: Path, words: tuple[object, ...], message: str
+) -> None:
+    done = invoke("--data", data, "--dry-run", "--rungs", "simple", *words)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(job: Any, *_: Any) -> dict[str, Any]:
+        if job.rung == "medium":
+            raise RuntimeError("exit code 1")
+        return {"rung": job.rung, "test_accuracy": 0.5, "val_accuracy": 0.6}
+
+    monkeypatch.setattr(ladder, "run_job", run)
+    planned = [plan(tmp_path, rung) for rung in OURS]
+    places = jobs.Places(tmp_path, tmp_path, tmp_path)
+    runs, failed = ladder.climb(planned, places, parallel=2, threads=1)
+    assert [run["rung"] for run in runs] == ["simple", "strong", "boss"]
+    assert failed == {planned[1].name: "failed: RuntimeError: exit code 1"}
+
+
+def test_a_command_that_fails_names_its_log_and_a_stop_ends_it(tmp_path: Path) -> None:
+    log, stop = tmp_path / "x.log", Event()
+    script = (
+        "import sys; print('answer'); print('talk', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    )
+    command = (sys.executable, "-c", script)
+    assert jobs._carry_out((*command, "0"), log, 1, stop) == "answer\n"
+    with pytest.raises(RuntimeError, match=r"exit code 3; .*x\.log tells why"):
+        jobs._carry_out((*command, "3"), log, 1, stop)
+    assert log.read_text().count("talk") == 2
+    stop.set()
+    with pytest.raises(RuntimeError, match="exit code -15"):
+        jobs._carry_out((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
+
+
+def test_a_ladder_is_climbed_once_and_its_results_are_used_again(
+    data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ladder.json"
+    words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seeds", 0]
+    words += ["--rungs", "course", "simple", "--width", 16, "--validations", 1, "--cpu"]
+    first = invoke(*words, "--out", out)
+    assert first.exit_code == 0, first.output
+    result = json.loads(out.read_text())
+    assert [run["rung"] for run in result["runs"]] == ["course", "simple"]
+    assert all(run["test_utterances"] == 5 for run in result["runs"])
+    assert all(0 <= run["val_accuracy"] <= 1 for run in result["runs"])
+    assert all(0 <= run["eer"] <= 1 and 0 <= run["min_dcf"] <= 1 for run in result["runs"])
+    assert result["dataset"]["labelled"] == 352
+    assert {"cpu", "cores", "date", "versions", "device", "settings", "checks"} <= set(result)
+    assert "| course, as published |" in first.stdout
+    kept = sorted((tmp_path / "work" / "results").iterdir())
+    before = [file.stat().st_mtime_ns for file in kept]
+    assert invoke(*words, "--out", out).exit_code == 0
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert json.loads(out.read_text())["runs"] == result["runs"]
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = runs_of(course=[0.6], strong=[0.7, 0.71], boss=[0.8])
+    result = {
+        "runs": runs,
+        "device": "X",
+        "date": "2026-01-01",
+        "settings": {"segments": 64, "width": 16, "seeds": [0, 1]},
+        "dataset": {"speakers": 4, "labelled": 9, "test": 5},
+        **summary.summarise(runs),
+    }
+    plot.draw(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

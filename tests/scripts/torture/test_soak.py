@@ -1,0 +1,64 @@
+"""Whatever piles up while soaking is seen."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+soak = importlib.import_module("scripts.torture.soak")
+
+
+def turns(**growing: float) -> list[Any]:
+    """Twelve turns in which these figures grow by so much each."""
+    flat = dict.fromkeys(("memory_mib", "descriptors", "maps", "threads", "training_mib"), 100)
+    base = soak.Turn(**flat, seconds=0, epochs=0, steps=0, orphans=0, shared_files=0)
+    return [
+        replace(base, **{name: getattr(base, name) + step * n for name, step in growing.items()})
+        for n in range(12)
+    ]
+
+
+def test_flat_figures_hold() -> None:
+    assert all(figure["held"] for figure in soak.summarise(turns(), growth=0).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("memory_mib", 2),
+        ("training_mib", 2),
+        ("descriptors", 1),
+        ("maps", 1),
+        ("threads", 1),
+        ("orphans", 1),
+        ("shared_files", 1),
+    ],
+)
+def test_growth_is_named(name: str, step: float) -> None:
+    figures = soak.summarise(turns(**{name: step}), growth=10)
+    assert [key for key, figure in figures.items() if not figure["held"]] == [name]
+
+
+def test_processes_of_a_group_are_found_until_they_end() -> None:
+    command = ["sh", "-c", "sleep 60 & sleep 60"]
+    with subprocess.Popen(command, start_new_session=True) as run:
+        while len(soak.group(run.pid)) < 3:
+            assert run.poll() is None
+        assert soak.resident_mib(run.pid) > 0
+        for pid in soak.group(run.pid):
+            soak.os.kill(pid, soak.signal.SIGKILL)
+    while soak.group(run.pid):
+        pass
+    assert soak.resident_mib(run.pid) == 0
+
+
+def test_the_last_whole_line_tells_the_step(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert soak.steps_of(metrics) == 0
+    metrics.write_text('{"step": 3}\n{"step": 4}\n{"st')
+    assert soak.steps_of(metrics) == 4

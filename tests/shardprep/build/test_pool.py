@@ -1,0 +1,141 @@
+"""Tasks give the same results in processes as in this one, and no death or error goes unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardprep import BuildError, SourceError
+from shardprep.build.plan import ShardPlan, plan_shards
+from shardprep.build.pool import run_tasks
+from shardprep.build.shard import ShardRecord, ShardTask
+from shardprep.build.work_folder import FolderWork
+from shardprep.format.manifest import CodecInfo
+from shardprep.source.dataset import scan_dataset
+
+
+@pytest.fixture
+def tasks(make_dataset: Callable[..., Path], tmp_path: Path) -> list[ShardTask]:
+    source = scan_dataset(make_dataset(speakers=3, utterances=8, test_utterances=0))
+    plans = plan_shards(source, val_fraction=0, samples_per_shard=3, seed=0)["train"]
+    return [
+        ShardTask(plan, source.root, 40, "float16", CodecInfo("none"), skip=False) for plan in plans
+    ]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> FolderWork:
+    (tmp_path / "shards" / ".shardprep-build").mkdir(parents=True)
+    return FolderWork(tmp_path / "shards" / ".shardprep-build")
+
+
+def ignore(samples: int, nbytes: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_task_gives_its_result_and_its_progress(
+    tasks: list[ShardTask], work: FolderWork, workers: int
+) -> None:
+    seen: list[tuple[int, int]] = []
+    results = list(run_tasks(work, tasks, workers, lambda *done: seen.append(done)))
+    assert {r.info.file for r in results} == {t.plan.file for t in tasks}
+    assert sum(samples for samples, _ in seen) == 24
+    assert sum(nbytes for _, nbytes in seen) == sum(r.source_bytes for r in results)
+
+
+def test_worker_keeps_pytorch_to_one_thread_by_what_it_reads_at_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert list(run_tasks(os.getenv, ["OMP_NUM_THREADS"] * 3, 2, ignore)) == ["1"] * 3
+
+
+def test_no_task_is_no_work(work: FolderWork) -> None:
+    assert list(run_tasks(work, [], 2, ignore)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_error_of_a_task_arrives_with_all_its_fields(
+    tasks: list[ShardTask], work: FolderWork, workers: int
+) -> None:
+    bad = tasks[5].plan.utterances[1]
+    (tasks[5].root / bad.path).write_bytes(b"garbage")
+    with pytest.raises(SourceError) as caught:
+        list(run_tasks(work, tasks, workers, ignore))
+    assert caught.value.file == str(tasks[5].root / bad.path)
+    assert caught.value.key == f"speaker {bad.speaker}"
+    assert caught.value.remedy
+    assert multiprocessing.active_children() == []
+
+
+def test_error_of_a_task_stops_the_others_at_their_next_utterance(
+    tasks: list[ShardTask], work: FolderWork
+) -> None:
+    bad, good = tasks[0], tasks[1].plan
+    (bad.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
+    # Seconds of work, which the other worker is at when the fault is found.
+    endless = ShardPlan(good.file, good.split, good.utterances * 30_000)
+    with pytest.raises(SourceError):
+        list(run_tasks(work, [dataclasses.replace(bad, plan=endless), bad], 2, ignore))
+    assert not (work.work.parent / good.file).exists()
+    assert list(work.work.glob("*.tmp")) == []
+
+
+def test_closing_early_leaves_no_process_and_no_partial_file(
+    tasks: list[ShardTask], work: FolderWork
+) -> None:
+    results = run_tasks(work, tasks, 2, ignore)
+    first: ShardRecord = next(results)
+    results.close()
+    assert multiprocessing.active_children() == []
+    for path in work.work.glob("*.tar"):
+        assert (work.work / f"{path.name}.json").exists()
+    assert (work.work / first.info.file).stat().st_size == first.info.bytes
+    assert list(work.work.glob("*.tmp")) == []
+
+
+def test_killed_worker_is_a_build_error_with_a_remedy(
+    tasks: list[ShardTask], work: FolderWork
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(samples: int, nbytes: int) -> None:
+        if not killed:
+            (child, *_) = multiprocessing.active_children()
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            killed.append(child.pid)
+
+    # More than can be done before the first report of progress.
+    many = tasks * 40
+    with pytest.raises(BuildError, match=r"worker process died.* Run the same command again"):
+        list(run_tasks(work, many, 2, kill_one))
+    assert killed
+    assert multiprocessing.active_children() == []
+
+
+def test_work_runs_in_this_process_when_there_is_one_task(
+    tasks: list[ShardTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: pytest.fail("a pool"))
+    pids = list(run_tasks(lambda task, advance: os.getpid(), tasks[:1], 8, ignore))
+    assert pids == [os.getpid()]
+    assert list(run_tasks(lambda task, advance: io.BytesIO(), [], 8, ignore)) == []
+
+
+def test_workers_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["SHARDPREP_TEST_ONE", "SHARDPREP_TEST_TWO"]
+    for name in names:
+        monkeypatch.setenv(name, "before")
+    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["before", "before"]
+    monkeypatch.setenv(names[0], "now")
+    monkeypatch.setenv(names[1], "now")
+    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["now", "now"]

@@ -1,0 +1,506 @@
+"""Damage of every kind is put right to the byte, or what is lost is left out and listed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shardprep import (
+    BuildError,
+    FormatError,
+    SourceError,
+    StorageError,
+    build_shards,
+    open_shards,
+    repair_shards,
+    verify_shards,
+)
+from shardprep.build.work_folder import hold
+from shardprep.format.manifest import WORK_FOLDER
+
+Build = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+Damage = Callable[[Path], Any]
+
+SHARD, OTHER, INDEX = "train-000001.tar", "train-000000.tar", "train.index.npy"
+OPTIONS = {"samples_per_shard": 8, "val_fraction": 0.2, "on_error": "skip"}
+
+
+def flip(name: str, at: Callable[[Path], int]) -> Damage:
+    """Flip a bit of a file, at the byte that `at` finds."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[at(folder)] ^= 16
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def payload(number: int) -> Callable[[Path], int]:
+    """A byte of the matrix of an utterance in SHARD."""
+
+    def at(folder: Path) -> int:
+        rows = np.load(folder / INDEX)
+        row = rows[rows["shard"] == 1][number]
+        return int(row["offset"]) + int(row["nbytes"]) // 2
+
+    return at
+
+
+def of_member(suffix: str) -> Callable[[Path], int]:
+    """The first byte of the content of a member of SHARD."""
+
+    def at(folder: Path) -> int:
+        data = (folder / SHARD).read_bytes()
+        return data.index(suffix.encode() + b"\0") // 512 * 512 + 512
+
+    return at
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / SHARD, 3000)
+
+
+def swap(folder: Path) -> None:
+    (folder / SHARD).rename(folder / "x")
+    (folder / OTHER).rename(folder / SHARD)
+    (folder / "x").rename(folder / OTHER)
+
+
+def several(*damages: Damage) -> Damage:
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def lost(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def reformat(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+# What the set itself has enough to mend, and what takes the source.
+BY_ITSELF: dict[str, Damage] = {
+    "tar header": flip(SHARD, lambda folder: 5),
+    "label": flip(SHARD, of_member(".cls")),
+    "JSON": flip(SHARD, of_member(".json")),
+    "end of the tar": flip(SHARD, lambda folder: -3),
+    "index": flip(INDEX, lambda folder: -3),
+    "index lost": lost(INDEX),
+    "index of another split": lambda folder: shutil.copy(folder / "val.index.npy", folder / INDEX),
+    "shards swapped": swap,
+    "shard renamed": lambda folder: (folder / SHARD).rename(folder / "train-000007.tar"),
+    "manifest reformatted": reformat,
+    "left over": lambda folder: (folder / "train-000009.tar").write_bytes(b""),
+    "half a file left over": lambda folder: (folder / f"{SHARD}.ab_12.tmp").write_bytes(b""),
+}
+BY_SOURCE: dict[str, Damage] = {
+    "matrix": flip(SHARD, payload(2)),
+    "truncated": cut,
+    "shard lost": lost(SHARD),
+    "shard and index": several(flip(SHARD, payload(0)), flip(INDEX, lambda folder: -3)),
+    "rejects": flip("rejects.jsonl", lambda folder: 4),
+    "everything": lambda folder: [p.write_bytes(b"") for p in folder.glob("[!m]*")],
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, edge_source: Path) -> Path:
+    """`edge_source` with a file that the build leaves out."""
+    root = Path(shutil.copytree(edge_source, tmp_path_factory.mktemp("source") / "Dataset"))
+    (root / "ann-004.pt").write_bytes(b"garbage")
+    return root
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def original(request: pytest.FixtureRequest, source: Path) -> Path:
+    """A whole set of two shards a split and more, with a list of rejects; not to be changed."""
+    from shardprep import BuildOptions
+
+    shards = source.parent / request.param
+    options: Any = {**OPTIONS, "codec": request.param, "workers": 1}
+    build_shards(source, shards, BuildOptions(**options))
+    return shards
+
+
+@pytest.fixture
+def shards(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("name", [*BY_ITSELF, *BY_SOURCE])
+def test_with_the_source_everything_comes_back_to_the_byte(
+    original: Path, shards: Path, source: Path, contents: Contents, name: str
+) -> None:
+    {**BY_ITSELF, **BY_SOURCE}[name](shards)
+    assert not verify_shards(shards).whole
+    report = repair_shards(shards, source=source, workers=1)
+    assert report.whole
+    assert not report.dropped
+    assert report.repaired or report.removed
+    assert contents(shards) == contents(original)
+    assert report.fingerprint == open_shards(original).manifest.fingerprint
+
+
+@pytest.mark.parametrize("name", BY_ITSELF)
+@pytest.mark.parametrize("drop", [False, True])
+def test_damage_beside_the_matrices_needs_no_source(
+    original: Path, shards: Path, contents: Contents, name: str, drop: bool
+) -> None:
+    BY_ITSELF[name](shards)
+    report = repair_shards(shards, drop=drop)
+    assert report.whole
+    assert not report.dropped
+    assert contents(shards) == contents(original)
+
+
+@pytest.mark.parametrize("name", BY_SOURCE)
+def test_without_a_source_what_is_lost_stays_as_it_is(
+    original: Path, shards: Path, contents: Contents, name: str
+) -> None:
+    BY_SOURCE[name](shards)
+    before = contents(shards)
+    report = repair_shards(shards)
+    assert not report.whole
+    assert {fault.file for fault in report.faults} <= before.keys() | {SHARD}
+    after = contents(shards)
+    for file, sha256 in after.items():
+        assert sha256 in (before.get(file), contents(original)[file])
+
+
+def values(shards: Path) -> dict[str, bytes]:
+    """Every matrix and label by key."""
+    return {
+        f"{name}/{key}": split.read(i).tobytes() + split.labels[i].tobytes()
+        for name, split in open_shards(shards).items()
+        for i, key in enumerate(split.keys)
+    }
+
+
+@pytest.mark.parametrize(("name", "gone"), [("matrix", 1), ("truncated", None), ("shard lost", 7)])
+def test_dropping_leaves_out_what_is_lost_and_lists_it(
+    original: Path,
+    shards: Path,
+    source: Path,
+    build: Build,
+    contents: Contents,
+    name: str,
+    gone: int | None,
+) -> None:
+    BY_SOURCE[name](shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    assert verify_shards(shards, deep=True).whole
+    before, after = values(original), values(shards)
+    keys = {f"train/{reject.key}" for reject in report.dropped}
+    assert after == {key: mel for key, mel in before.items() if key not in keys}
+    assert len(keys) == len(report.dropped) == (gone or len(keys))
+    assert 0 < len(keys) <= 7
+    found, was = open_shards(shards), open_shards(original)
+    assert found.rejects == (*was.rejects, *report.dropped)
+    for reject in report.dropped:
+        assert reject.file == f"{reject.key}.pt"
+        assert reject.speaker == reject.key.partition("-")[0]
+        assert "damaged" in reject.reason
+    assert found.manifest.fingerprint == report.fingerprint != was.manifest.fingerprint
+    # All that the source has is packed or listed.
+    assert verify_shards(shards, against=source).whole
+    with pytest.raises(BuildError, match="built from another source or with other options"):
+        build(source, shards, **OPTIONS, codec=was.manifest.codec.name)
+    # It can still be repaired from the source, to what it is now.
+    now = contents(shards)
+    flip(OTHER, lambda folder: 1000)(shards)
+    assert repair_shards(shards, source=source).whole
+    assert contents(shards) == now
+    flip(OTHER, lambda folder: 1000)(shards)
+    flip(INDEX, lambda folder: -3)(shards)
+    with pytest.raises(SourceError, match="or that was repaired with --drop since"):
+        repair_shards(shards, source=source)
+
+
+def test_rows_of_a_damaged_index_vouch_for_themselves(original: Path, shards: Path) -> None:
+    BY_SOURCE["shard and index"](shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    (reject,) = report.dropped
+    assert (reject.file, reject.key, report.lost) == (SHARD, "", 1)
+    assert reject.reason == "lost with their rows of the index: 1 of its utterances"
+    split = open_shards(original)["train"]
+    key = split.keys[split.locations["shard"] == 1][0]
+    whole = {k: v for k, v in values(original).items() if k != f"train/{key}"}
+    assert values(shards) == whole
+
+
+def test_a_shard_without_any_index_is_dropped(original: Path, shards: Path) -> None:
+    several(flip(SHARD, payload(0)), lost(INDEX))(shards)
+    report = repair_shards(shards, drop=True)
+    split = open_shards(original)["train"]
+    own = split.locations["shard"] == 1
+    assert report.lost == own.sum()
+    gone = {f"train/{key}" for key in split.keys[own]}
+    assert values(shards) == {k: v for k, v in values(original).items() if k not in gone}
+
+
+@pytest.mark.parametrize("field", ["label", "frames", "crc32", "key", "offset"])
+def test_a_row_that_lies_is_not_believed(original: Path, shards: Path, field: str) -> None:
+    rows = np.load(shards / INDEX)
+    place = int(np.flatnonzero(rows["shard"] == 1)[2])
+    rows[field][place] = b"other" if field == "key" else rows[field][place] ^ 1
+    np.save(shards / INDEX, rows)
+    flip(SHARD, payload(0))(shards)
+    report = repair_shards(shards, drop=True)
+    assert report.whole
+    assert report.lost == 2
+    before, after = values(original), values(shards)
+    assert len(after) == len(before) - 2
+    assert after.items() <= before.items()
+
+
+def test_a_listing_that_is_damaged_keeps_the_lines_that_can_be_read(
+    original: Path, shards: Path
+) -> None:
+    text = (shards / "rejects.jsonl").read_bytes()
+    (shards / "rejects.jsonl").write_bytes(text + b"{nonsense\n")
+    assert repair_shards(shards, drop=True).whole
+    assert open_shards(shards).rejects == open_shards(original).rejects
+
+
+def test_nothing_left_is_an_error_and_changes_nothing(shards: Path, contents: Contents) -> None:
+    for path in shards.glob("*.tar"):
+        path.write_bytes(b"")
+    before = contents(shards)
+    with pytest.raises(BuildError, match="no utterance of the set is whole"):
+        repair_shards(shards, drop=True)
+    assert contents(shards) == before
+
+
+def test_source_that_has_changed_is_not_believed(
+    shards: Path, source: Path, tmp_path: Path, contents: Contents
+) -> None:
+    flip(SHARD, payload(2))(shards)
+    key = str(np.load(shards / INDEX)["key"][np.load(shards / INDEX)["shard"] == 1][2].decode())
+    before = contents(shards)
+    other = Path(shutil.copytree(source, tmp_path / "Other"))
+    # Of the same size, so that only the bytes tell.
+    mel = torch.load(other / f"{key}.pt", weights_only=True)
+    torch.save(mel + 1, other / f"{key}.pt")
+    report = repair_shards(shards, source=other, workers=1)
+    assert [fault.file for fault in report.faults] == [SHARD]
+    assert contents(shards) == before
+    (other / f"{key}.pt").unlink()
+    report = repair_shards(shards, source=other, workers=1)
+    assert not report.whole
+    assert any(key in note and "not in the data set" in note for note in report.notes)
+    assert contents(shards) == before
+
+
+def test_only_what_is_damaged_is_taken_from_the_source(
+    original: Path, shards: Path, source: Path, tmp_path: Path, contents: Contents
+) -> None:
+    flip(SHARD, payload(2))(shards)
+    key = np.load(shards / INDEX)["key"][np.load(shards / INDEX)["shard"] == 1][2].decode()
+    other = Path(shutil.copytree(source, tmp_path / "Other"))
+    for path in other.glob("*.pt"):
+        if path.stem != key:
+            path.unlink()
+    assert repair_shards(shards, source=other).whole
+    assert contents(shards) == contents(original)
+
+
+def test_a_pending_repair_is_finished_before_a_build(
+    shards: Path, source: Path, tmp_path: Path, build: Build, contents: Contents
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    flip(SHARD, payload(2))(shards)
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    repair_shards(copy, drop=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardprep.build.work_folder.os.replace", stop_at_shards(os.replace))
+        with pytest.raises(Stopped):
+            repair_shards(shards, drop=True)
+    assert not (shards / "manifest.json").exists()
+    (fault,) = verify_shards(shards).faults
+    assert "shardprep repair DST" in fault.what
+    with pytest.raises(BuildError, match="finished set, built from another source"):
+        build(source, shards, **OPTIONS, codec=codec)
+    assert contents(shards).items() >= contents(copy).items()
+    build(source, shards, **OPTIONS, codec=codec, overwrite=True)
+    assert verify_shards(shards, deep=True, against=source).whole
+    assert not [p for p in shards.iterdir() if p.name.startswith(".")]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at_shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let no shard reach its place any more."""
+
+    def call(source: Any, target: Any) -> None:
+        if str(target).endswith((SHARD, INDEX)) and Path(target).parent.name == "shards":
+            raise Stopped
+        function(source, target)
+
+    return call
+
+
+def test_an_unfinished_build_outlives_a_repair(
+    shards: Path, source: Path, build: Build, original: Path, contents: Contents
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardprep.build.writer.publish_indexes", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+    made = contents(shards / WORK_FOLDER)
+    assert len(made) > 4
+    flip(SHARD, payload(2))(shards)
+    assert repair_shards(shards, source=source).whole
+    assert contents(shards / WORK_FOLDER) == made
+    shutil.rmtree(shards / WORK_FOLDER)
+    assert contents(shards) == contents(original)
+
+
+@pytest.mark.parametrize("name", [SHARD, "train-000099.tar", "manifest.json"])
+def test_a_folder_in_the_place_of_a_file_costs_no_set(
+    shards: Path, source: Path, build: Build, name: str
+) -> None:
+    codec = open_shards(shards).manifest.codec.name
+    kept = (shards / "manifest.json").read_bytes()
+    (shards / name).unlink(missing_ok=True)
+    (shards / name).mkdir()
+    with pytest.raises(BuildError, match="a folder is in the place|is not the manifest"):
+        build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+    if name != "manifest.json":
+        assert (shards / "manifest.json").read_bytes() == kept
+        (shards / name).rmdir()
+        assert repair_shards(shards, source=source).whole
+
+
+def test_what_cannot_be_read_does_not_stop_a_repair(shards: Path, source: Path) -> None:
+    flip("train-000002.tar", lambda folder: 700)(shards)
+    (shards / SHARD).unlink()
+    (shards / SHARD).symlink_to("/proc/self/mem")
+    (shards / "notes").symlink_to("/proc/self/mem")
+    report = repair_shards(shards, source=source)
+    assert [fault.file for fault in report.faults] == ["notes"]
+
+
+def test_a_folder_that_holds_no_set_is_left_as_it_is(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    for folder in (tmp_path / "letters", source):
+        before = sorted(folder.iterdir())
+        with pytest.raises(FormatError, match="is not a shard folder"):
+            repair_shards(folder)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_files_of_others_are_left_alone_and_named(shards: Path) -> None:
+    (shards / "notes.txt").write_text("mine")
+    report = repair_shards(shards, drop=True)
+    assert [fault.file for fault in report.faults] == ["notes.txt"]
+    assert (shards / "notes.txt").read_text() == "mine"
+
+
+def test_whole_set_is_left_as_it_is(original: Path, shards: Path, contents: Contents) -> None:
+    times = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    report = repair_shards(shards)
+    assert report.whole
+    assert not report.repaired
+    assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == times
+    assert contents(shards) == contents(original)
+
+
+def test_folder_without_a_set_or_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no manifest"):
+        repair_shards(tmp_path / "nowhere")
+    with hold(shards), pytest.raises(BuildError, match="another build or repair is at work"):
+        repair_shards(shards)
+    (shards / "manifest.json").write_text("{}")
+    with pytest.raises(FormatError):
+        repair_shards(shards)
+
+
+REPAIR = """
+from shardprep import repair_shards
+
+prepare = shutil.copytree
+
+def act(damaged, folder):
+    repair_shards(folder, drop=True)
+"""
+
+
+def test_repair_killed_at_any_step_goes_on_to_the_same_set(
+    shards: Path, contents: Contents, killed_at_every_step: Callable[[str, Path], list[Path]]
+) -> None:
+    several(flip(SHARD, payload(2)), flip("val.index.npy", lambda folder: -3))(shards)
+    folders = killed_at_every_step(REPAIR, shards)
+    dropped = repair_shards(shards, drop=True).dropped
+    assert len(dropped) == 1
+    expected = contents(shards)
+    assert len(folders) > 25
+    for folder in folders:
+        report = repair_shards(folder, drop=True)
+        assert report.whole
+        assert contents(folder) == expected, folder
+
+
+def test_command_says_what_it_did(
+    run_cli: Callable[..., subprocess.CompletedProcess[str]], shards: Path, source: Path
+) -> None:
+    key = str(open_shards(shards)["train"].keys[np.load(shards / INDEX)["shard"].searchsorted(1)])
+    flip(SHARD, payload(0))(shards)
+    done = run_cli("repair", shards)
+    assert done.returncode == 1
+    assert f"{SHARD}: its sha256 is not the one in the manifest" in done.stdout
+    assert "give --source SRC, or --drop" in done.stderr
+    assert run_cli("repair", shards, "--drop", "--source", source).returncode == 2
+    copy = Path(shutil.copytree(shards, shards.parent / "copy"))
+    done = run_cli("repair", shards, "--source", source, "--workers", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{SHARD}: as it was built again" in done.stdout
+    done = run_cli("repair", copy, "--drop")
+    assert done.returncode == 0
+    assert f"{key}: dropped, its stored bytes were damaged in {SHARD}" in done.stdout
+    assert "1 utterance dropped" in done.stdout
+    assert run_cli("verify", copy, "--deep").returncode == 0
+
+
+def test_disk_that_refuses_is_a_storage_error(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(SHARD, of_member(".cls"))(shards)
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(StorageError, match="No space left"):
+            repair_shards(shards)
+    assert repair_shards(shards).whole
+
+
+def test_command_is_brief_about_many(
+    run_cli: Callable[..., subprocess.CompletedProcess[str]], shards: Path
+) -> None:
+    for path in shards.glob("train-*.tar"):
+        path.write_bytes(b"")
+    split = open_shards(shards).manifest.splits["train"]
+    done = run_cli("repair", shards, "--drop")
+    assert done.returncode == 0
+    assert done.stdout.count(": dropped, ") == 20 < split.samples
+    assert f"... and {split.samples - 20} more; rejects.jsonl lists them all" in done.stdout
+    assert f"{split.samples} utterances dropped" in done.stdout

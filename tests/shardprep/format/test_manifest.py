@@ -1,0 +1,140 @@
+"""The manifest says what the set holds, and any other version or alteration is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from shardprep import FormatError, open_shards
+from shardprep.format.manifest import (
+    FileInfo,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    index_dtype,
+    is_index,
+    load_manifest,
+)
+
+
+@pytest.fixture
+def manifest(edge_set: Path) -> Manifest:
+    return load_manifest(edge_set)
+
+
+def test_manifest_survives_the_way_through_its_bytes(manifest: Manifest) -> None:
+    assert decode_manifest(encode_manifest(manifest), Path("m")) == manifest
+
+
+def test_manifest_is_ordinary_json_with_the_counts_of_the_files(edge_set: Path) -> None:
+    content = json.loads((edge_set / "manifest.json").read_text())
+    assert (content["format"], content["version"], content["n_mels"]) == ("shardprep", 1, 7)
+    assert content["speakers"] == ["ann", "bob", "cleo"]
+    for name, split in content["splits"].items():
+        rows = np.load(edge_set / split["index"]["file"])
+        assert split["samples"] == len(rows) == sum(s["samples"] for s in split["shards"])
+        assert split["frames"] == rows["frames"].sum() == sum(s["frames"] for s in split["shards"])
+        on_disk = sorted(path.name for path in edge_set.glob(f"{name}-*.tar"))
+        assert on_disk == [shard["file"] for shard in split["shards"]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("version", 2, "found format 'shardprep' version 2, expected 'shardprep' version 1"),
+        ("version", "1", "version '1', expected 'shardprep' version 1"),
+        ("version", None, "version None, expected 'shardprep' version 1"),
+        ("format", "mds", "found format 'mds' version 1, expected 'shardprep' version 1"),
+    ],
+)
+def test_other_format_or_version_is_refused_with_found_and_expected(
+    edge_set: Path, tmp_path: Path, field: str, value: Any, found: str
+) -> None:
+    content = json.loads((edge_set / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(FormatError, match=re.escape(found)) as caught:
+        open_shards(tmp_path)
+    assert caught.value.file == str(tmp_path / "manifest.json")
+    assert caught.value.remedy
+
+
+def test_every_flipped_bit_is_refused(manifest: Manifest) -> None:
+    data = encode_manifest(manifest)
+    for bit in random.Random(0).sample(range(8 * len(data)), 1500):
+        hurt = bytearray(data)
+        hurt[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError):
+            decode_manifest(bytes(hurt), Path("manifest.json"))
+
+
+def test_edit_by_hand_is_named_as_such(manifest: Manifest) -> None:
+    text = encode_manifest(manifest).decode().replace('"ann"', '"eve"')
+    with pytest.raises(FormatError, match="was altered"):
+        decode_manifest(text.encode(), Path("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": "shard\xffprep"}',
+        b'{"format": "shardprep", "version": 1}',
+        b'{"format": "shardprep", "version": 1, "n_mels": "many"}',
+        b'{"format": "shardprep", "version": 1, "n_mels": ' + b"[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_what_is_no_manifest_is_a_format_error(data: bytes) -> None:
+    with pytest.raises(FormatError, match=r"^manifest\.json: "):
+        decode_manifest(data, Path("manifest.json"))
+
+
+@pytest.mark.parametrize("name", ["../other/train.tar", "/etc/passwd", ".hidden", "a/b.tar"])
+def test_names_that_lead_outside_are_refused_even_when_signed(
+    manifest: Manifest, name: str
+) -> None:
+    forged = msgspec.structs.replace(manifest, rejects=FileInfo(name, 1, "0" * 64))
+    with pytest.raises(FormatError, match="outside the folder"):
+        decode_manifest(encode_manifest(forged), Path("manifest.json"))
+
+
+def test_folder_without_manifest_says_which_command_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"no manifest\.json\. Run `shardprep build"):
+        open_shards(tmp_path)
+    (tmp_path / ".shardprep-build").mkdir()
+    with pytest.raises(FormatError, match="unfinished build.* again to finish it"):
+        open_shards(tmp_path)
+
+
+def test_index_row_is_packed_as_documented() -> None:
+    dtype = index_dtype(9)
+    assert dtype.itemsize == 4 + 8 + 4 * 4 + 9
+    assert [dtype.fields[name][1] for name in dtype.names or ()] == [0, 4, 12, 16, 20, 24, 28]
+    assert is_index(np.zeros(3, dtype))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.zeros((2, 2), index_dtype(4)),
+        np.zeros(2, "<i4"),
+        np.zeros(2, [("key", "S4"), ("shard", "<u4")]),
+        np.zeros(2, index_dtype(4)).astype(
+            [(n, "<i8") if n == "offset" else (n, t) for n, t in index_dtype(4).descr]
+        ),
+    ],
+    ids=["two dimensions", "numbers", "other fields", "signed offset"],
+)
+def test_other_arrays_are_no_index(rows: np.ndarray) -> None:
+    assert not is_index(rows)

@@ -1,0 +1,184 @@
+"""Sets in a store read like sets in a folder, also where the cache has a file otherwise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from shardprep import (
+    BuildError,
+    BuildOptions,
+    CorruptShardError,
+    Remote,
+    ShardCache,
+    StorageError,
+    build_shards,
+    open_shards,
+)
+from shardprep.format.manifest import load_manifest
+from shardprep.load.segments import PLANNED, plan_for_cache
+from shardprep.read.files import CachedFiles
+from shardprep.storage import remote
+
+URL = "memory://set"
+
+
+@pytest.fixture
+def stored(edge_set: Path) -> Iterator[str]:
+    """`edge_set` in a store in memory."""
+    store = fsspec.filesystem("memory")
+    for path in edge_set.iterdir():
+        store.pipe(f"/set/{path.name}", path.read_bytes())
+    yield URL
+    store.store.clear()
+    remote.forget_connections()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    return ShardCache(tmp_path / "cache", 10_000_000, patience=2)
+
+
+def flip(path: Path, at: int) -> None:
+    """Change a byte of a file, which others may have open, in another file of its name."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def in_cache(cache: ShardCache, name: str) -> Path:
+    return cache.folder.path / load_manifest(Remote(URL)).files()[name].sha256
+
+
+def test_every_utterance_is_that_of_the_folder(
+    stored: str, cache: ShardCache, edge_set: Path
+) -> None:
+    far, near = open_shards(stored, cache), open_shards(edge_set)
+    assert far.splits == near.splits
+    for name in near.splits:
+        assert (far[name].keys == near[name].keys).all()
+        for index in range(len(near[name])):
+            assert np.array_equal(far[name].read(index), near[name].read(index))
+    assert far.network_seconds > near.network_seconds == 0
+    far.check_unchanged()
+
+
+def test_a_shard_that_was_damaged_in_the_cache_comes_anew(
+    stored: str, cache: ShardCache, edge_set: Path
+) -> None:
+    train = open_shards(stored, cache)["train"]
+    expected = train.read(0)
+    row = train.locations[0]
+    name = f"train-{row['shard']:06d}.tar"
+    flip(in_cache(cache, name), int(row["offset"]) + 200)
+    again = open_shards(stored, cache)["train"]
+    assert np.array_equal(again.read(0), expected)
+    assert in_cache(cache, name).read_bytes() == (edge_set / name).read_bytes()
+
+
+def test_an_index_that_was_damaged_in_the_cache_comes_anew(
+    stored: str, cache: ShardCache, edge_set: Path
+) -> None:
+    keys = open_shards(stored, cache)["val"].keys
+    flip(in_cache(cache, "val.index.npy"), 300)
+    assert (open_shards(stored, cache)["val"].keys == keys).all()
+
+
+def test_what_is_damaged_in_the_store_is_an_error_with_what_to_do(
+    stored: str, cache: ShardCache, edge_set: Path
+) -> None:
+    store = fsspec.filesystem("memory")
+    data = bytearray((edge_set / "train.index.npy").read_bytes())
+    data[300] ^= 1
+    store.pipe("/set/train.index.npy", bytes(data))
+    with pytest.raises(CorruptShardError, match="times") as caught:
+        open_shards(stored, cache)["train"]
+    assert caught.value.file == f"{URL}/train.index.npy"
+    # A set whose sha256 are true to a damaged payload: only the crc32 tells.
+    train = open_shards(edge_set)["train"]
+    assert "repair DST" in str(train.damaged(0))
+    store.pipe("/set/train.index.npy", (edge_set / "train.index.npy").read_bytes())
+    far = open_shards(stored, cache)["train"]
+    assert "build SRC URL --overwrite" in str(far.damaged(0))
+
+
+def test_more_than_the_cache_keeps_is_refused_before_it_is_fetched(
+    stored: str, tmp_path: Path
+) -> None:
+    small = ShardCache(tmp_path / "small", 30_000, patience=60)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"takes \d+ bytes, and the cache keeps at most 30000"):
+        open_shards(stored, small).fetch("train")
+    assert time.monotonic() - began < 30
+    assert small.traffic.bytes == 0
+
+
+def test_files_are_lent_for_a_while(stored: str, cache: ShardCache, edge_set: Path) -> None:
+    files = CachedFiles(Remote(stored), cache)
+    info = load_manifest(edge_set).splits["test"].shards[0]
+    with files.lend(info) as path:
+        assert path.read_bytes() == (edge_set / info.file).read_bytes()
+        with cache.folder.lock() as lock:
+            assert not cache.folder.evict(lock, 1)
+    with cache.folder.lock() as lock:
+        assert cache.folder.evict(lock, 1) == info.bytes
+
+
+def test_a_set_that_is_replaced_is_noticed(
+    stored: str, cache: ShardCache, edge_sets: dict[tuple[str, str], Path]
+) -> None:
+    shards = open_shards(stored, cache)
+    manifest = edge_sets["float32", "none"] / "manifest.json"
+    fsspec.filesystem("memory").pipe("/set/manifest.json", manifest.read_bytes())
+    with pytest.raises(CorruptShardError, match="was changed while it was being read"):
+        shards.check_unchanged()
+    fsspec.filesystem("memory").rm("/set/manifest.json")
+    with pytest.raises(CorruptShardError, match="no manifest"):
+        shards.check_unchanged()
+
+
+def test_an_order_is_planned_as_from_the_disk_where_all_has_room(edge_set: Path) -> None:
+    train = open_shards(edge_set)["train"]
+    size = int(train.shard_bytes.sum())
+    assert plan_for_cache(train, "global", 8, 4, size) == PLANNED
+    assert plan_for_cache(train, "windowed", 8, 4, size) == PLANNED
+    with pytest.raises(StorageError, match=r"order global needs .* GB .* windowed, or give"):
+        plan_for_cache(train, "global", 8, 4, size - 1)
+    with pytest.raises(StorageError, match=r"fewer lanes or window_shards"):
+        plan_for_cache(train, "windowed", 8, 4, size - 1)
+
+
+def test_the_cache_can_go_while_nobody_reads(
+    stored: str, cache: ShardCache, edge_set: Path
+) -> None:
+    open_shards(stored, cache)["val"].read(0)
+    shutil.rmtree(cache.folder.path)
+    cache.folder.path.mkdir()
+    assert open_shards(stored, cache)["val"].read(0).size
+
+
+@pytest.mark.parametrize(("seconds", "refused"), [(30, False), (600, True)])
+def test_clocks_of_stores_may_differ_a_little(
+    make_dataset: Callable[..., Path], seconds: int, refused: bool
+) -> None:
+    source, options = make_dataset(), BuildOptions(workers=1)
+    try:
+        build_shards(source, URL, options)
+        newest = next(source.glob("*.pt"))
+        os.utime(newest, (time.time() + seconds,) * 2)
+        if refused:
+            with pytest.raises(BuildError, match="older than 1 files"):
+                build_shards(source, URL, options)
+        else:
+            assert build_shards(source, URL, options).up_to_date
+    finally:
+        fsspec.filesystem("memory").store.clear()
+        remote.forget_connections()

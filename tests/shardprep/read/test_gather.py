@@ -1,0 +1,133 @@
+"""Crops of the longest utterances, of a set smaller than a crop, and of damaged chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from shardprep import CorruptShardError, Split, open_shards
+from shardprep.format import codecs
+from shardprep.format.manifest import FileInfo, encode_manifest, load_manifest
+
+LONGEST = 7193
+
+
+def naive(split: Split, indices: NDArray[Any], starts: NDArray[Any], length: int) -> NDArray[Any]:
+    out = np.full((len(indices), length, split.n_mels), -20.0, split.dtype)
+    for row, (index, start) in enumerate(zip(indices, starts, strict=True)):
+        crop = split.read(int(index))[start : start + length]
+        out[row, : len(crop)] = crop
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("lengths", [(1, LONGEST, 2, 128, LONGEST - 1, 1), (3,), (LONGEST,)])
+def test_crops_of_any_length_from_utterances_of_any_length(
+    source_of: Callable[..., Path],
+    build: Callable[..., Any],
+    tmp_path: Path,
+    dtype: str,
+    codec: str,
+    lengths: tuple[int, ...],
+) -> None:
+    options = {"dtype": dtype, "codec": codec, "val_fraction": 0.0, "samples_per_shard": 2}
+    build(source_of({"ann": lengths}), tmp_path / "shards", **options)
+    split = open_shards(tmp_path / "shards")["train"]
+    # Every utterance, first and last of each shard among them: its start, its middle, its end.
+    indices = np.repeat(np.arange(len(split)), 3)
+    frames = split.frames[indices]
+    starts = np.select([np.arange(len(indices)) % 3 == k for k in (0, 1)], [0, frames // 2])
+    starts[2::3] = frames[2::3] - 1
+    for length in (1, 64, 128, LONGEST, LONGEST + 200):
+        crops = split.crops(indices, starts, length)
+        assert crops.tobytes() == naive(split, indices, starts, length).tobytes()
+
+
+def test_no_crops_are_an_empty_batch(edge_sets: dict[tuple[str, str], Path]) -> None:
+    for codec in ("none", "zstd"):
+        split = open_shards(edge_sets["float16", codec])["train"]
+        assert split.crops([], [], 5).shape == (0, 5, 7)
+
+
+@pytest.mark.parametrize("where", ["frame", "table"])
+def test_damaged_chunk_names_its_file_and_its_utterance(
+    edge_sets: dict[tuple[str, str], Path], tmp_path: Path, where: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(edge_sets["float16", "zstd"], folder)
+    split = open_shards(folder)["train"]
+    hurt = int(np.argmax(split.frames))
+    row = split.locations[hurt]
+    manifest = load_manifest(folder)
+    file = folder / manifest.splits["train"].shards[int(row["shard"])].file
+    data = bytearray(file.read_bytes())
+    begin, end = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
+    # Entry 1 of the table, after the footer's nine bytes, is the size of the first chunk.
+    entries = 1 - (-int(split.frames[hurt]) // 64)
+    at = begin + 150 if where == "frame" else end - 9 - 8 * (entries - 1) + 2
+    data[at] ^= 255
+    file.write_bytes(data)
+    fresh = open_shards(folder)["train"]
+    everything = np.arange(len(fresh))
+    with pytest.raises(CorruptShardError, match="chunk cannot be inflated") as caught:
+        fresh.crops(everything, np.zeros_like(everything), 64)
+    assert (caught.value.key, caught.value.file) == (str(fresh.keys[hurt]), str(file))
+    others = everything[everything != hurt]
+    crops = fresh.crops(others, np.zeros_like(others), 64)
+    assert crops.tobytes() == naive(fresh, others, np.zeros_like(others), 64).tobytes()
+
+
+def test_a_split_keeps_few_bytes_an_utterance(edge_set: Path) -> None:
+    split = open_shards(edge_set)["train"]
+    held = [value for value in vars(split).values() if isinstance(value, np.ndarray)]
+    own = [array for array in held if array.base is None]
+    assert sum(array.nbytes for array in own) <= 32 * len(split)
+    assert sum(array.nbytes for array in held) > sum(array.nbytes for array in own)
+
+
+def test_signed_index_with_a_huge_count_is_refused_before_anything_is_mapped(
+    edge_set: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "signed"
+    shutil.copytree(edge_set, folder)
+    path = folder / "train.index.npy"
+    data = path.read_bytes().replace(b"'shape': (28,)", b"'shape': (99,)")
+    path.write_bytes(data)
+    manifest = load_manifest(folder)
+    train = manifest.splits["train"]
+    info = FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
+    splits = {**manifest.splits, "train": msgspec.structs.replace(train, index=info)}
+    signed = msgspec.structs.replace(manifest, splits=splits)
+    (folder / "manifest.json").write_bytes(encode_manifest(signed))
+    with pytest.raises(CorruptShardError, match="is no index"):
+        open_shards(folder)["train"]
+
+
+def test_batch_that_would_hold_too_much_at_once_goes_by_parts(
+    edge_sets: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_shards(edge_sets["float16", "zstd"])["train"]
+    indices = np.arange(len(split))
+    whole = split.crops(indices, split.frames // 3, 128)
+    sizes: list[int] = []
+    inflate = codecs.inflate_many
+
+    def counting(*arguments: Any) -> Any:
+        chunks = inflate(*arguments)
+        sizes.append(sum(map(len, chunks)))
+        return chunks
+
+    monkeypatch.setattr(codecs, "inflate_many", counting)
+    monkeypatch.setattr("shardprep.read.gather._MOST_HELD", 4096)
+    np.testing.assert_array_equal(split.crops(indices, split.frames // 3, 128), whole)
+    assert len(sizes) > 4
+    assert max(sizes) <= 4096

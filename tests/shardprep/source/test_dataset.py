@@ -1,0 +1,308 @@
+"""Every fault of a data set has its own clear error, and hides none of the good utterances."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardprep import SourceError, open_shards
+from shardprep.source.dataset import scan_dataset
+
+Entry = dict[str, Any]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+TRIPWIRE = "SHARDPREP_TEST_TRIPWIRE"
+SKIP = ("--workers", 1, "--on-error", "skip")
+
+
+class Malicious:
+    """Unpickling it would set an environment variable."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.putenv, (TRIPWIRE, "tripped")
+
+
+def tensor(value: Any) -> Callable[[Path, Entry], None]:
+    def edit(root: Path, entry: Entry) -> None:
+        path = root / entry["feature_path"]
+        torch.save(value(torch.load(path)) if callable(value) else value, path)
+
+    return edit
+
+
+def raw(data: Callable[[bytes], bytes]) -> Callable[[Path, Entry], None]:
+    def edit(root: Path, entry: Entry) -> None:
+        path = root / entry["feature_path"]
+        path.write_bytes(data(path.read_bytes()))
+
+    return edit
+
+
+def field(**values: Any) -> Callable[[Path, Entry], None]:
+    return lambda root, entry: entry.update(values)
+
+
+def moved(name: str) -> Callable[[Path, Entry], None]:
+    """The file exists under the name that the metadata give, so that only the name is wrong."""
+
+    def edit(root: Path, entry: Entry) -> None:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (root / entry["feature_path"]).rename(target)
+        entry["feature_path"] = name
+
+    return edit
+
+
+def link_outside(root: Path, entry: Entry) -> None:
+    path = root / entry["feature_path"]
+    path.rename(root.parent / "outside.pt")
+    path.symlink_to(root.parent / "outside.pt")
+
+
+def folder(root: Path, entry: Entry) -> None:
+    path = root / entry["feature_path"]
+    path.unlink()
+    path.mkdir()
+
+
+def missing(root: Path, entry: Entry) -> None:
+    (root / entry["feature_path"]).unlink()
+
+
+def set_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda mel: mel.index_fill(0, torch.tensor([3]), value)
+
+
+UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
+    "missing file": (missing, "does not exist"),
+    "garbage": (raw(lambda data: b"garbage" * 99), "loaded safely: "),
+    "empty file": (raw(lambda data: b""), "loaded safely: "),
+    "truncated file": (
+        raw(lambda data: data[:-100]),
+        "not a tensor file",
+    ),
+    "malicious pickle": (tensor(Malicious()), "loaded safely: .*(putenv|posix)"),
+    "bare malicious pickle": (raw(lambda data: pickle.dumps(Malicious(), 2)), "loaded safely: "),
+    "list": (tensor(lambda mel: mel.tolist()), "holds a list, not a tensor"),
+    "dict of tensors": (tensor(lambda mel: {"mel": mel}), "holds a dict, not a tensor"),
+    "int tensor": (tensor(lambda mel: mel.int()), r"holds torch\.int32 .*floating point"),
+    "complex tensor": (tensor(lambda mel: mel + 0j), r"torch\.complex64 .*floating point"),
+    "sparse tensor": (tensor(lambda mel: mel.to_sparse()), "which no dense tensor needs"),
+    "meta tensor": (tensor(lambda mel: mel.to("meta")), "which no dense tensor needs"),
+    "wrong width": (tensor(lambda mel: mel[:, :39]), r"has shape \(\d+, 39\), expected"),
+    "transposed": (tensor(lambda mel: mel.T.contiguous()), r"has shape \(40, \d+\), expected"),
+    "one dimension": (tensor(lambda mel: mel.flatten()), r"has shape \(\d+,\), expected"),
+    "three dimensions": (tensor(lambda mel: mel[None]), r"has shape \(1, \d+, 40\), expected"),
+    "mel_len lies": (tensor(lambda mel: mel[:-1]), r"has \d+ frames, but mel_len says \d+"),
+    "NaN": (tensor(set_value(float("nan"))), "not finite"),
+    "infinity": (tensor(set_value(float("-inf"))), "not finite"),
+    "float16 overflow": (tensor(set_value(7e4)), "beyond the range of float16; use --dtype"),
+    "link outside": (link_outside, "outside the data set through a link"),
+    "folder": (folder, "not a regular file"),
+    "parent folder": (moved("../outside.pt"), "leads outside the data set"),
+    "hidden parent folder": (moved("sub/../../outside.pt"), "leads outside the data set"),
+    "absolute path": (field(feature_path="/etc/passwd.pt"), "leads outside the data set"),
+    "key with a dot": (moved("uttr.one.pt"), "contains a dot"),
+    "folder with a dot": (moved("v1.0/uttr.pt"), "contains a dot"),
+    "no .pt": (moved("uttr.npy"), "does not end in .pt"),
+    "no name": (moved("sub/.pt"), "has 4 bytes, expected 1 to 88"),
+    "long key": (moved(89 * "k" + ".pt"), "has 89 bytes, expected 1 to 88"),
+    "long key in UTF-8": (moved(45 * "é" + ".pt"), "has 90 bytes, expected 1 to 88"),
+    "name of webdataset's own": (moved("__key__.pt"), "characters that tar readers do not take"),
+    "line feed": (moved("a\nb.pt"), "characters that tar readers do not take"),
+    "null byte": (field(feature_path="a\0b.pt"), "characters that tar readers do not take"),
+    "lone surrogate": (field(feature_path="a\ud800.pt"), "not valid Unicode"),
+    "mel_len 0": (field(mel_len=0), "mel_len is 0, expected at least 1"),
+    "mel_len negative": (field(mel_len=-5), "mel_len is -5, expected at least 1"),
+    "mel_len a string": (field(mel_len="50"), r"Expected `int`, got `str` - at `\$.mel_len`"),
+    "mel_len a bool": (field(mel_len=True), r"Expected `int`, got `bool` - at `\$.mel_len`"),
+    "mel_len null": (field(mel_len=None), r"Expected `int`, got `null` - at `\$.mel_len`"),
+    "mel_len huge": (field(mel_len=10**30), "frames, but mel_len says 1000"),
+    "path a number": (field(feature_path=5), r"Expected `str`, got `int` - at `\$.feature_path`"),
+    "no fields": (lambda root, entry: entry.clear(), "missing required field `feature_path`"),
+}
+
+
+@pytest.fixture
+def faulty(make_dataset: Callable[..., Path], name: str) -> tuple[Path, Entry]:
+    """A data set whose first utterance has the fault `name`, and that utterance's entry."""
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    metadata = json.loads((root / "metadata.json").read_text())
+    entry = metadata["speakers"]["id00000"][0]
+    UTTERANCE_FAULTS[name][0](root, entry)
+    (root / "metadata.json").write_text(json.dumps(metadata))
+    return root, entry
+
+
+@pytest.mark.parametrize("name", UTTERANCE_FAULTS)
+def test_fault_of_an_utterance_stops_the_build_and_names_the_file(
+    faulty: tuple[Path, Entry], name: str, tmp_path: Path, run_cli: Cli
+) -> None:
+    done = run_cli("build", faulty[0], tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert re.search(UTTERANCE_FAULTS[name][1], done.stderr)
+    named = faulty[1].get("feature_path")
+    if isinstance(named, str) and named.isprintable():
+        assert str(faulty[0] / named) in done.stderr
+    assert "speaker id00000" in done.stderr
+    assert "weights_only" not in done.stderr
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    assert os.environ.get(TRIPWIRE) is None
+
+
+@pytest.mark.parametrize("name", UTTERANCE_FAULTS)
+def test_fault_of_an_utterance_is_skipped_listed_and_reported(
+    faulty: tuple[Path, Entry], name: str, tmp_path: Path, run_cli: Cli
+) -> None:
+    shards = tmp_path / "shards"
+    done = run_cli("build", faulty[0], shards, *SKIP)
+    assert done.returncode == 0
+    assert "1 utterance left out" in done.stderr
+    assert "rejects.jsonl" in done.stderr
+    assert "1 utterance rejected" in done.stdout
+    (reject,) = map(json.loads, (shards / "rejects.jsonl").read_text().splitlines())
+    assert re.search(UTTERANCE_FAULTS[name][1], reject["reason"])
+    assert (reject["speaker"], reject["split"]) == ("id00000", "labelled")
+    packed = {str(key) for split in open_shards(shards).values() for key in split.keys}
+    good = {path.stem for path in faulty[0].glob("uttr-*.pt")} - {reject["key"]}
+    assert len(packed) == 9
+    assert packed <= good
+    assert run_cli("verify", shards, "--deep").returncode == 0
+    assert os.environ.get(TRIPWIRE) is None
+
+
+def test_malicious_pickle_would_have_tripped_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    tripped: list[str] = []
+    monkeypatch.setattr(os, "putenv", lambda name, value: tripped.append(name))
+    Malicious().__reduce__()[0](TRIPWIRE, "tripped")
+    assert tripped == [TRIPWIRE]
+
+
+def other_entry(split: str) -> Callable[[Entry, Entry], None]:
+    def edit(metadata: Entry, testdata: Entry) -> None:
+        first = metadata["speakers"]["id00000"][0]
+        listed = {
+            "same speaker": metadata["speakers"]["id00000"],
+            "other speaker": metadata["speakers"]["id00001"],
+            "test": testdata["utterances"],
+        }
+        # Written otherwise, but the same file.
+        listed[split].append({**first, "feature_path": f".//{first['feature_path']}"})
+
+    return edit
+
+
+@pytest.mark.parametrize("where", ["same speaker", "other speaker", "test"])
+def test_file_that_is_listed_twice_is_rejected_everywhere(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli, where: str
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    metadata, testdata = (
+        json.loads((root / f"{name}.json").read_text()) for name in ("metadata", "testdata")
+    )
+    other_entry(where)(metadata, testdata)
+    (root / "metadata.json").write_text(json.dumps(metadata))
+    (root / "testdata.json").write_text(json.dumps(testdata))
+    path = metadata["speakers"]["id00000"][0]["feature_path"]
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    assert f"{path}: speaker id00000: the same file is listed 2 times: id00000, " in done.stderr
+    assert run_cli("build", root, tmp_path / "shards", *SKIP).returncode == 0
+    lines = (tmp_path / "shards" / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == [path, path]
+    keys = {str(key) for split in open_shards(tmp_path / "shards").values() for key in split.keys}
+    assert path.removesuffix(".pt") not in keys
+    assert len(keys) == 9
+
+
+def test_speaker_that_the_mapping_lacks_loses_all_utterances(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=3, utterances=4)
+    (root / "mapping.json").write_text(json.dumps({"speaker2id": {"id00002": 0, "id00000": 1}}))
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    assert "speaker id00001 is not in mapping.json (and 3 more utterances" in done.stderr
+    assert run_cli("build", root, tmp_path / "shards", *SKIP).returncode == 0
+    shard_set = open_shards(tmp_path / "shards")
+    assert shard_set.speakers == ("id00002", "id00000")
+    assert set(shard_set["train"].labels) == {0, 1}
+    lines = (tmp_path / "shards" / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["speaker"] for line in lines] == ["id00001"] * 4
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_file_counts_as_inside_by_where_its_folder_really_is(
+    source_of: Callable[..., Path], tmp_path: Path, outside: bool
+) -> None:
+    root = source_of({"ann": [3, 4]})
+    real = (tmp_path if outside else root) / "real"
+    real.mkdir()
+    (root / "linked").symlink_to(real)
+    for number in range(2):
+        (root / f"ann-00{number}.pt").rename(real / f"ann-00{number}.pt")
+    text = (root / "metadata.json").read_text().replace("ann-0", "linked/ann-0")
+    (root / "metadata.json").write_text(text)
+    source = scan_dataset(root)
+    assert len(source.rejects) == (2 if outside else 0)
+    assert {reject.reason for reject in source.rejects} <= {
+        "the path leads outside the data set through a link"
+    }
+
+
+def test_labels_are_the_mappings_or_else_in_sorted_order(
+    source_of: Callable[..., Path],
+) -> None:
+    root = source_of({"cleo": [3], "ann": [4], "bob": [5]})
+    assert scan_dataset(root).speakers == ("ann", "bob", "cleo")
+    (root / "mapping.json").write_text('{"speaker2id": {"bob": 0, "cleo": 1, "ann": 2}}')
+    source = scan_dataset(root)
+    assert source.speakers == ("bob", "cleo", "ann")
+    assert {u.speaker: u.label for u in source.labelled} == {"bob": 0, "cleo": 1, "ann": 2}
+
+
+def test_fingerprint_changes_with_whatever_is_packed(make_dataset: Callable[..., Path]) -> None:
+    root = make_dataset(speakers=2, utterances=4)
+
+    def fingerprint() -> str:
+        return scan_dataset(root).fingerprint
+
+    before = fingerprint()
+    (root / "metadata.json").touch()
+    assert fingerprint() == before
+    metadata = json.loads((root / "metadata.json").read_text())
+    removed = metadata["speakers"]["id00001"].pop()
+    (root / "metadata.json").write_text(json.dumps(metadata))
+    without = fingerprint()
+    metadata["speakers"]["id00000"].append(removed)
+    (root / "metadata.json").write_text(json.dumps(metadata))
+    assert len({before, without, fingerprint()}) == 3
+
+
+def test_metadata_may_be_as_large_as_their_files_account_for(
+    make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(speakers=2, utterances=20, test_utterances=0)
+    size = (root / "metadata.json").stat().st_size
+    monkeypatch.setattr("shardprep.format.limits.SMALL_JSON_BYTES", 1000)
+    assert size > 1000
+    monkeypatch.setattr("shardprep.format.limits.SMALL_JSON_VALUES", 60)
+    assert len(scan_dataset(root).labelled) == 40
+    # The same claims with fewer files to show for them.
+    for path in sorted(root.glob("*.pt"))[2:]:
+        path.unlink()
+    with pytest.raises(SourceError, match="larger than its files account for"):
+        scan_dataset(root)
+    monkeypatch.setattr("shardprep.format.limits.SMALL_JSON_BYTES", size)
+    with pytest.raises(SourceError, match="larger than its files account for"):
+        scan_dataset(root)

@@ -1,0 +1,289 @@
+"""A file is recognised if torch.save wrote it for one plain matrix, and in no other case."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from shardprep.source.pt_plain import read_matrix
+
+DTYPES = (torch.float16, torch.float32, torch.float64)
+Records = dict[str, bytes]
+
+
+def saved(value: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def records_of(data: bytes) -> Records:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def packed(
+    records: list[tuple[str, bytes]],
+    *,
+    bare: str = "",
+    order: Callable[[list[bytes]], list[bytes]] = list,
+    gap: bytes = b"",
+    last_gap: bytes = b"",
+) -> bytes:
+    """A file with these records, laid out as torch.save does, checksums included.
+
+    Args:
+        records: Name and content of each.
+        bare: Name of a record that shall have no header.
+        order: Rearranges the entries of the directory.
+        gap: Comes before the directory.
+        last_gap: Comes after its last entry.
+    """
+    body, entries = b"", []
+    for name, content in records:
+        sums = struct.pack("<LLL", zlib.crc32(content), len(content), len(content))
+        padding = -(len(body) + 34 + len(name)) % 64
+        head = struct.pack("<HH", len(name), padding + 4) + name.encode()
+        filler = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        entry = b"PK\1\2" + struct.pack("<HHHHHH", 0, 0, 0x808, 0, 0, 0) + sums
+        entry += struct.pack("<HHHHHLL", len(name), 0, 0, 0, 0, 0, len(body)) + name.encode()
+        fixed = b"PK\3\4" + struct.pack("<HHHHHLLL", 0, 0x808, 0, 0, 0, 0, 0, 0)
+        body += b"" if name == bare else fixed + head + filler
+        body += content + b"PK\7\x08" + sums
+        entries.append(entry)
+    body, directory = body + gap, b"".join(order(entries)) + last_gap
+    count, where = len(records), (len(directory), len(body))
+    end = b"PK\6\6" + struct.pack("<QHHLLQQQQ", 44, 0x31E, 45, 0, 0, count, count, *where)
+    end += b"PK\6\7" + struct.pack("<LQL", 0, sum(where), 1)
+    end += b"PK\5\6" + struct.pack("<HHHHLLH", 0, 0, count, count, *where, 0)
+    return body + directory + end
+
+
+def loaded(data: bytes) -> NDArray[Any]:
+    matrix: NDArray[Any] = torch.load(io.BytesIO(data), weights_only=True).numpy()
+    return matrix
+
+
+def assert_recognised_as_loaded(data: bytes) -> None:
+    found, expected = read_matrix(data), loaded(data)
+    assert found is not None
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert found.flags.c_contiguous
+    assert found.tobytes() == expected.tobytes()
+
+
+@given(st.integers(1, 300), st.integers(1, 90), st.sampled_from(DTYPES), st.integers(0, 2**32 - 1))
+def test_matrix_is_what_torch_loads(
+    frames: int, n_mels: int, dtype: torch.dtype, seed: int
+) -> None:
+    # Any bits at all: NaNs with a payload and subnormal numbers too.
+    rng = np.random.default_rng(seed)
+    numbers = torch.frombuffer(bytearray(rng.bytes(frames * n_mels * dtype.itemsize)), dtype=dtype)
+    assert_recognised_as_loaded(saved(numbers.view(frames, n_mels)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (255, 1), (256, 1), (1, 256), (65535, 1), (65536, 1), (2, 40_000)]
+)
+def test_sizes_are_read_in_each_of_the_widths_that_pickles_have(shape: tuple[int, int]) -> None:
+    assert_recognised_as_loaded(saved(torch.randn(shape)))
+
+
+def test_archive_has_the_name_of_the_file(tmp_path: Any) -> None:
+    torch.save(torch.randn(5, 4), tmp_path / "uttr-0123_a.b.pt")
+    assert_recognised_as_loaded((tmp_path / "uttr-0123_a.b.pt").read_bytes())
+
+
+def test_files_of_earlier_releases_have_fewer_records_and_longer_keys() -> None:
+    records = records_of(saved(torch.randn(5, 4)))
+    program = records["archive/data.pkl"].replace(b"\1\0\0\x000q", b"\x0e\0\0\x0094872093184160q")
+    older = [
+        ("archive/data.pkl", program),
+        ("archive/data/94872093184160", records["archive/data/0"]),
+        ("archive/version", b"3\n"),
+    ]
+    assert_recognised_as_loaded(packed(older))
+
+
+def test_writer_of_this_test_writes_as_torch_does() -> None:
+    data = saved(torch.randn(9, 4))
+    assert packed(list(records_of(data).items())) == data
+
+
+def sums_left_out() -> bytes:
+    torch.serialization.set_crc32_options(False)
+    try:
+        return saved(torch.randn(3, 4))
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "requires grad": lambda: saved(torch.randn(3, 4, requires_grad=True)),
+    "parameter": lambda: saved(torch.nn.Parameter(torch.randn(3, 4))),
+    "bfloat16": lambda: saved(torch.randn(3, 4).bfloat16()),
+    "int": lambda: saved(torch.ones(3, 4).int()),
+    "complex": lambda: saved(torch.ones(3, 4) + 0j),
+    "transposed view": lambda: saved(torch.randn(4, 3).T),
+    "rows of a larger one": lambda: saved(torch.randn(9, 4)[:3]),
+    "later rows of a larger one": lambda: saved(torch.randn(9, 4)[6:]),
+    "expanded": lambda: saved(torch.randn(1, 4).expand(3, 4)),
+    "negated view": lambda: saved(torch.randn(3, 4).to(torch.complex64).conj().imag),
+    "empty": lambda: saved(torch.empty(0, 4)),
+    "one dimension": lambda: saved(torch.randn(12)),
+    "three dimensions": lambda: saved(torch.randn(3, 4, 1)),
+    "dict": lambda: saved({"mel": torch.randn(3, 4)}),
+    "two tensors": lambda: saved([torch.randn(3, 4), torch.randn(3, 4)]),
+    "sparse": lambda: saved(torch.randn(3, 4).to_sparse()),
+    "legacy format": lambda: saved(torch.randn(3, 4), _use_new_zipfile_serialization=False),
+    "no checksums": sums_left_out,
+    "no file": lambda: b"",
+    "no zip file": lambda: b"garbage" * 999,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_file_is_left_to_torch(name: str) -> None:
+    assert read_matrix(OTHERS[name]()) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_flipped_bit_goes_unnoticed(dtype: torch.dtype) -> None:
+    data = bytearray(saved(torch.randn(3, 2).to(dtype)))
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        assert read_matrix(bytes(data)) is None, f"bit {bit % 8} of byte {bit // 8}"
+        data[bit // 8] ^= 1 << bit % 8
+    assert read_matrix(bytes(data)) is not None
+
+
+def test_no_byte_is_missing_or_too_many() -> None:
+    data = saved(torch.randn(3, 2))
+    for size in range(len(data)):
+        assert read_matrix(data[:size]) is None
+        assert read_matrix(data[size:] if size else b"\0") is None
+    assert read_matrix(data + b"\0") is None
+    assert read_matrix(b"\0" + data) is None
+
+
+def pickled(old: bytes, new: bytes) -> Callable[[Records], None]:
+    def edit(records: Records) -> None:
+        assert old in records["archive/data.pkl"]
+        records["archive/data.pkl"] = records["archive/data.pkl"].replace(old, new)
+
+    return edit
+
+
+def changed(name: str, content: bytes) -> Callable[[Records], None]:
+    return lambda records: records.update({name: content})
+
+
+def renamed(old: str, new: str) -> Callable[[Records], None]:
+    def edit(records: Records) -> None:
+        content = dict(records)
+        records.clear()
+        records.update({name.replace(old, new): content[name] for name in content})
+
+    return edit
+
+
+def without(name: str) -> Callable[[Records], None]:
+    return lambda records: records.pop(name) and None
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("it was unpickled",)
+
+
+# Of a matrix (3, 5), 15 numbers: K\x0f, K\x03, K\x05, and the strides K\x05 and K\x01.
+CRAFTED: dict[str, Callable[[Records], None]] = {
+    "more numbers than there are": pickled(b"cpuq\x04K\x0f", b"cpuq\x04K\x10"),
+    "fewer numbers than there are": pickled(b"cpuq\x04K\x0f", b"cpuq\x04K\x0e"),
+    "offset": pickled(b"QK\0", b"QK\1"),
+    "more frames than there are": pickled(b"K\x03K\x05\x86", b"K\x04K\x05\x86"),
+    "fewer frames than there are": pickled(b"K\x03K\x05\x86", b"K\x02K\x05\x86"),
+    "negative sizes": pickled(
+        b"K\x03K\x05\x86", b"J" + struct.pack("<i", -3) + b"J" + struct.pack("<i", -5) + b"\x86"
+    ),
+    "negative sizes and stride": pickled(
+        b"K\x03K\x05\x86q\x06K\x05",
+        b"J\xfd\xff\xff\xffJ\xfb\xff\xff\xff\x86q\x06J\xfb\xff\xff\xff",
+    ),
+    "huge sizes": pickled(b"K\x03K\x05\x86", 2 * b"J\xff\xff\xff\x7f" + b"\x86"),
+    "other strides": pickled(b"K\x05K\x01\x86", b"K\x01K\x03\x86"),
+    "stride 0": pickled(b"K\x05K\x01\x86", b"K\x00K\x01\x86"),
+    "other element type": pickled(b"FloatStorage", b"DoubleStorage"),
+    "integers": pickled(b"FloatStorage", b"IntStorage"),
+    "another device": pickled(b"\x03\0\0\0cpu", b"\x04\0\0\0cuda"),
+    "key of another length": pickled(b"X\1\0\0\x000", b"X\2\0\0\x000"),
+    "key of no record": pickled(b"X\1\0\0\x000", b"X\1\0\0\x001"),
+    "key that leads elsewhere": pickled(b"X\1\0\0\x000", b"X\4\0\0\x00../0"),
+    "more after the end": pickled(b"Rq\x0b.", b"Rq\x0b.."),
+    "another program": changed("archive/data.pkl", pickle.dumps(Malicious(), 2)),
+    "program after this one": pickled(b"Rq\x0b.", b"Rq\x0b" + pickle.dumps(Malicious(), 2)),
+    "numbers cut short": changed("archive/data/0", bytes(59)),
+    "big-endian": changed("archive/byteorder", b"big"),
+    "other version": changed("archive/version", b"4\n"),
+    "other format version": changed("archive/.format_version", b"9"),
+    "other alignment": changed("archive/.storage_alignment", b"x"),
+    "unknown record": changed("archive/other", b""),
+    "record outside the archive": changed("other/data/0", bytes(60)),
+    "version outside the archive": renamed("archive/version", "version"),
+    "archive without a name": renamed("archive/", "/"),
+    "archive with an odd name": renamed("archive/", "a\\b/"),
+    "archive with a long name": renamed("archive/", "a" * 256 + "/"),
+    "no archive": renamed("archive/", ""),
+    "no version": without("archive/version"),
+    "no numbers": without("archive/data/0"),
+    "no program": without("archive/data.pkl"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_file_with_true_checksums_is_left_to_torch(name: str) -> None:
+    records = records_of(saved(torch.randn(3, 5)))
+    assert read_matrix(packed(list(records.items()))) is not None
+    CRAFTED[name](records)
+    assert read_matrix(packed(list(records.items()))) is None
+
+
+def test_record_that_occurs_twice_is_left_to_torch() -> None:
+    records = list(records_of(saved(torch.randn(3, 5))).items())
+    for name in ("archive/data.pkl", "archive/data/0", "archive/version"):
+        again = [*records, (name, dict(records)[name])]
+        assert read_matrix(packed(again)) is None
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"bare": "archive/version"},
+        {"bare": "archive/data/0"},
+        {"order": lambda entries: [entries[0], entries[2], entries[1], *entries[3:]]},
+        {"gap": bytes(8)},
+        {"last_gap": bytes(8)},
+    ],
+    ids=[
+        "no header",
+        "numbers without header",
+        "directory in another order",
+        "gap",
+        "gap after the directory",
+    ],
+)
+def test_layout_that_torch_does_not_write_is_left_to_torch(layout: dict[str, Any]) -> None:
+    records = list(records_of(saved(torch.randn(3, 5))).items())
+    assert read_matrix(packed(records, **layout)) is None

@@ -1,0 +1,157 @@
+"""A final name appears only on a whole file, and what is written survives a power cut."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardprep import StorageError
+from shardprep.storage.local import (
+    fetch,
+    open_regular,
+    publish,
+    publish_bytes,
+    read_at_most,
+    sha256_of,
+)
+
+
+def test_name_appears_only_after_the_last_byte(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with publish(path) as file:
+        file.write(b"x" * 3_000_000)
+        file.flush()
+        assert not path.exists()
+        assert len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == b"x" * 3_000_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_failure_keeps_the_old_file_and_leaves_no_litter(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with publish(path) as file:
+            file.write(b"new")
+            raise kind
+
+    with pytest.raises(kind):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "fchmod"])
+def test_full_disk_is_a_storage_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, refuse)
+    path = tmp_path / "shard.tar"
+    with pytest.raises(StorageError, match=r"shard\.tar: No space left on device\. Check"):
+        publish_bytes(path, b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def spy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            if name == "fsync":
+                target = os.readlink(f"/proc/self/fd/{arguments[0]}")
+                calls[-1] += " folder" if os.path.isdir(target) else " file"
+                if not os.path.isdir(target):
+                    assert os.path.getsize(target) == 5
+            return original(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, spy(name, getattr(os, name)))
+    publish_bytes(tmp_path / "shard.tar", b"bytes")
+    assert calls == ["fsync file", "replace", "fsync folder"]
+
+
+def test_scratch_folder_takes_the_temporary_name(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with publish(tmp_path / "shard.tar", scratch):
+        assert len(list(scratch.iterdir())) == 1
+        assert list(tmp_path.iterdir()) == [scratch]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        publish_bytes(tmp_path / "shard.tar", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "shard.tar").stat().st_mode & 0o777 == mode
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    data = os.urandom(2_500_000)
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_fetching_reads_ahead_and_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"x" * 10_000)
+    asked: list[tuple[str, int, int, int]] = []
+
+    def advise(handle: int, offset: int, length: int, advice: int) -> None:
+        asked.append((os.readlink(f"/proc/self/fd/{handle}"), offset, length, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    before = os.listdir("/proc/self/fd")
+    fetch(path)
+    assert asked == [(str(path), 0, 0, os.POSIX_FADV_WILLNEED)]
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_trouble_in_fetching_is_left_to_the_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ESPIPE, "Illegal seek")
+
+    fetch(tmp_path / "missing.pt")
+    (tmp_path / "a.pt").touch()
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    before = os.listdir("/proc/self/fd")
+    fetch(tmp_path / "a.pt")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_pipes_devices_and_folders_are_never_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+
+
+def test_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_at_most(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes, more than the 4"):
+        read_at_most(tmp_path / "a", 4)

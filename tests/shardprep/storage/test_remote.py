@@ -1,0 +1,460 @@
+"""Files behind URLs: what they hold, what is tried again, and what every failure is called."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.server
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.http import HTTPFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from shardprep import StorageError
+from shardprep.storage import remote
+from shardprep.storage.remote import Remote, locate, modified_ns
+
+BODY = bytes(range(256)) * 4
+
+
+@pytest.fixture
+def memory() -> Iterator[Remote]:
+    """A folder in the memory of this process, with `sub/file` in it."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pipe("/folder/sub/file", BODY)
+    yield Remote("memory://folder", 5.0)
+    files.store.clear()
+    remote.forget_connections()
+
+
+@pytest.mark.parametrize(
+    ("place", "url"),
+    [
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("s3://bucket/a/b/", "s3://bucket/a/b"),
+        ("http://host:80/a b", "http://host:80/a b"),
+        ("memory://x", "memory://x"),
+        ("simplecache::s3://bucket/x", "simplecache::s3://bucket/x"),
+    ],
+)
+def test_what_has_a_protocol_is_behind_a_url(place: str, url: str) -> None:
+    found = locate(place)
+    assert isinstance(found, Remote)
+    assert str(found) == os.fspath(found) == url
+    assert locate(found) is found
+    assert str(found / "manifest.json") == f"{url}/manifest.json"
+    assert (found / "manifest.json").name == "manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("place", "path"),
+    [
+        ("/data/shards", "/data/shards"),
+        ("shards", "shards"),
+        ("file:///data/shards", "/data/shards"),
+        ("s3:/bucket", "s3:/bucket"),
+        (Path("a/b"), "a/b"),
+    ],
+)
+def test_what_has_none_is_a_path(place: str | Path, path: str) -> None:
+    assert locate(place) == Path(path)
+
+
+def test_files_are_read_in_whole_and_in_part(memory: Remote) -> None:
+    file = memory / "sub" / "file"
+    assert file.read() == BODY
+    assert file.read(10, 20) == BODY[10:20]
+    assert file.read(1000, 5000) == BODY[1000:]
+    assert file.read(5000, 6000) == b""
+    assert file.version()[0] == file.info()["size"] == len(BODY)
+    assert file.exists()
+
+
+def test_what_is_absent_is_told_apart(memory: Remote) -> None:
+    absent = memory / "absent"
+    assert not absent.exists()
+    assert absent.listing() == {}
+    absent.remove()
+    for ask in (absent.read, absent.info, absent.version):
+        with pytest.raises(FileNotFoundError):
+            ask()
+
+
+def test_files_are_written_moved_listed_and_removed(memory: Remote) -> None:
+    (memory / "a").write(b"one")
+    (memory / "a").write(b"other")
+    (memory / "a").move(memory / "deep" / "b")
+    listed = memory.listing()
+    assert {name: info["size"] for name, info in listed.items()} == {
+        "deep/b": 5,
+        "sub/file": len(BODY),
+    }
+    assert (memory / "deep" / "b").read() == b"other"
+    (memory / "deep" / "b").remove()
+    assert set(memory.listing()) == {"sub/file"}
+
+
+def test_a_file_is_sent_when_it_is_whole_and_not_at_all_if_something_is_raised(
+    memory: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with (memory / "new").publish() as file:
+        file.write(b"first half, ")
+        assert not (memory / "new").exists()
+        file.write(b"second half")
+    assert (memory / "new").read() == b"first half, second half"
+    with contextlib.suppress(KeyError), (memory / "never").publish() as file:
+        file.write(b"half")
+        raise KeyError
+    assert not (memory / "never").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_what_is_to_be_sent_is_the_disks_error(
+    memory: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with pytest.raises(StorageError, match=f"{tmp_path}/absent"):
+        (memory / "new").write(b"x")
+
+
+def test_a_place_travels_to_other_processes(memory: Remote) -> None:
+    (memory / "sub" / "file").read()
+    assert pickle.loads(pickle.dumps(memory)) == memory
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, errors: Iterator[BaseException | None]) -> list[float]:
+    """Have reads of memory:// fail in turn; gives when each was tried."""
+    tried: list[float] = []
+    read = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, *arguments: Any, **options: Any) -> Any:
+        tried.append(time.monotonic())
+        if (error := next(errors, None)) is not None:
+            raise error
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    return tried
+
+
+PASSING = [
+    OSError("a broken connection"),
+    TimeoutError(),
+    ConnectionResetError(),
+    RuntimeError("some layer of a library"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
+def test_what_may_pass_is_tried_again(
+    memory: Remote, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried = failing(monkeypatch, iter([error, error]))
+    assert (memory / "sub" / "file").read() == BODY
+    assert len(tried) == 3
+
+
+FINAL = [
+    PermissionError("no"),
+    IsADirectoryError("no"),
+    ValueError("no"),
+    TypeError("no"),
+    NotImplementedError("no"),
+    MemoryError("no"),
+    type("NoCredentialsError", (Exception,), {})("no"),
+]
+
+
+@pytest.mark.parametrize("error", FINAL, ids=lambda error: type(error).__name__)
+def test_what_will_not_change_is_an_error_at_once(
+    memory: Remote, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried = failing(monkeypatch, itertools.repeat(error))
+    with pytest.raises(StorageError, match=rf"sub/file: .*{type(error).__name__}: no") as caught:
+        (memory / "sub" / "file").read()
+    assert len(tried) == 1
+    assert caught.value.remedy
+    assert " for 5 s" not in str(caught.value)
+
+
+def test_ctrl_c_is_not_tried_again(memory: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = failing(monkeypatch, itertools.repeat(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        memory.read()
+    assert len(tried) == 1
+
+
+def test_patience_ends(
+    memory: Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = failing(monkeypatch, itertools.repeat(ConnectionResetError("gone")))
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(remote, "_told", float("-inf"))
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"no answer for 1 s \(ConnectionResetError: gone\)"):
+        Remote("memory://folder/sub/file", 1.0).read()
+    assert 1 <= time.monotonic() - began < 10
+    assert len(tried) > 5
+    # Once, when it begins to look like an outage.
+    assert [record.message for record in caplog.records] == [
+        "memory://folder/sub/file: ConnectionResetError: gone; trying for 1 s"
+    ]
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.forget_connections()
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(StorageError, match=r"not installed .*pip install 'shardprep\[s3\]'"):
+        Remote("s3://bucket/x").read()
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(StorageError, match=r"nonsense://x/y: is no URL that fsspec knows"):
+        Remote("nonsense://x/y").read()
+
+
+def test_stores_say_in_different_words_when_a_file_was_modified() -> None:
+    noon = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)
+    for info in (
+        {"LastModified": noon},
+        {"mtime": noon.timestamp()},
+        {"created": noon},
+        {"Last-Modified": "Wed, 01 May 2024 12:00:00 GMT"},
+    ):
+        assert modified_ns(info) == int(noon.timestamp()) * 10**9
+    assert modified_ns({"size": 3}) == modified_ns({"Last-Modified": "at noon"}) == 0
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+class Web:
+    """A web server.
+
+    Attributes:
+        status: What it answers by path, in turn, before it answers as it should.
+        asked: Method, path and range of each request.
+        holds: Set to let the answers go that the status 0 withholds.
+    """
+
+    def __init__(self) -> None:
+        self.status: dict[str, Iterator[int]] = {}
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.holds = threading.Event()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                web.asked.append((self.command, self.path, self.headers["Range"]))
+                status = next(web.status.get(self.path, iter(())), 200)
+                if status == 0:
+                    web.holds.wait(20)
+                body = BODY if status == 200 else b"no"
+                self.send_response(status or 500)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def file(self, path: str, patience: float = 5.0) -> Remote:
+        return Remote(f"http://127.0.0.1:{self._server.server_port}{path}", patience)
+
+    def close(self) -> None:
+        self.holds.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    web = Web()
+    yield web
+    remote.forget_connections()
+    HTTPFileSystem.clear_instance_cache()
+    web.close()
+
+
+def test_a_web_server_is_asked_for_ranges_and_may_have_none(web: Web) -> None:
+    assert web.file("/a").read(5, 9) == BODY
+    assert web.file("/a").read() == BODY
+    assert web.file("/a").info()["size"] == len(BODY)
+    assert [(method, part) for method, _, part in web.asked] == [
+        ("GET", "bytes=5-8"),
+        ("GET", None),
+        ("HEAD", None),
+    ]
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_what_a_web_server_does_not_have_is_absent(web: Web, status: int) -> None:
+    web.status = {"/a": itertools.repeat(status)}
+    if status == 404:
+        with pytest.raises(FileNotFoundError):
+            web.file("/a").read()
+    assert not web.file("/a").exists()
+
+
+@pytest.mark.parametrize("status", [401, 403, 400])
+def test_what_a_web_server_refuses_is_an_error_at_once_and_not_absence(
+    web: Web, status: int
+) -> None:
+    web.status = {"/a": itertools.repeat(status)}
+    for ask in (web.file("/a").read, web.file("/a").exists, web.file("/a").version):
+        web.asked.clear()
+        with pytest.raises(StorageError, match=f"/a: the store refused .*{status}"):
+            ask()
+        # By HEAD, then by GET, but only once.
+        assert len(web.asked) <= 2
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+def test_what_a_web_server_is_too_busy_for_is_asked_again(web: Web, status: int) -> None:
+    web.status = {"/a": iter([status] * 2), "/b": iter([status] * 4)}
+    assert web.file("/a").read() == BODY
+    assert web.file("/b").exists()
+    web.status = {"/c": itertools.repeat(status)}
+    for ask in (web.file("/c", 0.5).read, web.file("/c", 0.5).exists):
+        with pytest.raises(StorageError, match=rf"no answer for 0 s .*{status}"):
+            ask()
+
+
+def test_a_range_behind_the_end_is_empty(web: Web) -> None:
+    web.status = {"/a": itertools.repeat(416)}
+    assert web.file("/a").read(5000, 6000) == b""
+    assert len(web.asked) == 1
+
+
+def test_a_server_that_never_answers_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "CALL_SECONDS", 0.3)
+    web.status = {"/a": itertools.repeat(0), "/b": iter([0])}
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="no answer for 1 s"):
+        web.file("/a", 1.0).read()
+    assert 1 <= time.monotonic() - began < 10
+    # One lost answer costs one time-out.
+    assert web.file("/b").read() == BODY
+
+
+def test_a_server_that_is_not_there_is_given_up(web: Web) -> None:
+    web.close()
+    with pytest.raises(StorageError, match=r"no answer for 0 s .*Cannot connect"):
+        web.file("/a", 0.3).read()
+
+
+def test_a_web_server_is_written_to_by_nobody(web: Web) -> None:
+    with pytest.raises(StorageError, match=r"read only. Write to a folder, or to an object store"):
+        web.file("/a").write(b"x")
+    assert web.asked == []
+
+
+# Exits in a process that was forked while a thread of its parent had the lock.
+FORKS = """
+import os, faulthandler, fsspec
+from shardprep.storage import remote
+from shardprep.storage.remote import Remote
+
+fsspec.filesystem("memory").pipe("/folder/file", b"x")
+file = Remote("memory://folder/file")
+file.read()
+with remote._lock:
+    child = os.fork()
+    if not child:
+        faulthandler.dump_traceback_later(10, exit=True)
+        os._exit(0 if file.read() == b"x" else 1)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_that_is_forked_makes_connections_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
+
+
+def translated(status: int, code: str = "") -> OSError:
+    """What s3fs makes of an answer."""
+    error, cause = OSError(code), Exception(code)
+    cause.response = {  # type: ignore[attr-defined]
+        "ResponseMetadata": {"HTTPStatusCode": status},
+        "Error": {"Code": code},
+    }
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (translated(503, "SlowDown"), True),
+        (translated(429), True),
+        (translated(400, "RequestTimeout"), True),
+        (translated(403, "RequestTimeTooSkewed"), True),
+        (translated(301, "PermanentRedirect"), False),
+        (translated(400, "InvalidBucketName"), False),
+        (type("ParamValidationError", (Exception,), {})(), False),
+        (type("NoRegionError", (Exception,), {})(), False),
+        (type("EndpointConnectionError", (Exception,), {})(), True),
+    ],
+    ids=str,
+)
+def test_mistakes_of_the_user_are_not_tried_again(error: Exception, passes: bool) -> None:
+    assert remote._may_pass(error) is passes
+
+
+def test_names_are_quoted_in_web_addresses_only() -> None:
+    name = "a b/50%#1?.pt"
+    assert (Remote("https://x.org/d") / name).url == "https://x.org/d/a%20b/50%25%231%3F.pt"
+    assert (Remote("s3://x/d") / name).url == f"s3://x/d/{name}"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/d?key=1", "http://127.0.0.1:1/d#part"])
+def test_an_address_that_no_name_can_follow_is_refused(url: str) -> None:
+    with pytest.raises(StorageError, match=r"has a query or a fragment.*folder alone"):
+        (Remote(url) / "manifest.json").read()
+
+
+def test_marks_of_folders_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["/set/", "/set/within/", "/set/a.tar", "/set/within/b"]
+    found = {name: {"size": 1, "type": "file"} for name in names}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *arguments, **options: found)
+    assert set(Remote("memory://set").listing()) == {"a.tar", "within/b"}
+
+
+def test_the_users_configuration_of_fsspec_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def connect(url: str, **options: Any) -> tuple[Any, str]:
+        given.append(options["config_kwargs"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connect)
+    own = {"s3": {"addressing_style": "path"}, "read_timeout": 7}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": own})
+    remote.forget_connections()
+    with pytest.raises(StorageError, match="seen"):
+        Remote("s3://bucket/x").read()
+    assert given == [{**remote._S3["config_kwargs"], **own}]

@@ -1,0 +1,118 @@
+"""Snapshots: complete, of the model itself, and refused by name where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.state import PREDICTED, RESUMED, load_model, load_weights
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.errors import CheckpointError
+from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.run.trainer import Trainer
+
+ConfigFactory = Callable[..., Config]
+
+
+@pytest.fixture
+def eager_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As `accelerate launch --dynamo_backend eager`."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    yield
+    torch._dynamo.reset()
+
+
+def train(config: Config, *, resume: bool = False) -> Trainer:
+    trainer = Trainer(config, resume=resume)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def test_checkpoints_hold_just_what_is_asked_of_them(make_config: ConfigFactory) -> None:
+    config = make_config(**{"train.total_steps": 2, "train.valid_steps": 1})
+    train(config)
+    folder = config.run / "checkpoints"
+    assert set(load(folder / "step-00000002.pt")) == {"format", "launchers", *RESUMED}
+    assert set(PREDICTED) <= set(load(folder / "best.pt"))
+
+
+def test_a_compiled_model_is_saved_validated_and_resumed_as_the_model_itself(
+    make_config: ConfigFactory, eager_compilation: None
+) -> None:
+    steps = {"train.total_steps": 3, "train.valid_steps": 2, "train.log_steps": 1}
+    config = make_config(**steps, **{"train.stop_step": 2})
+    trainer = train(config)
+    assert type(trainer.train_step.model).__name__ == "OptimizedModule"
+    folder = config.run / "checkpoints"
+    plain = build_model(config.model, 40, 3)
+    for name in ("best.pt", "step-00000002.pt"):
+        saved = load(folder / name)["model"]
+        assert list(saved) == list(plain.state_dict())
+    assert train(make_config(**steps), resume=True).step == 3
+
+
+def test_weights_of_another_model_are_refused_by_file(make_config: ConfigFactory) -> None:
+    config, file = make_config(), Path("some/step-00000009.pt")
+    model = build_model(config.model, 40, 3)
+    weights = model.state_dict()
+    name = next(iter(weights))
+    wrapped = {f"_orig_mod.{key}": value for key, value in weights.items()}
+    wide = {**weights, name: torch.zeros(7, 7)}
+    for bad in (wrapped, wide, {}, None, [1]):
+        with pytest.raises(CheckpointError, match=r"^some/step-00000009\.pt: the weights in it"):
+            load_weights(model, {"model": bad}, file)
+    load_weights(model, {"model": weights}, file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": 5},
+        {"config": {}},
+        {"encoder": "rnn"},
+        {"heads": 0},
+        {"depth": 1},
+        {"speakers": 3},
+    ],
+)
+def test_settings_that_describe_no_model_are_refused_by_file(
+    make_config: ConfigFactory, change: dict[str, Any]
+) -> None:
+    config, file = make_config(), Path("some/best.pt")
+    model = build_model(config.model, 40, 3)
+    values = config.to_dict()
+    saved = {
+        "step": 9,
+        "config": values,
+        "speakers": ["a", "b", "c"],
+        "n_mels": 40,
+        "model": model.state_dict(),
+    }
+    found = load_model(saved, file).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+    if change.keys() <= saved.keys():
+        saved.update(change)
+    else:
+        values["model"].update(change)
+    with pytest.raises(
+        CheckpointError, match=r"^some/best\.pt: (the settings in|its speakers are)"
+    ):
+        load_model(saved, file)
+
+
+def test_a_spoiled_checkpoint_is_refused_on_resume_by_file(make_config: ConfigFactory) -> None:
+    config = make_config(**{"train.stop_step": 1})
+    train(config)
+    path = config.run / "checkpoints" / "step-00000001.pt"
+    saved = load(path)
+    for entry, bad in (("model", {}), ("optimizer", {"state": {}, "param_groups": []})):
+        torch.save({**saved, entry: bad}, path)
+        with pytest.raises(CheckpointError, match=r"step-00000001\.pt: the .* do not fit"):
+            Trainer(make_config(), resume=True)

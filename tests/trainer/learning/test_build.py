@@ -1,0 +1,70 @@
+"""From the configuration to the parts of a run: what each process gets of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict
+from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.learning.build import batch_of_each, build_train_loader
+
+import shardprep
+
+ConfigFactory = Callable[..., Config]
+CPU = torch.device("cpu")
+
+
+def test_without_a_global_batch_each_process_has_its_own() -> None:
+    assert [batch_of_each(DataConfig(batch_size=5), world) for world in (1, 2, 7)] == [5, 5, 5]
+
+
+def test_a_global_batch_is_the_same_at_every_number_of_processes_that_can_share_it() -> None:
+    data = DataConfig(batch_size=5, global_batch=24)
+    for world in range(1, 30):
+        if 24 % world:
+            with pytest.raises(ConfigError, match=f"found 24 on {world} processes"):
+                batch_of_each(data, world)
+        else:
+            assert batch_of_each(data, world) * world == 24
+
+
+@pytest.mark.parametrize(
+    ("data", "allowed"),
+    [
+        (DataConfig(global_batch=12), "start 1, 2, 3, 4, 6, 12 processes, or give a multiple of 5"),
+        # A process reads whole lanes.
+        (DataConfig(global_batch=24, order="windowed", lanes=8), "start 1, 2, 4, 8 processes"),
+    ],
+)
+def test_the_numbers_of_processes_that_would_do_are_named(data: DataConfig, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=allowed):
+        batch_of_each(data, 5)
+
+
+def test_a_split_smaller_than_the_global_batch_is_refused_by_its_name(
+    make_config: ConfigFactory,
+) -> None:
+    config = make_config(**{"data.global_batch": 26})
+    shards = shardprep.open_shards(config.data.shards)
+    with pytest.raises(ConfigError, match=r"data\.global_batch: found 26.* only 24 utterances"):
+        build_train_loader(config, shards, 0, 2, CPU)
+
+
+@pytest.mark.parametrize("value", ["0", "-8", "9"])
+def test_a_global_batch_that_cannot_work_is_refused_before_any_work(
+    value: str, make_config: ConfigFactory
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.global_batch: found"):
+        make_config(**{"data.global_batch": value, "data.order": "windowed", "data.lanes": 4})
+
+
+def test_configurations_from_before_there_was_a_global_batch_still_load(
+    make_config: ConfigFactory, tmp_path: Path
+) -> None:
+    config = make_config()
+    saved = config.to_dict()
+    del saved["data"]["global_batch"]
+    assert config_from_dict(saved) == config

@@ -1,0 +1,114 @@
+"""Meters: sums that weigh every sample alike, over all ranks, and rates of training alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from shardprep_trainer.learning.metrics import Meter, Throughput, Window, combine, peak_memory_mib
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def filled(
+    batches: list[tuple[float, int, int]], norms: list[float], max_skipped: int = 9
+) -> Meter:
+    meter = Meter(CPU, max_skipped)
+    for loss, correct, samples in batches:
+        meter.add_batch(torch.tensor(loss), torch.tensor(correct), samples)
+    for step, norm in enumerate(norms, 1):
+        meter.add_step(torch.tensor(norm), step)
+    return meter
+
+
+def test_the_mean_is_over_samples_not_over_batches_or_ranks() -> None:
+    first = filled([(1.0, 1, 1), (4.0, 0, 3)], [2.0, math.nan, 4.0])
+    second = filled([(2.0, 4, 4)], [2.0, math.nan, 4.0])
+    sums = combine(torch.stack([first.sums, second.sums]))
+    assert sums.loss / sums.samples == (1 * 1 + 4 * 3 + 2 * 4) / 8
+    assert (sums.correct, sums.samples) == (5, 8)
+    # The gradient is exchanged, so there is one norm and one decision, not one a rank.
+    assert (sums.norm, sums.steps, sums.skipped, sums.diverged) == (6.0, 2.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_does_not_spoil_the_means(bad: float) -> None:
+    meter = filled([(1.0, 1, 2), (bad, 3, 5), (3.0, 0, 2)], [2.0, bad, 4.0])
+    assert combine(meter.sums.unsqueeze(0)) == Window(8.0, 1.0, 4.0, 6.0, 2.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "max_skipped", "in_a_row", "diverged"),
+    [
+        ("..x.", 0, 0, 3),
+        ("xx.xx", 2, 2, 0),
+        ("xx.xxx", 2, 3, 6),
+        ("xxxx.xxx.", 2, 0, 3),
+        ("x.x.x.x.x", 1, 1, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_only_steps_skipped_in_a_row_are_a_divergence(
+    steps: str, max_skipped: int, in_a_row: int, diverged: int
+) -> None:
+    meter = filled([], [math.nan if step == "x" else 1.0 for step in steps], max_skipped)
+    sums = combine(meter.sums.unsqueeze(0))
+    assert (sums.in_a_row, sums.diverged) == (in_a_row, diverged)
+    assert (sums.skipped, sums.steps) == (steps.count("x"), steps.count("."))
+
+
+def test_reset_begins_anew_but_for_the_steps_in_a_row() -> None:
+    meter = filled([(1.0, 1, 1)], [1.0, math.nan, math.nan])
+    meter.reset()
+    assert combine(meter.sums.unsqueeze(0)) == Window(0, 0, 0, 0, 0, 0, in_a_row=2, diverged=0)
+
+
+def test_a_restored_window_goes_on_where_it_was_cut_off() -> None:
+    norms = [1.0, math.nan, math.nan, math.nan, math.nan]
+    whole = filled([(2.0, 1, 3)], norms, 3)
+    part, rest = filled([(2.0, 1, 3)], norms[:3], 3), Meter(CPU, 3)
+    rest.restore(combine(part.sums.unsqueeze(0)))
+    for step in (4, 5):
+        rest.add_step(torch.tensor(math.nan), step)
+    assert torch.equal(rest.sums, whole.sums)
+    assert combine(whole.sums.unsqueeze(0)).diverged == 5
+    # As version 0.1.0 wrote it.
+    rest.restore([8.0, 2.0, 4.0, 1.5, 1.0, 0.0])
+    assert rest.sums[:6].tolist() == [8.0, 2.0, 4.0, 1.5, 1.0, 0.0]
+
+
+def test_rates_count_samples_and_the_share_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def slow() -> Iterator[dict[str, Tensor]]:
+        nonlocal now
+        while True:
+            now += 3.0
+            yield {"label": torch.zeros(8)}
+
+    throughput, batches = Throughput(), slow()
+    for _ in range(2):
+        throughput.fetch(batches)
+        now += 1.0
+    assert throughput.rates(world_size=2) == {
+        "samples_per_second": 4.0,
+        "waiting": 0.75,
+        "network": 0.0,
+    }
+    throughput.restart()
+    now += 1.0
+    assert throughput.rates(world_size=2) == {
+        "samples_per_second": 0.0,
+        "waiting": 0.0,
+        "network": 0.0,
+    }
+
+
+def test_peak_memory_is_in_mib() -> None:
+    # An interpreter with PyTorch holds more than 50 MiB and less than 50 GiB.
+    assert 50 < peak_memory_mib(CPU) < 50_000

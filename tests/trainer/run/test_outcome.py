@@ -1,0 +1,37 @@
+"""The end of a run names the command that goes on from there, for the launch that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.train import main
+
+ConfigFactory = Callable[..., Config]
+
+
+@pytest.mark.parametrize(
+    ("machines", "part"),
+    [
+        ("1", "continue with: accelerate launch --num_processes 1 --cpu "),
+        ("2", "continue with: the same launch on every machine, with these options behind "),
+    ],
+)
+def test_a_run_of_several_machines_is_continued_on_all_of_them(
+    machines: str,
+    part: str,
+    make_config: ConfigFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(**{"train.stop_step": 2, "data.global_batch": 8})
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    # As torchrun tells its workers.
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(part)
+    assert last.endswith(f"--config {config.run / 'config.yaml'} --resume")

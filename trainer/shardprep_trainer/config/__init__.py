@@ -1,0 +1,1 @@
+"""What a run is told: fields, command line, checks."""

@@ -1,0 +1,182 @@
+"""The command line of training: a recipe, then overrides, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import jsonargparse
+import yaml
+
+from shardprep_trainer.config.checks import check, shorten_warmup
+from shardprep_trainer.config.fields import PARTS, Config
+from shardprep_trainer.errors import ConfigError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+_COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for."""
+
+    config: Config
+    resume: bool
+    """Continue from the newest checkpoint of the run folder."""
+    print_config: bool
+    """Print the resolved configuration and do nothing else."""
+    notes: tuple[str, ...] = ()
+    """What was not taken as it was given, for the user to know."""
+
+
+def parse_args(argv: Sequence[str]) -> Invocation:
+    """Read and check a command line.
+
+    Args:
+        argv: Arguments without the program's name, e.g. `["--config", "recipe.yaml",
+            "--optim.lr", "3e-4"]`. Later ones win; without `--config` the boss recipe goes first.
+
+    Returns:
+        The checked configuration and what to do with it.
+
+    Raises:
+        ConfigError: An unknown or ill-typed field, an unreadable file, or a bad combination; the
+            message begins with the file, or says that it was the command line.
+    """
+    arguments = list(argv)
+    files = {path: _read_file(path) for path in _config_files(arguments)}
+    if not files:
+        arguments = ["--config", str(RECIPES / "boss.yaml"), *arguments]
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(arguments)
+    except (jsonargparse.ArgumentError, OverflowError) as error:
+        # Every file has been read on its own by now.
+        _refuse(_COMMAND_LINE, error)
+    given = _to_config(parser, parsed, _COMMAND_LINE)
+    if fault := _fault(given):
+        guilty = [path for path, config in files.items() if _fault(config) == fault]
+        raise ConfigError(f"{guilty[0] if guilty else _COMMAND_LINE}: {fault}")
+    _check_trackers(given.train.trackers)
+    config = shorten_warmup(given)
+    notes = []
+    if config != given:
+        notes.append(
+            f"optim.warmup_steps {given.optim.warmup_steps:,} is not shorter than the run, "
+            f"train.total_steps {config.train.total_steps:,}; taken is a tenth of that, "
+            f"{config.optim.warmup_steps:,}"
+        )
+    return Invocation(config, parsed.resume, parsed.print_config, tuple(notes))
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    following = zip(arguments, arguments[1:], strict=False)
+    apart = [value for option, value in following if option == "--config"]
+    joined = [item.split("=", 1)[1] for item in arguments if item.startswith("--config=")]
+    return apart + joined
+
+
+def _read_file(path: str) -> Config:
+    """Read a file of `--config` on its own, so that its faults are told from later options'."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read ({error.strerror})") from error
+    # A date that does not exist and bytes that are no text are a ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a YAML file ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(
+            f"{path}: found {found}, allowed is a mapping of fields like {RECIPES / 'boss.yaml'}"
+        )
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        parsed = parser.parse_string(text)
+    except (jsonargparse.ArgumentError, OverflowError) as error:
+        _refuse(path, error)
+    return _to_config(parser, parsed, path)
+
+
+def _to_config(
+    parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace, origin: str
+) -> Config:
+    for part in PARTS:
+        if not isinstance(parsed[part], jsonargparse.Namespace):
+            raise ConfigError(
+                f"{origin}: {part}: found {parsed[part]}, allowed is a mapping of its fields"
+            )
+    values = parser.instantiate(parsed)
+    return Config(values.name, **{part: values[part] for part in PARTS})
+
+
+def _fault(config: Config) -> str | None:
+    try:
+        check(config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _refuse(origin: str, error: Exception) -> NoReturn:
+    detail = _one_line(error).replace("Parser key", "field")
+    raise ConfigError(f"{origin}: {detail}; --help lists every field with its type") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="trainer/train.py",
+        usage="accelerate launch [flags] trainer/train.py [--config FILE] [--FIELD VALUE ...]",
+        description="Train a speaker classifier on shards. Precision, devices and processes are "
+        "flags of `accelerate launch`; all the rest is below.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process got on for "
+        "train.hang_seconds, 130 Ctrl-C and 143 SIGTERM (both after saving); errors of the shards "
+        "have those of `shardprep`. These are the codes "
+        "of the process itself: `accelerate launch` replaces all but 0 by 1. Without --config the "
+        "boss recipe is read.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action="config", help="A recipe, or the config.yaml of a run.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue from the newest checkpoint of the run folder.",
+    )
+    parser.add_argument(
+        "--print-config",
+        "--print_config",
+        action="store_true",
+        help="Print the configuration that the other arguments give, as YAML, and leave.",
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    if all(name == "tensorboard" for name in names) and find_spec("tensorboard"):
+        return
+    # accelerate brings PyTorch, which --help and a wrong option need not wait for.
+    from accelerate.tracking import get_available_trackers
+
+    available = sorted(str(name) for name in get_available_trackers())
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"train.trackers: found {name}, allowed is what is installed of those that "
+                f"accelerate knows: {', '.join(available) or 'none'}; pip install it, or give "
+                "--train.trackers '[]'"
+            )

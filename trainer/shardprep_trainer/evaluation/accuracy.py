@@ -1,0 +1,240 @@
+"""Accuracy on whole utterances, each counted exactly once at any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shardprep_trainer.evaluation.views import Views
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Labels = NDArray[np.signedinteger[Any]]
+
+TOP = 5
+# Embeddings that are scored at a time: against 6,000 speakers that is 100 MB of scores.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a split; ratios are made from them last, never averaged."""
+
+    predictions: Labels
+    """Class of each utterance (N,), in the split's own order; -1 for one that was left out."""
+    correct: int
+    labelled: int
+    loss_sum: float
+    """Sum over the labelled utterances; 0 without a criterion."""
+    correct_top5: int = 0
+    """Labelled utterances whose speaker is among the five that score highest."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labelled utterances that were recognised, 0 where none is labelled."""
+        return self.correct / max(1, self.labelled)
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Share of the labelled utterances whose speaker is among the five highest."""
+        return self.correct_top5 / max(1, self.labelled)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the labelled utterances, 0 where none is labelled."""
+        return self.loss_sum / max(1, self.labelled)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a model makes of the utterances of a split."""
+
+    embeddings: NDArray[np.float32]
+    """(N, D), in the split's own order."""
+    evaluation: Evaluation
+    """How well they were recognised; it has no loss."""
+
+
+def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Move a batch to the device, in float32.
+
+    Args:
+        batch: `mel` (B, T, F), anywhere, and `length` (B,) on the CPU.
+        device: Where the model is.
+
+    Returns:
+        mel (B, T, F) float32 and lengths (B,); None in their place where nothing is padded, which
+        is known here without waiting for the device, and spares the model its mask.
+    """
+    mel, length = batch["mel"], batch["length"]
+    padded = bool((length < mel.shape[1]).any())
+    lengths = length.to(device, non_blocking=True) if padded else None
+    return mel.to(device, non_blocking=True).float(), lengths
+
+
+def on_one_process(total: Tensor) -> Tensor:
+    """The sum over the ranks where there is only one."""
+    return total
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    labels: Labels,
+    *,
+    device: torch.device,
+    criterion: Criterion | None = None,
+    reduce: Callable[[Tensor], Tensor] = on_one_process,
+    incomplete: bool = False,
+) -> Evaluation:
+    """Classify every utterance of a split, whole.
+
+    Args:
+        model: Maps mel (B, T, F) and lengths (B,) to logits (B, S); left in the mode it was in.
+        batches: This rank's part of the split: `mel`, `label`, `length`, and `index`, the
+            utterance's position in the split. Ranks may have different numbers of batches.
+        labels: Class of every utterance of the split (N,), -1 where unknown.
+        device: Where the model is.
+        criterion: Mean loss of logits (B, S) and labels (B,); None leaves the loss out.
+        reduce: Sums a tensor over the ranks; called the same number of times on each.
+        incomplete: Whether the batches may leave utterances out, as damaged ones are.
+
+    Returns:
+        Counts over the whole split, equal on every rank.
+    """
+    tally = _Tally(labels, device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    with _evaluating(model):
+        for batch in batches:
+            logits = model(*model_inputs(batch, device)).float()
+            tally.add(batch["index"], logits)
+            if criterion is not None:
+                loss_sum += _summed_loss(criterion, logits, batch["label"])
+    return tally.evaluation(reduce, reduce(loss_sum), incomplete=incomplete)
+
+
+def collect(
+    views: Views,
+    batches: Iterable[Mapping[str, Tensor]],
+    labels: Labels,
+    *,
+    device: torch.device,
+) -> Collected:
+    """Embed and classify every utterance of a split, on one process.
+
+    Args:
+        views: The model, on the device; left in the mode it was in.
+        batches: The whole split, as `evaluate` wants it.
+        labels: Class of every utterance of the split (N,), -1 where unknown; at least one.
+        device: Where the model is.
+
+    Returns:
+        Embeddings and counts; of the logits no more is kept, for they are (N, S).
+    """
+    tally = _Tally(labels, device)
+    embeddings = np.empty((0, 0), np.float32)
+    with _evaluating(views):
+        for batch in batches:
+            embedding, logits = views.embed_and_score(*model_inputs(batch, device))
+            tally.add(batch["index"], logits.float())
+            if not embeddings.size:
+                embeddings = np.empty((len(labels), embedding.shape[1]), np.float32)
+            embeddings[batch["index"].numpy()] = embedding.float().cpu().numpy()
+    return Collected(embeddings, tally.evaluation())
+
+
+def grade(
+    score: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    embeddings: NDArray[np.float32],
+    labels: Labels,
+) -> Evaluation:
+    """Classify embeddings, a block at a time.
+
+    Args:
+        score: Maps embeddings (B, D) to scores (B, S), the higher the likelier.
+        embeddings: (N, D).
+        labels: Class of each (N,), -1 where unknown.
+
+    Returns:
+        Counts; there is no loss.
+    """
+    tally = _Tally(labels, torch.device("cpu"))
+    for at in range(0, len(labels), _BLOCK):
+        block = embeddings[at : at + _BLOCK]
+        tally.add(torch.arange(at, at + len(block)), torch.from_numpy(score(block)))
+    return tally.evaluation()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the model is left in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+class _Tally:
+    """The answers to a split, gathered by position, whatever the order and number of batches."""
+
+    def __init__(self, labels: Labels, device: torch.device) -> None:
+        self._labels = labels
+        self._truth = torch.from_numpy(labels.astype(np.int64)).to(device)
+        # Prediction, times seen, and the place of the truth; adding gathers by index.
+        self._found = torch.zeros(3, len(labels), dtype=torch.int64, device=device)
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Take note of logits (B, S) of the utterances at positions `index` (B,)."""
+        index = index.to(logits.device, non_blocking=True)
+        place = _place(logits, self._truth[index])
+        answers = torch.stack((logits.argmax(1), torch.ones_like(index), place))
+        self._found.index_add_(1, index, answers)
+
+    def evaluation(
+        self,
+        reduce: Callable[[Tensor], Tensor] = on_one_process,
+        loss_sum: Tensor | None = None,
+        *,
+        incomplete: bool = False,
+    ) -> Evaluation:
+        """The counts over all ranks; `incomplete` if utterances may have been left out."""
+        predictions, seen, place = reduce(self._found).cpu().numpy()
+        assert (seen <= 1).all(), "an utterance was evaluated twice"
+        assert incomplete or seen.all(), "an utterance was not evaluated"
+        predictions[seen == 0] = -1
+        known = (self._labels >= 0) & (seen == 1)
+        return Evaluation(
+            predictions=predictions,
+            correct=int((predictions[known] == self._labels[known]).sum()),
+            labelled=int(known.sum()),
+            loss_sum=0.0 if loss_sum is None else loss_sum.item(),
+            correct_top5=int((place[known] < TOP).sum()),
+        )
+
+
+def _place(logits: Tensor, truth: Tensor) -> Tensor:
+    """How many classes are ahead of the true one (B,); of equals the first is, as in argmax."""
+    truth = truth.clamp(min=0).unsqueeze(1)
+    own = logits.gather(1, truth)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    # Not `>`: whatever is not a number is ahead of, and behind, everything.
+    ahead = ~(logits <= own) | ((logits == own) & (classes < truth))
+    return ahead.sum(1)
+
+
+def _summed_loss(criterion: Criterion, logits: Tensor, labels: Tensor) -> Tensor:
+    known = labels >= 0
+    if not known.any():
+        return logits.new_zeros(())
+    rows = known.nonzero().squeeze(1)
+    answers = labels[rows].to(logits.device, non_blocking=True)
+    return criterion(logits[rows.to(logits.device, non_blocking=True)], answers) * len(rows)

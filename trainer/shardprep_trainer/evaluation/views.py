@@ -1,0 +1,83 @@
+"""Hear an utterance whole and in crops, and take the mean (test-time augmentation).
+
+Axis legend: B batch, T frames, F mel bins, D embedding width, S speakers, W frames of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardprep_trainer.model.model import SpeakerModel
+
+
+class Views(nn.Module):
+    """A speaker model that is shown several views of every utterance.
+
+    The views are the whole utterance and `crops` segments of `frames` frames, equidistant from
+    its first to its last frame; one crop is cut from the middle. An utterance that is not longer
+    than a crop is every one of its crops. The embedding is the mean of the views' embeddings,
+    each brought to length 1 before; the scores are the mean of the views' logits or cosines.
+    Without crops both are those of the model itself, unchanged.
+
+    Args:
+        model: The model.
+        crops: Crops of each utterance, 0 or more.
+        frames: Length W of a crop [frames].
+
+    Raises:
+        ValueError: A negative number of crops, or crops of no frame.
+    """
+
+    def __init__(self, model: SpeakerModel, crops: int = 0, frames: int = 1) -> None:
+        super().__init__()
+        if crops < 0 or frames < 1:
+            raise ValueError(f"{crops} crops of {frames} frames: pass 0 or more of 1 or more")
+        self.model = model
+        self.crops = crops
+        self.frames = frames
+
+    def embed_and_score(self, mel: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed utterances and score them against every speaker.
+
+        Args:
+            mel: (B, T, F) log-mels, see `SpeakerModel.embed`.
+            lengths: (B,) valid frames, or None for all T.
+
+        Returns:
+            Embeddings (B, D) and logits or cosines (B, S).
+        """
+        embedding, scores = self._one(mel, lengths)
+        if not self.crops:
+            return embedding, scores
+        embedding = F.normalize(embedding, dim=1)
+        for crop, valid in self._cut(mel, lengths):
+            other, other_scores = self._one(crop, valid)
+            embedding = embedding + F.normalize(other, dim=1)
+            scores = scores + other_scores
+        return embedding / (self.crops + 1), scores / (self.crops + 1)
+
+    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits or cosines (B, S) of mel (B, T, F); see `embed_and_score`."""
+        return self.embed_and_score(mel, lengths)[1]
+
+    def _one(self, mel: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        embedding = self.model.embed(mel, lengths)
+        return embedding, self.model.classifier(embedding).to(embedding.dtype)
+
+    def _cut(self, mel: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The crops (B, W, F) and their valid frames, one after the other, each no more memory."""
+        batch, total, _ = mel.shape
+        width = min(self.frames, total)
+        ends = torch.full((batch,), total, device=mel.device) if lengths is None else lengths
+        room = (ends.to(mel.device) - width).clamp(min=0)
+        valid = None if lengths is None else lengths.clamp(max=width)
+        rows = torch.arange(batch, device=mel.device).unsqueeze(1)
+        within = torch.arange(width, device=mel.device)
+        for number in range(self.crops):
+            gaps = self.crops - 1
+            starts = room * number // gaps if gaps else room // 2
+            yield mel[rows, starts.unsqueeze(1) + within], valid

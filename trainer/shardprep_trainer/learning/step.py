@@ -1,0 +1,149 @@
+"""One optimiser step: micro-batches in, weights changed, sums in a meter; nothing waits.
+
+A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
+optimiser and running statistics stay as they were, and the meter counts it. The norm of the
+averaged gradient, one number on all ranks, decides. A loss that is not finite makes it so.
+
+- With the fused optimiser of a GPU or a CPU the decision stays on the device: its kernel is told
+  by `found_inf`, as a gradient scaler does it, to leave weights, moments and step count alone.
+- With float16 the scaler itself skips the step, in the same way, and lowers its scale.
+- An optimiser that is not fused is simply not called, for which the host waits for the norm.
+
+Under mixed precision only products are narrow: every softmax, each norm and the loss are computed
+in float32. Fused attention takes narrow queries and keys, and sums their softmax in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from shardprep_trainer.evaluation.accuracy import model_inputs
+from shardprep_trainer.learning.average import AveragedModel
+from shardprep_trainer.learning.metrics import Meter, Throughput
+from shardprep_trainer.learning.schedule import step_seed
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+def _as_it_is(mel: Tensor, lengths: Tensor | None) -> Tensor:
+    return mel
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a recipe adds to a plain step; functions take the number of steps before it."""
+
+    rate: Callable[[int], float]
+    """Learning rate."""
+    margin: Callable[[int], float] | None = None
+    """Margin of the criterion; None leaves it as it is."""
+    augment: Callable[[Tensor, Tensor | None], Tensor] = _as_it_is
+    """Changes crops (B, T, F) with valid frames (B,), or None for all, on the device."""
+    average: AveragedModel | None = None
+    """Follows the weights."""
+
+
+class TrainStep:
+    """Takes optimiser steps with a prepared model, without ever waiting for a GPU.
+
+    torch's generators are seeded from (seed, step, rank) before each step, so that dropout does
+    not depend on what was computed before, in this process or another.
+
+    Args:
+        accelerator: Has prepared the model and the optimiser.
+        model: mel (B, T, F) and lengths (B,) or None to logits (B, S).
+        optimizer: Its learning rate is set anew for every step.
+        criterion: Logits (B, S) and labels (B,) to their mean loss, a scalar.
+        plan: What changes from step to step.
+        accumulate: Micro-batches of a step; their gradients are averaged.
+        clip_norm: Largest norm of the whole gradient; 0 leaves it as it is.
+        max_skipped: Steps in a row that may be skipped before the meter calls it divergence.
+        seed: Seed of the run.
+
+    Attributes:
+        meter: Sums since it was last reset.
+        throughput: Rates since they were last restarted.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        criterion: nn.Module,
+        plan: StepPlan,
+        *,
+        accumulate: int,
+        clip_norm: float,
+        max_skipped: int,
+        seed: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.criterion = criterion
+        self.plan = plan
+        self.accumulate = accumulate
+        self.limit = clip_norm or math.inf
+        self.seed = seed
+        self.meter = Meter(accelerator.device, max_skipped)
+        self.throughput = Throughput()
+        self._buffers = list(model.buffers())
+
+    def __call__(self, batches: Batches, step: int) -> None:
+        """Take the step that follows `step` others, on the next micro-batches."""
+        torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(step)
+        if self.plan.margin is not None:
+            setattr(self.criterion, "margin", self.plan.margin(step))  # noqa: B010
+        before = [buffer.clone() for buffer in self._buffers]
+        for part in range(self.accumulate):
+            batch = self.throughput.fetch(batches)
+            exchange = part == self.accumulate - 1
+            with nullcontext() if exchange else self.accelerator.no_sync(self.model):
+                loss = self._forward(batch)
+                # One plus zero, or NaN: the gradient of an infinite loss may well be finite, and
+                # by the gradient alone the other ranks learn of it.
+                spoiler = 1 + 0 * loss.detach()
+                self.accelerator.backward(loss * spoiler / self.accumulate)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.limit)
+        self._move(norm.isfinite(), before)
+        if self.plan.average is not None:
+            self.plan.average.update(step)
+        self.optimizer.zero_grad()
+        self.meter.add_step(norm, step + 1)
+
+    def _move(self, finite: Tensor, before: list[Tensor]) -> None:
+        """Change the weights, or put the running statistics back to what they were before."""
+        bare = self.optimizer.optimizer
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()
+        elif bare.defaults.get("fused"):
+            bare.found_inf = (~finite).float()
+            self.optimizer.step()
+            del bare.found_inf
+        elif finite:
+            self.optimizer.step()
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
+
+    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+        device = self.accelerator.device
+        mel, lengths = model_inputs(batch, device)
+        # Under autocast the model takes narrow products by itself; powers need all their bits.
+        mel = self.plan.augment(mel, lengths)
+        logits = self.model(mel, lengths).float()  # (B, T, F) -> (B, S)
+        labels = batch["label"].to(device, non_blocking=True)
+        loss: Tensor = self.criterion(logits, labels)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self.meter.add_batch(loss.detach(), correct, len(labels))
+        return loss

@@ -1,0 +1,1 @@
+"""From a mel matrix (B, T, F) to an embedding (B, D) and cosine logits (B, S)."""

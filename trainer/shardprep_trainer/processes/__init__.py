@@ -1,0 +1,1 @@
+"""The processes of a launch: start, meet, agree, watch, stop."""

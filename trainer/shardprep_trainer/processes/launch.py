@@ -1,0 +1,179 @@
+"""What the launcher was asked for, and what it leaves to others to do.
+
+`accelerate launch --num_processes 2 --cpu` starts one process a machine: for more on CPUs it counts
+on mpirun, and without it says nothing. That one process then starts the rest, in
+`shardprep_trainer.processes.workers`, and waits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.processes.interrupt import launched_by_accelerate
+
+# torchrun, mpirun and `accelerate launch` on GPUs tell each process its place by one of these.
+_PLACED = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The processes of a launch that one machine has to start."""
+
+    number: int
+    """How many."""
+    machine: int = 0
+    """Number of this machine."""
+    machines: int = 1
+    """How many machines there are, each with as many processes."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all machines."""
+        return self.number * self.machines
+
+
+def check_launch(environment: dict[str, str], command: list[str]) -> None:
+    """Refuse flags of a launcher that would be passed over in silence, or that cannot work.
+
+    Args:
+        environment: Of this process.
+        command: Command line of the parent process, which may be the launcher.
+
+    Raises:
+        ConfigError: Naming the flag and what to give in its place.
+    """
+    _check_elastic(environment, command)
+    if not launched_by_accelerate(environment):
+        return
+    # The launcher hands this on to DeepSpeed alone.
+    given = re.search(r"__gradient_accumulation_steps[ =](\S+)", _options(command))
+    steps = given[1] if given else environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise ConfigError(
+            f"accelerate launch --gradient_accumulation_steps: found {steps}, which the launcher "
+            f"would not pass on; give --train.accumulate {steps} after trainer/train.py instead"
+        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate launch --use_{name.lower()}: the model is trained whole on every "
+                "process; leave this flag out"
+            )
+
+
+def _check_elastic(environment: Mapping[str, str], command: list[str]) -> None:
+    nodes = re.search(r"__nnodes[ =](\d+):(\d+)", _options(command))
+    varies = nodes is not None and nodes[1] != nodes[2]
+    # torchrun gives the address of a store that it keeps to those of the first round only.
+    if varies and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        assert nodes is not None
+        raise ConfigError(
+            f"torchrun --nnodes {nodes[1]}:{nodes[2]}: a machine that joins later would not find "
+            "the others; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+            "environment, on every machine"
+        )
+
+
+def launch_command(*, processes: int, device: str, precision: str) -> str:
+    """The start of a command line that launches this program once more in the same way.
+
+    Args:
+        processes: Number of processes.
+        device: Type of their devices, e.g. "cpu".
+        precision: Mixed precision: no, fp16 or bf16.
+
+    Returns:
+        From `accelerate launch` to the script, as a shell takes it from the current folder.
+    """
+    # Without a number the launcher takes one process for every GPU.
+    flags = ["--num_processes", str(processes)]
+    if device == "cpu":
+        flags.append("--cpu")
+    if precision != "no":
+        flags += ["--mixed_precision", precision]
+    script, here = Path(__file__).parents[2] / "train.py", Path.cwd()
+    shown = script.relative_to(here) if script.is_relative_to(here) else script
+    return shlex.join(["accelerate", "launch", *flags, str(shown)])
+
+
+def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Share | None:
+    """The processes that this one has to start and wait for; None if it is to train itself.
+
+    Args:
+        environment: Of this process.
+        command: Command line of the parent process, which may be the launcher.
+
+    Raises:
+        ConfigError: Several were asked for in a way that cannot be made up for.
+    """
+    # accelerate sets a port exactly if it was asked for several processes or machines.
+    if not launched_by_accelerate(environment) or "MASTER_PORT" not in environment:
+        return None
+    if any(name in environment for name in _PLACED):
+        return None
+    options = _options(command)
+    number, machines, machine = (
+        _number(options, name) for name in ("num_processes", "num_machines", "machine_rank")
+    )
+    if number is None:
+        raise ConfigError(
+            "accelerate launch was asked for several processes on CPUs but starts one; give "
+            "--num_processes N on its command line, or start them with "
+            "`torchrun --nproc-per-node N trainer/train.py`, on each machine"
+        )
+    machines, machine = machines or 1, machine or 0
+    if number % machines or machine >= machines:
+        raise ConfigError(
+            f"accelerate launch --num_processes {number} --num_machines {machines} --machine_rank "
+            f"{machine}: the first counts the processes of all machines, so give a multiple of "
+            "the second; the third is 0 on the first machine and less than their number on the "
+            "last"
+        )
+    return None if number == 1 else Share(number // machines, machine, machines)
+
+
+def _number(options: str, name: str) -> int | None:
+    """What an option was given, or None; the later one counts, as it does for the launcher."""
+    found = re.findall(rf"__{name}[ =](\d+)", options)
+    return int(found[-1]) if found else None
+
+
+def parent_command() -> list[str]:
+    """Command line of the parent process, empty where the system does not tell."""
+    try:
+        text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return os.fsdecode(text).split("\0")
+
+
+def _options(command: list[str]) -> str:
+    """A command line in which all options are spelt with underscores, as both are allowed."""
+    return " ".join(command).replace("-", "_")
+
+
+def launcher_identity(environment: Mapping[str, str]) -> str | None:
+    """What tells the launcher of this process from all others that there are or were.
+
+    Checkpoints bear it, so that what a launcher starts anew knows those that are its own.
+
+    Args:
+        environment: Of this process.
+
+    Returns:
+        Machine, number and moment of start; None without a launcher that starts processes anew.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    pid = os.getppid()
+    # The 22nd field, counted from behind the name, which may hold anything.
+    began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {pid} {began}"

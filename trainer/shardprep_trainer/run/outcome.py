@@ -1,0 +1,64 @@
+"""How a run ended, and the command that goes on from there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardprep_trainer.processes.launch import launch_command
+
+if TYPE_CHECKING:
+    from shardprep_trainer.run.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps done in all."""
+    finished: bool
+    """Whether these are all the steps of the run."""
+    signal: int
+    """Number of the signal that ended the run early, or 0."""
+    best_accuracy: float | None
+    """Best validation accuracy so far, None without validation."""
+    best_step: int | None
+    """Step of the best accuracy."""
+
+
+def summary(trainer: Trainer, outcome: Outcome) -> str:
+    """What was done, and the command that goes on from here."""
+    config, lines = trainer.config, []
+    if outcome.best_accuracy is not None:
+        lines.append(
+            f"best validation accuracy {outcome.best_accuracy:.4f} at step {outcome.best_step:,}"
+        )
+    if outcome.finished:
+        lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
+        command = ["python", "-m", "shardprep_trainer.predict", str(config.run)]
+        command += ["--shards", config.data.shards, "--out", "submission.csv"]
+        if outcome.best_accuracy is None:
+            command += ["--checkpoint", "last"]
+        lines.append(f"next: {shlex.join(command)}")
+        return "\n".join(lines)
+    why = signal.Signals(outcome.signal).name if outcome.signal else "--train.stop_step"
+    of = f"{outcome.step:,} of {config.train.total_steps:,}"
+    lines.insert(0, f"stopped by {why}: saved step {of} in {config.run / 'checkpoints'}")
+    saved = f"--config {shlex.quote(str(config.run / 'config.yaml'))} --resume"
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        lines.append(
+            "continue with: the same launch on every machine, with these options behind "
+            f"trainer/train.py: {saved}"
+        )
+        return "\n".join(lines)
+    launch = launch_command(
+        processes=trainer.world_size,
+        device=trainer.device.type,
+        precision=trainer.accelerator.mixed_precision,
+    )
+    lines.append(f"continue with: {launch} {saved}")
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""What must be right before any work starts: processes, data, and the run that is resumed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from shardprep import ShardCache, ShardSet, locate, open_shards
+from shardprep_trainer.checkpoint.files import State
+from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict, flatten
+from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.processes.meeting import group_options
+from shardprep_trainer.processes.watchdog import MEETING, Watchdog
+
+Changes = dict[str, tuple[Any, Any]]
+
+# What a resumed run may not change: it would be another run, on other data, with other weights.
+_FIXED_PARTS = ("model.", "augment.", "loss.")
+_FIXED = (
+    "data.segment_frames",
+    "data.pad_value",
+    "data.order",
+    "data.lanes",
+    "data.window_shards",
+    "optim.name",
+    "train.average_decay",
+    "train.start_from",
+    "train.seed",
+)
+
+
+def open_shards_of(data: DataConfig, path: str | None = None) -> ShardSet:
+    """Open the shards of a run, or those in another place, behind the run's cache if need be."""
+    place = locate(path or data.shards)
+    cache = None
+    if not isinstance(place, Path):
+        budget = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+        cache = ShardCache(data.cache_folder, budget, patience=data.patience_seconds)
+    return open_shards(place, cache)
+
+
+def open_data(data: DataConfig, *, validated: bool) -> ShardSet:
+    """Open the shards to train on.
+
+    Args:
+        data: Where they are, and how they are kept.
+        validated: Whether a validation split is needed.
+
+    Raises:
+        ConfigError: There are no shards, or a split is missing or empty; the message has the
+            remedy.
+        ShardprepError: The shards cannot be read.
+    """
+    path, place = data.shards, locate(data.shards)
+    if isinstance(place, Path) and not place.is_dir():
+        raise ConfigError(
+            f"data.shards: there is no folder {path}; make it with "
+            f"`shardprep build Dataset/ {path}`, or name another with --data.shards"
+        )
+    shards = open_shards_of(data)
+    filled = [name for name, split in shards.manifest.splits.items() if split.samples]
+    if "train" not in filled:
+        raise ConfigError(
+            f"data.shards: {path} has no utterances in a train split, only in "
+            f"{', '.join(filled) or 'none'}; build it from labelled ones with `shardprep build`"
+        )
+    if validated and "val" not in filled:
+        raise ConfigError(
+            f"data.shards: {path} has no utterances in a val split to validate on; build it with "
+            "`shardprep build --val-fraction 0.1`, or do without: --train.valid_steps 0"
+        )
+    # A set that is replaced later leaves the files of this one to the run.
+    for name in ("train", "val") if validated else ("train",):
+        shards[name].map_all()
+    return shards
+
+
+def check_same_run(
+    config: Config, saved: State, *, global_batch: int, precision: str, processes: int
+) -> Changes:
+    """Refuse to resume with a configuration that makes it another run.
+
+    Args:
+        config: The configuration given now.
+        saved: The checkpoint.
+        global_batch: Crops a step over all processes now.
+        precision: Mixed precision now.
+        processes: Number of processes now.
+
+    Returns:
+        What differs and may, dotted fields and the launch: name -> (value then, value now).
+
+    Raises:
+        ConfigError: Naming the field, what was found and what the run began with.
+    """
+    # Fields that are newer than the checkpoint had their defaults.
+    began = config_from_dict(saved["config"])
+    before, now = flatten(began.to_dict()), flatten(config.to_dict())
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    for key, (then, found) in changed.items():
+        if key in _FIXED or key.startswith(_FIXED_PARTS):
+            raise ConfigError(
+                f"{key}: found {found}, but the run to resume began with {then}; give that, or "
+                "start another run with --name NAME"
+            )
+    if global_batch != saved["global_batch"]:
+        raise ConfigError(
+            f"data.batch_size: found {global_batch} crops a step (data.batch_size x "
+            f"train.accumulate x processes), but the run to resume began with "
+            f"{saved['global_batch']} on {saved['processes']} process(es); choose them so that "
+            "the product is the same, or give the product of the first and the last as "
+            "--data.global_batch, which holds at any number of processes"
+        )
+    launch = {"mixed precision": ("precision", precision), "processes": ("processes", processes)}
+    for name, (key, value) in launch.items():
+        if saved[key] != value:
+            changed[name] = (saved[key], value)
+    return changed
+
+
+def check_same_data(shards: ShardSet, saved: State, path: str) -> None:
+    """Refuse to resume on another data set.
+
+    Raises:
+        ConfigError: Naming both fingerprints.
+    """
+    found, expected = shards.manifest.fingerprint, saved["fingerprint"]
+    if found != expected:
+        raise ConfigError(
+            f"data.shards: {path} has fingerprint {found}, but the run to resume began on "
+            f"{expected}; give the shards it began on, or start another run with --name NAME"
+        )
+
+
+def join_processes(config: Config) -> Accelerator:
+    """Meet the other processes of the launch.
+
+    Raises:
+        ConfigError: The flags of the launch do not suit the device, or not all processes can be
+            met: each would train, and write, on its own.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(config.train.hang_seconds, rank=int(os.environ.get("RANK", "0")))
+    watchdog.enter(MEETING, 0)
+    try:
+        with watchdog:
+            accelerator = Accelerator(
+                # Unless told so, accelerate does not join processes that have nothing but CPUs.
+                cpu=started > 1 and not torch.accelerator.is_available(),
+                log_with=list(config.train.trackers) or None,
+                # Event files go into the run folder itself: TensorBoard calls the run by its name.
+                project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
+                kwargs_handlers=[group_options(config.train.hang_seconds)],
+            )
+    except ValueError as error:
+        raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 and call it fp16.
+        raise ConfigError(
+            "accelerate launch --mixed_precision: found fp16, but the CPU computes bf16 or no"
+        )
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but accelerate sees "
+            f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
+        )
+    return accelerator

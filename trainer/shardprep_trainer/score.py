@@ -1,0 +1,339 @@
+"""How good a trained speaker model is: `shardprep score RUN`.
+
+Accuracy asks which of the known speakers an utterance is from; verification asks whether two
+utterances have one speaker, known to the model or not. Axis legend: N utterances, K trials.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep import Split
+from shardprep_trainer.errors import PredictionError
+from shardprep_trainer.evaluation.labels import missing_rows, read_labels
+from shardprep_trainer.evaluation.trials import (
+    Trials,
+    draw_trials,
+    positions_of,
+    possible_trials,
+    read_trials,
+)
+from shardprep_trainer.evaluation.verification import (
+    as_norm,
+    cosine_scores,
+    equal_error_rate,
+    min_dcf,
+    speaker_means,
+)
+from shardprep_trainer.inference import (
+    EXIT_CODES,
+    ModelOptions,
+    backend_option,
+    model_options,
+    note,
+    open_session,
+    reported_errors,
+)
+from shardprep_trainer.session import Session
+
+P_TARGET = 0.01
+# Trials drawn of each kind where no number is given, and where there are so many.
+_DRAWN = 50_000
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the command prints; None where there is nothing to say."""
+
+    checkpoint: str
+    step: int
+    shards: str
+    split: str
+    utterances: int
+    labelled: int
+    """Utterances whose speaker is known to us, and counted in the accuracies."""
+    unknown_to_model: int
+    """Those of them whose speaker the backend does not know: always wrong."""
+    backend: str
+    """What named the speakers, head or wccn."""
+    accuracy: float | None
+    top5_accuracy: float | None
+    trials: int
+    target_trials: int
+    trials_from: str | None
+    """The list they come from, or the seed that drew them."""
+    eer: float | None
+    """Equal error rate, 0 to 1."""
+    min_dcf: float | None
+    p_target: float
+    cohort: int | None
+    """Speakers in the AS-norm cohort; None without AS-norm."""
+    cohort_size: int | None
+    """How many of them count for each side of a trial."""
+    tta: int
+    tta_frames: int | None
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = []
+        for name, share in (("top-1", self.accuracy), ("top-5", self.top5_accuracy)):
+            if share is not None:
+                right = f"{round(share * self.labelled):,} of {self.labelled:,}"
+                lines.append(f"{name} accuracy on {self.split}: {share:.4f} ({right})")
+        if self.accuracy is not None:
+            lines.append(f"backend: {self.backend}")
+        if self.eer is not None:
+            lines.append(f"EER: {100 * self.eer:.2f} %")
+            lines.append(f"minDCF({self.p_target}): {self.min_dcf:.4f}")
+            kinds = f"{self.target_trials:,} of one speaker; {self.trials_from}"
+            lines.append(f"trials: {self.trials:,} ({kinds})")
+            cohort = "none"
+            if self.cohort is not None:
+                cohort = f"the nearest {self.cohort_size:,} of {self.cohort:,} training speakers"
+            lines.append(f"cohort: {cohort}")
+        return lines
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """Which trials are scored, and how."""
+
+    file: Path | None
+    """A list of trials; None draws them."""
+    pairs: int | None
+    """How many to draw; None for the default, 0 for none."""
+    seed: int
+    cohort_size: int | None
+    """Nearest of the cohort that normalise a score; None leaves it as it is."""
+
+
+def true_names(session: Session, part: Split, labels: Path | None) -> list[str | None]:
+    """Speaker of each utterance (N,), None where unknown.
+
+    Args:
+        session: What is scored.
+        part: The split; its own labels count where `labels` is None.
+        labels: A CSV, Id,Category; utterances that it does not list are unknown.
+
+    Raises:
+        PredictionError: The CSV is not one, or lists an utterance that the split lacks.
+    """
+    if labels is None:
+        names = session.shards.speakers
+        return [names[label] if label >= 0 else None for label in part.labels]
+    rows, positions = read_labels(labels), positions_of(part.keys)
+    if missing := [key for key in rows if key not in positions]:
+        where = f"split {part.name} of {session.shards.path}"
+        raise missing_rows(where, missing, labels, len(rows), session.left_out)
+    found: list[str | None] = [None] * len(part)
+    for key, name in rows.items():
+        if found[positions[key]] is not None:
+            raise PredictionError(f"{labels}: {key} occurs twice; leave one row for each utterance")
+        found[positions[key]] = name
+    return found
+
+
+def choose_trials(
+    options: TrialOptions, session: Session, part: Split, names: Sequence[str | None]
+) -> Trials | None:
+    """The trials to score, or None where none are wanted, or none can be drawn unasked.
+
+    Raises:
+        PredictionError: The list is faulty, or there are not as many pairs as are to be drawn.
+    """
+    if options.file is not None:
+        return read_trials(options.file, part.keys, session.left_out)
+    if options.pairs == 0:
+        return None
+    numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
+    speakers = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
+    targets = nontargets = min(_DRAWN, *possible_trials(speakers))
+    if options.pairs is not None:
+        targets, nontargets = options.pairs // 2, options.pairs - options.pairs // 2
+    elif not targets:
+        note(f"{part.name} has no pairs of one speaker and of two; no EER and no minDCF")
+        return None
+    try:
+        return draw_trials(speakers, targets, nontargets, options.seed)
+    except ValueError as error:
+        raise PredictionError(
+            f"split {part.name} of {session.shards.path}: {error}; take fewer --pairs (0 for "
+            "none), give --trials, or give --labels if the split has none"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What trials tell of a model."""
+
+    trials: int
+    target_trials: int
+    eer: float
+    """Equal error rate, 0 to 1."""
+    min_dcf: float
+    """At a prior of P_TARGET, normalised."""
+
+
+def find_cohort(session: Session) -> NDArray[np.float64]:
+    """The mean embeddings (C, D) of the training speakers of the shards.
+
+    Raises:
+        PredictionError: There are fewer than two, or no training split.
+    """
+    cohort = speaker_means(session.training.embeddings, session.split("train").labels)
+    if len(cohort) < 2:
+        raise PredictionError(
+            f"{session.shards.path}: AS-norm needs two training speakers or more, found "
+            f"{len(cohort)}; leave out --as-norm"
+        )
+    return cohort
+
+
+def verify(
+    embeddings: NDArray[np.float32],
+    trials: Trials,
+    cohort: NDArray[np.float64] | None,
+    cohort_size: int,
+) -> Verified:
+    """Score trials between embeddings (N, D), and the scores."""
+    scores = cosine_scores(embeddings, trials)
+    if cohort is not None:
+        scores = as_norm(scores, embeddings, trials, cohort, cohort_size)
+    return Verified(
+        trials=len(trials),
+        target_trials=int(trials.target.sum()),
+        eer=equal_error_rate(scores, trials.target),
+        min_dcf=min_dcf(scores, trials.target, p_target=P_TARGET),
+    )
+
+
+def score(
+    session: Session, part: Split, names: Sequence[str | None], options: TrialOptions
+) -> Score:
+    """Hear a split and measure accuracy and verification.
+
+    Args:
+        session: The model and the shards.
+        part: The split.
+        names: Its speakers (N,), None where unknown.
+        options: The trials.
+
+    Raises:
+        PredictionError: See `choose_trials`, `find_cohort` and `Session.recognise`.
+    """
+    # Trials first: what is wrong with them is said before the long work.
+    trials = choose_trials(options, session, part, names)
+    labelled = sum(name is not None for name in names)
+    # Without labels a backend need not learn to know anybody.
+    numbers = {name: number for number, name in enumerate(session.speakers if labelled else ())}
+    classes = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
+    strangers = labelled - int((classes >= 0).sum())
+    if strangers:
+        note(
+            f"{strangers:,} utterances of {part.name} are from speakers who cannot be named: "
+            "wrong for the accuracy, but good for trials"
+        )
+    if labelled < len(part):
+        note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
+    size = options.cohort_size
+    cohort = None if trials is None or size is None else find_cohort(session)
+    found = session.recognise(part, classes) if labelled else session.hear(part)
+    verified = None
+    if trials is not None:
+        verified = verify(found.embeddings, trials, cohort, size or 0)
+    source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
+    return Score(
+        checkpoint=str(session.file),
+        step=session.step,
+        shards=str(session.shards.path),
+        split=part.name,
+        utterances=len(part),
+        labelled=labelled,
+        unknown_to_model=strangers,
+        backend=session.backend,
+        accuracy=found.evaluation.correct / labelled if labelled else None,
+        top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
+        trials=verified.trials if verified else 0,
+        target_trials=verified.target_trials if verified else 0,
+        trials_from=source if verified else None,
+        eer=verified.eer if verified else None,
+        min_dcf=verified.min_dcf if verified else None,
+        p_target=P_TARGET,
+        cohort=None if cohort is None else len(cohort),
+        cohort_size=None if cohort is None else min(len(cohort), size or 0),
+        tta=session.views.crops,
+        tta_frames=session.views.frames if session.views.crops else None,
+    )
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    help=f"""Measure the model of RUN, a run folder, on a split of whole utterances.
+
+    Prints top-1 and top-5 accuracy, and for trials, pairs of utterances scored by the cosine of
+    their embeddings, the equal error rate and the normalised minimum detection cost. Results go
+    to stdout, all else to stderr. {EXIT_CODES}""",
+)
+@model_options(split="val")
+@backend_option
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="CSV of true labels, Id,Category, for a split without them.",
+)
+@click.option(
+    "--trials",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="List of trials, as VoxCeleb's: `1 ENROLL TEST` or `0 ENROLL TEST` a line.",
+)
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Trials to draw, half of them of one speaker; 0 for none.  [default: up to "
+    f"{2 * _DRAWN:,}]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides which are drawn.")
+@click.option("--as-norm", "normalized", is_flag=True, help="Normalise scores (AS-norm).")
+@click.option(
+    "--cohort-size",
+    type=click.IntRange(min=2),
+    default=300,
+    help="Nearest training speakers that AS-norm compares each side of a trial with.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    labels: Path | None,
+    trials: Path | None,
+    pairs: int | None,
+    seed: int,
+    normalized: bool,
+    cohort_size: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """The command; its help is above."""
+    if trials is not None and pairs is not None:
+        raise click.UsageError("--trials and --pairs exclude each other: give one of them")
+    if pairs == 1:
+        raise click.UsageError("--pairs 1: a target and a non-target trial make at least 2")
+    wanted = TrialOptions(trials, pairs, seed, cohort_size if normalized else None)
+    with reported_errors():
+        session = open_session(ModelOptions(**options))
+        part = session.split(options["split"])
+        result = score(session, part, true_names(session, part, labels), wanted)
+    click.echo(json.dumps(asdict(result)) if as_json else "\n".join(result.lines()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Entry of `accelerate launch trainer/train.py`: parse, build, fit, close."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from shardprep import ShardprepError, StorageError
+from shardprep_trainer.config.command_line import Invocation, parse_args
+from shardprep_trainer.errors import TrainerError, is_lost_peer, is_out_of_memory
+from shardprep_trainer.processes.launch import check_launch, parent_command, processes_to_start
+from shardprep_trainer.processes.workers import start_processes
+from shardprep_trainer.run.outcome import summary
+
+_MAIN_PROCESS_FIRST_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 usage or configuration, 130 after Ctrl-C, 143 after
+        SIGTERM, and the codes of `shardprep` for shards that cannot be read and disks that
+        refuse. A run that hangs leaves with 124 by itself; one that a signal kills has 128 and the
+        signal's number.
+    """
+    try:
+        return _run(parse_args(sys.argv[1:] if argv is None else argv))
+    except (TrainerError, ShardprepError) as error:
+        _report(f"error: {error}")
+        return error.exit_code
+    except OSError as error:
+        # Trackers, and folders that cannot even be listed.
+        what = error.strerror or str(error)
+        remedy = "Check free space and permissions, --train.runs and --name."
+        _report(f"error: {StorageError(what, file=error.filename, remedy=remedy)}")
+        return StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if is_lost_peer(error):
+            _report(
+                "error: another process is gone, or the network to it; see what it said last. "
+                "--resume goes on from the newest checkpoint, which torchrun --max-restarts does "
+                "by itself; if no step was done, name the network by NCCL_SOCKET_IFNAME or, on "
+                f"CPUs, GLOO_SOCKET_IFNAME ({' '.join(str(error).split())[:200]})"
+            )
+            return TrainerError.exit_code
+        if not is_out_of_memory(error):
+            raise
+        _report(
+            "error: the memory of the device does not suffice; take a smaller --data.batch_size "
+            "(or --data.global_batch) and make up for it by --train.accumulate, a smaller "
+            "--data.eval_frames, shorter "
+            f"--data.segment_frames, or a smaller model ({' '.join(str(error).split())[:200]})"
+        )
+        return TrainerError.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted; nothing was saved since the last checkpoint")
+        return 128 + signal.SIGINT
+
+
+def _run(asked: Invocation) -> int:
+    if asked.print_config:
+        if _rank() == 0:
+            _note(asked.notes)
+            sys.stdout.write(asked.config.to_yaml())
+        return 0
+    environment, command = dict(os.environ), parent_command()
+    check_launch(environment, command)
+    share = processes_to_start(environment, command)
+    return _train(asked) if share is None else start_processes(share)
+
+
+def _train(asked: Invocation) -> int:
+    # The engine brings PyTorch and the model, which --help and a wrong option need not wait for.
+    from shardprep_trainer.processes.meeting import parting
+    from shardprep_trainer.run.trainer import Trainer
+
+    if _rank() == 0:
+        _note(asked.notes)
+    with parting():
+        trainer = Trainer(asked.config, resume=asked.resume)
+        try:
+            outcome = trainer.fit()
+            if _rank() == 0:
+                print(summary(trainer, outcome), file=sys.stderr, flush=True)
+            # A launcher ends all processes as soon as one has left with a code other than 0.
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            trainer.close()
+    return 128 + outcome.signal if outcome.signal else 0
+
+
+def _note(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _report(message: str) -> None:
+    """Print an error once, though every process of a launch meets it.
+
+    The launcher ends the other processes as soon as one has failed, so these leave the first
+    word to the main process, and speak only where it had nothing to say.
+    """
+    if _rank() != 0:
+        time.sleep(_MAIN_PROCESS_FIRST_SECONDS)
+    print(message, file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def command() -> NoReturn:
+    """Train as the command line of the process says, and leave with the exit code of `main`."""
+    # A shard that is cut short while it is mapped, or whose disk fails, ends the process by SIGBUS.
+    faulthandler.enable()
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written and closed. As the interpreter tears the rest down, a thread of gloo now
+        # and then aborts a process that has done all it should.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()
