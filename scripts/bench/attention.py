@@ -7,7 +7,7 @@
   `shardprep_trainer.model.blocks.skew`: the trainer's own way on a GPU;
 - flex: FlexAttention, compiled, which reads the relative scores by index and makes no (T, T) bias.
 
-Training is a forward and a backward pass over crops of 128 frames, inference a forward pass over
+Training is a forward and a backward pass over segments of 128 frames, inference a forward pass over
 whole utterances. FlexAttention adds up the gradient of what it reads by index with atomic additions
 (pytorch/pytorch pull request 137452), in another order each time, so that a run that trains with it
 cannot be resumed to the bit; on a CPU it has no gradient at all. Ways take turns, and every one is

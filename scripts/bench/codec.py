@@ -3,8 +3,8 @@
     python -m scripts.bench.codec Dataset/ [--utterances 2000] [--out scripts/results/codec.json]
 
 The same utterances are packed once for each setting; all sets take turns with the uncompressed one
-at giving batches of 256 random crops of 128 frames. A byte shuffle (all low bytes of a chunk, then
-all high ones) is measured by itself, inflated in one call and put together again: it is not
+at giving batches of 256 random segments of 128 frames. A byte shuffle (all low bytes of a chunk,
+then all high ones) is measured by itself, inflated in one call and put together again: it is not
 offered, since no other reader would find an npy file in such a member.
 """
 
@@ -89,7 +89,7 @@ def shuffled(target: Path) -> tuple[int, Callable[[], int]]:
     out = np.empty((BATCH, 3, chunk * N_MELS, split.dtype.itemsize), np.uint8)
 
     def batch() -> int:
-        # Three chunks a crop, as nearly every crop of two chunks' length touches.
+        # Three chunks a segment, as nearly every segment of two chunks' length touches.
         picked = rng.choice(usable, BATCH)
         first = np.asarray(owner)[picked] + rng.integers(0, split.frames[picked] // chunk - 2)
         which = (first[:, None] + np.arange(3)).ravel()

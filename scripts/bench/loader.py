@@ -1,9 +1,9 @@
-"""Crops per second of every way to read the same data set, measured in one run.
+"""Segments per second of every way to read the same data set, measured in one run.
 
     python -m scripts.bench.loader [--dataset Dataset/ | --lengths FILE] [--work FOLDER]
         [--out scripts/results/loader.json] [--plot scripts/results/loader.png]
 
-All loaders give batches of 256 random float16 crops of 128 frames, short utterances padded with
+All loaders give batches of 256 random float16 segments of 128 frames, short utterances padded with
 -20, in shuffled order, from the same utterances on a warm page cache, with 0 and with 2 workers:
 
 - a .pt file a sample, as the course's own Dataset and DataLoader do it;
@@ -42,7 +42,7 @@ import numpy as np
 import shardprep
 from scripts.bench.peers import NOT_ADVISED, PEERS, Peer
 from shardprep.bench.contenders import (
-    CropShape,
+    SegmentShape,
     file_candidate,
     limit_candidates,
     limit_rows,
@@ -111,7 +111,7 @@ def build(dataset: Path, work: Path) -> tuple[dict[str, Path], dict[str, float]]
 
 
 def peer_candidates(
-    shards: Path, work: Path, shape: CropShape, only: Sequence[str], result: dict[str, Any]
+    shards: Path, work: Path, shape: SegmentShape, only: Sequence[str], result: dict[str, Any]
 ) -> Iterator[Candidate]:
     """The loaders of all peers that are wanted and installed; notes on all others in `result`."""
     fingerprint = shardprep.open_shards(shards).manifest.fingerprint
@@ -147,7 +147,7 @@ def measure_all(
     folders, conversion = in_own_process(partial(build, dataset, work), CONVERT_SECONDS)
     plain = shardprep.open_shards(folders["shardprep none"])
     split = plain["train"]
-    shape = CropShape(min(BATCH, len(split)), FRAMES, split.n_mels, split.dtype)
+    shape = SegmentShape(min(BATCH, len(split)), FRAMES, split.n_mels, split.dtype)
     about = machine()
     result: dict[str, Any] = {
         **asdict(about),
@@ -220,7 +220,7 @@ def _tell(name: str, rate: Rate | None) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """The table, as Markdown, and what is missing from it."""
-    click.echo("| loader | crops/s | to the files | to the limit |\n|---|---|---|---|")
+    click.echo("| loader | samples/s | to the files | to the limit |\n|---|---|---|---|")
     for row in result["loaders"]:
         to_files = "-" if row["to_files"] is None else f"{row['to_files']:.1f}x"
         click.echo(

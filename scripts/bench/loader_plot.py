@@ -70,7 +70,7 @@ def _frame(axes: Any, slowest: float, limit: float) -> None:
     # A whole power of ten, so that the bars of two runs begin alike.
     axes.set_xlim(10 ** math.floor(math.log10(slowest / 2)), limit * 1.3)
     axes.minorticks_off()
-    axes.set_xlabel("crops per second", fontsize=9, color=FAINT)
+    axes.set_xlabel("segments per second", fontsize=9, color=FAINT)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     bare(axes, "x")
     axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
@@ -80,7 +80,7 @@ def _title(axes: Any, result: dict[str, Any]) -> None:
     size, frames, n_mels = result["batch"]
     title(
         axes,
-        "Random crops a second, by loader",
+        "Random segments a second, by loader",
         f"{result['dataset']['utterances']:,} utterances, batches of {size} of {frames} x {n_mels} "
         f"{result['dtype']}, warm page cache, each with its best number of workers\n"
         f"{result['cores']} cores, {result['cpu']}, {result['date']}; "

@@ -1,4 +1,4 @@
-"""The other libraries that feed random crops to PyTorch, each set up as its documentation advises.
+"""The other libraries that feed random segments to PyTorch, each set up as its documentation says.
 
 A peer converts a split into its own format once, and then gives candidates for `take_turns`, with
 and without workers. All store float16 matrices, shuffle, and deliver the same batches.
@@ -7,7 +7,8 @@ and without workers. All store float16 matrices, shuffle, and deliver the same b
   batches made within the workers.
 - mosaicml-streaming: MDS, uncompressed, float16 arrays; `StreamingDataset` told its batch size, and
   `LocalDataset`, which is for data that lie on a local disk.
-- litdata: chunks of 64 MB of raw bytes, which it reads faster than arrays; the crop as `transform`.
+- litdata: chunks of 64 MB of raw bytes, which it reads faster than arrays; `transform` cuts
+  segments.
 - lhotse: Shar with numpy features, `DynamicCutSampler` over a lazy, shuffled cut set.
 - datasets: Arrow on disk, map-style, read whole batches at a time: an `Array2D` column in torch
   format, which is what its guide for PyTorch advises; and a column of bytes, without a format,
@@ -40,8 +41,8 @@ from scripts.bench.peer_formats import (
 from shardprep.bench.contenders import (
     SHUFFLE_BUFFER,
     Batch,
-    CropShape,
     Sample,
+    SegmentShape,
     data_loader,
     epochs,
     from_webdataset,
@@ -72,14 +73,14 @@ class Peer:
     module: str
     format: str
     convert: Callable[[Path, Path], None]
-    start: Callable[[Path, CropShape, int], Iterator[Batch]]
+    start: Callable[[Path, SegmentShape, int], Iterator[Batch]]
 
     @property
     def installed(self) -> bool:
         """Whether there is anything to import."""
         return find_spec(self.module) is not None
 
-    def candidates(self, folder: Path, shape: CropShape) -> list[Candidate]:
+    def candidates(self, folder: Path, shape: SegmentShape) -> list[Candidate]:
         """Its loaders of a converted split, with each number of workers."""
         return [
             Candidate(
@@ -98,16 +99,16 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def as_sample(item: Mapping[str, Any], shape: CropShape) -> Sample:
-    """Crop what a peer gives: mel as bytes, as an array or as a tensor, and the label."""
+def as_sample(item: Mapping[str, Any], shape: SegmentShape) -> Sample:
+    """Segment what a peer gives: mel as bytes, as an array or as a tensor, and the label."""
     mel = item["mel"]
     if isinstance(mel, bytes | bytearray | memoryview):
         mel = np.frombuffer(mel, shape.dtype).reshape(-1, shape.n_mels)
     return shape.cut(np.asarray(mel)), int(item["label"])
 
 
-def collate_items(items: Sequence[Mapping[str, Any]], shape: CropShape) -> Batch:
-    """Crop, pad and stack the items of a peer."""
+def collate_items(items: Sequence[Mapping[str, Any]], shape: SegmentShape) -> Batch:
+    """Segment, pad and stack the items of a peer."""
     return shape.collate([as_sample(item, shape) for item in items])
 
 
@@ -119,29 +120,29 @@ def decode_webdataset(members: Mapping[str, Any]) -> Sample:
     return np.load(io.BytesIO(payload)), int(members["cls"])
 
 
-def start_webdataset(folder: Path, shape: CropShape, workers: int) -> Iterator[Batch]:
+def start_webdataset(folder: Path, shape: SegmentShape, workers: int) -> Iterator[Batch]:
     """Batches of webdataset."""
     urls = [str(path) for path in files_below(folder)]
     return from_webdataset(urls, shape, workers, decode_webdataset)
 
 
-def start_mds(folder: Path, shape: CropShape, workers: int, local: bool) -> Iterator[Batch]:
+def start_mds(folder: Path, shape: SegmentShape, workers: int, local: bool) -> Iterator[Batch]:
     """Batches of `LocalDataset` or `StreamingDataset`."""
     streaming = import_streaming()
     streaming.base.util.clean_stale_shared_memory()
-    # Cropped where they are read, so that workers pass on crops and not utterances.
+    # Cut where they are read, so that workers pass on segments and not utterances.
     base = streaming.LocalDataset if local else streaming.StreamingDataset
 
-    class Crops(base):  # type: ignore[misc, valid-type]
+    class Segments(base):  # type: ignore[misc, valid-type]
         def __getitem__(self, at: Any) -> Any:
             return as_sample(super().__getitem__(at), shape)
 
     if local:
         options: dict[str, Any] = {"shuffle": True}
-        dataset = Crops(local=str(folder))
+        dataset = Segments(local=str(folder))
     else:
         options = {}
-        dataset = Crops(local=str(folder), shuffle=True, batch_size=shape.batch_size)
+        dataset = Segments(local=str(folder), shuffle=True, batch_size=shape.batch_size)
     try:
         yield from epochs(data_loader(dataset, shape, workers, drop_last=True, **options))
     finally:
@@ -149,7 +150,7 @@ def start_mds(folder: Path, shape: CropShape, workers: int, local: bool) -> Iter
         streaming.base.util.clean_stale_shared_memory()
 
 
-def start_litdata(folder: Path, shape: CropShape, workers: int) -> Iterator[Batch]:
+def start_litdata(folder: Path, shape: SegmentShape, workers: int) -> Iterator[Batch]:
     """Batches of litdata's own loader."""
     import litdata
 
@@ -170,7 +171,7 @@ def start_litdata(folder: Path, shape: CropShape, workers: int) -> Iterator[Batc
 class CutBatches(torch.utils.data.Dataset[Batch]):
     """What lhotse calls a dataset: makes a batch of the cuts that a sampler has chosen."""
 
-    def __init__(self, shape: CropShape) -> None:
+    def __init__(self, shape: SegmentShape) -> None:
         self._shape = shape
 
     def __getitem__(self, cuts: Any) -> Batch:
@@ -182,7 +183,7 @@ class CutBatches(torch.utils.data.Dataset[Batch]):
         )
 
 
-def start_lhotse(folder: Path, shape: CropShape, workers: int) -> Iterator[Batch]:
+def start_lhotse(folder: Path, shape: SegmentShape, workers: int) -> Iterator[Batch]:
     """Batches of Shar, the sampler within the worker."""
     from lhotse import CutSet
     from lhotse.dataset import DynamicCutSampler, IterableDatasetWrapper
@@ -204,7 +205,9 @@ def start_lhotse(folder: Path, shape: CropShape, workers: int) -> Iterator[Batch
     return epochs(loader)
 
 
-def start_datasets(folder: Path, shape: CropShape, workers: int, as_bytes: bool) -> Iterator[Batch]:
+def start_datasets(
+    folder: Path, shape: SegmentShape, workers: int, as_bytes: bool
+) -> Iterator[Batch]:
     """Batches of a map-style data set, which DataLoader asks for a batch at a time."""
     import datasets
 

@@ -14,7 +14,7 @@ of small shards for the rest.
 - budget: an epoch with a cache of a tenth of the data, whose files are summed all the time.
 - ranks: four processes share a cache for an epoch; bytes that the server sent of each object.
 - outage: an epoch while the server is stopped for 20 s, 5 % of requests are answered with 503, and
-  one in 50 bodies is cut short and one in 50 changed; every crop is compared with the local one.
+  one in 50 bodies is cut short and one in 50 changed; every segment is compared with the local one.
 - kills: a reader is killed (SIGKILL) at a random moment of its downloads, over and over; then every
   file in the cache is compared with its name, and an epoch with the local one.
 - builds: a build into S3 is killed (SIGKILL, the whole group) at a random moment and continued;

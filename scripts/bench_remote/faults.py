@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import shardprep
-from scripts.bench_remote.sets import SMALL, Bench, Result, crops, shards_of
+from scripts.bench_remote.sets import SMALL, Bench, Result, segments, shards_of
 from scripts.servers.object_store import Faults, fault_proxy
 
 
@@ -32,8 +32,8 @@ def budget(bench: Bench) -> Result:
     folder, options = bench.cache(), {"lanes": 2, "window_shards": 1}
     cache = shardprep.ShardCache(folder, total // 10)
     with watching(folder) as peak:
-        found = crops(url, cache, **options)
-    exact = found == crops(shards, None, **options)
+        found = segments(url, cache, **options)
+    exact = found == segments(shards, None, **options)
     return {"bytes": total, "budget": total // 10, "peak": peak[0], "exact": exact,
             "fetched": cache.traffic.files, "holds": exact and peak[0] <= total // 10}  # fmt: skip
 
@@ -83,7 +83,7 @@ def ranks(bench: Bench, world: int = 4) -> Result:
             if line.method == "GET" and (name := re.search(r"(train-\d+\.tar)", line.path)):
                 sent[name[1]] += line.bytes
     sizes = {path.name: path.stat().st_size for path in shards_of(shards)}
-    expected = {r: list(rank_crops(str(shards), r, world)) for r in range(world)}
+    expected = {r: list(rank_segments(str(shards), r, world)) for r in range(world)}
     return {"objects": len(sizes), "sent_once": sum(sent[n] == size for n, size in sizes.items()),
             "bytes": sum(sizes.values()), "bytes_sent": sum(sent.values()),
             "exact": found == expected,
@@ -92,13 +92,13 @@ def ranks(bench: Bench, world: int = 4) -> Result:
 
 def rank_epoch(url: str, rank: int, world: int, results: Any) -> None:
     """A rank of `ranks`."""
-    results.put((rank, list(rank_crops(url, rank, world))))
+    results.put((rank, list(rank_segments(url, rank, world))))
 
 
-def rank_crops(place: str, rank: int, world: int) -> list[str]:
+def rank_segments(place: str, rank: int, world: int) -> list[str]:
     """Digests of a rank's batches."""
     options = {"rank": rank, "world_size": world, "lanes": world, "window_shards": 2}
-    return crops(place, None, **options)
+    return segments(place, None, **options)
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def environment(endpoint: str, cache: Path) -> Iterator[None]:
 def outage(bench: Bench, pause: float = 20.0) -> Result:
     """An epoch through all faults at once."""
     shards, url = bench.set("small", SMALL)
-    expected = crops(shards, None)
+    expected = segments(shards, None)
     sizes = sum(path.stat().st_size for path in shards_of(shards))
     faults = Faults(busy=0.05, truncate=50, corrupt=50, bandwidth=sizes / 15)
     with (
@@ -130,7 +130,7 @@ def outage(bench: Bench, pause: float = 20.0) -> Result:
         cache = shardprep.ShardCache(patience=120)
         began = time.perf_counter()
         with ThreadPoolExecutor(1) as threads:
-            reading = threads.submit(crops, url, cache)
+            reading = threads.submit(segments, url, cache)
             time.sleep(4)
             # Here, for the server ends with the thread that has started it.
             bench.store.stop()
@@ -164,7 +164,7 @@ def kills(bench: Bench) -> Result:
     ):
         folder = Path(os.environ["SHARDPREP_CACHE"])
         for number in range(count):
-            process = spawn.Process(target=rank_crops, args=(url, 0, 1))
+            process = spawn.Process(target=rank_segments, args=(url, 0, 1))
             process.start()
             before = len(list(folder.glob("*")))
             while process.is_alive() and len(list(folder.glob("*"))) < before + 2:
@@ -177,10 +177,10 @@ def kills(bench: Bench) -> Result:
             if number % 4 == 3:
                 shutil.rmtree(folder)
         proxy.faults = Faults()
-        found = crops(url, None)
+        found = segments(url, None)
         untrue += sum(not is_true(path) for path in folder.glob("?" * 64))
     return {"kills": count, "parts_left": parts, "untrue_files": untrue,
-            "holds": not untrue and parts > 0 and found == crops(shards, None)}  # fmt: skip
+            "holds": not untrue and parts > 0 and found == segments(shards, None)}  # fmt: skip
 
 
 def builds(bench: Bench) -> Result:

@@ -51,7 +51,7 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("train-*.tar"))
 
 
-def crops(place: str | Path, cache: shardprep.ShardCache | None, **options: Any) -> list[str]:
+def segments(place: str | Path, cache: shardprep.ShardCache | None, **options: Any) -> list[str]:
     """A digest of every batch of an epoch."""
     split = shardprep.open_shards(place, cache)["train"]
     loader = shardprep.SegmentLoader(split, **{**WINDOWED, **options})

@@ -1,4 +1,4 @@
-"""Crops a second of every way to train the boss model on the same data, measured in one run.
+"""Segments a second of every way to train the boss model on the same data, measured in one run.
 
     python -m scripts.bench_train [--dataset Dataset/] [--batch 32 256 2048] [--precision no bf16]
         [--out scripts/results/train.json]
@@ -9,7 +9,7 @@
 - ours: the trainer as it is, end to end, with its metrics and its log;
 - ours, one batch: the same, fed with one batch for ever: the limit that computing sets.
 
-All train on as many crops of 128 frames and take turns, round by round, each in a process of its
+All train on as many segments of 128 frames and take turns, round by round, each in a process of its
 own; a third of the steps warm up apart, and the table shows medians over the rounds. The share of
 the peak is the model's arithmetic (counted, not timed) over what a large matrix product reaches on
 the same device, with the same precision and threads, in the same run. On a machine with a GPU the
@@ -42,7 +42,7 @@ from shardprep.bench.standings import machine, usable_cores
 
 WORKERS = (0, 2)
 SPEAKERS = 100
-# Crops in the measured part of a turn.
+# Segments in the measured part of a turn.
 CPU_SEGMENTS, GPU_SEGMENTS = 1024, 131_072
 TURN_SECONDS = 3600.0
 
@@ -184,7 +184,9 @@ _COUNT = click.IntRange(min=1)
 @click.command(cls=SpreadCommand, context_settings={"show_default": True})
 @click.option("--dataset", type=_FOLDER, help="Data to train on.")
 @click.option("--utterances", type=_COUNT, default=4000, help="Files to synthesise, if none.")
-@click.option("--batch", "batches", multiple=True, type=_COUNT, default=(32,), help="Crops a step.")
+@click.option(
+    "--batch", "batches", multiple=True, type=_COUNT, default=(32,), help="Segments a step."
+)
 @click.option("--width", type=_COUNT, default=512)
 @click.option("--heads", type=_COUNT, default=8)
 @click.option(
@@ -199,7 +201,9 @@ _COUNT = click.IntRange(min=1)
     default=None,
     help="Measure compiled models too.  [default: on a GPU]",
 )
-@click.option("--segments", type=_COUNT, help="Crops measured in a turn.  [default: by the device]")
+@click.option(
+    "--segments", type=_COUNT, help="Segments measured in a turn.  [default: by the device]"
+)
 @click.option("--rounds", type=_COUNT, default=3)
 @click.option("--threads", type=_COUNT, default=usable_cores, show_default="the cores")
 @click.option("--whole-frames", type=click.IntRange(0), default=7193, help="0 leaves it out.")

@@ -2,15 +2,15 @@
 
     python -m scripts.bench_train.course_baseline Dataset/ [--steps 70000] [--out submission.csv]
 
-A Dataset that opens one `.pt` file a sample and crops it at random, a DataLoader that pads with -20
-and drops the last batch, one ConformerBlock of the `conformer` package between a linear layer and
-a mean over the frames, one linear classifier; AdamW, warm-up, cosine. It was written anew from the
+A Dataset that opens one `.pt` file a sample and cuts it at random, a DataLoader that pads with -20
+and drops the last batch, one ConformerBlock of the `conformer` package between a linear layer and a
+mean over the frames, one linear classifier; AdamW, warm-up, cosine. It was written anew from the
 description, with the mistakes that went around with it, for they are what is compared with:
 
 - the block takes (B, T, D) and is given (T, B, D): it attends over the batch (`--axis right` mends
   this one);
 - the best checkpoint is an alias of the weights that are trained on, hence the last;
-- validation is on random crops, without the last batch, averaged by batch;
+- validation is on random segments, without the last batch, averaged by batch;
 - padding counts like speech.
 
 `--model boss` is the same with self-attentive pooling and AM-softmax. Test utterances are heard
@@ -76,7 +76,7 @@ def read_source(root: Path) -> Source:
 
 
 class CourseDataset(Dataset[Batch]):
-    """One `.pt` file a sample, opened when asked for, and a random crop of it."""
+    """One `.pt` file a sample, opened when asked for, and a random segment of it."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], segment: int = SEGMENT) -> None:
         self.files, self.segment = files, segment
@@ -94,7 +94,7 @@ class CourseDataset(Dataset[Batch]):
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Pad crops to the longest of them and stack: (B, T, F) and (B,)."""
+    """Pad segments to the longest of them and stack: (B, T, F) and (B,)."""
     mels, labels = zip(*samples, strict=True)
     return pad_sequence(list(mels), batch_first=True, padding_value=PAD), torch.stack(labels)
 
@@ -148,7 +148,7 @@ def endless(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 @torch.no_grad()
 def validate(model: CourseModel, loader: Iterable[Batch], device: torch.device) -> float:
-    """The mean over batches of their accuracy on random crops, as published."""
+    """The mean over batches of their accuracy on random segments, as published."""
     model.eval()
     found = [forward(model, batch, device)[1].item() for batch in loader]
     model.train()
@@ -214,8 +214,8 @@ def train_course(
         head_dim: Width of a head.
         kind: "strong" or "boss".
         axis: "wrong" as published, or "right".
-        seed: Decides split, weights, order, crops and dropout.
-        batch_size: Crops a step.
+        seed: Decides split, weights, order, segments and dropout.
+        batch_size: Segments a step.
         workers: Of each DataLoader.
         warmup: Warm-up steps; by default 1,000, or a tenth of a run that is not longer.
         valid_steps: Steps between validations; by default 2,000 or the whole run.

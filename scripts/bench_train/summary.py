@@ -21,7 +21,7 @@ def summarise(
     Args:
         found: Measurements by way.
         ways: Ways by name.
-        flops: Operations a crop.
+        flops: Operations a segment.
         peaks: Peaks of the device by precision.
     """
     rows = []
@@ -73,7 +73,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             f"Batches of {batch['batch']}:",
             "",
-            "| way | crops/s | to the course's | waiting | MiB | of the peak |",
+            "| way | samples/s | to the course's | waiting | MiB | of the peak |",
             "|---|---|---|---|---|---|",
         ]
         files = [row["samples_per_s"] for row in batch["ways"] if row["kind"] == "course files"]
@@ -92,7 +92,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append("")
     for precision, peak in result["arithmetic"]["peak"].items():
         lines.append(f"- peak, precision {precision}: {peak['measured'] / 1e12:.3f} TFLOP/s")
-    lines.append(f"- {result['arithmetic']['flops_per_sample'] / 1e9:.3f} GFLOP a crop")
+    lines.append(f"- {result['arithmetic']['flops_per_sample'] / 1e9:.3f} GFLOP a segment")
     if result["whole"]:
         whole = result["whole"]
         lines.append(

@@ -56,7 +56,7 @@ class Turn:
             "flops" or "whole".
         dataset: Data set in the homework's layout.
         shards: The shards made of it.
-        batch: Crops B a step.
+        batch: Segments B a step.
         window: Steps in a window.
         dim: Width of the model.
         heads: Attention heads.
@@ -241,7 +241,7 @@ def measure_whole(turn: Turn) -> dict[str, Any]:
 
 
 def count_flops(turn: Turn) -> float:
-    """Operations of training, per crop; see `train_arithmetic.COUNTED`."""
+    """Operations of training, per segment; see `train_arithmetic.COUNTED`."""
     model = course_boss(turn)
     return train_flops(model, torch.randn(2, FRAMES, model.prenet.in_features))
 

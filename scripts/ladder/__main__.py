@@ -6,8 +6,8 @@
 FOLDER holds Dataset/ in the homework's layout and test_labels.csv, the truth about the test
 utterances, which is used for scoring only. The rungs are the course's code as published
 (`course_baseline.py`), then our recipes simple, medium, strong, boss and best, each trained by the
-command that a user would give. All get the same number of training crops: steps are --segments
-through the crops of a step. Checkpoints are chosen by validation accuracy, which is by the head;
+command that a user would give. All get the same number of training segments: steps are --segments
+through the segments of a step. Checkpoints are chosen by validation accuracy, which is by the head;
 test accuracy is that of whole utterances, named by the recipe's backend, EER that of pairs of test
 utterances, drawn once, the same for all.
 
@@ -124,7 +124,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--data", type=_FOLDER, required=True, help="Holds Dataset/ and test_labels.csv.")
 @click.option("--rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
 @click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
-@click.option("--segments", type=_COUNT, default=48000, help="Training crops of a run.")
+@click.option("--segments", type=_COUNT, default=48000, help="Training segments of a run.")
 @click.option("--width", type=_COUNT, help="Narrow course, strong and boss to this width.")
 @click.option("--override", "overrides", multiple=True, help="RECIPE.FIELD=VALUE, repeatable.")
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no")

@@ -36,7 +36,7 @@ class Settings:
     """What all runs of a ladder share.
 
     Attributes:
-        segments: Training crops of a run.
+        segments: Training segments of a run.
         width: Width of the Conformer blocks; None for the recipes' own.
         precision: Mixed precision of our runs; the course's is float32.
         warmup_share: Share of the steps that the learning rate rises for.
@@ -82,7 +82,7 @@ class Job:
         seed: Its seed.
         name: Of its folder and files; settings that differ give another.
         steps: Optimiser steps.
-        batch_size: Crops a step.
+        batch_size: Segments a step.
         train: The command that trains; the course's predicts as well, and prints JSON.
         predict: The command that predicts, if it is another.
         score: The command that tells the rest about the test split as JSON, if there is one.

@@ -64,7 +64,7 @@ def _title(axes: Any, result: dict[str, Any]) -> None:
         axes,
         "Speakers recognised, rung by rung",
         f"{data['speakers']:,} speakers, {data['labelled']:,} labelled and {data['test']:,} test "
-        f"utterances; {settings['segments']:,} training crops a run, {width}"
+        f"utterances; {settings['segments']:,} training segments a run, {width}"
         f"{len(settings['seeds'])} seed(s)\n"
         f"{result['device']}, {result['date']}; a dot is a run, a line the mean on the test set",
     )

@@ -44,7 +44,8 @@ def stored(frames: int, mels: int) -> float:
     return 512 * (math.ceil((128 + 2 * frames * mels) / 512) + 1 + 4)
 
 
-# What the page answers. A step of 7 ms is boss at about 50 TFLOP/s: 5.6 GFLOP a crop, 64 crops.
+# What the page answers. A step of 7 ms is boss at about 50 TFLOP/s: 5.6 GFLOP a segment, 64 of
+# them.
 SETS = {
     "VoxCeleb2-like, 1.1 million, 40 mels": Job(1_100_000, stored(FRAMES, 40), 1_000, step_s=0.007),
     "VoxBlink2-like, 10 million, 80 mels": Job(10_000_000, stored(FRAMES, 80), 1_000, step_s=0.010),
@@ -65,8 +66,8 @@ def limit(job: Job, calibration: Calibration, figures: Figures) -> str:
         return "computing"
     rates = bounds(job, calibration)
     del rates["computing"]
-    if figures.samples_per_s > NEAR * rates.pop("making crops"):
-        return "making crops"
+    if figures.samples_per_s > NEAR * rates.pop("making segments"):
+        return "making segments"
     # What is in the cache does not come over the network.
     fetched = max(figures.fetched_gb * 1e9 / job.set_bytes, 1e-9)
     slowest = min(rates, key=lambda name: rates[name])

@@ -24,7 +24,7 @@ class Calibration:
     process_mb_per_s: float = 400.0
     """MB/s of all downloads of one process together, where no network limits them."""
     loader_per_s: float = 400_000.0
-    """Crops a second that one process makes of shards which are there."""
+    """Segments a second that one process makes of shards which are there."""
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
@@ -46,7 +46,7 @@ class Job:
     ranks: int = 8
     """Processes, and GPUs, of a node."""
     batch: int = 64
-    """Crops of a rank's batch."""
+    """Segments of a rank's batch."""
     step_s: float = 0.01
     """Seconds of computing a step."""
     lanes: int = 1
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def global_batch(self) -> int:
-        """Crops of a step of all ranks."""
+        """Segments of a step of all ranks."""
         return self.world * self.batch
 
     @property
@@ -137,7 +137,7 @@ def bounds(job: Job, calibration: Calibration) -> dict[str, float]:
     process = min(calibration.process_mb_per_s, DOWNLOADS * job.stream(calibration) / 1e6)
     return {
         "computing": job.global_batch / job.step_s,
-        "making crops": job.world * calibration.loader_per_s,
+        "making segments": job.world * calibration.loader_per_s,
         "the downloads of a process": job.world * process / each,
         "the network of a node": job.nodes * job.node_mb_per_s / each,
         "the store": job.store_mb_per_s / each,

@@ -123,8 +123,8 @@ def calibrate(url: str, folder: Path) -> Calibration:
     rates = []
     for _ in range(6):
         began = time.perf_counter()
-        crops = sum(len(batch["label"]) for batch in loader)
-        rates.append(crops / (time.perf_counter() - began))
+        segments = sum(len(batch["label"]) for batch in loader)
+        rates.append(segments / (time.perf_counter() - began))
     return Calibration(latency, stream, process, statistics.median(rates[1:]))
 
 

@@ -87,7 +87,7 @@ class Shards(Target):
         (self.shards / "manifest.json").write_bytes(encode_manifest(manifest))
 
     def read_all(self) -> None:
-        """Open the set, and read every utterance and crops of each."""
+        """Open the set, and read every utterance and segments of each."""
         from shardprep import ShardprepError, open_shards
 
         with contextlib.suppress(ShardprepError):
@@ -96,7 +96,7 @@ class Shards(Target):
                     with contextlib.suppress(ShardprepError):
                         split.read(index)
                     with contextlib.suppress(ShardprepError):
-                        split.crops([index], [split.frames[index] - 1], 9)
+                        split.segments([index], [split.frames[index] - 1], 9)
                 assert len(split.keys) == len(split)
 
 
@@ -151,7 +151,7 @@ class TarTarget(Shards):
 
 
 class ZstdTarget(Target):
-    """A compressed member: decoded whole, and by the chunks of a crop."""
+    """A compressed member: decoded whole, and by the chunks of a segment."""
 
     def seeds(self) -> Iterator[bytes]:
         """Members of one chunk and of several, and a single frame without a seek table."""
@@ -171,7 +171,7 @@ class ZstdTarget(Target):
         """See `Target`."""
         from shardprep.format import codecs
         from shardprep.format.manifest import CodecInfo
-        from shardprep.read.gather import ZstdCropper
+        from shardprep.read.gather import ZstdGather
 
         with contextlib.suppress(ValueError):
             codecs.decode(data, CodecInfo("zstd", 3, 16))
@@ -184,7 +184,7 @@ class ZstdTarget(Target):
                 whole = np.array([0]), np.array([len(data)]), frames, np.array([0])
                 out = np.empty((1, length, N_MELS), "<f2")
                 with contextlib.suppress(ValueError):
-                    ZstdCropper(_Bytes(data), 16, 1)(*whole, frames, 0.0, out)  # type: ignore[arg-type]
+                    ZstdGather(_Bytes(data), 16, 1)(*whole, frames, 0.0, out)  # type: ignore[arg-type]
 
 
 class _Bytes:

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from shardprep.bench.contenders import CropShape, from_shards
+from shardprep.bench.contenders import SegmentShape, from_shards
 from shardprep.bench.turns import measure
-from shardprep.load.order import crop_starts, epoch_order
+from shardprep.load.order import epoch_order, segment_starts
 from shardprep.load.segments import PLANNED
 from shardprep.read.shard_set import Split, open_shards
 from shardprep.storage.remote import Location
 
-# Batches whose crops are gathered again and again; more than the caches of a processor hold.
+# Batches whose segments are gathered again and again; more than the caches of a processor hold.
 _DRAWN_BATCHES = 512
-# Crops from a cold cache fault many times a batch; fewer than one a batch cost next to nothing.
+# Segments from a cold cache fault many times a batch; fewer than one a batch cost next to nothing.
 _FAULTS_A_BATCH = 1.0
 _WHOLLY_CACHED = 0.99
 
@@ -33,8 +33,8 @@ class Stages:
 
     Attributes:
         batch: From one batch to the next, as the loader gives them.
-        order: Computing which utterances come and where their crops start.
-        gather: `Split.crops`: copying or inflating them.
+        order: Computing which utterances come and where their segments start.
+        gather: `Split.segments`: copying or inflating them.
     """
 
     batch: float
@@ -47,7 +47,7 @@ class Stages:
         return max(self.batch - self.order - self.gather, 0.0)
 
 
-def time_stages(place: Location, name: str, shape: CropShape, seconds: float) -> Stages:
+def time_stages(place: Location, name: str, shape: SegmentShape, seconds: float) -> Stages:
     """Time a loader and its parts alone, `seconds` each."""
     rate = measure(from_shards(place, name, shape), seconds)
     split = open_shards(place)[name]
@@ -56,7 +56,7 @@ def time_stages(place: Location, name: str, shape: CropShape, seconds: float) ->
     batches = itertools.cycle(drawn)
 
     def gather() -> None:
-        split.crops(*next(batches), shape.frames, shape.pad_value, out)
+        split.segments(*next(batches), shape.frames, shape.pad_value, out)
 
     blocks = _blocks(split, shape)
     planned: list[int] = []
@@ -68,7 +68,7 @@ def time_stages(place: Location, name: str, shape: CropShape, seconds: float) ->
     )
 
 
-def _blocks(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
+def _blocks(split: Split, shape: SegmentShape) -> Iterator[tuple[Any, Any]]:
     """Indices and starts of many full batches at once, for ever."""
     end = len(split) // shape.batch_size * shape.batch_size
     step = max(1, PLANNED // shape.batch_size) * shape.batch_size
@@ -77,10 +77,10 @@ def _blocks(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
         for at in range(0, end, step):
             indices = order(np.arange(at, min(at + step, end), dtype=np.int64))
             frames = split.frames[indices]
-            yield indices, crop_starts(indices, frames, shape.frames, seed=0, epoch=epoch)
+            yield indices, segment_starts(indices, frames, shape.frames, seed=0, epoch=epoch)
 
 
-def _draws(split: Split, shape: CropShape) -> Iterator[tuple[Any, Any]]:
+def _draws(split: Split, shape: SegmentShape) -> Iterator[tuple[Any, Any]]:
     """Indices and starts batch by batch, for ever."""
     for indices, starts in _blocks(split, shape):
         for at in range(0, len(indices), shape.batch_size):
@@ -137,11 +137,11 @@ def name_bottleneck(
             f"cache holds {cached:.0%} of the shards."
         )
     parts = {
-        "computing the order and the crop starts": stages.order,
+        "computing the order and the segment starts": stages.order,
         "handing the batches over": stages.rest,
-        "copying the crops out of the maps"
+        "copying the segments out of the maps"
         if codec == "none"
-        else "inflating the chunks that the crops touch": stages.gather,
+        else "inflating the chunks that the segments touch": stages.gather,
     }
     part = max(parts, key=lambda name: parts[name])
     share = parts[part] / max(stages.batch, sum(parts.values()))

@@ -1,8 +1,8 @@
 """The ways to read one split that are measured against each other, and the limit of memory.
 
-All give batches (mel (B, T, F), label (B,)) of random crops for ever, shuffled, each utterance once
-an epoch: from the files as the course does, from the shards by webdataset, and by `SegmentLoader`.
-The limit gathers as many bytes from an array in memory, and nothing else.
+All give batches (mel (B, T, F), label (B,)) of random segments without end, shuffled, each
+utterance once an epoch: from the files as the course does, from the shards by webdataset, and by
+`SegmentLoader`. The limit gathers as many bytes from an array in memory, and nothing else.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ SHUFFLE_BUFFER = 1000
 
 
 @dataclass(frozen=True)
-class CropShape:
+class SegmentShape:
     """What is asked of every loader.
 
     Attributes:
-        batch_size: Crops B a batch.
-        frames: Mel frames T a crop.
+        batch_size: Segments B a batch.
+        frames: Mel frames T a segment.
         n_mels: Mel bins F.
         dtype: Element type.
-        pad_value: Fills a crop behind the end of a short utterance.
+        pad_value: Fills a segment behind the end of a short utterance.
     """
 
     batch_size: int
@@ -55,7 +55,7 @@ class CropShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one crop."""
+        """Bytes of one segment."""
         return self.frames * self.n_mels * self.dtype.itemsize
 
     def cut(self, mel: NDArray[Any]) -> NDArray[Any]:
@@ -64,18 +64,18 @@ class CropShape:
         return mel[start : start + self.frames]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Pad crops and stack them: (B, T, F) and (B,)."""
+        """Pad segments and stack them: (B, T, F) and (B,)."""
         shape = (len(samples), self.frames, self.n_mels)
         batch = np.full(shape, self.pad_value, self.dtype)
-        for row, (crop, _) in zip(batch, samples, strict=True):
-            row[: len(crop)] = crop
+        for row, (segment, _) in zip(batch, samples, strict=True):
+            row[: len(segment)] = segment
         return torch.from_numpy(batch), torch.tensor([label for _, label in samples])
 
 
 class FileDataset(Dataset[Sample]):
     """One `.pt` file a sample, opened when asked for, as the course's code has it."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], shape: CropShape) -> None:
+    def __init__(self, files: Sequence[tuple[Path, int]], shape: SegmentShape) -> None:
         self._files, self._shape = files, shape
 
     def __len__(self) -> int:
@@ -87,7 +87,9 @@ class FileDataset(Dataset[Sample]):
         return self._shape.cut(mel), label
 
 
-def file_candidate(files: Sequence[tuple[Path, int]], shape: CropShape, workers: int) -> Candidate:
+def file_candidate(
+    files: Sequence[tuple[Path, int]], shape: SegmentShape, workers: int
+) -> Candidate:
     """The files (path, label), one a sample."""
     start = partial(from_files, files, shape, workers)
     paths = [path for path, _ in files]
@@ -95,7 +97,7 @@ def file_candidate(files: Sequence[tuple[Path, int]], shape: CropShape, workers:
 
 
 def from_files(
-    files: Sequence[tuple[Path, int]], shape: CropShape, workers: int
+    files: Sequence[tuple[Path, int]], shape: SegmentShape, workers: int
 ) -> Iterator[Batch]:
     """Batches from a folder of `.pt` files, through the course's Dataset and DataLoader."""
     dataset = FileDataset(files, shape)
@@ -105,7 +107,7 @@ def from_files(
 def webdataset_candidate(
     name: str,
     shards: Sequence[Path],
-    shape: CropShape,
+    shape: SegmentShape,
     workers: int,
     decode: Callable[[dict[str, Any]], Sample],
 ) -> Candidate:
@@ -116,7 +118,7 @@ def webdataset_candidate(
 
 def from_webdataset(
     urls: Sequence[str],
-    shape: CropShape,
+    shape: SegmentShape,
     workers: int,
     decode: Callable[[dict[str, Any]], Sample],
 ) -> Iterator[Batch]:
@@ -152,13 +154,13 @@ def decode_member(sample: dict[str, Any]) -> Sample:
     return codecs.decode(sample["mel.npy"], CodecInfo("none")), label
 
 
-def shard_candidate(name: str, shard_set: ShardSet, split: str, shape: CropShape) -> Candidate:
+def shard_candidate(name: str, shard_set: ShardSet, split: str, shape: SegmentShape) -> Candidate:
     """A shard set, read by `SegmentLoader`."""
     start = partial(from_shards, shard_set.path, split, shape)
     return Candidate(f"{name}, one process", "shardprep", start, shard_set.fetch(split))
 
 
-def from_shards(place: Location, split: str, shape: CropShape) -> Iterator[Batch]:
+def from_shards(place: Location, split: str, shape: SegmentShape) -> Iterator[Batch]:
     """Batches from the memory maps of a shard set, in one process."""
     loader = SegmentLoader(
         open_shards(place)[split],
@@ -181,7 +183,7 @@ def epochs(loader: Iterable[Any]) -> Iterator[Any]:
             raise RuntimeError("the loader gave no batch in a whole epoch")
 
 
-def data_loader(dataset: Any, shape: CropShape, workers: int, **options: Any) -> DataLoader[Any]:
+def data_loader(dataset: Any, shape: SegmentShape, workers: int, **options: Any) -> DataLoader[Any]:
     """A DataLoader with the settings that all who use one share."""
     return DataLoader(
         dataset,
@@ -193,8 +195,8 @@ def data_loader(dataset: Any, shape: CropShape, workers: int, **options: Any) ->
     )
 
 
-def limit_candidates(rows: int, shape: CropShape) -> list[Candidate]:
-    """Every way at hand to gather from an array of `rows` crops; the fastest is the limit."""
+def limit_candidates(rows: int, shape: SegmentShape) -> list[Candidate]:
+    """Every way at hand to gather from an array of `rows` segments; the fastest is the limit."""
     ways = [("np.take", 1), ("torch.index_select", 1)]
     if torch.get_num_threads() > 1:
         ways.append(("torch.index_select", torch.get_num_threads()))
@@ -208,13 +210,13 @@ def limit_candidates(rows: int, shape: CropShape) -> list[Candidate]:
     ]
 
 
-def limit_rows(split_bytes: int, shape: CropShape) -> int:
-    """Crops in the limit's array: the split's matrices, or what half the free memory holds."""
+def limit_rows(split_bytes: int, shape: SegmentShape) -> int:
+    """Segments in the limit's array: the split's matrices, or what half the free memory holds."""
     return max(min(split_bytes, free_memory() // 2) // shape.nbytes, shape.batch_size)
 
 
-def memory_limit(rows: int, shape: CropShape, method: str, threads: int) -> Iterator[Batch]:
-    """Random crops from an array (rows, T * F) in memory, copied into one buffer again and again.
+def memory_limit(rows: int, shape: SegmentShape, method: str, threads: int) -> Iterator[Batch]:
+    """Random segments from an array (rows, T * F) in memory, copied into one buffer repeatedly.
 
     Each row is drawn once an epoch, like the utterances of a loader.
     """

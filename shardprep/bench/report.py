@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
 from shardprep.bench.contenders import (
-    CropShape,
+    SegmentShape,
     decode_member,
     file_candidate,
     limit_candidates,
@@ -86,8 +86,8 @@ class BenchOptions:
 
     Attributes:
         split: Split to read.
-        batch_size: Crops a batch.
-        segment_frames: Mel frames a crop.
+        batch_size: Segments a batch.
+        segment_frames: Mel frames a segment.
         rounds: Turns of every loader.
         seconds: Length of a turn, warming up not counted.
     """
@@ -124,7 +124,7 @@ def bench_shards(
     splits = [shard_set[options.split] for shard_set in sets]
     _check_same(sets, splits)
     split = splits[0]
-    shape = CropShape(
+    shape = SegmentShape(
         min(options.batch_size, len(split)), options.segment_frames, split.n_mels, split.dtype
     )
     files = None if source is None else _source_files(source, sets[0], split)
@@ -206,7 +206,7 @@ def _candidates(
     sets: Sequence[ShardSet],
     files: Sequence[tuple[Path, int]] | None,
     split: str,
-    shape: CropShape,
+    shape: SegmentShape,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """All loaders to measure, and among them ours, one a shard set."""
     found, ours = [], []
@@ -227,7 +227,7 @@ def _explain(
     shard_set: ShardSet,
     ours: Candidate,
     options: BenchOptions,
-    shape: CropShape,
+    shape: SegmentShape,
     turns: Turns,
     limit: LimitResult,
 ) -> SetResult:
@@ -253,7 +253,7 @@ def _explain(
 
 
 def _notes(
-    options: BenchOptions, shape: CropShape, split_bytes: int, limit: LimitResult
+    options: BenchOptions, shape: SegmentShape, split_bytes: int, limit: LimitResult
 ) -> Iterator[str]:
     if shape.batch_size < options.batch_size:
         yield (

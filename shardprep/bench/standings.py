@@ -33,9 +33,9 @@ class LoaderResult:
         name: What the tables call it.
         kind: "files", "webdataset", "shardprep", "limit", or the name of another library.
         workers: Processes beside the first.
-        samples_per_s: Crops a second, median over the rounds.
-        gb_per_s: Bytes of crops a second, in 1e9.
-        rounds: Crops a second in each round.
+        samples_per_s: Segments a second, median over the rounds.
+        gb_per_s: Bytes of segments a second, in 1e9.
+        rounds: Segments a second in each round.
         to_files: Ratio to the faster loader of the files, if these were measured.
         to_limit: Ratio to the limit.
     """
@@ -52,12 +52,12 @@ class LoaderResult:
 
 @dataclass(frozen=True)
 class LimitResult:
-    """The bare gather: the way that was fastest, and all that were tried, in crops a second.
+    """The bare gather: the way that was fastest, and all that were tried, in segments a second.
 
     Attributes:
         method: The fastest way.
         nbytes: Size of the array in memory.
-        tried: Crops a second of every way.
+        tried: Segments a second of every way.
     """
 
     method: str
@@ -81,7 +81,7 @@ def summarise(
         candidates: Loaders and ways to gather. A loader that failed is left out, and so are all
             ways to gather but the fastest.
         limit: The limit.
-        nbytes: Bytes of a crop.
+        nbytes: Bytes of a segment.
     """
     rated = [
         candidate

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Crops a batch.",
+    help="Segments a batch.",
 )
 @click.option(
     "--segment-frames",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Mel frames a crop.",
+    help="Mel frames a segment.",
 )
 @click.option(
     "--rounds",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 def bench(shards: tuple[Location, ...], source: Path | None, as_json: bool, **options: Any) -> None:
     """Measure how fast the shard sets DST can be read on this machine.
 
-    Random crops a second from a warm page cache: by webdataset, by SegmentLoader and, with
+    Random segments a second from a warm page cache: by webdataset, by SegmentLoader and, with
     --source, from the files themselves; beside them the limit, a gather of as many bytes from
     memory. Then it says what holds SegmentLoader back. Give several DST to compare codecs; they
     must hold the same utterances. Sets behind URLs are fetched into the cache first.
@@ -97,12 +97,12 @@ class _Progress:
 def _print_report(report: BenchReport) -> None:
     batch, frames, n_mels = report.batch
     click.echo(
-        f"{report.split}: {report.utterances:,} utterances; batches of {batch} crops of "
+        f"{report.split}: {report.utterances:,} utterances; batches of {batch} segments of "
         f"{frames} x {n_mels} {report.dtype}; {report.machine.cpu}, {report.machine.cores} cores; "
         f"medians of {report.rounds}"
     )
     width = max(len("loader"), *(len(loader.name) for loader in report.loaders)) + 1
-    click.echo(f"{'loader':<{width}}{'crops/s':>12}{'GB/s':>9}{'to files':>10}{'to limit':>10}")
+    click.echo(f"{'loader':<{width}}{'samples/s':>12}{'GB/s':>9}{'to files':>10}{'to limit':>10}")
     for loader in report.loaders:
         to_files = "-" if loader.to_files is None else f"{loader.to_files:.1f}x"
         click.echo(
@@ -122,7 +122,7 @@ def _stages(result: SetResult) -> str:
     stages = result.stages
     parts = {
         "in all": stages.batch,
-        "order and crop starts": stages.order,
+        "order and segment starts": stages.order,
         "copying" if result.codec == "none" else "inflating": stages.gather,
         "the rest": result.rest,
     }

@@ -3,7 +3,7 @@
 `none` stores an ordinary `.npy` file. `zstd` stores the same file as independent zstd frames: one
 for the 128-byte npy header, then one for every `chunk_frames` mel frames, then a seek table in a
 skippable frame, as in the zstd seekable format (facebook/zstd, contrib/seekable_format, 0.1.0).
-Any zstd reader that reads on across frames inflates the whole; a crop inflates what it touches.
+Any zstd reader that reads on across frames inflates the whole; a segment inflates what it touches.
 """
 
 from __future__ import annotations

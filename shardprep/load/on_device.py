@@ -66,16 +66,16 @@ class ResidentSplit:
         window.close()
         guard.vouch_for_all()
 
-    def crops(
+    def segments(
         self, indices: NDArray[np.int64], starts: NDArray[np.int64], length: int, pad_value: float
     ) -> Tensor:
-        """A batch of crops (B, T, F) on the device, the same as those of `Split.crops`.
+        """A batch of segments (B, T, F) on the device, the same as those of `Split.segments`.
 
         Args:
             indices: Positions in the split (B,).
-            starts: First frame of each crop (B,), within its utterance.
-            length: Frames T a crop.
-            pad_value: Fills a crop behind the end of its utterance.
+            starts: First frame of each segment (B,), within its utterance.
+            length: Frames T a segment.
+            pad_value: Fills a segment behind the end of its utterance.
         """
         begin = self._first[indices] + starts
         valid = np.minimum(self._frames[indices] - starts, length)

@@ -1,4 +1,4 @@
-"""The order of an epoch, the crops, and each rank's share: pure functions of their arguments.
+"""The order of an epoch, the segments, and each rank's share: pure functions of their arguments.
 
 An epoch's order is a keyed bijection of range(n), so no permutation is stored and any position
 is reached at once. Nothing here depends on the world size but `rank_slice`, which cuts a global
@@ -114,15 +114,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> Permutation:
     return Permutation(n, derive_key(_ORDER, seed, epoch))
 
 
-def crop_starts(
+def segment_starts(
     indices: Indices, frames: Indices, length: int, *, seed: int, epoch: int
 ) -> Indices:
-    """First frame of each utterance's random crop in an epoch.
+    """First frame of each utterance's random segment in an epoch.
 
     Args:
         indices: Positions in the split (B,).
         frames: Lengths of these utterances in frames (B,).
-        length: Frames a crop.
+        length: Frames a segment.
         seed: Seed of the run.
         epoch: Number of the epoch.
 

@@ -152,5 +152,5 @@ def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: i
     if lanes % world_size or global_batch % lanes:
         raise ValueError(
             f"lanes {lanes}: must be a multiple of the {world_size} processes, and divide the "
-            f"{global_batch} crops of a batch of all of them"
+            f"{global_batch} segments of a batch of all of them"
         )

@@ -16,7 +16,7 @@ from shardprep.errors import CorruptShardError, ShardprepError, StorageError
 from shardprep.load.buffers import BufferPool
 from shardprep.load.damage import OnCorrupt, ReadGuard, Verification
 from shardprep.load.on_device import ResidentSplit, fits
-from shardprep.load.order import Indices, crop_starts, epoch_order, rank_slice
+from shardprep.load.order import Indices, epoch_order, rank_slice, segment_starts
 from shardprep.load.order_windowed import WindowedOrder, check_lanes
 from shardprep.load.prefetch import ahead
 from shardprep.read.shard_set import Split
@@ -27,18 +27,18 @@ Placement = Literal["auto", "host", "device"]
 # Maps positions of an epoch (B,) to indices (B,).
 EpochOrder = Callable[[Indices], Indices]
 # Indices, starts, segments (None where they are cut on the device), labels, lengths.
-Crops = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
+Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
 # The position behind a batch, its segments that stand in for damaged ones, and the batch.
-Planned = tuple[int, int, Crops]
+Planned = tuple[int, int, Segments]
 
-# Samples of all ranks whose order and crops are computed at a time.
+# Samples of all ranks whose order and segments are computed at a time.
 PLANNED = 16_384
 
 
 class SegmentLoader:
     """Random segments of fixed length, every utterance once an epoch, over all ranks.
 
-    Global batch k of an epoch holds the same utterances with the same crops at any world size,
+    Global batch k of an epoch holds the same utterances with the same segments at any world size,
     as long as batch_size * world_size is the same; each rank gathers only its own part. One
     iteration yields what is left of the current epoch and then stands at the start of the next;
     an iteration that was broken off is continued by the next one.
@@ -47,11 +47,11 @@ class SegmentLoader:
         split: What to read.
         batch_size: Segments a batch of this rank.
         segment_frames: Frames T a segment; shorter utterances are padded behind.
-        seed: Decides order and crops.
+        seed: Decides order and segments.
         rank: This process's number.
         world_size: Number of processes.
-        shuffle: Whether utterances come in random order with random crops; otherwise in the
-            split's order with crops from the first frame.
+        shuffle: Whether utterances come in random order with random segments; otherwise in the
+            split's order with segments from the first frame.
         drop_last: Whether to leave out the last len(split) % (batch_size * world_size)
             utterances of an epoch's order. Otherwise they form a last, smaller batch, shared out
             evenly; every rank still yields as many batches as the others, its last one perhaps
@@ -220,19 +220,19 @@ class SegmentLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._warm()
-        ready = ahead(self._crops(self.epoch, self._position), self._prefetch)
+        ready = ahead(self._segments(self.epoch, self._position), self._prefetch)
         with contextlib.closing(ready):
-            for end, replaced, crops in ready:
+            for end, replaced, segments in ready:
                 self._position = end
                 self.replaced += replaced
-                yield self._deliver(crops)
+                yield self._deliver(segments)
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _crops(self, epoch: int, position: int) -> Iterator[Planned]:
+    def _segments(self, epoch: int, position: int) -> Iterator[Planned]:
         """Segments of this rank's batches on the host."""
         order = self._epoch_order(epoch)
         step = self._global_batch
-        # Order and crops of many batches at once: NumPy's calls cost more than their work.
+        # Order and segments of many batches at once: NumPy's calls cost more than their work.
         stride = max(1, self._stride // step) * step
         for block in range(position, self._end, stride):
             if self._resident is None:
@@ -260,7 +260,7 @@ class SegmentLoader:
     def _plan(
         self, order: EpochOrder, epoch: int, begins: range, shares: list[slice]
     ) -> tuple[Indices, Indices]:
-        """Indices and crop starts of this rank's part of some batches."""
+        """Indices and segment starts of this rank's part of some batches."""
         positions = np.concatenate(
             [
                 np.arange(begin + share.start, begin + share.stop)
@@ -271,7 +271,7 @@ class SegmentLoader:
             return positions, np.zeros_like(positions)
         indices, length = order(positions), self._segment_frames
         frames = self.split.frames[indices]
-        return indices, crop_starts(indices, frames, length, seed=self._seed, epoch=epoch)
+        return indices, segment_starts(indices, frames, length, seed=self._seed, epoch=epoch)
 
     def _epoch_order(self, epoch: int) -> EpochOrder:
         if self._order == "global":
@@ -304,15 +304,15 @@ class SegmentLoader:
             mel = torch.empty(shape, dtype=stored, pin_memory=True)
         else:
             mel = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        split.crops(indices, starts, self._segment_frames, self._pad_value, out=mel.numpy())
+        split.segments(indices, starts, self._segment_frames, self._pad_value, out=mel.numpy())
         return mel
 
-    def _deliver(self, crops: Crops) -> Batch:
+    def _deliver(self, segments: Segments) -> Batch:
         """Bring a batch to the device; the host waits for nothing."""
-        indices, starts, mel, label, length = crops
+        indices, starts, mel, label, length = segments
         if mel is None:
             assert self._resident is not None
-            mel = self._resident.crops(indices, starts, self._segment_frames, self._pad_value)
+            mel = self._resident.segments(indices, starts, self._segment_frames, self._pad_value)
         if self._device.type == "cuda":
             label = label.pin_memory()
         # Converted on the device, after the copy: fewer bytes travel.

@@ -98,7 +98,7 @@ class UtteranceLoader:
         starts = np.zeros_like(indices)
         return {
             "mel": torch.from_numpy(
-                split.crops(indices, starts, int(frames.max()), self._pad_value)
+                split.segments(indices, starts, int(frames.max()), self._pad_value)
             ),
             "label": torch.from_numpy(split.labels[indices].astype(np.int64)),
             "length": torch.from_numpy(frames),

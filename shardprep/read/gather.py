@@ -1,4 +1,4 @@
-"""Fill a batch of crops from a `ShardMap`: one gather, or one call that inflates all chunks.
+"""Fill a batch of segments from a `ShardMap`: one gather, or one call that inflates all chunks.
 
 Axis legend: B batch, T frames, F mel bins.
 """
@@ -19,13 +19,13 @@ Indices = NDArray[np.int64]
 _MOST_HELD = 64 << 20
 
 
-class Cropper(Protocol):
-    """Copies crops out of a map.
+class Gather(Protocol):
+    """Copies segments out of a map.
 
     Its arguments, each (B,): the utterances' payloads in bytes of the map, `begin` and `end`;
-    their lengths in frames; the first frame of each crop; and how many of its frames are `valid`,
-    the others being padding. `out` (B, T, F) is filled. A DamagedChunk names the row that could
-    not be decoded.
+    their lengths in frames; the first frame of each segment; and how many of its frames are
+    `valid`, the others being padding. `out` (B, T, F) is filled. A DamagedChunk names the row that
+    could not be decoded.
     """
 
     def __call__(
@@ -42,10 +42,10 @@ class Cropper(Protocol):
 
 
 class DamagedChunk(ValueError):
-    """A crop cannot be decoded.
+    """A segment cannot be decoded.
 
     Attributes:
-        row: Which crop of the batch, from 0.
+        row: Which segment of the batch, from 0.
     """
 
     def __init__(self, row: int, what: str) -> None:
@@ -53,8 +53,8 @@ class DamagedChunk(ValueError):
         self.row = row
 
 
-class PlainCropper:
-    """Crops of matrices that are stored as they are: overlapping windows of the mapped memory."""
+class PlainGather:
+    """Segments of matrices that are stored as they are: overlapping views of the mapped memory."""
 
     def __init__(self, shards: ShardMap, dtype: np.dtype[Any]) -> None:
         import torch
@@ -77,7 +77,7 @@ class PlainCropper:
         pad_value: float,
         out: NDArray[Any],
     ) -> None:
-        """Fill `out`; see `Cropper`."""
+        """Fill `out`; see `Gather`."""
         length, n_mels = out.shape[1:]
         size, memory = length * n_mels, self._memory
         first = (begin + codecs.NPY_HEADER_BYTES) // out.itemsize + start * n_mels
@@ -101,8 +101,8 @@ class _View:
         self._owner = owner
 
 
-class ZstdCropper:
-    """Crops of matrices that are stored in chunks: only the chunks that a crop touches.
+class ZstdGather:
+    """Segments of matrices that are stored in chunks: only the chunks that a segment touches.
 
     Args:
         shards: The mapped shards.
@@ -125,7 +125,7 @@ class ZstdCropper:
         pad_value: float,
         out: NDArray[Any],
     ) -> None:
-        """Fill `out`; see `Cropper`."""
+        """Fill `out`; see `Gather`."""
         length, n_mels = out.shape[1:]
         chunk, width = self._chunk, n_mels * out.itemsize
         first, last = start // chunk, (start + valid - 1) // chunk
@@ -133,7 +133,7 @@ class ZstdCropper:
         if len(start) > 1 and int(held.sum()) > _MOST_HELD:
             self._halves((begin, end, frames, start, valid), pad_value, out)
             return
-        at, nbytes = self._segments(begin, end, frames, first, last)
+        at, nbytes = self._chunk_spans(begin, end, frames, first, last)
         number = _ragged(first, last - first + 1)
         row = np.repeat(np.arange(len(start)), last - first + 1)
         inflated = np.minimum(frames[row] - number * chunk, chunk) * width
@@ -144,7 +144,7 @@ class ZstdCropper:
             chunks = codecs.inflate_many(self._shards.bytes, at, nbytes, inflated, self._threads)
         except ValueError as error:
             raise DamagedChunk(self._find(at, nbytes, inflated, row), str(error)) from None
-        # From here on in bytes: the part of each chunk that its crop wants, and where it goes.
+        # From here on in bytes: the part of each chunk that its segment wants, and where it goes.
         skip = np.maximum(start[row] - number * chunk, 0) * width
         stop = np.minimum((start + valid)[row] - number * chunk, chunk) * width
         goal = (np.maximum(number * chunk, start[row]) - start[row]) * width
@@ -169,7 +169,7 @@ class ZstdCropper:
             except DamagedChunk as error:
                 raise DamagedChunk(error.row + (at.start or 0), str(error)) from None
 
-    def _segments(
+    def _chunk_spans(
         self, begin: Indices, end: Indices, frames: Indices, first: Indices, last: Indices
     ) -> tuple[Indices, Indices]:
         """Where the chunks first..last of each utterance lie in the map: begins and sizes."""

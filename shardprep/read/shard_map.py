@@ -1,6 +1,6 @@
 """All shards of a split in one read-only stretch of memory, mapped one after another.
 
-A crop anywhere in the split is then one address, so that a whole batch is one gather. Python's
+A segment anywhere in the split is then one address, so that a whole batch is one gather. Python's
 own mmap cannot place files side by side, and keeps a file descriptor open for each.
 """
 

@@ -1,4 +1,4 @@
-"""Read a shard set through memory maps: whole utterances, and whole batches of crops.
+"""Read a shard set through memory maps: whole utterances, and whole batches of segments.
 
 The index says where every mel matrix lies, so nothing here parses a tar or a JSON file.
 """
@@ -22,7 +22,7 @@ from shardprep.format import codecs
 from shardprep.format.index import load_columns
 from shardprep.format.manifest import Manifest, load_manifest
 from shardprep.read.files import Files, files_at
-from shardprep.read.gather import Cropper, DamagedChunk, PlainCropper, ZstdCropper
+from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
 from shardprep.read.shard_map import Window
 from shardprep.read.sidecars import load_index, read_rejects
 from shardprep.source.dataset import Reject
@@ -206,7 +206,7 @@ class Split:
             raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
         return mel
 
-    def crops(
+    def segments(
         self,
         indices: ArrayLike,
         starts: ArrayLike,
@@ -214,13 +214,13 @@ class Split:
         pad_value: float = -20.0,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        """A batch of crops, straight from the memory maps; crc32s are not checked (see `intact`).
+        """A batch of segments, straight from the memory maps; no crc32 is checked (see `intact`).
 
         Args:
             indices: Positions in the split (B,).
-            starts: First frame of each crop (B,), within its utterance.
-            length: Frames T a crop.
-            pad_value: Fills a crop behind the end of its utterance.
+            starts: First frame of each segment (B,), within its utterance.
+            length: Frames T a segment.
+            pad_value: Fills a segment behind the end of its utterance.
             out: Buffer (B, T, F) of the stored dtype to fill; a new one by default.
 
         Returns:
@@ -233,10 +233,10 @@ class Split:
         index = np.asarray(indices, np.int64)
         start = np.asarray(starts, np.int64)
         if length < 1 or index.ndim != 1 or index.shape != start.shape:
-            raise ValueError("crops needs indices (B,), starts (B,) and a positive length")
+            raise ValueError("segments needs indices (B,), starts (B,) and a positive length")
         self._check_range(index)
         if ((start < 0) | (start >= self.frames[index])).any():
-            raise IndexError("a crop starts outside its utterance")
+            raise IndexError("a segment starts outside its utterance")
         shape = (len(index), length, self.n_mels)
         if out is None:
             out = np.empty(shape, self.dtype)
@@ -248,7 +248,7 @@ class Split:
         valid = np.minimum(frames - start, length)
         try:
             with self._map.reading(self._rows["shard"][index]):
-                self._cropper(begin, end, frames, start, valid, pad_value, out)
+                self._gather(begin, end, frames, start, valid, pad_value, out)
         except DamagedChunk as error:
             what = f"a chunk cannot be inflated ({error})"
             raise self.damaged(int(index[error.row]), what) from None
@@ -303,10 +303,10 @@ class Split:
         self._map.check_sizes()
 
     @functools.cached_property
-    def _cropper(self) -> Cropper:
+    def _gather(self) -> Gather:
         if self._codec.chunk_frames is None:
-            return PlainCropper(self._map, self.dtype)
-        return ZstdCropper(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
+            return PlainGather(self._map, self.dtype)
+        return ZstdGather(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
 
     def read_ahead(self, shard: int) -> None:
         """Have the system read a whole shard into memory, in the background.

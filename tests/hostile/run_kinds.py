@@ -58,10 +58,10 @@ def read_shards(folder: Path, outcome: Outcome) -> None:
         split = outcome.attempt(shard_set.__getitem__, name) if shard_set else None
         for index in range(len(split) if split is not None else 0):
             outcome.attempt(split.read, index)
-            outcome.attempt(split.crops, [index], [0], 40)
+            outcome.attempt(split.segments, [index], [0], 40)
         if split is not None:
             outcome.attempt(getattr, split, "keys")
-            outcome.attempt(split.crops, np.arange(len(split)), split.frames - 1, 100)
+            outcome.attempt(split.segments, np.arange(len(split)), split.frames - 1, 100)
         outcome.attempt(stream_all, folder, name)
     if shard_set is not None:
         outcome.attempt(getattr, shard_set, "rejects")

@@ -1,7 +1,7 @@
 """No file, however made, gets more from us than a clear refusal.
 
 Each kind is read in a process of its own, by every entry that may meet it: whole utterances and
-crops, `verify --deep`, `stream` and `repair` for shards, both kinds of build for data sets.
+segments, `verify --deep`, `stream` and `repair` for shards, both kinds of build for data sets.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 
 from shardprep import BuildOptions, BuildReport, Split, build_shards, open_shards
 
-# From one frame up, around the lengths of a zstd chunk (64) and of a crop (128).
+# From one frame up, around the lengths of a zstd chunk (64) and of a segment (128).
 EDGE_LENGTHS = (1, 2, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 300, 517)
 EDGE_MELS = 7
 

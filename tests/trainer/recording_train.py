@@ -27,7 +27,7 @@ ALONE_SECONDS = 0.3
 
 
 class RecordingLoader(shardprep.SegmentLoader):
-    """Notes where it stands and the digests of the crops, of every batch."""
+    """Notes where it stands and the digests of the segments, of every batch."""
 
     folder: Path
 
@@ -43,9 +43,11 @@ class RecordingLoader(shardprep.SegmentLoader):
         for batch in super().__iter__():
             state = self.state_dict()
             at = {key: state[key] for key in ("epoch", "position")}
-            crops = [hashlib.md5(crop.numpy().tobytes()).hexdigest() for crop in batch["mel"]]
+            segments = [
+                hashlib.md5(segment.numpy().tobytes()).hexdigest() for segment in batch["mel"]
+            ]
             with path.open("a") as file:
-                file.write(json.dumps({**start, **at, "crops": crops}) + "\n")
+                file.write(json.dumps({**start, **at, "segments": segments}) + "\n")
             if self._place["world_size"] == 1:
                 time.sleep(ALONE_SECONDS)
             yield batch

@@ -21,18 +21,18 @@ def embed(run: Path, *options: object) -> Result:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("crops", [0, 2])
+@pytest.mark.parametrize("segments", [0, 2])
 def test_a_file_holds_what_each_utterance_gives_alone(
-    run: Path, shards: Path, tmp_path: Path, split: str, crops: int
+    run: Path, shards: Path, tmp_path: Path, split: str, segments: int
 ) -> None:
     out = tmp_path / "new" / "embeddings.npz"
-    options = ("--split", split, "--out", out, "--tta", crops, "--max-frames", 400)
+    options = ("--split", split, "--out", out, "--tta", segments, "--max-frames", 400)
     result = embed(run, *options, "--checkpoint", "last")
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     data = shardprep.open_shards(shards)
     model = model_of(run / "checkpoints" / "step-00000009.pt")
-    part, views = data[split], Views(model, crops, 64)
+    part, views = data[split], Views(model, segments, 64)
     with np.load(out, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     assert found["embeddings"].dtype == np.float32
@@ -40,10 +40,10 @@ def test_a_file_holds_what_each_utterance_gives_alone(
     assert found["labels"].tolist() == part.labels.tolist()
     assert tuple(found["speakers"]) == data.speakers
     assert found["checkpoint"] == str(run / "checkpoints" / "step-00000009.pt")
-    assert (found["step"], found["split"], found["tta"]) == (9, split, crops)
+    assert (found["step"], found["split"], found["tta"]) == (9, split, segments)
     assert found["fingerprint"] == data.manifest.fingerprint
-    # The crops of the run's training are the default.
-    assert found["tta_frames"] == (64 if crops else 0)
+    # The segments of the run's training are the default.
+    assert found["tta_frames"] == (64 if segments else 0)
     with torch.no_grad():
         for index, row in enumerate(found["embeddings"]):
             mel = torch.from_numpy(part.read(index)).float()[None]

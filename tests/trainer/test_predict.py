@@ -213,7 +213,7 @@ def test_too_little_memory_is_one_message(
     assert "--max-frames" in result.stderr
 
 
-def test_crops_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path: Path) -> None:
+def test_segments_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path: Path) -> None:
     plain, none, some = (tmp_path / name for name in ("plain.csv", "none.csv", "some.csv"))
     chosen = ("--split", "train", "--shards", shards, "--max-frames", 500)
     assert predict(run, *chosen, "--out", plain).exit_code == 0

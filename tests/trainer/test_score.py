@@ -147,7 +147,7 @@ def test_trials_are_drawn_by_the_seed(run: Path, monkeypatch: pytest.MonkeyPatch
     assert pairs[0] == pairs[1] != pairs[2]
 
 
-def test_no_crops_are_the_plain_score_and_no_pairs_no_verification(run: Path) -> None:
+def test_no_segments_are_the_plain_score_and_no_pairs_no_verification(run: Path) -> None:
     assert score_json(run, "--tta", 0, "--tta-frames", 30) == score_json(run)
     bare = score_json(run, "--pairs", 0)
     assert (bare["trials"], bare["eer"], bare["min_dcf"]) == (0, None, None)

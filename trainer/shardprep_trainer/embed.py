@@ -54,8 +54,8 @@ def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int
         "step": np.array(session.step, np.int64),
         "split": np.array(split),
         "fingerprint": np.array(session.shards.manifest.fingerprint),
-        "tta": np.array(views.crops, np.int64),
-        "tta_frames": np.array(views.frames if views.crops else 0, np.int64),
+        "tta": np.array(views.segments, np.int64),
+        "tta_frames": np.array(views.frames if views.segments else 0, np.int64),
     }
     with publish(path) as file:
         np.savez(file, **arrays)

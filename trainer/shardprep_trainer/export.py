@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 SUFFIXES = {".onnx": "onnx", ".pt": "torchscript"}
 INPUTS, OUTPUTS = ("mel", "lengths"), ("embedding", "logits")
 
-# (T, lengths): a single frame, a crop, padding that every utterance has or only some have, and
+# (T, lengths): a single frame, a segment, padding that every utterance has or only some have, and
 # utterances beyond both ends of the table of relative positions (-512..512).
 PARITY_CASES = (
     (1, (1,)),
@@ -223,7 +223,7 @@ def describe(saved: State) -> dict[str, str]:
 
     Returns:
         format_version; speakers, a JSON list in the order of the logits; n_mels; pad_value, which
-        filled short crops in training [log-mel]; step, after which the weights were saved.
+        filled short segments in training [log-mel]; step, after which the weights were saved.
     """
     return {
         "format_version": str(FORMAT_VERSION),

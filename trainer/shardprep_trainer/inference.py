@@ -64,14 +64,14 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
             "--tta",
             type=click.IntRange(min=0),
             default=0,
-            help="Equidistant crops of each utterance, heard beside the whole; the answers to all "
-            "of them are averaged.",
+            help="Equidistant segments of each utterance, scored beside the whole; the answers to "
+            "all of them are averaged.",
         ),
         click.option(
             "--tta-frames",
             type=click.IntRange(min=0),
             default=0,
-            help="Length of these crops [frames]; 0 is that of the run's training crops.",
+            help="Length of these segments [frames]; 0 is that of the run's training segments.",
         ),
     ]
 

@@ -269,8 +269,8 @@ def score(
         p_target=P_TARGET,
         cohort=None if cohort is None else len(cohort),
         cohort_size=None if cohort is None else min(len(cohort), size or 0),
-        tta=session.views.crops,
-        tta_frames=session.views.frames if session.views.crops else None,
+        tta=session.views.segments,
+        tta_frames=session.views.frames if session.views.segments else None,
     )
 
 

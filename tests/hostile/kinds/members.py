@@ -39,7 +39,7 @@ def zstd_bomb_of_unknown_size(folder: Path) -> None:
 
 @kind("zstd")
 def zstd_chunk_bomb(folder: Path) -> None:
-    """the chunk of a crop inflates to 500 MB"""
+    """the chunk of a segment inflates to 500 MB"""
 
     def bomb(data: bytes) -> bytes:
         head, body = zstd_frames(33), frame(500 << 20)

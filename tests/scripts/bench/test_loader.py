@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardprep
-from shardprep.bench.contenders import CropShape
+from shardprep.bench.contenders import SegmentShape
 from shardprep.bench.standings import LoaderResult
 from shardprep.bench.turns import in_own_process
 
@@ -28,29 +28,29 @@ peers = importlib.import_module("scripts.bench.peers")
 # The peers' own warnings are no business of ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SHAPE = CropShape(4, 32, 40, np.dtype("<f2"))
+SHAPE = SegmentShape(4, 32, 40, np.dtype("<f2"))
 SPEAKERS = 16
 
 
 @pytest.fixture
 def shards(make_dataset: Callable[..., Path], tmp_path: Path) -> Path:
-    # One utterance a speaker, so that the label tells which one it is; some shorter than a crop.
+    # One utterance a speaker, so that the label tells which one it is; some shorter than a segment.
     source = make_dataset(speakers=SPEAKERS, utterances=1, test_utterances=0, frames=(20, 60))
     shardprep.build_shards(source, tmp_path / "shards", shardprep.BuildOptions(workers=1))
     return tmp_path / "shards"
 
 
-def is_crop_of(crop: np.ndarray, mel: np.ndarray) -> bool:
-    length = min(len(crop), len(mel))
-    return bool((crop[length:] == -20).all()) and any(
-        np.array_equal(crop[:length], mel[start : start + length])
+def is_segment_of(segment: np.ndarray, mel: np.ndarray) -> bool:
+    length = min(len(segment), len(mel))
+    return bool((segment[length:] == -20).all()) and any(
+        np.array_equal(segment[:length], mel[start : start + length])
         for start in range(len(mel) - length + 1)
     )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
-def test_peers_give_the_same_crops_of_all_utterances(
+def test_peers_give_the_same_segments_of_all_utterances(
     shards: Path, tmp_path: Path, peer: Any, workers: int
 ) -> None:
     if not peer.installed:
@@ -72,8 +72,8 @@ def test_peers_give_the_same_crops_of_all_utterances(
     for mel, label in in_own_process(draw, 120):
         assert mel.shape == (4, 32, 40)
         assert mel.dtype == np.float16
-        for crop, own in zip(mel, label, strict=True):
-            assert is_crop_of(crop, mels[own])
+        for segment, own in zip(mel, label, strict=True):
+            assert is_segment_of(segment, mels[own])
         seen.update(label)
     assert seen == set(range(SPEAKERS))
 

@@ -72,7 +72,7 @@ def test_boss_asks_for_a_margin_only_of_the_true_speaker() -> None:
     assert build(kind="boss")(torch.randn(4, 9, 40)).abs().max() <= 1 + 1e-5
 
 
-def test_short_utterances_are_padded_and_long_ones_cropped(make_dataset: Any) -> None:
+def test_short_utterances_are_padded_and_long_ones_cut(make_dataset: Any) -> None:
     root = make_dataset(frames=(20, 200))
     source = course.read_source(root)
     data = course.CourseDataset(source.labelled, 100)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
-from shardprep.bench.contenders import CropShape
+from shardprep.bench.contenders import SegmentShape
 
 CALM = {"faults": 0, "batches": 1000, "cached": 1.0, "to_limit": 0.5}
 
@@ -20,22 +20,22 @@ CALM = {"faults": 0, "batches": 1000, "cached": 1.0, "to_limit": 0.5}
             Stages(1.0, 0.2, 0.7),
             "none",
             {},
-            "Memory: copying the crops out of the maps takes 70% of a batch's time; "
+            "Memory: copying the segments out of the maps takes 70% of a batch's time; "
             "the loader runs at 0.50 of the limit.",
         ),
         (
             Stages(1.0, 0.1, 0.8),
             "zstd",
             {"to_limit": 0.031},
-            "The processor: inflating the chunks that the crops touch takes 80% of a batch's time; "
-            "the loader runs at 0.03 of the limit.",
+            "The processor: inflating the chunks that the segments touch takes 80% of a batch's "
+            "time; the loader runs at 0.03 of the limit.",
         ),
         (
             Stages(1.0, 0.6, 0.3),
             "none",
             {},
-            "The processor: computing the order and the crop starts takes 60% of a batch's time; "
-            "the loader runs at 0.50 of the limit.",
+            "The processor: computing the order and the segment starts takes 60% of a batch's "
+            "time; the loader runs at 0.50 of the limit.",
         ),
         (
             Stages(1.0, 0.1, 0.1),
@@ -98,6 +98,6 @@ def test_the_page_cache_is_asked_about_every_page(tmp_path: Path) -> None:
 def test_every_part_of_a_batch_takes_time(
     edge_sets: dict[tuple[str, str], Path], codec: str
 ) -> None:
-    shape = CropShape(4, 64, 7, np.dtype("<f2"))
+    shape = SegmentShape(4, 64, 7, np.dtype("<f2"))
     stages = time_stages(edge_sets["float16", codec], "train", shape, 0.01)
     assert min(stages.batch, stages.order, stages.gather) > 0

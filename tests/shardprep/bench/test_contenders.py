@@ -14,7 +14,7 @@ import torch
 from shardprep import BuildReport, Split, open_shards
 from shardprep.bench import contenders
 from shardprep.bench.contenders import (
-    CropShape,
+    SegmentShape,
     epochs,
     file_candidate,
     limit_candidates,
@@ -29,9 +29,10 @@ from shardprep.source.dataset import scan_dataset
 # webdataset leaves it to the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
-# A speaker an utterance, so that the label tells which one it is; shorter and longer than a crop.
+# A speaker an utterance, so that the label tells which one it is; shorter and longer than a
+# segment.
 LENGTHS = {f"s{number:02d}": [3 + 2 * number] for number in range(16)}
-SHAPE = CropShape(4, 12, 7, np.dtype("<f2"))
+SHAPE = SegmentShape(4, 12, 7, np.dtype("<f2"))
 BATCHES = len(LENGTHS) // SHAPE.batch_size
 
 
@@ -63,16 +64,18 @@ def candidates(folders: dict[str, Path]) -> Iterator[Candidate]:
         yield shard_candidate(codec, open_shards(folders[codec]), "train", SHAPE)
 
 
-def is_crop_of(crop: np.ndarray, mel: np.ndarray) -> bool:
-    """By a naive loop: whether a crop is a run of frames of a matrix, padded if that is short."""
-    length = min(len(crop), len(mel))
-    return bool((crop[length:] == -20).all()) and any(
-        np.array_equal(crop[:length], mel[start : start + length])
+def is_segment_of(segment: np.ndarray, mel: np.ndarray) -> bool:
+    """By a naive loop: whether a segment is a run of frames of a matrix, padded if short."""
+    length = min(len(segment), len(mel))
+    return bool((segment[length:] == -20).all()) and any(
+        np.array_equal(segment[:length], mel[start : start + length])
         for start in range(len(mel) - length + 1)
     )
 
 
-def test_all_loaders_give_crops_of_every_utterance_once_an_epoch(folders: dict[str, Path]) -> None:
+def test_all_loaders_give_segments_of_every_utterance_once_an_epoch(
+    folders: dict[str, Path],
+) -> None:
     split = open_shards(folders["none"])["train"]
     mels = {int(label): split.read(index) for index, label in enumerate(split.labels)}
     names = []
@@ -85,24 +88,26 @@ def test_all_loaders_give_crops_of_every_utterance_once_an_epoch(folders: dict[s
                     assert mel.shape == (4, 12, 7), candidate.name
                     assert mel.dtype == torch.float16, candidate.name
                     assert label.shape == (4,), candidate.name
-                    for crop, own in zip(mel.numpy(), label.tolist(), strict=True):
-                        assert is_crop_of(crop, mels[own]), candidate.name
+                    for segment, own in zip(mel.numpy(), label.tolist(), strict=True):
+                        assert is_segment_of(segment, mels[own]), candidate.name
                     seen += label.tolist()
                 assert sorted(seen) == sorted(mels), (candidate.name, epoch)
     assert len(set(names)) == len(names) == 8
 
 
-def test_orders_and_crops_are_random(folders: dict[str, Path]) -> None:
+def test_orders_and_segments_are_random(folders: dict[str, Path]) -> None:
     for candidate in candidates(folders):
         with contextlib.closing(candidate.start()) as batches:  # type: ignore[type-var]
             drawn = list(itertools.islice(batches, 6 * BATCHES))
         rows = [
-            (int(own), crop) for mel, label in drawn for own, crop in zip(label, mel, strict=True)
+            (int(own), segment)
+            for mel, label in drawn
+            for own, segment in zip(label, mel, strict=True)
         ]
         order = [own for own, _ in rows]
         epochs_seen = {tuple(order[at : at + 16]) for at in range(0, len(order), 16)}
         assert len(epochs_seen) > 1, candidate.name
-        longest = {crop.numpy().tobytes() for own, crop in rows if own == len(LENGTHS) - 1}
+        longest = {segment.numpy().tobytes() for own, segment in rows if own == len(LENGTHS) - 1}
         assert len(longest) > 1, candidate.name
 
 

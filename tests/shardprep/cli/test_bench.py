@@ -29,9 +29,9 @@ def test_the_table_names_every_loader_and_the_bottleneck(
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert re.match(
-        r"train: 28 utterances; batches of 4 crops of 32 x 7 float16; .+ cores", lines[0]
+        r"train: 28 utterances; batches of 4 segments of 32 x 7 float16; .+ cores", lines[0]
     )
-    assert lines[1].split() == ["loader", "crops/s", "GB/s", "to", "files", "to", "limit"]
+    assert lines[1].split() == ["loader", "samples/s", "GB/s", "to", "files", "to", "limit"]
     rows = [
         line for line in lines if re.search(r"  [\d,]+ +\d+\.\d{3} +[\d.]+x +\d+\.\d{3}$", line)
     ]

@@ -32,7 +32,7 @@ def test_damage_is_raised_with_file_and_key(spoilt: Spoilt, codec: str, verify: 
     assert caught.value.file.endswith(f"train-{split.locations[bad]['shard']:06d}.tar")
 
 
-def test_crops_of_a_plain_set_are_not_checked_unless_asked(spoilt: Spoilt) -> None:
+def test_segments_of_a_plain_set_are_not_checked_unless_asked(spoilt: Spoilt) -> None:
     split, _ = spoilt([3])
     assert len(list(loader(split))) == 7
 
@@ -60,13 +60,13 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
         twice = 0
         for _ in range(2):
             for batch, before in zip(own, plain, strict=True):
-                # The crops of a rank are all different, so that one tells its utterance.
-                was = [crop.numpy().tobytes() for crop in before["mel"]]
-                now = [crop.numpy().tobytes() for crop in batch["mel"]]
+                # The segments of a rank are all different, so that one tells its utterance.
+                was = [segment.numpy().tobytes() for segment in before["mel"]]
+                now = [segment.numpy().tobytes() for segment in batch["mel"]]
                 assert len(now) == len(was)
                 assert set(now) <= set(was)
-                for place, crop in enumerate(now):
-                    home = was.index(crop)
+                for place, segment in enumerate(now):
+                    home = was.index(segment)
                     assert batch["label"][place] == before["label"][home]
                     assert batch["length"][place] == before["length"][home]
                     twice += home != place
@@ -79,7 +79,7 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
     assert found == {str(split.keys[index]) for index in bad}
 
 
-def test_crops_of_damaged_utterances_are_never_delivered(spoilt: Spoilt) -> None:
+def test_segments_of_damaged_utterances_are_never_delivered(spoilt: Spoilt) -> None:
     split, bad = spoilt([3, 4, 20])
     guard = ReadGuard(split, "once", "skip", 3)
     everything = np.arange(len(split))

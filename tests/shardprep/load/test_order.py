@@ -1,4 +1,4 @@
-"""The order is a uniform bijection that no slicing changes, and the crops are uniform too."""
+"""The order is a uniform bijection that no slicing changes, and the segments are uniform too."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from shardprep.load.order import (
     Permutation,
-    crop_starts,
     derive_key,
     epoch_order,
     length_batches,
     mix64,
     rank_slice,
+    segment_starts,
 )
 
 Indices = NDArray[np.int64]
@@ -120,9 +120,9 @@ def test_neighbours_are_torn_apart() -> None:
     st.lists(st.integers(1, 700), min_size=1, max_size=60), st.integers(1, 300), st.integers(0, 5)
 )
 @settings(deadline=None, max_examples=80)
-def test_crops_lie_within_their_utterances(frames: list[int], length: int, epoch: int) -> None:
+def test_segments_lie_within_their_utterances(frames: list[int], length: int, epoch: int) -> None:
     lengths = np.array(frames)
-    starts = crop_starts(np.arange(len(frames)), lengths, length, seed=1, epoch=epoch)
+    starts = segment_starts(np.arange(len(frames)), lengths, length, seed=1, epoch=epoch)
     assert starts.dtype == np.int64
     assert (starts >= 0).all()
     assert (starts[lengths >= length] <= (lengths - length)[lengths >= length]).all()
@@ -130,12 +130,12 @@ def test_crops_lie_within_their_utterances(frames: list[int], length: int, epoch
 
 
 @pytest.mark.parametrize("choices", [2, 7, 100, 413])
-def test_crop_starts_are_uniform_over_utterances_and_over_epochs(choices: int) -> None:
+def test_segment_starts_are_uniform_over_utterances_and_over_epochs(choices: int) -> None:
     n = 20_000
     frames = np.full(n, 128 + choices - 1)
-    over_utterances = crop_starts(np.arange(n), frames, 128, seed=0, epoch=3)
+    over_utterances = segment_starts(np.arange(n), frames, 128, seed=0, epoch=3)
     over_epochs = [
-        crop_starts(np.array([17]), frames[:1], 128, seed=0, epoch=epoch)[0]
+        segment_starts(np.array([17]), frames[:1], 128, seed=0, epoch=epoch)[0]
         for epoch in range(4000)
     ]
     for starts in (over_utterances, np.array(over_epochs)):
@@ -144,15 +144,15 @@ def test_crop_starts_are_uniform_over_utterances_and_over_epochs(choices: int) -
         assert abs(chi_square(counts, len(starts) / choices)) < 4.5
 
 
-def test_crops_depend_on_seed_epoch_and_utterance_but_not_on_the_batch() -> None:
+def test_segments_depend_on_seed_epoch_and_utterance_but_not_on_the_batch() -> None:
     frames = np.full(1000, 10_000)
     indices = np.arange(1000)
-    starts = crop_starts(indices, frames, 128, seed=0, epoch=0)
+    starts = segment_starts(indices, frames, 128, seed=0, epoch=0)
     np.testing.assert_array_equal(
-        crop_starts(indices[5:9], frames[5:9], 128, seed=0, epoch=0), starts[5:9]
+        segment_starts(indices[5:9], frames[5:9], 128, seed=0, epoch=0), starts[5:9]
     )
     for seed, epoch in [(0, 1), (1, 0)]:
-        other = crop_starts(indices, frames, 128, seed=seed, epoch=epoch)
+        other = segment_starts(indices, frames, 128, seed=seed, epoch=epoch)
         assert abs(np.corrcoef(starts, other)[0, 1]) < 0.15
     position = epoch_order(1000, 0, 0)(indices)
     assert abs(np.corrcoef(starts, position)[0, 1]) < 0.15

@@ -21,7 +21,7 @@ from shardprep import (
     Split,
     open_shards,
 )
-from shardprep.load.order import crop_starts, epoch_order
+from shardprep.load.order import epoch_order, segment_starts
 
 Batch = dict[str, torch.Tensor]
 T = 32
@@ -124,17 +124,17 @@ def test_global_batches_are_the_same_at_any_world_size(
     assert same(batches(world_size), batches(1))
 
 
-def test_batches_are_the_crops_of_the_epochs_order(split: Split) -> None:
+def test_batches_are_the_segments_of_the_epochs_order(split: Split) -> None:
     own = loader(split, seed=9, batch_size=5, drop_last=False, pad_value=-3.0)
     own.set_epoch(2)
     every = joined(list(own))
     order = epoch_order(len(split), 9, 2)(np.arange(len(split)))
-    starts = crop_starts(order, split.frames[order], T, seed=9, epoch=2)
+    starts = segment_starts(order, split.frames[order], T, seed=9, epoch=2)
     for row, (index, start) in enumerate(zip(order, starts, strict=True)):
-        crop = split.read(int(index))[start : start + T]
-        assert every["length"][row] == len(crop) == min(T, split.frames[index])
-        np.testing.assert_array_equal(every["mel"][row, : len(crop)], crop)
-        assert (every["mel"][row, len(crop) :] == -3.0).all()
+        segment = split.read(int(index))[start : start + T]
+        assert every["length"][row] == len(segment) == min(T, split.frames[index])
+        np.testing.assert_array_equal(every["mel"][row, : len(segment)], segment)
+        assert (every["mel"][row, len(segment) :] == -3.0).all()
         assert every["label"][row] == split.labels[index]
 
 
@@ -147,9 +147,11 @@ def test_padding_is_minus_twenty_by_default_and_behind_the_speech(split: Split) 
         assert (mel[int(length) :] == -20.0).all()
 
 
-def test_without_shuffle_crops_begin_at_the_first_frame_in_the_splits_order(split: Split) -> None:
+def test_without_shuffle_segments_begin_at_the_first_frame_in_the_splits_order(
+    split: Split,
+) -> None:
     every = joined(list(loader(split, shuffle=False, drop_last=False)))
-    expected = split.crops(np.arange(len(split)), np.zeros(len(split), int), T)
+    expected = split.segments(np.arange(len(split)), np.zeros(len(split), int), T)
     np.testing.assert_array_equal(every["mel"].numpy(), expected)
     np.testing.assert_array_equal(every["label"].numpy(), split.labels)
 

@@ -1,4 +1,4 @@
-"""Crops of the longest utterances, of a set smaller than a crop, and of damaged chunks."""
+"""Segments of the longest utterances, of a set smaller than a segment, and of damaged chunks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LONGEST = 7193
 def naive(split: Split, indices: NDArray[Any], starts: NDArray[Any], length: int) -> NDArray[Any]:
     out = np.full((len(indices), length, split.n_mels), -20.0, split.dtype)
     for row, (index, start) in enumerate(zip(indices, starts, strict=True)):
-        crop = split.read(int(index))[start : start + length]
-        out[row, : len(crop)] = crop
+        segment = split.read(int(index))[start : start + length]
+        out[row, : len(segment)] = segment
     return out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("lengths", [(1, LONGEST, 2, 128, LONGEST - 1, 1), (3,), (LONGEST,)])
-def test_crops_of_any_length_from_utterances_of_any_length(
+def test_segments_of_any_length_from_utterances_of_any_length(
     source_of: Callable[..., Path],
     build: Callable[..., Any],
     tmp_path: Path,
@@ -48,14 +48,14 @@ def test_crops_of_any_length_from_utterances_of_any_length(
     starts = np.select([np.arange(len(indices)) % 3 == k for k in (0, 1)], [0, frames // 2])
     starts[2::3] = frames[2::3] - 1
     for length in (1, 64, 128, LONGEST, LONGEST + 200):
-        crops = split.crops(indices, starts, length)
-        assert crops.tobytes() == naive(split, indices, starts, length).tobytes()
+        segments = split.segments(indices, starts, length)
+        assert segments.tobytes() == naive(split, indices, starts, length).tobytes()
 
 
-def test_no_crops_are_an_empty_batch(edge_sets: dict[tuple[str, str], Path]) -> None:
+def test_no_segments_are_an_empty_batch(edge_sets: dict[tuple[str, str], Path]) -> None:
     for codec in ("none", "zstd"):
         split = open_shards(edge_sets["float16", codec])["train"]
-        assert split.crops([], [], 5).shape == (0, 5, 7)
+        assert split.segments([], [], 5).shape == (0, 5, 7)
 
 
 @pytest.mark.parametrize("where", ["frame", "table"])
@@ -79,11 +79,11 @@ def test_damaged_chunk_names_its_file_and_its_utterance(
     fresh = open_shards(folder)["train"]
     everything = np.arange(len(fresh))
     with pytest.raises(CorruptShardError, match="chunk cannot be inflated") as caught:
-        fresh.crops(everything, np.zeros_like(everything), 64)
+        fresh.segments(everything, np.zeros_like(everything), 64)
     assert (caught.value.key, caught.value.file) == (str(fresh.keys[hurt]), str(file))
     others = everything[everything != hurt]
-    crops = fresh.crops(others, np.zeros_like(others), 64)
-    assert crops.tobytes() == naive(fresh, others, np.zeros_like(others), 64).tobytes()
+    segments = fresh.segments(others, np.zeros_like(others), 64)
+    assert segments.tobytes() == naive(fresh, others, np.zeros_like(others), 64).tobytes()
 
 
 def test_a_split_keeps_few_bytes_an_utterance(edge_set: Path) -> None:
@@ -117,7 +117,7 @@ def test_batch_that_would_hold_too_much_at_once_goes_by_parts(
 ) -> None:
     split = open_shards(edge_sets["float16", "zstd"])["train"]
     indices = np.arange(len(split))
-    whole = split.crops(indices, split.frames // 3, 128)
+    whole = split.segments(indices, split.frames // 3, 128)
     sizes: list[int] = []
     inflate = codecs.inflate_many
 
@@ -128,6 +128,6 @@ def test_batch_that_would_hold_too_much_at_once_goes_by_parts(
 
     monkeypatch.setattr(codecs, "inflate_many", counting)
     monkeypatch.setattr("shardprep.read.gather._MOST_HELD", 4096)
-    np.testing.assert_array_equal(split.crops(indices, split.frames // 3, 128), whole)
+    np.testing.assert_array_equal(split.segments(indices, split.frames // 3, 128), whole)
     assert len(sizes) > 4
     assert max(sizes) <= 4096

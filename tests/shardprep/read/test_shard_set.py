@@ -1,4 +1,4 @@
-"""`read` gives what was packed or an error, and `crops` what a naive loop over `read` gives."""
+"""`read` gives what was packed or an error, and `segments` what a naive loop over `read` gives."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none",
 
 
 def naive(split: Split, indices: Any, starts: Any, length: int, pad: float) -> NDArray[Any]:
-    """Cut crops from whole utterances, one by one."""
-    crops = []
+    """Cut segments from whole utterances, one by one."""
+    segments = []
     for index, start in zip(indices, starts, strict=True):
-        crop = split.read(int(index))[start : start + length]
+        segment = split.read(int(index))[start : start + length]
         filled = np.full((length, split.n_mels), pad, split.dtype)
-        filled[: len(crop)] = crop
-        crops.append(filled)
-    return np.stack(crops)
+        filled[: len(segment)] = segment
+        segments.append(filled)
+    return np.stack(segments)
 
 
 @pytest.mark.parametrize("kind", SETS, ids="-".join)
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
-def test_crops_equal_a_loop_over_read_to_the_bit(
+def test_segments_equal_a_loop_over_read_to_the_bit(
     edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str], data: st.DataObject
 ) -> None:
     split = open_shards(edge_sets[kind])["train"]
@@ -46,25 +46,25 @@ def test_crops_equal_a_loop_over_read_to_the_bit(
     length = data.draw(st.sampled_from([1, 2, 63, 64, 65, 128, 200, 600]))
     pad = data.draw(st.sampled_from([-20.0, 0.0, 1.5]))
     expected = naive(split, indices, starts, length, pad)
-    crops = split.crops(indices, starts, length, pad)
-    assert crops.dtype == split.dtype == np.dtype(kind[0])
-    assert crops.tobytes() == expected.tobytes()
+    segments = split.segments(indices, starts, length, pad)
+    assert segments.dtype == split.dtype == np.dtype(kind[0])
+    assert segments.tobytes() == expected.tobytes()
     out = np.full(expected.shape, np.nan, split.dtype)
-    assert split.crops(np.array(indices), np.array(starts), length, pad, out=out) is out
+    assert split.segments(np.array(indices), np.array(starts), length, pad, out=out) is out
     assert out.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("kind", SETS, ids="-".join)
-def test_whole_split_crops_in_one_call(
+def test_whole_split_segments_in_one_call(
     edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str]
 ) -> None:
     for split in open_shards(edge_sets[kind]).values():
         # Every utterance of every shard, from its first frame, its middle and its last one.
         for starts in (np.zeros(len(split), int), split.frames // 2, split.frames - 1):
             for length in (1, 64, 517):
-                crops = split.crops(np.arange(len(split)), starts, length)
+                segments = split.segments(np.arange(len(split)), starts, length)
                 expected = naive(split, range(len(split)), starts, length, -20.0)
-                assert crops.tobytes() == expected.tobytes()
+                assert segments.tobytes() == expected.tobytes()
 
 
 def test_set_is_a_mapping_of_splits(edge_set: Path) -> None:
@@ -110,7 +110,7 @@ def test_read_gives_a_copy_of_ones_own(edge_set: Path) -> None:
         ([0], [0], 0, ValueError),
     ],
 )
-def test_crops_out_of_range_are_refused(
+def test_segments_out_of_range_are_refused(
     edge_sets: dict[tuple[str, str], Path],
     codec: str,
     indices: list[Any],
@@ -121,7 +121,7 @@ def test_crops_out_of_range_are_refused(
     split = open_shards(edge_sets["float16", codec])["train"]
     at = [int(split.frames[0]) if start == "frames" else start for start in starts]
     with pytest.raises(error):
-        split.crops(indices, at, length)
+        split.segments(indices, at, length)
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
@@ -141,7 +141,7 @@ def test_read_out_of_range_is_refused(edge_set: Path, index: int) -> None:
 )
 def test_buffer_that_does_not_fit_is_refused(edge_set: Path, out: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match="contiguous array"):
-        open_shards(edge_set)["train"].crops([0], [0], 5, out=out)
+        open_shards(edge_set)["train"].segments([0], [0], 5, out=out)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_read_finds_every_flipped_bit_of_a_payload(
     assert len(split.read(3)) == row["frames"]
 
 
-def test_crops_find_a_damaged_zstd_chunk(
+def test_segments_find_a_damaged_zstd_chunk(
     damaged: Callable[..., Path], edge_sets: dict[tuple[str, str], Path]
 ) -> None:
     row = open_shards(edge_sets["float16", "zstd"])["train"].locations[3]
@@ -197,7 +197,7 @@ def test_crops_find_a_damaged_zstd_chunk(
     with pytest.raises(
         CorruptShardError, match=r"train-\d+\.tar: \S+: a chunk cannot be"
     ) as caught:
-        split.crops([2, 3, 4], [0, 0, 0], int(row["frames"]))
+        split.segments([2, 3, 4], [0, 0, 0], int(row["frames"]))
     assert caught.value.key == row["key"].decode()
 
 
@@ -224,7 +224,7 @@ def test_shard_lost_after_opening_is_refused(damaged: Callable[..., Path]) -> No
     split = open_shards(folder)["train"]
     index = int(np.flatnonzero(split.locations["shard"] == 1)[0])
     (folder / "train-000001.tar").write_bytes(b"")
-    for call in (lambda: split.read(index), lambda: split.crops([index], [0], 1)):
+    for call in (lambda: split.read(index), lambda: split.segments([index], [0], 1)):
         with pytest.raises(CorruptShardError, match="has 0 bytes, expected"):
             call()
 
@@ -249,7 +249,7 @@ def test_set_that_is_replaced_while_it_is_read_is_recognised(
         sizes = [info.bytes for info in shard_set.manifest.splits["train"].shards]
         (folder / "train-000000.tar").write_bytes(bytes(sizes[0]))
         with pytest.raises(CorruptShardError, match="changed while it was being read"):
-            split.crops([0], [0], 1)
+            split.segments([0], [0], 1)
 
 
 def test_set_that_is_as_it_was_passes(damaged: Callable[..., Path]) -> None:
@@ -352,8 +352,8 @@ def test_index_of_other_rows_is_refused_even_when_signed(damaged: Callable[..., 
 def test_a_split_travels_to_another_process_without_its_shards(edge_set: Path) -> None:
     split = open_shards(edge_set)["train"]
     before = len(pickle.dumps(split))
-    crops = split.crops(np.arange(len(split)), np.zeros(len(split), int), 30)
+    segments = split.segments(np.arange(len(split)), np.zeros(len(split), int), 30)
     sent = pickle.dumps(split)
     assert len(sent) == before
-    again = pickle.loads(sent).crops(np.arange(len(split)), np.zeros(len(split), int), 30)
-    np.testing.assert_array_equal(again, crops)
+    again = pickle.loads(sent).segments(np.arange(len(split)), np.zeros(len(split), int), 30)
+    np.testing.assert_array_equal(again, segments)

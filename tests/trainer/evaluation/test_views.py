@@ -1,4 +1,4 @@
-"""Views of an utterance: where the crops lie, and that no crops change nothing."""
+"""Views of an utterance: where the segments lie, and that no segments change nothing."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("crops", "starts"),
+    ("segments", "starts"),
     [(1, [[15], [0], [3]]), (2, [[0, 30], [0, 0], [0, 7]]), (4, [[0, 10, 20, 30], [0] * 4, None])],
 )
 @torch.no_grad()
-def test_views_are_the_whole_and_crops_from_end_to_end(
-    model: SpeakerModel, crops: int, starts: list[list[int] | None]
+def test_views_are_the_whole_and_segments_from_end_to_end(
+    model: SpeakerModel, segments: int, starts: list[list[int] | None]
 ) -> None:
     mel, lengths = torch.randn(3, 50, 5), torch.tensor([50, 12, 27])
-    embedding, scores = Views(model, crops, 20).embed_and_score(mel, lengths)
+    embedding, scores = Views(model, segments, 20).embed_and_score(mel, lengths)
     for row, length in enumerate(lengths.tolist()):
         where = starts[row]
         if where is None:
@@ -50,7 +50,7 @@ def test_views_are_the_whole_and_crops_from_end_to_end(
 
 
 @torch.no_grad()
-def test_no_crops_are_the_model_itself(model: SpeakerModel) -> None:
+def test_no_segments_are_the_model_itself(model: SpeakerModel) -> None:
     mel, lengths = torch.randn(2, 30, 5), torch.tensor([30, 12])
     embedding, scores = Views(model).embed_and_score(mel, lengths)
     assert torch.equal(embedding, model.embed(mel, lengths))
@@ -68,14 +68,14 @@ def test_lengths_that_say_nothing_may_be_left_out(model: SpeakerModel) -> None:
 
 
 @torch.no_grad()
-def test_an_utterance_no_longer_than_a_crop_keeps_its_direction(model: SpeakerModel) -> None:
+def test_an_utterance_no_longer_than_a_segment_keeps_its_direction(model: SpeakerModel) -> None:
     mel = torch.randn(2, 20, 5)
     embedding, scores = Views(model, 5, 20).embed_and_score(mel)
     assert torch.allclose(embedding, F.normalize(model.embed(mel), dim=1), atol=1e-6)
     assert torch.allclose(scores, model(mel), atol=1e-5)
 
 
-@pytest.mark.parametrize(("crops", "frames"), [(-1, 20), (1, 0)])
-def test_views_that_cannot_be_are_refused(model: SpeakerModel, crops: int, frames: int) -> None:
-    with pytest.raises(ValueError, match="crops of"):
-        Views(model, crops, frames)
+@pytest.mark.parametrize(("segments", "frames"), [(-1, 20), (1, 0)])
+def test_views_that_cannot_be_are_refused(model: SpeakerModel, segments: int, frames: int) -> None:
+    with pytest.raises(ValueError, match="segments of"):
+        Views(model, segments, frames)

@@ -23,7 +23,7 @@ ALL: dict[str, Any] = {
 EACH = [{key: ALL[key]} for key in ALL]
 
 
-def crops(batch: int = 4, frames: int = 50, seed: int = 0) -> Tensor:
+def segments(batch: int = 4, frames: int = 50, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, frames, 40, generator=generator) * 2.5 - 6
 
@@ -31,7 +31,7 @@ def crops(batch: int = 4, frames: int = 50, seed: int = 0) -> Tensor:
 @given(snr=st.floats(-5, 30), lengths=st.lists(st.integers(1, 50), min_size=3, max_size=3))
 @settings(max_examples=20, deadline=None)
 def test_mixing_adds_powers_at_the_ratio_asked_for(snr: float, lengths: list[int]) -> None:
-    mel, other = crops(3).double(), crops(3, seed=1).double() + 9
+    mel, other = segments(3).double(), segments(3, seed=1).double() + 9
     mask = torch.arange(50) < torch.tensor(lengths)[:, None]
     mixed = mix(mel, other, torch.full((3, 1, 1), snr, dtype=torch.float64), mask)
     for b, length in enumerate(lengths):
@@ -44,7 +44,7 @@ def test_mixing_adds_powers_at_the_ratio_asked_for(snr: float, lengths: list[int
 
 
 def test_a_room_is_the_convolution_of_powers_with_its_decay() -> None:
-    mel = crops(2, frames=60).double()
+    mel = segments(2, frames=60).double()
     seconds = torch.tensor([0.2, 0.6], dtype=torch.float64).view(2, 1, 1)
     found = reverberate(mel, seconds)
     for b, time in enumerate((0.2, 0.6)):
@@ -65,8 +65,8 @@ def test_a_room_lets_a_sound_die_away_in_its_time() -> None:
     assert fall.item() == pytest.approx(20.0, abs=0.1)
 
 
-def test_a_channel_adds_one_smooth_curve_to_all_frames_of_a_crop() -> None:
-    mel = crops()
+def test_a_channel_adds_one_smooth_curve_to_all_frames_of_a_segment() -> None:
+    mel = segments()
     change = Augment(channel=1.0).train()(mel) - mel
     assert (change - change[:, :1]).abs().max() < 1e-5
     assert (change[0, 0] - change[1, 0]).abs().max() > 0.1
@@ -82,7 +82,7 @@ def test_curves_have_the_deviation_that_is_told() -> None:
 
 @pytest.mark.parametrize("options", [*EACH, ALL], ids=lambda o: "+".join(o))
 def test_it_is_a_function_of_the_seed_and_rests_in_evaluation(options: dict[str, Any]) -> None:
-    augment, mel = Augment(**options).train(), crops(8)
+    augment, mel = Augment(**options).train(), segments(8)
     before = mel.clone()
     torch.manual_seed(3)
     first = augment(mel)
@@ -101,11 +101,11 @@ def test_valid_frames_do_not_depend_on_what_padding_holds(options: dict[str, Any
     valid = torch.arange(50) < lengths[:, None]
     results = []
     for value in (-20.0, -3.0):
-        mel = crops().masked_fill(~valid.unsqueeze(2), value)
+        mel = segments().masked_fill(~valid.unsqueeze(2), value)
         torch.manual_seed(1)
         results.append(augment(mel, lengths)[valid])
     if "babble" in options:
-        # Another crop's padding may be heard: silence, as it is stored.
+        # Another segment's padding may be heard: silence, as it is stored.
         assert results[0].isfinite().all()
     else:
         torch.testing.assert_close(*results, atol=1e-5, rtol=0)
@@ -113,7 +113,7 @@ def test_valid_frames_do_not_depend_on_what_padding_holds(options: dict[str, Any
 
 def test_hidden_spans_hold_the_mean_of_their_bin_and_are_no_wider_than_told() -> None:
     torch.manual_seed(0)
-    mel = crops(200)
+    mel = segments(200)
     changed = Augment(time_masks=1, time_width=7).train()(mel)
     hidden = (changed != mel).all(2)
     assert 5 <= hidden.sum(1).max() <= 7
@@ -126,14 +126,14 @@ def test_hidden_spans_hold_the_mean_of_their_bin_and_are_no_wider_than_told() ->
 
 
 @pytest.mark.parametrize(("name", "share"), [("reverb", 0.25), ("babble", 0.5), ("noise", 0.75)])
-def test_shares_are_shares_of_the_crops(name: str, share: float) -> None:
+def test_shares_are_shares_of_the_segments(name: str, share: float) -> None:
     torch.manual_seed(0)
-    mel = crops(2000, frames=3)
+    mel = segments(2000, frames=3)
     changed = (Augment(**{name: share}).train()(mel) != mel).any(2).any(1)
     assert changed.double().mean().item() == pytest.approx(share, abs=0.05)
 
 
-def test_a_single_crop_and_an_empty_batch_pass() -> None:
+def test_a_single_segment_and_an_empty_batch_pass() -> None:
     augment = Augment(**ALL).train()
-    assert augment(crops(1)).shape == (1, 50, 40)
-    assert augment(crops()[:0]).shape == (0, 50, 40)
+    assert augment(segments(1)).shape == (1, 50, 40)
+    assert augment(segments()[:0]).shape == (0, 50, 40)

@@ -115,7 +115,7 @@ def test_a_run_changes_from_one_process_to_two_and_back(make_config: ConfigFacto
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])
-def test_the_crops_of_a_step_do_not_depend_on_the_number_of_processes(
+def test_the_segments_of_a_step_do_not_depend_on_the_number_of_processes(
     make_config: ConfigFactory, order: str
 ) -> None:
     """Nor on how often that number changed on the way."""
@@ -130,14 +130,16 @@ def test_the_crops_of_a_step_do_not_depend_on_the_number_of_processes(
             yield from loader
 
     def take(ranks: list[shardprep.SegmentLoader], steps: int) -> list[list[bytes]]:
-        """The crops of each step, all ranks together, in an order of their own."""
+        """The segments of each step, all ranks together, in an order of their own."""
         sources = [endless(loader) for loader in ranks]
-        crops = [[crop for s in sources for crop in next(s)["mel"].clone()] for _ in range(steps)]
-        return [sorted(crop.numpy().tobytes() for crop in step) for step in crops]
+        segments = [
+            [segment for s in sources for segment in next(s)["mel"].clone()] for _ in range(steps)
+        ]
+        return [sorted(segment.numpy().tobytes() for segment in step) for step in segments]
 
     # 24 utterances in steps of 8: over the end of an epoch.
     expected = take(loaders(1), 8)
-    assert len({crop for step in expected for crop in step}) > 24
+    assert len({segment for step in expected for segment in step}) > 24
     assert take(loaders(2), 8) == take(loaders(4), 8) == expected
     first = loaders(1)
     found = take(first, 2)

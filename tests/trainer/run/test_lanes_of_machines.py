@@ -81,11 +81,11 @@ def test_the_batches_of_an_epoch_are_the_same_at_every_world_size(
         ranks = [iter(loader(many_shards, rank, world_size, epoch)) for rank in range(world_size)]
         found = []
         for parts in zip(*ranks, strict=True):
-            crops = [crop for part in parts for crop in part["mel"].numpy()]
-            found.append(sorted(hashlib.md5(crop.tobytes()).hexdigest() for crop in crops))
+            segments = [segment for part in parts for segment in part["mel"].numpy()]
+            found.append(sorted(hashlib.md5(segment.tobytes()).hexdigest() for segment in segments))
         return found
 
     alone = batches(1)
     # Whole utterances, none of them twice.
-    assert len({crop for batch in alone for crop in batch}) == SHARDS * PER_SHARD
+    assert len({segment for batch in alone for segment in batch}) == SHARDS * PER_SHARD
     assert batches(2) == batches(4) == alone

@@ -27,7 +27,7 @@ import shardprep
 ConfigFactory = Callable[..., Config]
 SCRIPT = Path(__file__).resolve().parents[3] / "trainer" / "train.py"
 RECORDER = Path(__file__).with_name("recording_train.py")
-# No part of the network may depend on how many crops a process sees.
+# No part of the network may depend on how many segments a process sees.
 OPTIONS = {
     "data.global_batch": 8,
     "train.sync_batchnorm": True,
@@ -157,7 +157,7 @@ def test_a_machine_that_dies_and_one_that_joins_cost_no_utterance_and_change_no_
     start: Callable[..., Machine],
     tmp_path: Path,
 ) -> None:
-    # A crop holds a whole utterance, which is told by its digest.
+    # A segment holds a whole utterance, which is told by its digest.
     source = make_dataset("Short", speakers=3, utterances=10, frames=(20, 60))
     build = shardprep.BuildOptions(val_fraction=0.2, workers=1)
     shardprep.build_shards(source, tmp_path / "short", build)
@@ -190,8 +190,8 @@ def test_a_machine_that_dies_and_one_that_joins_cost_no_utterance_and_change_no_
     every = Counter(digests(shardprep.open_shards(config.data.shards)["train"]))
     assert len(every) == 24
     for epoch in range(40):
-        crops = [crop for position in (8, 16, 24) for crop in history[epoch, position]]
-        assert Counter(crops) == every
+        segments = [segment for position in (8, 16, 24) for segment in history[epoch, position]]
+        assert Counter(segments) == every
     assert losses(config) == pytest.approx(losses(whole), abs=1e-4)
 
 
@@ -236,20 +236,20 @@ def effective(
     )
     for row in rows_of(record):
         starts[row["start"]] = row["world_size"]
-        found[row["epoch"], row["position"]][row["start"]].append(row["crops"])
+        found[row["epoch"], row["position"]][row["start"]].append(row["segments"])
     history, order = {}, list(starts)
     for at, by_start in sorted(found.items()):
         last = max(by_start, key=order.index)
         # Every process of that start took its part.
         assert len(by_start[last]) == starts[last]
-        history[at] = [crop for crops in by_start[last] for crop in crops]
+        history[at] = [segment for segments in by_start[last] for segment in segments]
     return list(starts.items()), history
 
 
 def digests(split: shardprep.Split) -> Iterator[str]:
-    """What tells each utterance as a crop: read as a whole, and padded by hand."""
+    """What tells each utterance as a segment: read as a whole, and padded by hand."""
     for index in range(len(split)):
         mel = split.read(index)
-        crop = np.full((64, mel.shape[1]), -20, mel.dtype)
-        crop[: len(mel)] = mel
-        yield hashlib.md5(crop.tobytes()).hexdigest()
+        segment = np.full((64, mel.shape[1]), -20, mel.dtype)
+        segment[: len(mel)] = mel
+        yield hashlib.md5(segment.tobytes()).hexdigest()

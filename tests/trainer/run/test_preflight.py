@@ -64,6 +64,7 @@ def test_another_global_batch_is_refused_with_the_processes_it_came_from(
 ) -> None:
     config = make_config()
     with pytest.raises(
-        ConfigError, match=r"found 4 crops.* began with 8 on 2 process\(es\).*--data\.global_batch"
+        ConfigError,
+        match=r"found 4 segments.* began with 8 on 2 process\(es\).*--data\.global_batch",
     ):
         check_same_run(config, saved_state(config), global_batch=4, precision="no", processes=1)

@@ -527,7 +527,7 @@ def _global(make_config: ConfigFactory) -> Config:
 
 
 def test_lanes_that_do_not_divide_the_batch_are_refused(make_config: ConfigFactory) -> None:
-    with pytest.raises(ConfigError, match=r"data\.lanes: found 8.* divide the 4 crops"):
+    with pytest.raises(ConfigError, match=r"data\.lanes: found 8.* divide the 4 segments"):
         train(make_config(**{"data.order": "windowed"}))
 
 

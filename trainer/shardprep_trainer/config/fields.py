@@ -31,14 +31,14 @@ class DataConfig:
     patience_seconds: float = 300.0
     """Time for which a store may give no answer before that ends the run [s]."""
     segment_frames: int = 128
-    """Length of a training crop [frames of 10 ms]."""
+    """Length of a training segment [frames of 10 ms]."""
     batch_size: int = 32
-    """Crops in a micro-batch of one process."""
+    """Segments in a micro-batch of one process."""
     global_batch: int | None = None
-    """Crops of a micro-batch over all processes; takes the place of data.batch_size, and stays when
-    processes come or go."""
+    """Segments of a micro-batch over all processes; replaces data.batch_size, and stays the same
+    when processes come or go."""
     pad_value: float = -20.0
-    """Fills what an utterance shorter than its crop leaves [log-mel]."""
+    """Fills what an utterance shorter than its segment leaves [log-mel]."""
     placement: Literal["auto", "host", "device"] = "auto"
     """Where the training split lies: read from the shards, or kept on the GPU where it fits."""
     order: Literal["global", "windowed"] = "global"
@@ -50,7 +50,7 @@ class DataConfig:
     prefetch: int = 2
     """Batches that a thread prepares ahead."""
     verify_reads: Literal["never", "once", "always"] = "once"
-    """Whether the crc32 of an utterance is checked before its crops are used."""
+    """Whether the crc32 of an utterance is checked before its segments are used."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """What a damaged utterance leads to: the end of the run, or it is left out; skip goes with a
     data.verify_reads other than never."""
@@ -100,22 +100,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Changes to training crops, on the device; a share of 0 leaves a change out."""
+    """Changes to training segments, on the device; a share of 0 leaves a change out."""
 
     reverb: float = 0.0
-    """Crops that get the tail of a room [share]."""
+    """Segments that get the tail of a room [share]."""
     reverb_seconds: tuple[float, float] = (0.1, 0.8)
     """Shortest and longest time in which the tail falls by 60 dB [s]."""
     channel: float = 0.0
-    """Deviation of a smooth curve over mel bins that is added to every crop [log-mel]."""
+    """Deviation of a smooth curve over mel bins that is added to every segment [log-mel]."""
     channel_points: int = 6
     """Points that the curve runs through."""
     babble: float = 0.0
-    """Crops that one to three other crops of the batch are heard with [share]."""
+    """Segments that one to three other segments of the batch are heard with [share]."""
     babble_snr: tuple[float, float] = (5.0, 20.0)
     """Lowest and highest ratio of the powers [dB]."""
     noise: float = 0.0
-    """Crops that get noise with a smooth spectrum [share]."""
+    """Segments that get noise with a smooth spectrum [share]."""
     noise_snr: tuple[float, float] = (5.0, 20.0)
     """Lowest and highest ratio of the powers [dB]."""
     time_masks: int = 0

@@ -1,6 +1,6 @@
-"""Hear an utterance whole and in crops, and take the mean (test-time augmentation).
+"""Hear an utterance whole and in segments, and take the mean (test-time augmentation).
 
-Axis legend: B batch, T frames, F mel bins, D embedding width, S speakers, W frames of a crop.
+Axis legend: B batch, T frames, F mel bins, D embedding width, S speakers, W frames of a segment.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from shardprep_trainer.model.model import SpeakerModel
 class Views(nn.Module):
     """A speaker model that is shown several views of every utterance.
 
-    The views are the whole utterance and `crops` segments of `frames` frames, equidistant from
-    its first to its last frame; one crop is cut from the middle. An utterance that is not longer
-    than a crop is every one of its crops. The embedding is the mean of the views' embeddings,
+    The views are the whole utterance and `segments` segments of `frames` frames, equidistant from
+    its first to its last frame; one segment is cut from the middle. An utterance that is not longer
+    than a segment is every one of its segments. The embedding is the mean of the views' embeddings,
     each brought to length 1 before; the scores are the mean of the views' logits or cosines.
-    Without crops both are those of the model itself, unchanged.
+    Without segments both are those of the model itself, unchanged.
 
     Args:
         model: The model.
-        crops: Crops of each utterance, 0 or more.
-        frames: Length W of a crop [frames].
+        segments: Segments of each utterance, 0 or more.
+        frames: Length W of a segment [frames].
 
     Raises:
-        ValueError: A negative number of crops, or crops of no frame.
+        ValueError: A negative number of segments, or segments of no frame.
     """
 
-    def __init__(self, model: SpeakerModel, crops: int = 0, frames: int = 1) -> None:
+    def __init__(self, model: SpeakerModel, segments: int = 0, frames: int = 1) -> None:
         super().__init__()
-        if crops < 0 or frames < 1:
-            raise ValueError(f"{crops} crops of {frames} frames: pass 0 or more of 1 or more")
+        if segments < 0 or frames < 1:
+            raise ValueError(f"{segments} segments of {frames} frames: pass 0 or more of 1 or more")
         self.model = model
-        self.crops = crops
+        self.segments = segments
         self.frames = frames
 
     def embed_and_score(self, mel: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,14 +51,14 @@ class Views(nn.Module):
             Embeddings (B, D) and logits or cosines (B, S).
         """
         embedding, scores = self._one(mel, lengths)
-        if not self.crops:
+        if not self.segments:
             return embedding, scores
         embedding = F.normalize(embedding, dim=1)
-        for crop, valid in self._cut(mel, lengths):
-            other, other_scores = self._one(crop, valid)
+        for segment, valid in self._cut(mel, lengths):
+            other, other_scores = self._one(segment, valid)
             embedding = embedding + F.normalize(other, dim=1)
             scores = scores + other_scores
-        return embedding / (self.crops + 1), scores / (self.crops + 1)
+        return embedding / (self.segments + 1), scores / (self.segments + 1)
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits or cosines (B, S) of mel (B, T, F); see `embed_and_score`."""
@@ -69,7 +69,7 @@ class Views(nn.Module):
         return embedding, self.model.classifier(embedding).to(embedding.dtype)
 
     def _cut(self, mel: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The crops (B, W, F) and their valid frames, one after the other, each no more memory."""
+        """The segments (B, W, F) and their valid frames, one after the other, in no more memory."""
         batch, total, _ = mel.shape
         width = min(self.frames, total)
         ends = torch.full((batch,), total, device=mel.device) if lengths is None else lengths
@@ -77,7 +77,7 @@ class Views(nn.Module):
         valid = None if lengths is None else lengths.clamp(max=width)
         rows = torch.arange(batch, device=mel.device).unsqueeze(1)
         within = torch.arange(width, device=mel.device)
-        for number in range(self.crops):
-            gaps = self.crops - 1
+        for number in range(self.segments):
+            gaps = self.segments - 1
             starts = room * number // gaps if gaps else room // 2
             yield mel[rows, starts.unsqueeze(1) + within], valid

@@ -1,8 +1,8 @@
 """Know speakers by the mean embeddings of their training utterances (a backend).
 
-The classifier of a model has learned from short, changed crops. A backend compares whole utterances
-with whole utterances, and lets those directions of the embeddings count for less in which one
-speaker's utterances differ.
+The classifier of a model has learned from short, changed segments. A backend compares whole
+utterances with whole utterances, and lets those directions of the embeddings count for less in
+which one speaker's utterances differ.
 
 Pure NumPy. Axis legend: N utterances, S speakers, D embedding width.
 """

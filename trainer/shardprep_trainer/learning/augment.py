@@ -1,6 +1,6 @@
-"""Augmentation of log-mel crops on the device that trains: other rooms, channels, noises.
+"""Augmentation of log-mel segments on the device that trains: other rooms, channels, noises.
 
-A speaker is recorded in few situations and must be known in others, so a crop is moved to
+A speaker is recorded in few situations and must be known in others, so a segment is moved to
 situations that it was never recorded in. All of it works on the mels as they are stored, natural
 logarithms of power, where a filter of the channel is a sum over bins and two sounds at once are
 `logaddexp`. Randomness comes from torch's generator of the device, which the training step seeds.
@@ -27,18 +27,18 @@ _TAIL_FRAMES = 40
 
 
 class Augment(nn.Module):
-    """Changes a batch of crops at random, each crop by its own draw; the identity if all is 0.
+    """Changes a batch of segments at random, each by its own draw; the identity if all is 0.
 
     In this order: room, channel, other voices, noise, SpecAugment.
 
     Args:
-        reverb: Share of the crops that get a room's tail.
+        reverb: Share of the segments that get a room's tail.
         reverb_seconds: Shortest and longest time in which the tail falls by 60 dB [s].
         channel: Standard deviation of a smooth curve over mel bins that is added [nepers of power].
         channel_points: Points that the curve is interpolated between.
-        babble: Share of the crops that get the sum of one to three other crops of the batch.
+        babble: Share of the segments that get the sum of one to three other segments of the batch.
         babble_snr: Lowest and highest ratio of their powers [dB].
-        noise: Share of the crops that get noise with a smooth spectrum.
+        noise: Share of the segments that get noise with a smooth spectrum.
         noise_snr: Lowest and highest ratio of the powers [dB].
         time_masks: Spans of frames that SpecAugment hides (Park et al. 2019, arXiv 1904.08779).
         time_width: Longest of them [frames].
@@ -82,7 +82,7 @@ class Augment(nn.Module):
 
         Args:
             mel: (B, T, F) float32 natural logs of power; not changed in place.
-            lengths: (B,) valid frames of each crop on the device of mel, None for all T.
+            lengths: (B,) valid frames of each segment on the device of mel, None for all T.
 
         Returns:
             (B, T, F) float32. Frames beyond `lengths` hold anything.
@@ -164,7 +164,7 @@ def reverberate(mel: Tensor, seconds: Tensor) -> Tensor:
 
 
 def smooth_curve(mel: Tensor, points: int) -> Tensor:
-    """A line over mel bins through normal points, for each crop of mel (B, T, F): (B, 1, F)."""
+    """A line over mel bins through normal points, for each segment of mel (B, T, F): (B, 1, F)."""
     knots = torch.randn(len(mel), 1, points, device=mel.device, dtype=mel.dtype)
     return F.interpolate(knots, mel.shape[2], mode="linear", align_corners=True)
 
@@ -180,7 +180,7 @@ def _level(mel: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _voices(mel: Tensor) -> Tensor:
-    """The sum of one to three other crops of the batch, for each crop of mel (B, T, F)."""
+    """The sum of one to three other segments of the batch, for each segment of mel (B, T, F)."""
     batch = len(mel)
     other = mel[_others(batch, mel.device)]
     count = torch.randint(1, 4, (batch, 1, 1), device=mel.device)
@@ -191,25 +191,25 @@ def _voices(mel: Tensor) -> Tensor:
 
 
 def _others(batch: int, device: torch.device) -> Tensor:
-    """For each of `batch` crops another one (itself where there is no other): (B,) int64."""
+    """For each of `batch` segments another one (itself where there is no other): (B,) int64."""
     step = torch.randint(1, max(2, batch), (batch,), device=device)
     return (torch.arange(batch, device=device) + step) % batch
 
 
 def _between(mel: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """One number for each crop, uniform between the bounds: (B, 1, 1)."""
+    """One number for each segment, uniform between the bounds: (B, 1, 1)."""
     low, high = bounds
     draw = torch.rand(len(mel), 1, 1, device=mel.device, dtype=mel.dtype)
     return low + (high - low) * draw
 
 
 def _chosen(mel: Tensor, share: float) -> Tensor:
-    """Whether each crop is among the share that is changed: (B, 1, 1) bool."""
+    """Whether each segment is among the share that is changed: (B, 1, 1) bool."""
     return torch.rand(len(mel), 1, 1, device=mel.device) < share
 
 
 def _span(mel: Tensor, axis: int, longest: int) -> Tensor:
-    """For each crop a span of 0 to `longest` places along an axis: (B, size) bool."""
+    """For each segment a span of 0 to `longest` places along an axis: (B, size) bool."""
     size = mel.shape[axis]
     width = torch.randint(0, longest + 1, (len(mel), 1), device=mel.device)
     room = (size - width + 1).clamp(min=1)

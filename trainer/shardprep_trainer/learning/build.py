@@ -67,7 +67,7 @@ def build_optimizer(
 
 
 def batch_of_each(config: DataConfig, world_size: int) -> int:
-    """Crops in a micro-batch of one process.
+    """Segments in a micro-batch of one process.
 
     Raises:
         ConfigError: The processes cannot share data.global_batch evenly.
@@ -90,7 +90,7 @@ def batch_of_each(config: DataConfig, world_size: int) -> int:
 def build_train_loader(
     config: Config, shards: ShardSet, rank: int, world_size: int, device: torch.device
 ) -> SegmentLoader:
-    """This rank's part of the training split, as random crops that arrive on `device`.
+    """This rank's part of the training split, as random segments that arrive on `device`.
 
     Raises:
         ConfigError: The split has fewer utterances than one micro-batch of all ranks, or the
@@ -98,17 +98,17 @@ def build_train_loader(
     """
     data, split = config.data, shards["train"]
     batch_size = batch_of_each(data, world_size)
-    lanes, crops = data.lanes, batch_size * world_size
-    if len(split) < crops:
+    lanes, segments = data.lanes, batch_size * world_size
+    if len(split) < segments:
         name = "batch_size" if data.global_batch is None else "global_batch"
         raise ConfigError(
             f"data.{name}: found {getattr(data, name)} on {world_size} process(es), but "
             f"{data.shards} has only {len(split)} utterances to train on; take a smaller one"
         )
-    if data.order == "windowed" and (lanes % world_size or crops % lanes):
+    if data.order == "windowed" and (lanes % world_size or segments % lanes):
         raise ConfigError(
             f"data.lanes: found {lanes}; with data.order windowed it must be a multiple of the "
-            f"{world_size} process(es) and divide the {crops} crops of their micro-batches"
+            f"{world_size} process(es) and divide the {segments} segments of their micro-batches"
         )
     return SegmentLoader(
         split,

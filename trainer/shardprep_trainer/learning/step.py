@@ -46,7 +46,7 @@ class StepPlan:
     margin: Callable[[int], float] | None = None
     """Margin of the criterion; None leaves it as it is."""
     augment: Callable[[Tensor, Tensor | None], Tensor] = _as_it_is
-    """Changes crops (B, T, F) with valid frames (B,), or None for all, on the device."""
+    """Changes segments (B, T, F) with valid frames (B,), or None for all, on the device."""
     average: AveragedModel | None = None
     """Follows the weights."""
 

@@ -28,7 +28,7 @@ from shardprep_trainer.model.layers import (
 )
 
 # Queries attended at once. It bounds the relative scores to (B, H, QUERY_BLOCK, T + QUERY_BLOCK),
-# and a training crop of 128 frames still takes a single pass.
+# and a training segment of 128 frames still takes a single pass.
 QUERY_BLOCK = 256
 
 

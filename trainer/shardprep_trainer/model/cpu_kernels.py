@@ -47,7 +47,7 @@ def keep_memory() -> None:
     """Have freed memory stay with this process, to be used again by the next step.
 
     glibc maps every tensor of more than 32 MiB anew, and gives memory on top of its heap back: the
-    kernel then zeroes the same pages in every step, for 4 to 8 % of its time. On crops of one
+    kernel then zeroes the same pages in every step, for 4 to 8 % of its time. On segments of one
     length the peak is about the same. Batches of many lengths, as in validation, leave holes that
     others do not fit in: their peak is a third higher or, with rising lengths, twice as high, and
     stays with the process. Elsewhere than with glibc nothing happens.

@@ -88,7 +88,7 @@ def check_same_run(
     Args:
         config: The configuration given now.
         saved: The checkpoint.
-        global_batch: Crops a step over all processes now.
+        global_batch: Segments a step over all processes now.
         precision: Mixed precision now.
         processes: Number of processes now.
 
@@ -110,7 +110,7 @@ def check_same_run(
             )
     if global_batch != saved["global_batch"]:
         raise ConfigError(
-            f"data.batch_size: found {global_batch} crops a step (data.batch_size x "
+            f"data.batch_size: found {global_batch} segments a step (data.batch_size x "
             f"train.accumulate x processes), but the run to resume began with "
             f"{saved['global_batch']} on {saved['processes']} process(es); choose them so that "
             "the product is the same, or give the product of the first and the last as "

@@ -99,8 +99,8 @@ class Trainer:
         self.loader = together(
             lambda: build_train_loader(config, self.shards, self.rank, self.world_size, self.device)
         )
-        crops = batch_of_each(config.data, self.world_size) * self.world_size
-        self.global_batch = crops * config.train.accumulate
+        segments = batch_of_each(config.data, self.world_size) * self.world_size
+        self.global_batch = segments * config.train.accumulate
         self.step = 0
         self._replaced = 0
         self._shards_changed = False
@@ -138,7 +138,7 @@ class Trainer:
             f"{config.name}: {weights:,} weights, {len(self.shards.speakers):,} speakers, "
             f"{len(split):,} utterances to train on; {self.world_size} process(es) on "
             f"{self.device.type}, precision {self.accelerator.mixed_precision}, "
-            f"{self.global_batch:,} crops a step, data on the {self.loader.placement}; "
+            f"{self.global_batch:,} segments a step, data on the {self.loader.placement}; "
             + (f"continues after step {self.step:,}" if self.step else f"run folder {config.run}")
         )
 
@@ -260,7 +260,7 @@ class Trainer:
         self.train_step.throughput.restart()
 
     def _corrupt(self) -> int:
-        """Crops since the last log step, of all ranks, whose utterance was damaged."""
+        """Segments since the last log step, of all ranks, whose utterance was damaged."""
         before, self._replaced = self._replaced, self.loader.replaced
         found = torch.tensor([self._replaced - before], device=self.device)
         return int(self.accelerator.gather(found).sum())
