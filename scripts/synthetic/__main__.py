@@ -54,7 +54,7 @@ Synthetic data: this is not speech.
 
 Every file here was computed by scripts/synthetic from random numbers (seed {seed}).
 {speakers} invented voices (pitch, vocal tract, breath, habits) babble random syllables, through
-invented misegmenthones, rooms and noise. There are no words in it, and no person was recorded.
+invented microphones, rooms and noise. There are no words in it, and no person was recorded.
 
 It has the layout and the kind of numbers of a real data set: Dataset/ holds {train} labelled and
 {test} test utterances as log-mels (T, 40), 10 ms a frame; test_labels.csv holds the truth about

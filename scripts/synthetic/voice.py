@@ -1,6 +1,6 @@
 """A talker made of formulas: seeded source-filter speech at 16 kHz, heard through a poor channel.
 
-A `Speaker` is a larynx and a vocal tract, a `Session` is the misegmenthone, room and mood of one
+A `Speaker` is a larynx and a vocal tract, a `Session` is the microphone, room and mood of one
 recording day. `speak` strings random syllables together, moves the formants smoothly from phone to
 phone, filters pulses and noise with them in the short-time Fourier domain, and returns a waveform.
 It is babble: it carries no words and comes from nobody's voice.
@@ -143,10 +143,10 @@ class Session:
 
     pitch: float  # shift of the mean pitch, semitones
     tilt: float  # shift of the source's slope (effort), dB an octave
-    response: Floats  # (K,): amplitude of misegmenthone and line at each frequency
+    response: Floats  # (K,): amplitude of microphone and line at each frequency
     noise_slope: float  # colour of the noise, dB an octave
-    snr: float  # speech over noise, dB, before the misegmenthone
-    floor: float  # hiss of the line, dB below the speech, after the misegmenthone
+    snr: float  # speech over noise, dB, before the microphone
+    floor: float  # hiss of the line, dB below the speech, after the microphone
     decay: float  # reverberation time, s
     wet: float  # reverberation's share, as an amplitude; 0 in a dry room
 
@@ -281,7 +281,7 @@ def _friction(speaker: Speaker, phones: NDArray[np.int64]) -> Tensor:
 
 
 def _record(speech: Tensor, noise: Tensor, session: Session, rng: np.random.Generator) -> Tensor:
-    """Add the room's noise, colour both by the misegmenthone, add the line's hiss: spectra (T, K).
+    """Add the room's noise, colour both by the microphone, add the line's hiss: spectra (T, K).
 
     The gains of noise and hiss are set from the speech's own power, pauses included.
     """

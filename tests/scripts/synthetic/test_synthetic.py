@@ -337,7 +337,7 @@ def test_speakers_differ_more_than_utterances_of_one_speaker(
     mels: dict[int, list[np.ndarray]],
 ) -> None:
     # How rough each place of the spectrum is, from frame to frame: harmonics and formants show
-    # there, and removing the utterance's mean has removed the misegmenthone.
+    # there, and removing the utterance's mean has removed the microphone.
     def roughness(mel: np.ndarray) -> np.ndarray:
         return np.log(np.diff(mel - mel.mean(0), 2, axis=1).std(0))
 
