@@ -5,15 +5,18 @@ ShardprepError
 ├── FormatError        4  not a shard folder, or one of a version that this release cannot read
 ├── CorruptShardError  1  a shard, an index or the manifest is damaged
 ├── BuildError         5  the build cannot start or go on
-└── StorageError       6  the disk or a store refused (full, read-only, gone)
+├── StorageError       6  the disk or a store refused (full, read-only, gone)
+└── MissingExtraError  2  a package is not installed; the message names the extra that brings it
 
 Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -105,3 +108,34 @@ class StorageError(ShardprepError):
     """The disk or the network refused: full, read-only, gone."""
 
     exit_code = 6
+
+
+class MissingExtraError(ShardprepError, ImportError):
+    """A package is not installed; the message names the extra of shardprep that brings it."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import packages that only an extra brings.
+
+        with needs("torch"):
+            import torch
+
+    Args:
+        extra: Name of the extra, as in `pip install 'shardprep[torch]'`.
+
+    Raises:
+        MissingExtraError: One of the packages is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "shardprep").partition(".")[0]
+        if package.startswith("shardprep"):
+            raise
+        raise MissingExtraError(
+            f"the package {package} is not installed",
+            remedy=f"Run: pip install 'shardprep[{extra}]'",
+        ) from error

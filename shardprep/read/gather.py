@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shardprep.errors import needs
 from shardprep.format import codecs
 from shardprep.read.shard_map import ShardMap
 
@@ -57,7 +58,8 @@ class PlainGather:
     """Segments of matrices that are stored as they are: overlapping views of the mapped memory."""
 
     def __init__(self, shards: ShardMap, dtype: np.dtype[Any]) -> None:
-        import torch
+        with needs("torch"):
+            import torch
 
         self._elements = shards.bytes.view(dtype)
         # Read-only memory seen as writable: PyTorch has no read-only tensors, and warns.

@@ -16,6 +16,7 @@ EXIT_CODES = {
     errors.FormatError: 4,
     errors.BuildError: 5,
     errors.StorageError: 6,
+    errors.MissingExtraError: 2,
 }
 
 
@@ -58,3 +59,18 @@ def test_pickle_keeps_the_kind_and_every_field(kind: type[errors.ShardprepError]
 def test_control_characters_of_a_name_do_not_reach_the_terminal() -> None:
     error = errors.ShardprepError("is bad", file="a\x1b[2J.pt", key="k\0")
     assert str(error) == r"a\x1b[2J.pt: k\x00: is bad"
+
+
+def test_missing_package_is_an_error_that_names_the_extra() -> None:
+    with pytest.raises(errors.MissingExtraError) as caught, errors.needs("train"):
+        raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+    assert str(caught.value) == (
+        "the package torch is not installed. Run: pip install 'shardprep[train]'"
+    )
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize("name", ["shardprep.load", "shardprep_trainer", None])
+def test_a_module_of_our_own_that_is_missing_is_no_missing_extra(name: str | None) -> None:
+    with pytest.raises(ModuleNotFoundError), errors.needs("train"):
+        raise ModuleNotFoundError("No module named ...", name=name)
