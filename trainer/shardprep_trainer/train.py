@@ -90,7 +90,14 @@ def _train(asked: Invocation) -> int:
         try:
             outcome = trainer.fit()
             if _rank() == 0:
-                print(summary(trainer, outcome), file=sys.stderr, flush=True)
+                text = summary(
+                    asked.config,
+                    outcome,
+                    processes=trainer.world_size,
+                    device=trainer.device.type,
+                    precision=trainer.accelerator.mixed_precision,
+                )
+                print(text, file=sys.stderr, flush=True)
             # A launcher ends all processes as soon as one has left with a code other than 0.
             trainer.accelerator.wait_for_everyone()
         finally:

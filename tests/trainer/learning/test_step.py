@@ -15,7 +15,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.fields import Config, OptimConfig
 from shardprep_trainer.learning.build import build_model, build_optimizer
 from shardprep_trainer.model.model import CosineClassifier, SpeakerModel
-from shardprep_trainer.run.preflight import join_processes
+from shardprep_trainer.processes.meeting import join_processes
 from shardprep_trainer.run.trainer import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -254,9 +254,9 @@ def test_fused_attention_in_bf16_sums_in_float32(masked: bool) -> None:
 def half(scale: float) -> Callable[[Config], Accelerator]:
     """As on a GPU with `--mixed_precision fp16`, which accelerate does not offer on a CPU."""
 
-    def join(config: Config) -> Accelerator:
+    def join(*args: Any, **options: Any) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = join_processes(config)
+        accelerator = join_processes(*args, **options)
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)

@@ -24,9 +24,8 @@ import json, os, pathlib, sys
 from dataclasses import replace
 from shardprep_trainer.processes.agreement import together
 from shardprep_trainer.errors import ConfigError, TrainerError
-from shardprep_trainer.processes.meeting import parting
+from shardprep_trainer.processes.meeting import join_processes, parting
 from shardprep_trainer.config.command_line import parse_args
-from shardprep_trainer.run.preflight import join_processes
 from shardprep_trainer.run.start import find_start
 
 rank = int(os.environ["RANK"])
@@ -51,7 +50,7 @@ def begin(config, resume=True):
     return None if found is None else found.file.name
 
 with parting():
-    join_processes(base)
+    join_processes(base.run, trackers=(), hang_seconds=60)
     other = change(base, "data", shards="other")
     attempt("fails", lambda: together(fail))
     attempt("resumes", lambda: begin(base))

@@ -108,12 +108,16 @@ class CheckpointFolder:
     Args:
         run: The run folder.
         keep: Step checkpoints kept, newest first, at least 1.
+
+    Attributes:
+        newest: The step checkpoint that was read or written last, if any.
     """
 
     def __init__(self, run: Path, keep: int = 1) -> None:
         assert keep >= 1
         self.folder = run / "checkpoints"
         self.keep = keep
+        self.newest: Path | None = None
         self._damaged: set[Path] = set()
 
     @property
@@ -143,10 +147,13 @@ class CheckpointFolder:
         damaged: list[DamagedCheckpointError] = []
         for file in reversed(self.steps()):
             try:
-                return Newest(file, load(file, needs), tuple(damaged))
+                state = load(file, needs)
             except DamagedCheckpointError as error:
                 damaged.append(error)
                 self._damaged.add(file)
+            else:
+                self.newest = file
+                return Newest(file, state, tuple(damaged))
         if not damaged:
             raise CheckpointError(
                 f"{self.folder}: there is no checkpoint to resume from; start without --resume, "
@@ -169,6 +176,7 @@ class CheckpointFolder:
         """
         path = self.folder / f"step-{step:08d}.pt"
         _write(path, state)
+        self.newest = path
         self._damaged.discard(path)
         # One that is known to be damaged does not count.
         older = [p for p in self.steps() if _step_of(p) < step and p not in self._damaged]

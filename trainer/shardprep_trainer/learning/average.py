@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is what is validated and predicted with."""
+"""The exponential moving average of the weights: what is validated and predicted with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedModel:
     """Keeps the moving average of a model's weights (Polyak averaging) beside the model.
 
-    After step t the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so
-    that the first steps do not weigh on it. Running statistics are copied, not averaged: those of
-    a short run would lag behind.
+    Step t keeps the share min(decay, (1 + t) / (10 + t)) of the average, so that the first steps
+    soon count no more. Running statistics are copied, not averaged: those of a short run would lag
+    behind.
+
+    The arithmetic is PyTorch's. Its own `swa_utils.AveragedModel` does not fit here: it counts
+    updates in a tensor and moves that to the device in each of them, for which the host waits; and
+    the count would be one more thing to save, where here the step decides.
 
     Args:
         model: The model itself, outside of any wrapper.
@@ -32,8 +37,9 @@ class AveragedModel:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after `step` steps; nothing waits for the device."""
-        rate = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averaged, self._weights, rate)
+        """Move towards the weights of the step after `step` others; never waits for the device."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        move = get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
+        move(self._averaged, self._weights, None)
         for averaged, buffer in self._buffers:
             averaged.copy_(buffer)

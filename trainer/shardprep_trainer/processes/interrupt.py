@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from shardprep_trainer.processes.launch import launched_by_accelerate
+
 # A launcher repeats the terminal's Ctrl-C to its workers at once; a person does so later.
 _IMPATIENT_SECONDS = 5.0
-
-
-def launched_by_accelerate(environment: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` started a process with this environment."""
-    return "ACCELERATE_MIXED_PRECISION" in environment
 
 
 class StopSignals:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardprep_trainer.errors import ConfigError
-from shardprep_trainer.processes.interrupt import launched_by_accelerate
 
 # torchrun, mpirun and `accelerate launch` on GPUs tell each process its place by one of these.
 _PLACED = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -37,6 +36,11 @@ class Share:
     def world_size(self) -> int:
         """Processes of all machines."""
         return self.number * self.machines
+
+
+def launched_by_accelerate(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` started a process with this environment."""
+    return "ACCELERATE_MIXED_PRECISION" in environment
 
 
 def check_launch(environment: dict[str, str], command: list[str]) -> None:

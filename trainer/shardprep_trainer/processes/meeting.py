@@ -3,22 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from accelerate.utils import InitProcessGroupKwargs
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.processes.watchdog import MEETING, Watchdog
 
 _SCHEME = "trainer"
 _WORDS = "trainer/words"
 _POLL_SECONDS = 0.02
 # The process group counts milliseconds in 32 bits.
 _LONGEST_SECONDS = 1e6
+
+
+def join_processes(run: Path, *, trackers: Sequence[str], hang_seconds: float) -> Accelerator:
+    """Meet the other processes of the launch.
+
+    Args:
+        run: The run folder, which gets the files of the trackers.
+        trackers: Trackers of accelerate to log to.
+        hang_seconds: Of the configuration; the meeting itself may take no longer [s].
+
+    Raises:
+        ConfigError: The flags of the launch do not suit the device, or not all processes can be
+            met: each would train, and write, on its own.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(hang_seconds, rank=int(os.environ.get("RANK", "0")))
+    watchdog.enter(MEETING, 0)
+    try:
+        with watchdog:
+            accelerator = Accelerator(
+                # Unless told so, accelerate does not join processes that have nothing but CPUs.
+                cpu=started > 1 and not torch.accelerator.is_available(),
+                log_with=list(trackers) or None,
+                # Event files go into the run folder itself: TensorBoard calls the run by its name.
+                project_config=ProjectConfiguration(str(run), logging_dir=str(run.parent)),
+                kwargs_handlers=[group_options(hang_seconds)],
+            )
+    except ValueError as error:
+        raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 and call it fp16.
+        raise ConfigError(
+            "accelerate launch --mixed_precision: found fp16, but the CPU computes bf16 or no"
+        )
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but accelerate sees "
+            f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
+        )
+    return accelerator
 
 
 def group_options(hang_seconds: float) -> InitProcessGroupKwargs:

@@ -6,12 +6,9 @@ import os
 import shlex
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from shardprep_trainer.config.fields import Config
 from shardprep_trainer.processes.launch import launch_command
-
-if TYPE_CHECKING:
-    from shardprep_trainer.run.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,19 @@ class Outcome:
     """Step of the best accuracy."""
 
 
-def summary(trainer: Trainer, outcome: Outcome) -> str:
-    """What was done, and the command that goes on from here."""
-    config, lines = trainer.config, []
+def summary(
+    config: Config, outcome: Outcome, *, processes: int, device: str, precision: str
+) -> str:
+    """What was done, and the command that continues from here.
+
+    Args:
+        config: Of the run.
+        outcome: Its end.
+        processes: Number of its processes.
+        device: Type of their devices, e.g. "cpu".
+        precision: Their mixed precision: no, fp16 or bf16.
+    """
+    lines = []
     if outcome.best_accuracy is not None:
         lines.append(
             f"best validation accuracy {outcome.best_accuracy:.4f} at step {outcome.best_step:,}"
@@ -55,10 +62,6 @@ def summary(trainer: Trainer, outcome: Outcome) -> str:
             f"trainer/train.py: {saved}"
         )
         return "\n".join(lines)
-    launch = launch_command(
-        processes=trainer.world_size,
-        device=trainer.device.type,
-        precision=trainer.accelerator.mixed_precision,
-    )
+    launch = launch_command(processes=processes, device=device, precision=precision)
     lines.append(f"continue with: {launch} {saved}")
     return "\n".join(lines)

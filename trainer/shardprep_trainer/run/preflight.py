@@ -1,21 +1,14 @@
-"""What must be right before any work starts: processes, data, and the run that is resumed."""
+"""What must be right before any work starts: data, and the run that is resumed."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
 from shardprep import ShardCache, ShardSet, locate, open_shards
 from shardprep_trainer.checkpoint.files import State
 from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict, flatten
 from shardprep_trainer.errors import ConfigError
-from shardprep_trainer.processes.meeting import group_options
-from shardprep_trainer.processes.watchdog import MEETING, Watchdog
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -135,38 +128,3 @@ def check_same_data(shards: ShardSet, saved: State, path: str) -> None:
             f"data.shards: {path} has fingerprint {found}, but the run to resume began on "
             f"{expected}; give the shards it began on, or start another run with --name NAME"
         )
-
-
-def join_processes(config: Config) -> Accelerator:
-    """Meet the other processes of the launch.
-
-    Raises:
-        ConfigError: The flags of the launch do not suit the device, or not all processes can be
-            met: each would train, and write, on its own.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    watchdog = Watchdog(config.train.hang_seconds, rank=int(os.environ.get("RANK", "0")))
-    watchdog.enter(MEETING, 0)
-    try:
-        with watchdog:
-            accelerator = Accelerator(
-                # Unless told so, accelerate does not join processes that have nothing but CPUs.
-                cpu=started > 1 and not torch.accelerator.is_available(),
-                log_with=list(config.train.trackers) or None,
-                # Event files go into the run folder itself: TensorBoard calls the run by its name.
-                project_config=ProjectConfiguration(str(config.run), logging_dir=config.train.runs),
-                kwargs_handlers=[group_options(config.train.hang_seconds)],
-            )
-    except ValueError as error:
-        raise ConfigError(f"accelerate refuses these launch flags: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate would train in float32 and call it fp16.
-        raise ConfigError(
-            "accelerate launch --mixed_precision: found fp16, but the CPU computes bf16 or no"
-        )
-    if accelerator.num_processes != started:
-        raise ConfigError(
-            f"the launcher started {started} processes, but accelerate sees "
-            f"{accelerator.num_processes}; start fewer, or on CPUs with `accelerate launch --cpu`"
-        )
-    return accelerator

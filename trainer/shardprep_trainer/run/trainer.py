@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ from shardprep_trainer.model.precision import allow_tensor_float32
 from shardprep_trainer.model.sync_norm import share_buffers, synchronise
 from shardprep_trainer.processes.agreement import together
 from shardprep_trainer.processes.interrupt import StopSignals
-from shardprep_trainer.processes.meeting import meeting_place
+from shardprep_trainer.processes.meeting import join_processes, meeting_place
 from shardprep_trainer.processes.watchdog import (
     COMPUTING,
     READING,
@@ -59,9 +59,7 @@ from shardprep_trainer.run.preflight import (
     Changes,
     check_same_data,
     check_same_run,
-    join_processes,
 )
-from shardprep_trainer.run.saving import Saver
 from shardprep_trainer.run.start import find_start
 
 
@@ -86,7 +84,10 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False) -> None:
         self.config = config
-        self.accelerator = join_processes(config)
+        train = config.train
+        self.accelerator = join_processes(
+            config.run, trackers=train.trackers, hang_seconds=train.hang_seconds
+        )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         if self.device.type == "cpu":
@@ -115,7 +116,6 @@ class Trainer:
             self.accelerator, config.run, step=self.step, total=config.train.total_steps
         )
         self.progress = self.journal.progress
-        self.saver = Saver(self.checkpoints, self.journal, found.file if found else None)
         self.watchdog = Watchdog(
             config.train.hang_seconds,
             rank=self.rank,
@@ -223,8 +223,8 @@ class Trainer:
         sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
         if sums.diverged:
             kept = "no checkpoint was written before"
-            if self.saver.newest is not None:
-                kept = f"{self.saver.newest} is from before"
+            if self.checkpoints.newest is not None:
+                kept = f"{self.checkpoints.newest} is from before"
             raise DivergedError(
                 f"step {int(sums.diverged)}: the loss or the gradient is not a finite number, and "
                 f"train.max_skipped allows {self.config.train.max_skipped} such steps in a row; "
@@ -297,7 +297,7 @@ class Trainer:
         if better:
             before, self.best = self.best, {"accuracy": result.accuracy, "step": self.step}
             # The best is what is on the disk: one that is not can still be surpassed, and saved.
-            if self.accelerator.is_main_process and not self.saver.save_best(self._weights()):
+            if self.accelerator.is_main_process and not self._try(self._save_best):
                 self.best = before
         self.progress.say(
             f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
@@ -349,14 +349,34 @@ class Trainer:
                 "launchers": self._launchers,
                 "window": list(window),
             }
-            failed = not self.saver.save(state)
+            failed = not self._try(lambda: self.checkpoints.save(state, self.step))
         told = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
         if last and bool(told.any()):
+            newest = self.checkpoints.newest or "the beginning"
             raise CheckpointError(
                 f"step {self.step:,}, at which the run ends, is not saved: see the warning above; "
-                f"make room, then go on from {self.saver.newest or 'the beginning'} with --resume"
+                f"make room, then continue from {newest} with --resume"
             )
         self.train_step.throughput.restart()
+
+    def _save_best(self) -> None:
+        self.checkpoints.save_best(self._weights())
+
+    def _try(self, save: Callable[[], object]) -> bool:
+        """Save; a disk that refuses costs a checkpoint, not the run. Returns whether it worked."""
+        try:
+            save()
+        except CheckpointError as error:
+            newest = "none is saved yet"
+            if self.checkpoints.newest is not None:
+                newest = f"the newest that is saved is {self.checkpoints.newest.name}"
+            self.journal.warn(
+                self.step,
+                f"step {self.step:,}: {error}; {newest}, training continues, and the next save "
+                "tries again",
+            )
+            return False
+        return True
 
     def _look_at_shards(self) -> None:
         """Warn, once, if the folder holds another set than the one that is trained on.
