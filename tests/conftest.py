@@ -14,8 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from shardprep.cli import main
+
+# No test may depend on how busy the machine is.
+settings.register_profile("shardprep", deadline=None)
+settings.load_profile("shardprep")
 
 N_MELS = 40
 DatasetFactory = Callable[..., Path]

@@ -1,9 +1,9 @@
-"""The shape of the project: which package may import what, and names that must not clash."""
+"""The shape of the project: which room may import which, no circles, and what the core loads."""
 
 from __future__ import annotations
 
 import ast
-import importlib.metadata
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,35 +13,127 @@ import pytest
 import shardprep
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted([*(ROOT / "shardprep").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")])
+PACKAGES = {
+    "shardprep": ROOT / "shardprep",
+    "shardprep_trainer": ROOT / "trainer" / "shardprep_trainer",
+}
+MODULES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
+MOST_MODULES = 12
+
+# Each room, a folder or a module of its package, and the rooms that it may import besides itself.
+BASE = {"errors"}
+READ = {*BASE, "format", "storage", "cache", "read", "load"}
+BUILD = {*BASE, "format", "storage", "source", "build", "read"}
+LEARN = {*BASE, "config", "processes", "model"}
+USE = {*LEARN, "checkpoint", "evaluation"}
+COMMANDS = ("predict", "score", "embed", "export")
+MAY_IMPORT: dict[str, dict[str, set[str]]] = {
+    "shardprep": {
+        "errors": set(),
+        "format": BASE,
+        "storage": BASE,
+        "cache": {*BASE, "format", "storage"},
+        "read": {*BASE, "format", "storage", "cache"},
+        "load": {*BASE, "format", "storage", "cache", "read"},
+        "source": {*BASE, "format", "storage"},
+        "build": {*BASE, "format", "storage", "source", "read"},
+        "check": READ | BUILD,
+        "bench": READ | BUILD,
+        "cli": READ | BUILD | {"check", "bench"},
+        "__main__": {"cli"},
+    },
+    "shardprep_trainer": {
+        "errors": set(),
+        "config": BASE,
+        "processes": BASE,
+        "model": {*BASE, "config", "processes"},
+        "checkpoint": LEARN,
+        "learning": LEARN,
+        "evaluation": LEARN,
+        "run": USE | {"learning"},
+        "inference": USE,
+        "train": USE | {"learning", "run"},
+        **{command: USE | {"inference"} for command in COMMANDS},
+    },
+}
+
+
+def dotted(path: Path) -> str:
+    """The name that a module is imported by."""
+    (package, folder) = next(item for item in PACKAGES.items() if path.is_relative_to(item[1]))
+    parts = path.relative_to(folder).with_suffix("").parts
+    return ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+NAMES = {dotted(path): path for path in MODULES}
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Every dotted name that a module imports, anywhere in it."""
+    """Every dotted name that a module imports, anywhere in it, also for types only."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports break under accelerate launch"
+            assert node.level == 0, f"{path}: write imports with the package's name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_arrows(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
+def imported_modules(path: Path) -> set[str]:
+    """The project's modules that a module imports."""
+    found = set()
     for name in imported_names(path):
-        head, *rest = name.split(".")
+        for module in (name, name.rpartition(".")[0]):
+            if module in NAMES and module not in PACKAGES:
+                found.add(module)
+                break
+    return found - {dotted(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: dotted(path))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package, *rest = dotted(path).split(".")
+    for name in imported_names(path):
+        head, *inner = name.split(".")
         if package == "shardprep":
-            assert head != "trainer", f"{path} imports {name}"
-        elif head == "shardprep" and rest:
-            assert rest[0] in shardprep.__all__, f"{path} imports {name}, which is not public"
+            assert head != "shardprep_trainer", f"{path} imports {name}"
+        elif head == "shardprep" and inner:
+            assert inner[0] in shardprep.__all__, f"{path} imports {name}, which is not public"
+        if head == package and rest and inner:
+            room, other = rest[0], inner[0]
+            assert room in MAY_IMPORT[package], f"{path}: the layers do not know this room"
+            allowed = MAY_IMPORT[package][room] | {room}
+            assert other in allowed or f"{head}.{other}" not in NAMES, f"{path} imports {name}"
 
 
-def test_no_module_of_trainer_shadows_another() -> None:
-    # `accelerate launch trainer/train.py` puts trainer/ first on sys.path.
-    names = {path.stem for path in (ROOT / "trainer").glob("*.py")} - {"__init__"}
-    installed = set(importlib.metadata.packages_distributions()) - {"shardprep", "trainer"}
-    assert not names & (set(sys.stdlib_module_names) | installed)
+def test_every_room_stands_in_the_layers() -> None:
+    for package, folder in PACKAGES.items():
+        rooms = {
+            path.stem
+            for path in folder.iterdir()
+            if path.suffix == ".py" or (path / "__init__.py").exists()
+        }
+        assert rooms - {"__init__"} == set(MAY_IMPORT[package])
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    arrows = {name: imported_modules(path) for name, path in NAMES.items()}
+    # Take away what imports nothing that is left; what never goes is in a circle or above one.
+    while free := [name for name, others in arrows.items() if not others & arrows.keys()]:
+        for name in free:
+            del arrows[name]
+    assert not arrows
+
+
+def test_a_folder_holds_at_most_a_dozen_modules() -> None:
+    folders = [*PACKAGES.values(), ROOT / "scripts"]
+    for folder in {path.parent for top in folders for path in top.rglob("*.py")}:
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        assert len(modules) <= MOST_MODULES, folder
+
+
+def test_large_modules_are_the_exception() -> None:
+    long = {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
 
 
 def test_importing_shardprep_is_enough_to_reach_every_public_name() -> None:
@@ -50,6 +142,24 @@ def test_importing_shardprep_is_enough_to_reach_every_public_name() -> None:
         assert getattr(shardprep, name).__doc__
 
 
-def test_large_modules_are_the_exception() -> None:
-    long = {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) > 400}
-    assert not long
+def loaded(program: str, *arguments: object) -> set[str]:
+    """The modules that a program has loaded when it ends."""
+    tell = "\nimport sys; print(*sys.modules, sep='\\n')"
+    command = [sys.executable, "-c", program + tell, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_reading_an_utterance_loads_only_what_reading_takes(tmp_path: Path) -> None:
+    from tests.conftest import write_dataset
+
+    shardprep.build_shards(write_dataset(tmp_path / "Dataset"), tmp_path / "shards")
+    program = (
+        "import sys, shardprep\nshardprep.open_shards(sys.argv[1])['train'].read(0)\n"
+        "assert 'shardprep.read.shard_set' in sys.modules"
+    )
+    found = loaded(program, tmp_path / "shards")
+    assert "torch" not in found
+    assert "webdataset" not in found
+    for room in ("source", "build", "check", "bench", "cli", "load"):
+        assert not any(name.startswith(f"shardprep.{room}") for name in found), room

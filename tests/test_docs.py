@@ -19,8 +19,8 @@ from shardprep_trainer.config.command_line import parse_args
 from shardprep_trainer.config.fields import Config, flatten
 from torch.distributed.run import get_args_parser
 
-from shardprep.format.manifest import decode_manifest, index_dtype
-from shardprep.source.dataset import Reject
+from shardprep.format.index import index_dtype
+from shardprep.format.manifest import Reject, decode_manifest
 
 ROOT = Path(__file__).parents[1]
 servers = importlib.import_module("scripts.servers.object_store")

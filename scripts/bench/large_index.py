@@ -36,9 +36,10 @@ import numpy as np
 import shardprep
 from scripts.spread_options import SpreadCommand
 from shardprep.bench.standings import machine
-from shardprep.format.manifest import MANIFEST_NAME, encode_manifest, load_manifest
+from shardprep.format.manifest import MANIFEST_NAME, encode_manifest
 from shardprep.load.order import Indices
 from shardprep.load.order_windowed import WindowedOrder
+from shardprep.read.manifest_file import load_manifest
 
 SMALL = 50_000
 DROP = Path("/proc/sys/vm/drop_caches")

@@ -41,7 +41,7 @@ from shardprep_trainer.evaluation.labels import HEADER
 from tqdm import tqdm
 
 from shardprep import ShardprepError
-from shardprep.source.dataset import Source, Utterance, scan_dataset
+from shardprep.source.dataset import Source, Utterance, scan_dataset, source_error
 from shardprep.source.features import load_features
 
 # One second. Of utterances of two speakers one pair in five hundred correlates above 0.55 over so
@@ -147,7 +147,7 @@ def divide(dataset: Path, situations: int) -> tuple[Source, dict[str, Parts]]:
     source = scan_dataset(dataset)
     for reject in source.rejects:
         if reject.split != "test":
-            raise reject.error(source.root, "Mend the data set.")
+            raise source_error(reject, source.root, "Mend the data set.")
     by_speaker: dict[str, list[Utterance]] = {name: [] for name in source.speakers}
     for one in source.labelled:
         by_speaker[str(one.speaker)].append(one)

@@ -60,7 +60,7 @@ class Shards(Target):
 
     def __init__(self, folder: Path) -> None:
         from shardprep import BuildOptions, build_shards
-        from shardprep.format.manifest import load_manifest
+        from shardprep.read.manifest_file import load_manifest
 
         super().__init__(folder)
         self.shards = folder / "shards"
@@ -209,7 +209,7 @@ class MetadataTarget(Target):
     def __call__(self, data: bytes) -> None:
         """See `Target`."""
         from shardprep import ShardprepError
-        from shardprep.source.dataset import scan_dataset
+        from shardprep.source.dataset import scan_dataset, source_error
 
         for number, name in enumerate(self.NAMES):
             chosen = bool(data) and data[0] % len(self.NAMES) == number
@@ -219,7 +219,7 @@ class MetadataTarget(Target):
             source = scan_dataset(self.folder / "Dataset")
             assert source.fingerprint
             for reject in source.rejects:
-                str(reject.error(source.root))
+                str(source_error(reject, source.root))
 
 
 class PtTarget(Target):

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from shardprep.bench.turns import Candidate, free_memory
 from shardprep.format import codecs
-from shardprep.format.manifest import NO_LABEL, CodecInfo
+from shardprep.format.index import NO_LABEL
+from shardprep.format.manifest import CodecInfo
 from shardprep.load.segments import SegmentLoader
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.storage.remote import Location

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import tarfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +23,14 @@ import numpy as np
 
 from shardprep.build.plan import ShardPlan
 from shardprep.format import codecs
+from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
-from shardprep.format.manifest import NO_LABEL, CodecInfo, ShardInfo
-from shardprep.source.dataset import Reject, Utterance
+from shardprep.format.manifest import CodecInfo, Reject, ShardInfo
+from shardprep.format.tar import TarWriter
+from shardprep.source.dataset import Utterance, source_error
 from shardprep.source.features import check_file_size, load_features
 from shardprep.storage.local import fetch
 from shardprep.storage.remote import Location, Remote
-
-BLOCK = tarfile.BLOCKSIZE
-# Two empty blocks end a tar; `tar` pads a file to records of 20 blocks.
-RECORD = tarfile.RECORDSIZE
-
-# The header of a member without name and content; where its name, size and checksum go. For the
-# sum of its bytes, the checksum counts as spaces.
-_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
-_HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
 
 # A file of a data set: its path, or its bytes, or why these cannot be used.
 SourceFile: TypeAlias = Path | bytes | ValueError
@@ -49,17 +40,6 @@ _FILES_AHEAD = 32
 
 # From here on a number becomes infinite as it is rounded to float16.
 _FLOAT16_LIMIT = 65520
-
-
-class IndexRow(msgspec.Struct, frozen=True, array_like=True):
-    """An index row without its shard number; see FORMAT.md."""
-
-    offset: int
-    nbytes: int
-    frames: int
-    label: int
-    crc32: int
-    key: str
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
@@ -136,7 +116,7 @@ def write_shard(
             split = "test" if utterance.speaker is None else "labelled"
             reject = Reject(utterance.path, utterance.key, utterance.speaker, split, str(fault))
             if not task.skip:
-                raise reject.error(task.root) from None
+                raise source_error(reject, task.root) from None
             rejects.append(reject)
         else:
             rows.append(add_sample(tar, utterance, payload, codecs.member_suffix(task.codec)))
@@ -228,42 +208,3 @@ def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str
         zlib.crc32(payload),
         utterance.key,
     )
-
-
-def _member_head(name: bytes, size: int) -> bytearray:
-    """What `tarfile` puts before a member, in a fraction of the time."""
-    assert len(name) <= 100
-    assert size < 8**11
-    digits = b"%011o" % size
-    head = bytearray(_HEAD)
-    head[_NAME] = name.ljust(100, b"\0")
-    head[_SIZE] = digits
-    head[_CHECKSUM] = b"%06o" % (_HEAD_SUM + sum(name) + sum(digits))
-    return head
-
-
-class TarWriter:
-    """Appends members to a ustar archive, counting and hashing what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-
-    def add(self, name: str, payload: bytes) -> int:
-        """Append a member; returns the offset of its payload."""
-        self._write(_member_head(name.encode(), len(payload)))
-        offset = self.size
-        self._write(payload)
-        self._write(bytes(-len(payload) % BLOCK))
-        return offset
-
-    def close(self) -> None:
-        """Write the end of the archive."""
-        self._write(bytes(2 * BLOCK))
-        self._write(bytes(-self.size % RECORD))
-
-    def _write(self, data: bytes | bytearray) -> None:
-        self._file.write(data)
-        self.sha256.update(data)
-        self.size += len(data)

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import filelock
 import msgspec
 
 from shardprep.build.pool import Advance
 from shardprep.build.shard import ShardRecord, ShardTask, write_shard
+from shardprep.build.work import _OURS, RECORD_SUFFIX, check_manifest_is_ours, is_of
 from shardprep.errors import BuildError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
-    FORMAT,
     MANIFEST_NAME,
-    REJECTS_NAME,
     REPAIR_FOLDER,
     WORK_FOLDER,
     FileInfo,
@@ -42,13 +39,8 @@ from shardprep.storage.local import (
     storage_errors,
     sync_folder,
 )
-from shardprep.storage.remote import Location
 
-_OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
-# What `storage.publish` appends to the name of a file that is not whole yet.
-_TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 _LOCK_NAME = "lock"
-RECORD_SUFFIX = ".json"
 # Bytes that the record of a shard takes for each utterance, at most.
 _MOST_RECORD = 1 << 14
 
@@ -172,29 +164,6 @@ def keep_finished(tasks: Sequence[ShardTask], work: Path) -> dict[str, ShardReco
     return kept
 
 
-class Work(Protocol):
-    """An unfinished build, in a folder or in an object store; pickles, for workers to call."""
-
-    @property
-    def target(self) -> Location:
-        """Where the set goes."""
-
-    def keep_finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
-        """Records of the shards of an earlier run that still hold, by file name.
-
-        What else earlier runs left is removed.
-        """
-
-    def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
-        """Write the shard of a task, and a record of it; see `shard.write_shard`."""
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Write another file of the set."""
-
-    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
-        """Put the complete set in its place, its manifest last."""
-
-
 @dataclass(frozen=True)
 class FolderWork:
     """An unfinished build in a work folder; see `Work`."""
@@ -264,12 +233,6 @@ def _ours(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file of this name is one that builds write, whole or half."""
-    stem = _TEMPORARY.sub("", name)
-    return bool(_OURS.fullmatch(stem)) or (stem != name and stem == MANIFEST_NAME)
-
-
 def _check_manifest_of(target: Path) -> None:
     path = target / MANIFEST_NAME
     try:
@@ -279,20 +242,6 @@ def _check_manifest_of(target: Path) -> None:
     except OSError:
         data = b""
     check_manifest_is_ours(path, data)
-
-
-def check_manifest_is_ours(path: Location, data: bytes) -> None:
-    """Make sure that what a manifest.json holds is of a shard set, damaged or not.
-
-    Raises:
-        BuildError: It is not: other programs too keep a file of this name.
-    """
-    if f'"{FORMAT}"'.encode() not in data:
-        raise BuildError(
-            "is not the manifest of a shard set, and will not be replaced",
-            file=path,
-            remedy="Name another folder.",
-        )
 
 
 def _is_finished(target: Path) -> bool:
@@ -322,26 +271,6 @@ def _kept(task: ShardTask, work: Path) -> ShardRecord | None:
         return record if whole else None
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def is_of(record: ShardRecord, task: ShardTask) -> bool:
-    """Whether a record can be what came of a task; its file names lead to what is moved."""
-    planned = {utterance.key: utterance for utterance in task.plan.utterances}
-    keys = [row.key for row in record.rows]
-    return (
-        record.inputs == task.inputs
-        and record.info.file == task.plan.file
-        and record.info.samples == len(keys) == len(set(keys))
-        and record.info.frames == sum(row.frames for row in record.rows)
-        and {*keys, *(reject.key for reject in record.rejects)} == planned.keys()
-        and all(
-            (row.frames, row.label) == (planned[row.key].frames, planned[row.key].label)
-            and min(row.offset, row.nbytes, row.crc32) >= 0
-            and row.offset + row.nbytes <= record.info.bytes
-            and max(row.nbytes, row.crc32) < 2**32
-            for row in record.rows
-        )
-    )
 
 
 def _record_path(work: Path, task: ShardTask) -> Path:

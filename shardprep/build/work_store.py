@@ -20,7 +20,7 @@ import msgspec
 
 from shardprep.build.pool import Advance
 from shardprep.build.shard import ShardRecord, ShardTask, write_shard
-from shardprep.build.work_folder import RECORD_SUFFIX, check_manifest_is_ours, is_of, is_ours
+from shardprep.build.work import RECORD_SUFFIX, check_manifest_is_ours, is_of, is_ours
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import MANIFEST_NAME, WORK_FOLDER, FileInfo, ShardInfo

@@ -13,7 +13,8 @@ from shardprep.build.plan import ShardPlan, plan_shards
 from shardprep.build.pool import Advance, run_tasks
 from shardprep.build.pool_ray import run_on_ray
 from shardprep.build.shard import ShardRecord, ShardTask, write_shard
-from shardprep.build.work_folder import FolderWork, Work, claim
+from shardprep.build.work import Work, publish_indexes, publish_rejects, split_of
+from shardprep.build.work_folder import FolderWork, claim
 from shardprep.build.work_store import claim_store
 from shardprep.errors import BuildError, ShardprepError, SourceError
 from shardprep.format.limits import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, json_values
@@ -22,12 +23,13 @@ from shardprep.format.manifest import (
     MANIFEST_NAME,
     VERSION,
     Manifest,
+    Reject,
     encode_manifest,
-    load_manifest,
 )
 from shardprep.read.files import files_at
-from shardprep.read.sidecars import publish_indexes, publish_rejects, read_rejects, split_of
-from shardprep.source.dataset import METADATA, Reject, Source, scan_dataset
+from shardprep.read.manifest_file import load_manifest
+from shardprep.read.sidecars import read_rejects
+from shardprep.source.dataset import METADATA, Source, scan_dataset, source_error
 from shardprep.storage.local import storage_errors
 from shardprep.storage.remote import Location, Remote, locate, modified_ns
 
@@ -149,7 +151,7 @@ def _claim(target: Location, overwrite: bool) -> Iterator[Work | None]:
 
 
 def _first_of(source: Source) -> ShardprepError:
-    error = source.rejects[0].error(source.root)
+    error = source_error(source.rejects[0], source.root)
     if len(source.rejects) > 1:
         error.what += f" (and {len(source.rejects) - 1} more utterances are faulty)"
     return error

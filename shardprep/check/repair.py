@@ -22,36 +22,32 @@ from numpy.typing import NDArray
 
 from shardprep.build.options import options_of
 from shardprep.build.shard import ShardRecord
-from shardprep.build.work_folder import FolderWork, finish_repair, hold, install, is_ours, let_go
+from shardprep.build.work import is_ours, publish_indexes, publish_rejects
+from shardprep.build.work_folder import FolderWork, finish_repair, hold, install, let_go
 from shardprep.build.writer import (
     ProgressListener,
     check_shard,
     run_shards,
     shard_tasks,
 )
-from shardprep.check.salvage import index_of_tar, rewrite_shard, vouched_rows
-from shardprep.check.supplies import Supplies
+from shardprep.check.salvage import Supplies, index_of_tar, rewrite_shard, vouched_rows
 from shardprep.check.verify import Fault, verify_shards
 from shardprep.errors import BuildError, CorruptShardError, SourceError
+from shardprep.format.index import index_bytes
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
     REPAIR_FOLDER,
     Manifest,
+    Reject,
     ShardInfo,
     encode_manifest,
-    load_manifest,
 )
 from shardprep.read.files import LocalFiles
+from shardprep.read.manifest_file import load_manifest
 from shardprep.read.shard_set import Split
-from shardprep.read.sidecars import (
-    check_whole,
-    index_bytes,
-    legible_rejects,
-    publish_indexes,
-    publish_rejects,
-)
-from shardprep.source.dataset import Reject, Source
+from shardprep.read.sidecars import check_whole, legible_rejects
+from shardprep.source.dataset import Source
 from shardprep.storage.local import (
     publish,
     publish_bytes,

@@ -14,14 +14,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.build.shard import BLOCK, IndexRow, ShardRecord, TarWriter, add_sample
+from shardprep.build.shard import ShardRecord, add_sample, encode_file, fetch_file
 from shardprep.errors import CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.codecs import NPY_FAULTS
-from shardprep.format.manifest import MAX_KEY_BYTES, NO_LABEL, Manifest, ShardInfo, is_index
-from shardprep.format.tar import content, walk
-from shardprep.source.dataset import Reject, Utterance
-from shardprep.storage.local import open_regular, read_at_most, read_bytes
+from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL, IndexRow, is_index
+from shardprep.format.manifest import Manifest, Reject, ShardInfo
+from shardprep.format.tar import BLOCK, TarWriter, content, walk
+from shardprep.source.dataset import Utterance, scan_dataset
+from shardprep.storage.local import open_regular, read_at_most
+from shardprep.storage.remote import Location
 
 Supply = Callable[[str, int], bytes | None]
 
@@ -42,7 +44,7 @@ def index_of_tar(path: Path, manifest: Manifest) -> tuple[IndexRow, ...]:
         raise CorruptShardError(f"is not a shard of a build ({error})", file=path) from None
 
 
-def _rows(tar: io.FileIO, manifest: Manifest) -> Iterator[IndexRow]:
+def _rows(tar: io.BufferedReader, manifest: Manifest) -> Iterator[IndexRow]:
     suffix = codecs.member_suffix(manifest.codec)
     members = walk(tar)
     for mel in members:
@@ -101,7 +103,7 @@ def vouched_rows(
     return rows
 
 
-def _is_borne_out(row: Any, tar: io.FileIO, manifest: Manifest) -> bool:
+def _is_borne_out(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
     try:
         key = row["key"].decode()
         offset, label = int(row["offset"]), int(row["label"])
@@ -177,7 +179,7 @@ def _lost(utterance: Utterance, shard: str) -> Reject:
 def _payloads(path: Path, rows: NDArray[Any]) -> Iterator[bytes | None]:
     """The stored bytes of each row, None where the file does not give them."""
     with contextlib.ExitStack() as opened:
-        file: io.FileIO | None = None
+        file: io.BufferedReader | None = None
         with contextlib.suppress(OSError):
             file = opened.enter_context(open_regular(path))
         for row in rows:
@@ -186,7 +188,7 @@ def _payloads(path: Path, rows: NDArray[Any]) -> Iterator[bytes | None]:
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.seek(int(row["offset"]))
-                    payload = read_bytes(file, int(row["nbytes"]))
+                    payload = file.read(int(row["nbytes"]))
             yield payload
 
 
@@ -194,3 +196,38 @@ def _utterance(row: Any, manifest: Manifest) -> Utterance:
     key, label = row["key"].decode(), int(row["label"])
     speaker = None if label == NO_LABEL else manifest.speakers[label]
     return Utterance(key, f"{key}.pt", speaker, label, int(row["frames"]), 0, 0)
+
+
+class Supplies:
+    """Stored bytes of utterances, made anew from the data set that they came from.
+
+    Args:
+        source: The data set.
+        manifest: Of the set that is repaired.
+
+    Attributes:
+        notes: Of utterances that it could not give, why.
+    """
+
+    def __init__(self, source: Location, manifest: Manifest) -> None:
+        self.scanned = scan_dataset(source)
+        self.notes: list[str] = []
+        self._manifest = manifest
+
+    def __call__(self, key: str, frames: int) -> bytes | None:
+        """The bytes that a build would store of an utterance, or None."""
+        utterance = self.scanned.by_key.get(key)
+        path = self.scanned.root / (f"{key}.pt" if utterance is None else utterance.path)
+        try:
+            if utterance is None:
+                raise ValueError("is not in the data set, or faulty")
+            return encode_file(
+                fetch_file(self.scanned.root, utterance, self._manifest.n_mels),
+                n_mels=self._manifest.n_mels,
+                frames=frames,
+                dtype=self._manifest.dtype,
+                codec=self._manifest.codec,
+            )
+        except ValueError as error:
+            self.notes.append(f"{path}: {error}")
+            return None

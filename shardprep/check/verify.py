@@ -23,19 +23,19 @@ from shardprep.build.shard import SourceFile, files_ahead
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.errors import CorruptShardError, FormatError
 from shardprep.format import codecs
+from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import (
     MANIFEST_NAME,
-    NO_LABEL,
     REPAIR_FOLDER,
     WORK_FOLDER,
     FileInfo,
     Manifest,
     ShardInfo,
     encode_manifest,
-    load_manifest,
 )
 from shardprep.format.tar import Member, content, walk
 from shardprep.read.files import CachedFiles, Files, LocalFiles
+from shardprep.read.manifest_file import load_manifest
 from shardprep.read.shard_set import Split
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.dataset import Source, Utterance, scan_dataset
@@ -251,7 +251,7 @@ def _tar_faults(
 
 
 def _sample_faults(
-    tar: io.FileIO,
+    tar: io.BufferedReader,
     members: Iterator[Member],
     split: Split,
     index: int,

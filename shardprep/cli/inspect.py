@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from shardprep.cli.output import hours, print_json, size
 from shardprep.cli.places import Place
-from shardprep.format.manifest import FRAMES_PER_SECOND, NO_LABEL
+from shardprep.format.index import NO_LABEL
+from shardprep.format.manifest import FRAMES_PER_SECOND
 from shardprep.read.shard_set import ShardSet, Split, open_shards
 from shardprep.storage.remote import Location
 

@@ -10,7 +10,7 @@ from shardprep.check.verify import verify_shards
 from shardprep.cli.output import count, print_json, progress_bar, size
 from shardprep.cli.places import Place
 from shardprep.errors import FormatError
-from shardprep.format.manifest import load_manifest
+from shardprep.read.manifest_file import load_manifest
 from shardprep.storage.remote import Location
 
 

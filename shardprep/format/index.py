@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.format import codecs
 from shardprep.format.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
-from shardprep.format.manifest import NO_LABEL, Manifest, SplitInfo
+from shardprep.format.manifest import Manifest, SplitInfo
 
 # Index rows that are checked at a time.
 _BLOCK = 1 << 18
@@ -84,3 +86,63 @@ def _checks(
     offset = rows["offset"].astype(np.int64)
     aligned = (offset >= 0) & (offset % 512 == 0)
     yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)
+
+
+NO_LABEL = -1
+
+
+# A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
+MAX_KEY_BYTES = 88
+
+
+def index_dtype(key_bytes: int) -> np.dtype[Any]:
+    """Dtype of an index row; see FORMAT.md for the meaning of its fields."""
+    return np.dtype(
+        [
+            ("shard", "<u4"),
+            ("offset", "<u8"),
+            ("nbytes", "<u4"),
+            ("frames", "<u4"),
+            ("label", "<i4"),
+            ("crc32", "<u4"),
+            ("key", f"S{key_bytes}"),
+        ]
+    )
+
+
+def is_index(rows: NDArray[Any]) -> bool:
+    """Whether an array is an index: one-dimensional, with the fields of `index_dtype`."""
+    names = rows.dtype.names or ()
+    return (
+        rows.ndim == 1
+        and "key" in names
+        and rows.dtype["key"].itemsize <= MAX_KEY_BYTES
+        and rows.dtype == index_dtype(max(1, rows.dtype["key"].itemsize))
+    )
+
+
+class IndexRow(msgspec.Struct, frozen=True, array_like=True):
+    """An index row without its shard number; see FORMAT.md."""
+
+    offset: int
+    nbytes: int
+    frames: int
+    label: int
+    crc32: int
+    key: str
+
+
+def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
+    """The index file of a split: the rows of its shards, one after the other."""
+    rows = [(number, row) for number, own in enumerate(shards) for row in own]
+    keys = [row.key.encode() for _, row in rows]
+    table = np.array(
+        [
+            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
+            for (number, row), key in zip(rows, keys, strict=True)
+        ],
+        index_dtype(max(map(len, keys), default=1)),
+    )
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    return buffer.getvalue()

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from shardprep.errors import FormatError
 from shardprep.format.limits import (
-    MAX_MANIFEST_BYTES,
+    MAX_CHUNK_BYTES,
     MAX_MANIFEST_VALUES,
+    MAX_N_MELS,
+    MIN_CHUNK_FRAMES,
     json_values,
-    manifest_faults,
 )
-from shardprep.storage.local import read_at_most
-from shardprep.storage.remote import Location, Remote
 
 FORMAT = "shardprep"
 VERSION = 1
@@ -29,15 +30,9 @@ REJECTS_NAME = "rejects.jsonl"
 WORK_FOLDER = ".shardprep-build"
 REPAIR_FOLDER = ".shardprep-repair"
 
-NO_LABEL = -1
-# A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
-MAX_KEY_BYTES = 88
 # Mels of hop 160 at 16 kHz; used for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100
 
-_BUILD_REMEDY = (
-    "Run `shardprep build SRC DST` to make one, e.g. `shardprep build Dataset/ shards/`."
-)
 _UNKNOWN_REMEDY = "Build the shards again, or read them with the release that made them."
 
 
@@ -141,92 +136,12 @@ def index_name(split: str) -> str:
     return f"{split}.index.npy"
 
 
-def index_dtype(key_bytes: int) -> np.dtype[Any]:
-    """Dtype of an index row; see FORMAT.md for the meaning of its fields."""
-    return np.dtype(
-        [
-            ("shard", "<u4"),
-            ("offset", "<u8"),
-            ("nbytes", "<u4"),
-            ("frames", "<u4"),
-            ("label", "<i4"),
-            ("crc32", "<u4"),
-            ("key", f"S{key_bytes}"),
-        ]
-    )
-
-
-def is_index(rows: NDArray[Any]) -> bool:
-    """Whether an array is an index: one-dimensional, with the fields of `index_dtype`."""
-    names = rows.dtype.names or ()
-    return (
-        rows.ndim == 1
-        and "key" in names
-        and rows.dtype["key"].itemsize <= MAX_KEY_BYTES
-        and rows.dtype == index_dtype(max(1, rows.dtype["key"].itemsize))
-    )
-
-
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json, with the fingerprint filled in."""
     return _dump(msgspec.structs.replace(manifest, fingerprint=_fingerprint(manifest)))
 
 
-def load_manifest(folder: Location) -> Manifest:
-    """Read and check the manifest of a shard folder, here or behind a URL.
-
-    Raises:
-        FormatError: There is none, it is not of this format or version, or it was altered.
-        StorageError: The store behind the URL cannot be reached.
-    """
-    path = folder / MANIFEST_NAME
-    if isinstance(path, Remote):
-        return _fetched_manifest(path)
-    assert isinstance(folder, Path)
-    try:
-        data = read_at_most(path, MAX_MANIFEST_BYTES)
-    except OSError as error:
-        if path.exists():
-            raise FormatError(
-                f"cannot be read: {error.strerror}", file=path, remedy=_UNKNOWN_REMEDY
-            ) from None
-        what, remedy = "is not a shard folder: no manifest.json", _BUILD_REMEDY
-        if (folder / REPAIR_FOLDER / MANIFEST_NAME).exists():
-            what, remedy = "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
-        elif (folder / WORK_FOLDER).is_dir():
-            what = "holds an unfinished build"
-            remedy = "Run `shardprep build SRC DST` again to finish it."
-        raise FormatError(what, file=folder, remedy=remedy) from error
-    return decode_manifest(data, path)
-
-
-def _fetched_manifest(path: Remote) -> Manifest:
-    """The manifest of a store; what comes the same twice is what the store has."""
-    data = _fetch(path)
-    while True:
-        try:
-            return decode_manifest(data, path)
-        except FormatError:
-            before, data = data, _fetch(path)
-            if data == before:
-                raise
-
-
-def _fetch(path: Remote) -> bytes:
-    try:
-        data = path.read(0, MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        raise FormatError(
-            "there is no shard set, or none that is complete: no manifest.json",
-            file=path,
-            remedy=_BUILD_REMEDY,
-        ) from None
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise FormatError("is too large for a manifest", file=path, remedy=_UNKNOWN_REMEDY)
-    return data
-
-
-def decode_manifest(data: bytes, path: Location) -> Manifest:
+def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
     """Parse the bytes of a manifest; `path` is named in errors. Raises FormatError."""
     if json_values(data) > MAX_MANIFEST_VALUES:
         raise FormatError("holds too many values", file=path, remedy=_UNKNOWN_REMEDY)
@@ -259,7 +174,7 @@ def decode_manifest(data: bytes, path: Location) -> Manifest:
     return manifest
 
 
-def _check(manifest: Manifest, path: Location) -> None:
+def _check(manifest: Manifest, path: str | os.PathLike[str]) -> None:
     for name in (*manifest.files(), *manifest.splits):
         if Path(name).name != name or name.startswith("."):
             raise FormatError("names a file outside the folder", file=path, key=ascii(name)[:100])
@@ -275,3 +190,85 @@ def _fingerprint(manifest: Manifest) -> str:
 
 def _dump(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+# Far from where sums and products of 64 bits overflow.
+_MAX_COUNT = 2**40
+
+
+_MAX_BYTES = 2**56
+
+
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def manifest_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What a build would never write into a manifest: the field, and what is wrong with it."""
+    if not 1 <= manifest.n_mels <= MAX_N_MELS:
+        yield "n_mels", f"is {manifest.n_mels}, expected 1 to {MAX_N_MELS}"
+    codec = manifest.codec
+    if codec.name == "none" and (codec.level, codec.chunk_frames) != (None, None):
+        yield "codec", "has settings, which codec none has not"
+    if codec.name == "zstd":
+        chunk = codec.chunk_frames or 0
+        size = chunk * manifest.n_mels * manifest.numpy_dtype.itemsize
+        if not 1 <= (codec.level or 0) <= 22:
+            yield "codec.level", f"is {codec.level}, expected 1 to 22"
+        if chunk < MIN_CHUNK_FRAMES or size > MAX_CHUNK_BYTES:
+            yield (
+                "codec.chunk_frames",
+                f"is {codec.chunk_frames}, expected {MIN_CHUNK_FRAMES} or more, and chunks of at "
+                f"most {MAX_CHUNK_BYTES} bytes",
+            )
+    for name, split in manifest.splits.items():
+        yield from _split_faults(name, split)
+    if sum(info.bytes for info in manifest.files().values()) > _MAX_BYTES:
+        yield "splits", "claims more bytes than there are disks for"
+    if manifest.rejects is not None and (
+        manifest.rejects.file != "rejects.jsonl"
+        or manifest.rejects.bytes < 0
+        or not _SHA256.fullmatch(manifest.rejects.sha256)
+    ):
+        yield "rejects", "is not an entry of rejects.jsonl"
+
+
+def _split_faults(name: str, split: SplitInfo) -> Iterator[tuple[str, str]]:
+    field = f"splits.{name[:64]!a}"
+    if not _SPLIT.fullmatch(name):
+        yield field, "is not a name that a split may have"
+        return
+    if split.index.file != f"{name}.index.npy":
+        yield field, f"has an index of the name {split.index.file[:100]!a}"
+    shard = re.compile(re.escape(name) + r"-\d{6,12}\.tar")
+    if any(not shard.fullmatch(info.file) for info in split.shards):
+        yield field, f"has a shard of another name than {name}-NUMBER.tar"
+    if len({info.file for info in split.shards}) < len(split.shards):
+        yield field, "lists a shard twice"
+    entries: tuple[FileInfo | ShardInfo, ...] = (split.index, *split.shards)
+    if not all(0 <= e.bytes <= _MAX_BYTES and _SHA256.fullmatch(e.sha256) for e in entries):
+        yield field, "has a file of an impossible size or sha256"
+    for count in ("samples", "frames"):
+        total, parts = getattr(split, count), [getattr(info, count) for info in split.shards]
+        if not 0 <= total <= _MAX_COUNT or min(parts, default=0) < 0 or sum(parts) != total:
+            yield field, f"has {count} that are not the sum of its shards'"
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """An utterance that cannot be packed, and why; a line of rejects.jsonl.
+
+    Attributes:
+        file: The path as the metadata give it.
+        key: Its key, empty where the path gives none.
+        speaker: Speaker name, or None.
+        split: "labelled" or "test".
+        reason: What is wrong with it.
+    """
+
+    file: str
+    key: str
+    speaker: str | None
+    split: str
+    reason: str

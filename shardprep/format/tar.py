@@ -6,13 +6,12 @@ that cost memory or lead elsewhere. A shard has none of them.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
-
-from shardprep.storage.local import read_bytes
+from typing import BinaryIO, NamedTuple
 
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
@@ -25,7 +24,7 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(file: io.FileIO, at: int = 0) -> Iterator[Member]:
+def walk(file: io.BufferedReader, at: int = 0) -> Iterator[Member]:
     """The members of a shard from the header at byte `at` up to its end, each within the file.
 
     Raises:
@@ -46,7 +45,7 @@ def walk(file: io.FileIO, at: int = 0) -> Iterator[Member]:
         at += -(-found.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def content(file: io.FileIO, member: Member, most: int) -> bytes:
+def content(file: io.BufferedReader, member: Member, most: int) -> bytes:
     """The bytes of a member.
 
     Raises:
@@ -57,12 +56,69 @@ def content(file: io.FileIO, member: Member, most: int) -> bytes:
             f"{member.name[:100]!a} has {member.size} bytes, expected at most {most}"
         )
     file.seek(member.offset)
-    return read_bytes(file, member.size)
+    return file.read(member.size)
 
 
-def _head(file: io.FileIO, at: int) -> bytes:
+def _head(file: io.BufferedReader, at: int) -> bytes:
     file.seek(at)
-    head = read_bytes(file, tarfile.BLOCKSIZE)
+    head = file.read(tarfile.BLOCKSIZE)
     if len(head) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it ends without an end-of-archive block")
     return head
+
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+# Two empty blocks end a tar; `tar` pads a file to records of 20 blocks.
+RECORD = tarfile.RECORDSIZE
+
+
+# The header of a member without name and content; where its name, size and checksum go. For the
+# sum of its bytes, the checksum counts as spaces.
+_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+
+
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
+
+
+_HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
+
+
+def _member_head(name: bytes, size: int) -> bytearray:
+    """What `tarfile` puts before a member, in a fraction of the time."""
+    assert len(name) <= 100
+    assert size < 8**11
+    digits = b"%011o" % size
+    head = bytearray(_HEAD)
+    head[_NAME] = name.ljust(100, b"\0")
+    head[_SIZE] = digits
+    head[_CHECKSUM] = b"%06o" % (_HEAD_SUM + sum(name) + sum(digits))
+    return head
+
+
+class TarWriter:
+    """Appends members to a ustar archive, counting and hashing what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+
+    def add(self, name: str, payload: bytes) -> int:
+        """Append a member; returns the offset of its payload."""
+        self._write(_member_head(name.encode(), len(payload)))
+        offset = self.size
+        self._write(payload)
+        self._write(bytes(-len(payload) % BLOCK))
+        return offset
+
+    def close(self) -> None:
+        """Write the end of the archive."""
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.size % RECORD))
+
+    def _write(self, data: bytes | bytearray) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)

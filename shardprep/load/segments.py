@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from shardprep.errors import CorruptShardError, ShardprepError, StorageError
-from shardprep.load.buffers import BufferPool
+from shardprep.load.buffers import BufferPool, ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard, Verification
 from shardprep.load.on_device import ResidentSplit, fits
 from shardprep.load.order import Indices, epoch_order, rank_slice, segment_starts
 from shardprep.load.order_windowed import WindowedOrder, check_lanes
-from shardprep.load.prefetch import ahead
 from shardprep.read.shard_set import Split
 
 Batch = dict[str, Tensor]

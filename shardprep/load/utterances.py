@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardprep.load.buffers import ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.order import length_batches
-from shardprep.load.prefetch import ahead
 from shardprep.load.segments import Batch
 from shardprep.read.shard_set import Split
 

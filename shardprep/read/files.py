@@ -12,7 +12,7 @@ from shardprep.cache.shard_cache import ShardCache
 from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, Manifest, ShardInfo
 from shardprep.read.cached_map import CachedMap
-from shardprep.read.manifest_watch import ManifestWatch, check_fingerprint
+from shardprep.read.manifest_file import ManifestWatch, check_fingerprint
 from shardprep.read.shard_map import ShardMap
 from shardprep.storage.remote import Location, Remote
 

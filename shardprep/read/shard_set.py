@@ -20,12 +20,12 @@ from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.errors import CRC_FAULT, REBUILD, REPAIR, CorruptShardError, FormatError
 from shardprep.format import codecs
 from shardprep.format.index import load_columns
-from shardprep.format.manifest import Manifest, load_manifest
+from shardprep.format.manifest import Manifest, Reject
 from shardprep.read.files import Files, files_at
 from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
+from shardprep.read.manifest_file import load_manifest
 from shardprep.read.shard_map import Window
 from shardprep.read.sidecars import load_index, read_rejects
-from shardprep.source.dataset import Reject
 from shardprep.storage.remote import Location, Remote, locate
 
 

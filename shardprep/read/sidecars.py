@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,18 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.build.shard import IndexRow, ShardRecord
-from shardprep.build.work_folder import Work
 from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.format.codecs import NPY_FAULTS
+from shardprep.format.index import is_index
 from shardprep.format.limits import MAX_REJECTS_BYTES
 from shardprep.format.manifest import (
-    REJECTS_NAME,
     FileInfo,
     Manifest,
+    Reject,
     ShardInfo,
     SplitInfo,
-    index_dtype,
-    index_name,
-    is_index,
 )
 from shardprep.read.files import Files
-from shardprep.source.dataset import Reject
 from shardprep.storage.local import open_regular, read_at_most
 
 # Index rows whose keys are looked at at once.
@@ -142,54 +135,3 @@ def legible_rejects(folder: Path, manifest: Manifest) -> list[Reject]:
                 with contextlib.suppress(ValueError, RecursionError):
                     found.append(msgspec.json.decode(line, type=Reject))
     return found
-
-
-def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
-    """Write the index file of every split that has utterances; the manifest's entries of them."""
-    by_split: dict[str, list[ShardRecord]] = {}
-    for record in records:
-        if record.info.samples:
-            by_split.setdefault(split_of(record), []).append(record)
-    return {
-        name: SplitInfo(
-            samples=sum(record.info.samples for record in own),
-            frames=sum(record.info.frames for record in own),
-            index=_publish_file(work, index_name(name), index_bytes(record.rows for record in own)),
-            shards=tuple(record.info for record in own),
-        )
-        for name, own in by_split.items()
-    }
-
-
-def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
-    """Write rejects.jsonl, if there are any; the manifest's entry of it."""
-    if not rejects:
-        return None
-    lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
-    return _publish_file(work, REJECTS_NAME, lines)
-
-
-def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
-    """The index file of a split: the rows of its shards, one after the other."""
-    rows = [(number, row) for number, own in enumerate(shards) for row in own]
-    keys = [row.key.encode() for _, row in rows]
-    table = np.array(
-        [
-            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
-            for (number, row), key in zip(rows, keys, strict=True)
-        ],
-        index_dtype(max(map(len, keys), default=1)),
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, table, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _publish_file(work: Work, name: str, data: bytes) -> FileInfo:
-    work.publish(name, data)
-    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def split_of(record: ShardRecord) -> str:
-    """The split that a shard belongs to, by its file's name."""
-    return record.info.file.rsplit("-", 1)[0]

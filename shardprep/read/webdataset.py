@@ -23,10 +23,12 @@ from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
 from shardprep.format import codecs
+from shardprep.format.index import NO_LABEL
 from shardprep.format.limits import SMALL_MATRIX_BYTES
-from shardprep.format.manifest import MANIFEST_NAME, NO_LABEL, CodecInfo, SplitInfo, load_manifest
+from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, SplitInfo
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
+from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import load_index
 from shardprep.storage.local import open_regular
 from shardprep.storage.remote import Location, Remote, locate
@@ -221,7 +223,7 @@ def _check_complete(path: Location, due: dict[bytes, int]) -> None:
         )
 
 
-def _check_members(file: io.FileIO) -> None:
+def _check_members(file: io.BufferedReader) -> None:
     # Holes of a file take no room on the disk, but would in memory.
     most = max(SMALL_MATRIX_BYTES, 512 * os.fstat(file.fileno()).st_blocks)
     names = set()

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from shardprep.errors import SourceError
+from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL
 from shardprep.format.limits import (
     MAX_N_MELS,
     json_fits,
     most_json_bytes,
 )
-from shardprep.format.manifest import MAX_KEY_BYTES, NO_LABEL
+from shardprep.format.manifest import Reject
 from shardprep.source.listing import SourceFiles, source_files
 from shardprep.storage.remote import Location, locate
 
@@ -71,33 +72,6 @@ class Utterance(NamedTuple):
     frames: int
     nbytes: int
     mtime_ns: int
-
-
-class Reject(msgspec.Struct, frozen=True):
-    """An utterance that cannot be packed, and why; a line of rejects.jsonl.
-
-    Attributes:
-        file: The path as the metadata give it.
-        key: Its key, empty where the path gives none.
-        speaker: Speaker name, or None.
-        split: "labelled" or "test".
-        reason: What is wrong with it.
-    """
-
-    file: str
-    key: str
-    speaker: str | None
-    split: str
-    reason: str
-
-    def error(self, root: Location, remedy: str = _MEND) -> SourceError:
-        """The error that this fault is where it may not be left out, as under --on-error fail."""
-        return SourceError(
-            self.reason,
-            file=root / self.file,
-            key=f"speaker {self.speaker}" if self.speaker else None,
-            remedy=remedy,
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +150,7 @@ class _Scan:
     def _reject(self, reject: Reject) -> None:
         self.rejects.append(reject)
         if len(self.rejects) > _MOST_REJECTS:
-            error = self.rejects[0].error(self.root)
+            error = source_error(self.rejects[0], self.root)
             error.what += f" (and {_MOST_REJECTS} more utterances are faulty)"
             raise error
 
@@ -196,6 +170,16 @@ class _Scan:
                         Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
                     )
             self.found[split] = [u for u in utterances if u.key not in labels]
+
+
+def source_error(reject: Reject, root: Location, remedy: str = _MEND) -> SourceError:
+    """The error for an utterance that may not be left out, as under --on-error fail."""
+    return SourceError(
+        reject.reason,
+        file=root / reject.file,
+        key=f"speaker {reject.speaker}" if reject.speaker else None,
+        remedy=remedy,
+    )
 
 
 def scan_dataset(root: str | os.PathLike[str]) -> Source:

@@ -16,7 +16,7 @@ from shardprep.errors import StorageError
 from shardprep.format.limits import MAX_INFLATION
 from shardprep.source.pt_plain import read_matrix
 from shardprep.source.pt_tensor import StoredTensor, read_tensor
-from shardprep.storage.local import open_regular, read_bytes
+from shardprep.storage.local import open_regular
 
 # Troubles that pass: such a file must not be left out of the set.
 _NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -80,7 +80,7 @@ def _read(path: Path, n_mels: int, frames: int) -> bytes:
         # A file may claim any size, and have nothing but holes.
         if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
             raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
-        return read_bytes(file, info.st_size)
+        return file.read(info.st_size)
 
 
 @contextlib.contextmanager

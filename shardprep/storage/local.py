@@ -92,8 +92,8 @@ def fetch(path: str | os.PathLike[str]) -> None:
             os.close(handle)
 
 
-def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a file to be read, without a buffer.
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a regular file for reading.
 
     Raises:
         OSError: It cannot be opened, or is a pipe, a device or a folder: such could keep its
@@ -104,7 +104,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
-    return io.FileIO(handle)
+    return io.BufferedReader(io.FileIO(handle))
 
 
 def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:
@@ -118,16 +118,7 @@ def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:
         if size > most:
             what = f"it has {size} bytes, more than the {most} that such a file may have"
             raise OSError(errno.EFBIG, what, os.fspath(path))
-        return read_bytes(file, size)
-
-
-def read_bytes(file: io.FileIO, size: int) -> bytes:
-    """The next `size` bytes of a file, fewer only at its end."""
-    data = file.read(size)
-    # The system reads at most 2 GiB at a time.
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
+        return file.read(size)
 
 
 def sha256_of(path: Path) -> str:

@@ -20,7 +20,7 @@ from forge import (
 )
 
 from kinds.registry import Canary, kind
-from shardprep.format.manifest import index_dtype
+from shardprep.format.index import index_dtype
 
 
 @kind("plain")

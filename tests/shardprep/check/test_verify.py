@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from shardprep import BuildReport, VerifyReport, open_shards, verify_shards
 from shardprep.build import shard
-from shardprep.format.manifest import encode_manifest, load_manifest
+from shardprep.format.manifest import encode_manifest
+from shardprep.read.manifest_file import load_manifest
 from shardprep.storage.local import sha256_of
 
 SHARD = "train-000001.tar"

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from shardprep import BuildError, BuildOptions, FormatError, SourceError, build_shards
-from shardprep.format.limits import json_values, manifest_faults, most_matrix_bytes
+from shardprep.format.limits import json_values, most_matrix_bytes
 from shardprep.format.manifest import (
     CodecInfo,
     Manifest,
     decode_manifest,
     encode_manifest,
-    load_manifest,
+    manifest_faults,
 )
+from shardprep.read.manifest_file import load_manifest
 
 SHA = "0" * 64
 

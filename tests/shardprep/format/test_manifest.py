@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 
 from shardprep import FormatError, open_shards
-from shardprep.format.manifest import (
-    FileInfo,
-    Manifest,
-    decode_manifest,
-    encode_manifest,
-    index_dtype,
-    is_index,
-    load_manifest,
-)
+from shardprep.format.index import index_dtype, is_index
+from shardprep.format.manifest import FileInfo, Manifest, decode_manifest, encode_manifest
+from shardprep.read.manifest_file import load_manifest
 
 
 @pytest.fixture

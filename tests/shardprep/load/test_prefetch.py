@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardprep.load.prefetch import ahead
+from shardprep.load.buffers import ahead
 
 #: Threads of other tests, which broke a loop off and are kept by the error that they are about.
 others: set[threading.Thread] = set()

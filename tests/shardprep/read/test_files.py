@@ -22,9 +22,9 @@ from shardprep import (
     build_shards,
     open_shards,
 )
-from shardprep.format.manifest import load_manifest
 from shardprep.load.segments import PLANNED, plan_for_cache
 from shardprep.read.files import CachedFiles
+from shardprep.read.manifest_file import load_manifest
 from shardprep.storage import remote
 
 URL = "memory://set"

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from shardprep import CorruptShardError, Split, open_shards
 from shardprep.format import codecs
-from shardprep.format.manifest import FileInfo, encode_manifest, load_manifest
+from shardprep.format.manifest import FileInfo, encode_manifest
+from shardprep.read.manifest_file import load_manifest
 
 LONGEST = 7193
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardprep import CorruptShardError, FormatError, Split, open_shards
-from shardprep.format.manifest import FileInfo, encode_manifest, load_manifest
+from shardprep.format.manifest import FileInfo, encode_manifest
+from shardprep.read.manifest_file import load_manifest
 
 SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
 

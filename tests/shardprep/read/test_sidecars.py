@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from shardprep import CorruptShardError
-from shardprep.format.manifest import FileInfo, SplitInfo, index_dtype
+from shardprep.format.index import index_dtype
+from shardprep.format.manifest import FileInfo, SplitInfo
 from shardprep.read.files import LocalFiles
 from shardprep.read.sidecars import load_index
 

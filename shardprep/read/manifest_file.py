@@ -1,0 +1,139 @@
+"""manifest.json of a set, here or behind a URL: read, and watched while the set is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardprep.errors import CorruptShardError, FormatError
+from shardprep.format.limits import MAX_MANIFEST_BYTES
+from shardprep.format.manifest import (
+    _UNKNOWN_REMEDY,
+    MANIFEST_NAME,
+    REPAIR_FOLDER,
+    WORK_FOLDER,
+    Manifest,
+    decode_manifest,
+)
+from shardprep.storage.local import read_at_most
+from shardprep.storage.remote import Location, Remote
+
+
+def load_manifest(folder: Location) -> Manifest:
+    """Read and check the manifest of a shard folder, here or behind a URL.
+
+    Raises:
+        FormatError: There is none, it is not of this format or version, or it was altered.
+        StorageError: The store behind the URL cannot be reached.
+    """
+    path = folder / MANIFEST_NAME
+    if isinstance(path, Remote):
+        return _fetched_manifest(path)
+    assert isinstance(folder, Path)
+    try:
+        data = read_at_most(path, MAX_MANIFEST_BYTES)
+    except OSError as error:
+        if path.exists():
+            raise FormatError(
+                f"cannot be read: {error.strerror}", file=path, remedy=_UNKNOWN_REMEDY
+            ) from None
+        what, remedy = "is not a shard folder: no manifest.json", _BUILD_REMEDY
+        if (folder / REPAIR_FOLDER / MANIFEST_NAME).exists():
+            what, remedy = "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
+        elif (folder / WORK_FOLDER).is_dir():
+            what = "holds an unfinished build"
+            remedy = "Run `shardprep build SRC DST` again to finish it."
+        raise FormatError(what, file=folder, remedy=remedy) from error
+    return decode_manifest(data, path)
+
+
+def _fetched_manifest(path: Remote) -> Manifest:
+    """The manifest of a store; what comes the same twice is what the store has."""
+    data = _fetch(path)
+    while True:
+        try:
+            return decode_manifest(data, path)
+        except FormatError:
+            before, data = data, _fetch(path)
+            if data == before:
+                raise
+
+
+def _fetch(path: Remote) -> bytes:
+    try:
+        data = path.read(0, MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise FormatError(
+            "there is no shard set, or none that is complete: no manifest.json",
+            file=path,
+            remedy=_BUILD_REMEDY,
+        ) from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FormatError("is too large for a manifest", file=path, remedy=_UNKNOWN_REMEDY)
+    return data
+
+
+_NONE = "it has no manifest that can be read now"
+
+
+class ManifestWatch:
+    """Compares a set's manifest with the one that was opened; costs a `stat` where it is the same.
+
+    Args:
+        folder: The shard folder.
+        fingerprint: Of the set as it was opened.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self.fingerprint = fingerprint
+        self._seen: tuple[int, ...] | None = None
+
+    def check(self) -> None:
+        """Make sure that the folder still holds the set that was opened.
+
+        Raises:
+            CorruptShardError: It holds another set, or none.
+        """
+        try:
+            found = os.stat(self._folder / MANIFEST_NAME)
+            state = (
+                found.st_dev,
+                found.st_ino,
+                found.st_size,
+                found.st_mtime_ns,
+                found.st_ctime_ns,
+            )
+        except OSError:
+            raise _replaced(self._folder, _NONE) from None
+        if state != self._seen:
+            check_fingerprint(self._folder, self.fingerprint)
+            self._seen = state
+
+
+def check_fingerprint(place: Location, expected: str) -> None:
+    """Make sure that the set in a place, here or behind a URL, has the fingerprint expected.
+
+    Raises:
+        CorruptShardError: It has another, or there is no set.
+        StorageError: The store behind the URL cannot be reached.
+    """
+    try:
+        found = load_manifest(place).fingerprint
+    except FormatError:
+        raise _replaced(place, _NONE) from None
+    if found != expected:
+        raise _replaced(place, f"its fingerprint was {expected} and is now {found}")
+
+
+def _replaced(place: Location, what: str) -> CorruptShardError:
+    return CorruptShardError(
+        f"the set was changed while it was being read: {what}",
+        file=place,
+        remedy="Start again when the set is complete, or go on with the set that was read.",
+    )
+
+
+_BUILD_REMEDY = (
+    "Run `shardprep build SRC DST` to make one, e.g. `shardprep build Dataset/ shards/`."
+)
