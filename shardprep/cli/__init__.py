@@ -1,4 +1,7 @@
-"""The command line: `shardprep build | inspect | verify | repair | bench`. One module a command."""
+"""The command line: `shardprep build`, `shardprep train` and the others, one module a command.
+
+The commands for speaker models are in another package, the trainer, and are found by entry points.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import NoReturn
 import click
 
 from shardprep import __version__
+from shardprep.cli.announced import announced_commands
 from shardprep.cli.bench import bench
 from shardprep.cli.build import build
 from shardprep.cli.inspect import inspect
@@ -21,12 +25,13 @@ _EPILOG = """
 \b
 Exit codes, of every command:
   0    success
-  1    damage found in a shard set
-  2    wrong usage of the command
+  1    damage found in a shard set; training, prediction or export failed
+  2    wrong usage of the command, or a package is not installed
   3    the data set to pack is not as it should be
   4    not a shard folder, or of a version that cannot be read
   5    the build cannot start or go on
   6    the disk refused (full, read-only, gone), or a store gave no answer
+  124  training stood still for train.hang_seconds
   130  Ctrl-C      143  SIGTERM
 """
 
@@ -35,17 +40,47 @@ class _Terminated(BaseException):
     """SIGTERM, raised where the main thread is, so that what is open gets closed."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+class _Commands(click.Group):
+    """Our own commands in order of use; those of other packages are looked up when needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands; see `click.Group`."""
+        return [*self.commands, *announced_commands()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; see `click.Group`."""
+        return self.commands.get(cmd_name) or announced_commands().get(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write both lists of commands; see `click.Group`."""
+        announced = announced_commands()
+        width = max(map(len, [*self.commands, *announced]))
+        sections = {"Commands for shards": self.commands, "Commands for speaker models": announced}
+        for title, commands in sections.items():
+            if not commands:
+                continue
+            limit = formatter.width - width - 6
+            rows = [
+                (name.ljust(width), command.get_short_help_str(limit))
+                for name, command in commands.items()
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG
+)
 @click.version_option(__version__, prog_name="shardprep")
 def cli() -> None:
-    """Pack folders of mel-spectrogram files into tar shards, and look after them."""
+    """Pack mel-spectrogram files into shards, and train speaker models on them.
+
+    The commands for speaker models need: pip install 'shardprep[train]'
+    """
 
 
-cli.add_command(build)
-cli.add_command(inspect)
-cli.add_command(verify)
-cli.add_command(repair)
-cli.add_command(bench)
+for _command in (build, inspect, verify, repair, bench):
+    cli.add_command(_command)
 
 
 def main() -> NoReturn:

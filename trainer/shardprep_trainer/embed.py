@@ -1,4 +1,4 @@
-"""Embeddings of whole utterances: `shardprep embed RUN --split val --out FILE.npz`."""
+"""Write the embedding of every utterance: `shardprep embed RUN --split val --out FILE.npz`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export a model: `shardprep export RUN --out model.onnx`, or `--out model.pt`.
+"""Write a model as ONNX or TorchScript: `shardprep export RUN --out model.onnx`.
 
 The file maps `mel` (B, T, F) float32 and `lengths` (B,) int64 to `embedding` (B, E) and `logits`
 (B, S), for any B and T. It carries what they mean (see `describe`), and is written only after it

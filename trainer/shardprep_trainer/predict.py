@@ -1,4 +1,4 @@
-"""Predict speakers of whole utterances: `shardprep predict RUN --out submission.csv`."""
+"""Name the speaker of every utterance: `shardprep predict RUN --out submission.csv`."""
 
 from __future__ import annotations
 

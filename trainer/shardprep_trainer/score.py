@@ -1,4 +1,4 @@
-"""How good a trained speaker model is: `shardprep score RUN`.
+"""Measure how good a model is: `shardprep score RUN`.
 
 Accuracy asks which of the known speakers an utterance is from; verification asks whether two
 utterances have one speaker, known to the model or not. Axis legend: N utterances, K trials.

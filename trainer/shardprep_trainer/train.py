@@ -1,4 +1,4 @@
-"""Entry of `accelerate launch trainer/train.py`: parse, build, fit, close."""
+"""Train a speaker model: `shardprep train` or `accelerate launch trainer/train.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
+
+import click
 
 from shardprep import ShardprepError, StorageError
 from shardprep_trainer.config.command_line import Invocation, parse_args
@@ -125,11 +127,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def command() -> NoReturn:
-    """Train as the command line of the process says, and leave with the exit code of `main`."""
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """Train as the command line says, and leave with the exit code of `main`."""
     # A shard that is cut short while it is mapped, or whose disk fails, ends the process by SIGBUS.
     faulthandler.enable()
-    code = main()
+    code = main(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All is written and closed. As the interpreter tears the rest down, a thread of gloo now
         # and then aborts a process that has done all it should.
@@ -137,6 +139,13 @@ def command() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def train_command(words: tuple[str, ...]) -> NoReturn:
+    """Train a speaker model; `shardprep train`."""
+    command(words)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Commands that other packages announce by entry points, `shardprep train` among them.
+
+`shardprep --help` lists them without importing them: the trainer brings PyTorch, which takes
+seconds to load, or is not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from shardprep.errors import needs
+
+GROUP = "shardprep.commands"
+"""Entry points of this group are click commands."""
+
+_EXTRA = "train"
+
+
+def announced_commands() -> dict[str, click.Command]:
+    """All commands of other packages, by name."""
+    return {entry.name: AnnouncedCommand(entry) for entry in entry_points(group=GROUP)}
+
+
+class AnnouncedCommand(click.Command):
+    """Stands in the list of commands, and hands its arguments to the command when it is run."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        self._entry = entry
+        super().__init__(
+            entry.name,
+            short_help=_summary(entry.module),
+            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+            # Options, --help too, are for the command itself.
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True},
+        )
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Import the command and run it.
+
+        Raises:
+            MissingExtraError: A package is not installed.
+        """
+        # The command may import more while it runs.
+        with needs(_EXTRA):
+            command: click.Command = self._entry.load()
+            words = list(ctx.params["words"])
+            return command.main(words, prog_name=ctx.command_path, standalone_mode=False)
+
+
+def _summary(module: str) -> str:
+    """What the first line of a module's docstring says before a colon, from the module's file."""
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        return ""
+    source = Path(found.origin).read_text(encoding="utf-8")
+    line = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return line.partition(":")[0].rstrip(".") + "."

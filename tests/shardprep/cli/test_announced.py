@@ -1,0 +1,83 @@
+"""The trainer's commands under `shardprep`: listed without PyTorch, with their own exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ["embed", "export", "predict", "score", "train"]
+
+# Stands for an environment without these packages: importing them fails.
+_HIDDEN = (
+    "import sys; sys.modules.update(dict.fromkeys(['torch', 'accelerate', 'jsonargparse'])); "
+    "from shardprep.cli import main; main()"
+)
+
+
+def run_without_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _HIDDEN, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def run_shardprep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shardprep", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_help_lists_the_commands_without_the_extra() -> None:
+    done = run_without_extra("--help")
+    assert done.returncode == 0
+    listed = done.stdout.partition("Commands for speaker models:\n")[2].partition("\n\n")[0]
+    rows = [line.split(maxsplit=1) for line in listed.splitlines()]
+    assert [name for name, _ in rows] == COMMANDS
+    assert all(text.endswith(".") and not text.endswith("...") for _, text in rows)
+    assert "pip install 'shardprep[train]'" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_the_extra_a_command_names_it(command: str) -> None:
+    done = run_without_extra(command, "--help")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("shardprep: error: the package ")
+    assert line.endswith(" is not installed. Run: pip install 'shardprep[train]'")
+
+
+def test_help_is_that_of_the_command() -> None:
+    done = run_shardprep("predict", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: shardprep predict [OPTIONS] RUN\n")
+    assert "--checkpoint" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_options_reach_the_command_as_they_were_given() -> None:
+    done = run_shardprep("train", "--print-config", "--optim.lr=3e-4", "--train.total_steps", "7")
+    assert done.returncode == 0
+    assert "lr: 0.0003" in done.stdout
+    assert "total_steps: 7\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train", "--optim.lr", "fast"], 2, "error: the command line: "),
+        (["train", "--data.shards", "."], 4, "no manifest.json"),
+        (["predict", "nowhere"], 1, "error: nowhere/checkpoints: there is no best checkpoint"),
+    ],
+)
+def test_exit_codes_are_those_of_the_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_shardprep(*words)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
