@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.learning.build import build_model
 from shardprep_trainer.learning.metrics import peak_memory_mib
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.run.trainer import Trainer
 from torch import Tensor
 

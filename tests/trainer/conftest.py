@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.build import build_model
 
 import shardprep
 

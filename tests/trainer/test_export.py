@@ -22,7 +22,7 @@ from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import ConfigError, ExportError, TrainerError
 from shardprep_trainer.export import choose_format, export_model, main
-from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerModel
 from torch import Tensor, nn
 

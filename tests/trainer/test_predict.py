@@ -11,11 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.config.fields import DataConfig
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.predict import main, score_submission, write_submission
-from shardprep_trainer.run.preflight import open_shards_of
 
 import shardprep
 

@@ -9,18 +9,11 @@ import click
 import numpy as np
 
 from shardprep import publish
-from shardprep_trainer.inference import (
-    EXIT_CODES,
-    ModelOptions,
-    model_options,
-    note,
-    open_session,
-    reported_errors,
-)
-from shardprep_trainer.session import Session
+from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors
+from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 
-def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int]:
+def write_embeddings(inference: Inference, split: str, path: Path) -> tuple[int, int]:
     """Embed a split and write it as an npz file that `np.load` reads without pickle.
 
     The file appears whole or not at all. It holds, in the split's own order:
@@ -32,7 +25,7 @@ def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int
         checkpoint, split, fingerprint   strings; step, tta, tta_frames   int64; all scalars
 
     Args:
-        session: The model and the shards.
+        inference: The model and the shards.
         split: Name of the split.
         path: The file.
 
@@ -43,17 +36,17 @@ def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int
         PredictionError: There is no such split, or an embedding is not finite.
         StorageError: The disk refused.
     """
-    part, views = session.split(split), session.views
-    embeddings = session.hear(part).embeddings
+    part, views = inference.split(split), inference.views
+    embeddings = inference.embed(part).embeddings
     arrays: dict[str, Any] = {
         "embeddings": embeddings,
         "keys": np.asarray(part.keys, np.str_),
         "labels": part.labels.astype(np.int64),
-        "speakers": np.array(session.shards.speakers, np.str_),
-        "checkpoint": np.array(str(session.file)),
-        "step": np.array(session.step, np.int64),
+        "speakers": np.array(inference.shards.speakers, np.str_),
+        "checkpoint": np.array(str(inference.file)),
+        "step": np.array(inference.step, np.int64),
         "split": np.array(split),
-        "fingerprint": np.array(session.shards.manifest.fingerprint),
+        "fingerprint": np.array(inference.shards.manifest.fingerprint),
         "tta": np.array(views.segments, np.int64),
         "tta_frames": np.array(views.frames if views.segments else 0, np.int64),
     }
@@ -64,7 +57,7 @@ def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    help=f"""Write the embedding of every utterance of a split, heard whole, with the model of RUN.
+    help=f"""Write the embedding of every whole utterance of a split with the model of RUN.
 
     The file holds embeddings (N, D) float32, keys, labels, speakers and where they come from;
     numpy.load reads it with allow_pickle=False. {EXIT_CODES}""",
@@ -79,8 +72,8 @@ def write_embeddings(session: Session, split: str, path: Path) -> tuple[int, int
 def main(out: Path, **options: Any) -> None:
     """The command; its help is above."""
     with reported_errors():
-        session = open_session(ModelOptions(**options))
-        count, width = write_embeddings(session, options["split"], out)
+        inference = open_inference(ModelOptions(**options))
+        count, width = write_embeddings(inference, options["split"], out)
     note(f"{count:,} embeddings of width {width} -> {out}")
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from shardprep import publish
 from shardprep_trainer.checkpoint.files import State
 from shardprep_trainer.checkpoint.state import load_described, load_model
+from shardprep_trainer.commands import reported_errors
 from shardprep_trainer.config.fields import config_from_dict
 from shardprep_trainer.errors import ConfigError, ExportError, TrainerError
-from shardprep_trainer.inference import find_checkpoint, reported_errors
+from shardprep_trainer.inference import find_checkpoint
 from shardprep_trainer.model.model import SpeakerModel
 from shardprep_trainer.model.traceable import Traceable
 

@@ -1,38 +1,31 @@
-"""What predict, score and embed have in common: options, opening a `Session`, errors."""
+"""A trained model and the shards that it is used on."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
 
 import click
+import numpy as np
 import torch
 
-from shardprep import ShardprepError, StorageError
+from shardprep import ShardSet, Split, UtteranceLoader
 from shardprep_trainer.checkpoint.files import CheckpointFolder
+from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.checkpoint.state import load_described, load_model
+from shardprep_trainer.commands import note
 from shardprep_trainer.config.fields import Backend, config_from_dict
-from shardprep_trainer.errors import (
-    CheckpointError,
-    PredictionError,
-    TrainerError,
-    is_out_of_memory,
-)
-from shardprep_trainer.evaluation.rejects import read_left_out
+from shardprep_trainer.errors import CheckpointError, PredictionError
+from shardprep_trainer.evaluation.accuracy import Collected, Labels, collect, grade
+from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
 from shardprep_trainer.evaluation.views import Views
-from shardprep_trainer.run.preflight import open_shards_of
-from shardprep_trainer.session import Session
-
-EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
+from shardprep_trainer.evaluation.wccn import Wccn
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of `model_options`, as they were given."""
+    """The options of `commands.model_options`, as they were given."""
 
     run: Path
     shards: str | None
@@ -45,52 +38,112 @@ class ModelOptions:
     """None is the recipe's."""
 
 
-def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command RUN and the options that make `ModelOptions`; `split` is the default."""
-    parameters = [
-        click.argument("run", type=click.Path(path_type=Path)),
-        click.option(
-            "--shards", default=None, help="Folder of the shards, or its URL.  [default: the run's]"
-        ),
-        click.option("--split", default=split, help="Split to hear, in its own order."),
-        click.option("--checkpoint", default="best", help="best, last, or a file."),
-        click.option(
-            "--max-frames",
-            type=click.IntRange(min=1),
-            default=32768,
-            help="Largest padded area of a batch of whole utterances [frames].",
-        ),
-        click.option(
-            "--tta",
-            type=click.IntRange(min=0),
-            default=0,
-            help="Equidistant segments of each utterance, scored beside the whole; the answers to "
-            "all of them are averaged.",
-        ),
-        click.option(
-            "--tta-frames",
-            type=click.IntRange(min=0),
-            default=0,
-            help="Length of these segments [frames]; 0 is that of the run's training segments.",
-        ),
-    ]
+@dataclass(frozen=True)
+class Inference:
+    """A model on its device, and the shards that it is used on."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for parameter in reversed(parameters):
-            command = parameter(command)
-        return command
+    file: Path
+    """The checkpoint."""
+    step: int
+    """Training steps behind the checkpoint."""
+    classes: tuple[str, ...]
+    """Names of the model's classes; those of the shards may be others."""
+    backend: Backend
+    """What names speakers."""
+    views: Views
+    """The model, in evaluation mode."""
+    shards: ShardSet
+    left_out: LeftOut | None
+    """What the build of the shards left out."""
+    device: torch.device
+    max_frames: int
+    """Largest padded area of a batch [frames]."""
+    pad_value: float
+    """Fills padded frames [log-mel]."""
 
-    return decorate
+    def split(self, name: str) -> Split:
+        """Open a split.
 
+        Raises:
+            PredictionError: There is none of that name, or nothing in it.
+        """
+        splits = self.shards.manifest.splits
+        filled = [other for other, part in splits.items() if part.samples]
+        if name not in filled:
+            raise PredictionError(
+                f"{self.shards.path} has no split {name}, only {', '.join(filled)}"
+            )
+        return self.shards[name]
 
-backend_option = click.option(
-    "--backend",
-    type=click.Choice(get_args(Backend)),
-    default=None,
-    help="What names a speaker: the head of the model, or (wccn) the nearest mean embedding of the "
-    "speakers of the train split, after within-class covariance normalisation; that hears the "
-    "train split first.  [default: the recipe's predict.backend]",
-)
+    @cached_property
+    def training(self) -> Collected:
+        """The train split, embedded.
+
+        Raises:
+            PredictionError: As `split` and `embed`.
+        """
+        return self.embed(self.split("train"))
+
+    @cached_property
+    def _enrolled(self) -> Wccn:
+        train = self.shards.manifest.splits.get("train")
+        if train is None or not train.samples or not (self.shards["train"].labels >= 0).any():
+            raise PredictionError(
+                f"{self.shards.path} has no train split with speakers, by whose utterances "
+                "--backend wccn would know them; take shards that have one, or --backend head"
+            )
+        return Wccn(self.training.embeddings, self.shards["train"].labels)
+
+    @cached_property
+    def speakers(self) -> tuple[str, ...]:
+        """Names of the speakers that can be recognised, by their numbers."""
+        if self.backend == "head":
+            return self.classes
+        return tuple(self.shards.speakers[number] for number in self._enrolled.speakers)
+
+    def batches(self, part: Split) -> UtteranceLoader:
+        """The whole utterances of a split, batched by length."""
+        return UtteranceLoader(part, max_frames=self.max_frames, pad_value=self.pad_value)
+
+    def embed(self, part: Split, classes: Labels | None = None) -> Collected:
+        """Embed every utterance of a split, and classify it by the head of the model.
+
+        Args:
+            part: The split.
+            classes: The model's number of each utterance's speaker (N,), -1 where it has none;
+                None counts nothing. Not the split's labels: those number the shards' speakers.
+
+        Raises:
+            PredictionError: An embedding is not finite.
+        """
+        labels = np.full(len(part), -1) if classes is None else classes
+        found = collect(self.views, self.batches(part), labels, device=self.device)
+        bad = np.flatnonzero(~np.isfinite(found.embeddings).all(axis=1))
+        if len(bad):
+            raise PredictionError(
+                f"{self.file}: the embeddings of {len(bad)} utterances of {part.name} are not "
+                f"finite, the first is {part.keys[bad[0]]}; the run has diverged or the features "
+                "are faulty: take another checkpoint, or see `shardprep verify`"
+            )
+        return found
+
+    def recognise(self, part: Split, speakers: Labels | None = None) -> Collected:
+        """Embed every utterance of a split and name its speaker by the backend.
+
+        Args:
+            part: The split.
+            speakers: Number of each utterance's speaker (N,) in `Inference.speakers`, -1 where it
+                is not among them; None counts nothing.
+
+        Raises:
+            PredictionError: As `embed` and `training`, or the train split has no speakers.
+        """
+        if self.backend == "head":
+            return self.embed(part, speakers)
+        enrolled = self._enrolled
+        found = self.training if part.name == "train" else self.embed(part)
+        numbers = np.full(len(part), -1) if speakers is None else speakers
+        return Collected(found.embeddings, grade(enrolled.scores, found.embeddings, numbers))
 
 
 def find_checkpoint(run: Path, choice: str) -> Path:
@@ -117,8 +170,8 @@ def find_checkpoint(run: Path, choice: str) -> Path:
     raise CheckpointError(f"{folder.folder}: there is no {choice} checkpoint; {remedy}")
 
 
-def open_session(options: ModelOptions) -> Session:
-    """Load the model, open the shards, and say on stderr what there is to know of them.
+def open_inference(options: ModelOptions) -> Inference:
+    """Load the model, open the shards, and say on stderr what a user should know of them.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, or its parts do not fit together.
@@ -141,7 +194,7 @@ def open_session(options: ModelOptions) -> Session:
     for line in left_out.notes(options.split) if left_out else ():
         note(line)
     frames = options.tta_frames or config.data.segment_frames
-    session = Session(
+    inference = Inference(
         file=file,
         step=saved["step"],
         classes=tuple(saved["speakers"]),
@@ -153,37 +206,10 @@ def open_session(options: ModelOptions) -> Session:
         max_frames=options.max_frames,
         pad_value=config.data.pad_value,
     )
-    session.split(options.split)
-    if session.backend != "head":
-        who = f"those of the train split of {shards.path}, which is heard first"
-        note(f"speakers are named by --backend {session.backend}: {who}")
+    inference.split(options.split)
+    if inference.backend != "head":
+        who = f"those of the train split of {shards.path}, which is embedded first"
+        note(f"speakers are named by --backend {inference.backend}: {who}")
         if options.split == "train":
             note("the accuracy on train says nothing: speakers are known by these very utterances")
-    return session
-
-
-def note(text: str) -> None:
-    """Say something on stderr that is no error."""
-    click.echo(f"note: {text}", err=True)
-
-
-@contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """End the process with a message and an exit code where a user can put things right."""
-    try:
-        yield
-    except (TrainerError, ShardprepError) as error:
-        _leave(str(error), error.exit_code)
-    except OSError as error:
-        what = error.strerror or str(error)
-        _leave(str(StorageError(what, file=error.filename)), StorageError.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message = "the memory of the device does not suffice; lower --max-frames"
-        _leave(message, TrainerError.exit_code)
-
-
-def _leave(message: str, code: Any) -> None:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+    return inference

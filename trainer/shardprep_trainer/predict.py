@@ -11,33 +11,30 @@ from typing import Any
 import click
 
 from shardprep import Split, publish
-from shardprep_trainer.evaluation.labels import HEADER, missing_rows, read_labels
-from shardprep_trainer.evaluation.rejects import LeftOut
-from shardprep_trainer.inference import (
+from shardprep_trainer.commands import (
     EXIT_CODES,
-    ModelOptions,
     backend_option,
     model_options,
     note,
-    open_session,
     reported_errors,
 )
-from shardprep_trainer.session import Session
+from shardprep_trainer.evaluation.labels import HEADER, LeftOut, missing_rows, read_labels
+from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 
-def predict_names(session: Session, part: Split) -> list[str]:
+def predict_names(inference: Inference, part: Split) -> list[str]:
     """Name the speaker of every utterance of a split.
 
     Args:
-        session: The model; the speakers of its head may be others than those of the shards.
+        inference: The model; the speakers of its head may be others than those of the shards.
         part: The split.
 
     Returns:
         Names (N,) in the split's own order.
     """
     # The numbers of speakers differ between data sets: only names are compared, and not here.
-    found = session.recognise(part).evaluation
-    return [session.speakers[speaker] for speaker in found.predictions]
+    found = inference.recognise(part).evaluation
+    return [inference.speakers[speaker] for speaker in found.predictions]
 
 
 def write_submission(path: Path, keys: Iterable[str], names: Sequence[str]) -> None:
@@ -78,19 +75,19 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
 
 
 def _predict(options: ModelOptions, out: Path) -> LeftOut | None:
-    session = open_session(options)
-    shards, split, part = session.shards, options.split, session.split(options.split)
-    names = predict_names(session, part)
+    inference = open_inference(options)
+    shards, split, part = inference.shards, options.split, inference.split(options.split)
+    names = predict_names(inference, part)
     write_submission(out, part.keys, names)
     click.echo(f"{len(names):,} utterances of {split} -> {out}", err=True)
     truths = [shards.speakers[label] if label >= 0 else None for label in part.labels]
     known = [(name, truth) for name, truth in zip(names, truths, strict=True) if truth is not None]
     if known:
         _tell_accuracy(split, sum(name == truth for name, truth in known), len(known))
-    strangers = {truth for _, truth in known} - set(session.speakers)
+    strangers = {truth for _, truth in known} - set(inference.speakers)
     if strangers:
         note(f"{len(strangers)} speakers of {split} cannot be named")
-    return session.left_out
+    return inference.left_out
 
 
 def _tell_accuracy(what: str, correct: int, total: int) -> None:
@@ -101,7 +98,7 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help=f"""Name the speaker of every utterance of a split with the model of RUN, a run folder.
 
-    Utterances are heard whole, in batches of like length. The accuracy is printed where the
+    Whole utterances are embedded, in batches of like length. The accuracy is printed where the
     labels are known. {EXIT_CODES}""",
 )
 @model_options(split="test")

@@ -17,6 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep import Split
+from shardprep_trainer.commands import (
+    EXIT_CODES,
+    backend_option,
+    model_options,
+    note,
+    reported_errors,
+)
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import missing_rows, read_labels
 from shardprep_trainer.evaluation.trials import (
@@ -33,16 +40,7 @@ from shardprep_trainer.evaluation.verification import (
     min_dcf,
     speaker_means,
 )
-from shardprep_trainer.inference import (
-    EXIT_CODES,
-    ModelOptions,
-    backend_option,
-    model_options,
-    note,
-    open_session,
-    reported_errors,
-)
-from shardprep_trainer.session import Session
+from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 P_TARGET = 0.01
 # Trials drawn of each kind where no number is given, and where there are so many.
@@ -115,11 +113,11 @@ class TrialOptions:
     """Nearest of the cohort that normalise a score; None leaves it as it is."""
 
 
-def true_names(session: Session, part: Split, labels: Path | None) -> list[str | None]:
+def true_names(inference: Inference, part: Split, labels: Path | None) -> list[str | None]:
     """Speaker of each utterance (N,), None where unknown.
 
     Args:
-        session: What is scored.
+        inference: What is scored.
         part: The split; its own labels count where `labels` is None.
         labels: A CSV, Id,Category; utterances that it does not list are unknown.
 
@@ -127,12 +125,12 @@ def true_names(session: Session, part: Split, labels: Path | None) -> list[str |
         PredictionError: The CSV is not one, or lists an utterance that the split lacks.
     """
     if labels is None:
-        names = session.shards.speakers
+        names = inference.shards.speakers
         return [names[label] if label >= 0 else None for label in part.labels]
     rows, positions = read_labels(labels), positions_of(part.keys)
     if missing := [key for key in rows if key not in positions]:
-        where = f"split {part.name} of {session.shards.path}"
-        raise missing_rows(where, missing, labels, len(rows), session.left_out)
+        where = f"split {part.name} of {inference.shards.path}"
+        raise missing_rows(where, missing, labels, len(rows), inference.left_out)
     found: list[str | None] = [None] * len(part)
     for key, name in rows.items():
         if found[positions[key]] is not None:
@@ -142,7 +140,7 @@ def true_names(session: Session, part: Split, labels: Path | None) -> list[str |
 
 
 def choose_trials(
-    options: TrialOptions, session: Session, part: Split, names: Sequence[str | None]
+    options: TrialOptions, inference: Inference, part: Split, names: Sequence[str | None]
 ) -> Trials | None:
     """The trials to score, or None where none are wanted, or none can be drawn unasked.
 
@@ -150,7 +148,7 @@ def choose_trials(
         PredictionError: The list is faulty, or there are not as many pairs as are to be drawn.
     """
     if options.file is not None:
-        return read_trials(options.file, part.keys, session.left_out)
+        return read_trials(options.file, part.keys, inference.left_out)
     if options.pairs == 0:
         return None
     numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
@@ -165,7 +163,7 @@ def choose_trials(
         return draw_trials(speakers, targets, nontargets, options.seed)
     except ValueError as error:
         raise PredictionError(
-            f"split {part.name} of {session.shards.path}: {error}; take fewer --pairs (0 for "
+            f"split {part.name} of {inference.shards.path}: {error}; take fewer --pairs (0 for "
             "none), give --trials, or give --labels if the split has none"
         ) from error
 
@@ -182,16 +180,16 @@ class Verified:
     """At a prior of P_TARGET, normalised."""
 
 
-def find_cohort(session: Session) -> NDArray[np.float64]:
+def find_cohort(inference: Inference) -> NDArray[np.float64]:
     """The mean embeddings (C, D) of the training speakers of the shards.
 
     Raises:
         PredictionError: There are fewer than two, or no training split.
     """
-    cohort = speaker_means(session.training.embeddings, session.split("train").labels)
+    cohort = speaker_means(inference.training.embeddings, inference.split("train").labels)
     if len(cohort) < 2:
         raise PredictionError(
-            f"{session.shards.path}: AS-norm needs two training speakers or more, found "
+            f"{inference.shards.path}: AS-norm needs two training speakers or more, found "
             f"{len(cohort)}; leave out --as-norm"
         )
     return cohort
@@ -216,24 +214,24 @@ def verify(
 
 
 def score(
-    session: Session, part: Split, names: Sequence[str | None], options: TrialOptions
+    inference: Inference, part: Split, names: Sequence[str | None], options: TrialOptions
 ) -> Score:
     """Hear a split and measure accuracy and verification.
 
     Args:
-        session: The model and the shards.
+        inference: The model and the shards.
         part: The split.
         names: Its speakers (N,), None where unknown.
         options: The trials.
 
     Raises:
-        PredictionError: See `choose_trials`, `find_cohort` and `Session.recognise`.
+        PredictionError: See `choose_trials`, `find_cohort` and `Inference.recognise`.
     """
     # Trials first: what is wrong with them is said before the long work.
-    trials = choose_trials(options, session, part, names)
+    trials = choose_trials(options, inference, part, names)
     labelled = sum(name is not None for name in names)
     # Without labels a backend need not learn to know anybody.
-    numbers = {name: number for number, name in enumerate(session.speakers if labelled else ())}
+    numbers = {name: number for number, name in enumerate(inference.speakers if labelled else ())}
     classes = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
     strangers = labelled - int((classes >= 0).sum())
     if strangers:
@@ -244,21 +242,21 @@ def score(
     if labelled < len(part):
         note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
     size = options.cohort_size
-    cohort = None if trials is None or size is None else find_cohort(session)
-    found = session.recognise(part, classes) if labelled else session.hear(part)
+    cohort = None if trials is None or size is None else find_cohort(inference)
+    found = inference.recognise(part, classes) if labelled else inference.embed(part)
     verified = None
     if trials is not None:
         verified = verify(found.embeddings, trials, cohort, size or 0)
     source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
     return Score(
-        checkpoint=str(session.file),
-        step=session.step,
-        shards=str(session.shards.path),
+        checkpoint=str(inference.file),
+        step=inference.step,
+        shards=str(inference.shards.path),
         split=part.name,
         utterances=len(part),
         labelled=labelled,
         unknown_to_model=strangers,
-        backend=session.backend,
+        backend=inference.backend,
         accuracy=found.evaluation.correct / labelled if labelled else None,
         top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
         trials=verified.trials if verified else 0,
@@ -269,8 +267,8 @@ def score(
         p_target=P_TARGET,
         cohort=None if cohort is None else len(cohort),
         cohort_size=None if cohort is None else min(len(cohort), size or 0),
-        tta=session.views.segments,
-        tta_frames=session.views.frames if session.views.segments else None,
+        tta=inference.views.segments,
+        tta_frames=inference.views.frames if inference.views.segments else None,
     )
 
 
@@ -329,9 +327,9 @@ def main(
         raise click.UsageError("--pairs 1: a target and a non-target trial make at least 2")
     wanted = TrialOptions(trials, pairs, seed, cohort_size if normalized else None)
     with reported_errors():
-        session = open_session(ModelOptions(**options))
-        part = session.split(options["split"])
-        result = score(session, part, true_names(session, part, labels), wanted)
+        inference = open_inference(ModelOptions(**options))
+        part = inference.split(options["split"])
+        result = score(inference, part, true_names(inference, part, labels), wanted)
     click.echo(json.dumps(asdict(result)) if as_json else "\n".join(result.lines()))
 
 

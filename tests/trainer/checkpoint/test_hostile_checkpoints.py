@@ -23,7 +23,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.vetting import vet
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import DamagedCheckpointError
-from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.build import build_model
 
 ConfigFactory = Callable[..., Config]
 MIB = 2**20

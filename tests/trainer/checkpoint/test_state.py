@@ -12,7 +12,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import PREDICTED, RESUMED, load_model, load_weights
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError
-from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.run.trainer import Trainer
 
 ConfigFactory = Callable[..., Config]

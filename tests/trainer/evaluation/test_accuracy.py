@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade, model_inputs
+from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.learning.losses import SoftmaxLoss
 from shardprep_trainer.model.model import SpeakerModel
@@ -149,16 +149,6 @@ def test_the_model_is_evaluated_without_dropout_and_left_as_it_was(
     assert np.array_equal(results[0].predictions, results[1].predictions)
     assert model.training is training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_lengths_are_given_only_where_something_is_padded() -> None:
-    mel = torch.zeros(2, 5, 3, dtype=torch.float16)
-    full, none = model_inputs({"mel": mel, "length": torch.tensor([5, 5])}, CPU)
-    assert none is None
-    assert full.dtype == torch.float32
-    _, lengths = model_inputs({"mel": mel, "length": torch.tensor([5, 4])}, CPU)
-    assert lengths is not None
-    assert lengths.tolist() == [5, 4]
 
 
 class Table(torch.nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.rejects import LeftOut
+from shardprep_trainer.evaluation.labels import LeftOut
 from shardprep_trainer.evaluation.trials import Trials, draw_trials, possible_trials, read_trials
 
 

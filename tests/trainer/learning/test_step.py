@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.fields import Config, OptimConfig
-from shardprep_trainer.learning.build import build_model, build_optimizer
+from shardprep_trainer.learning.build import build_optimizer
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import CosineClassifier, SpeakerModel
 from shardprep_trainer.processes.meeting import join_processes
 from shardprep_trainer.run.trainer import Trainer

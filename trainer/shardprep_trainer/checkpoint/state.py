@@ -15,7 +15,7 @@ from shardprep_trainer.checkpoint.files import State, load
 from shardprep_trainer.config.checks import check
 from shardprep_trainer.config.fields import Config, config_from_dict
 from shardprep_trainer.errors import CheckpointError, ConfigError
-from shardprep_trainer.learning.build import build_model
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerModel
 
 # What a checkpoint must hold to predict with, and beside it to continue a run.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shardprep_trainer.evaluation.views import Views
+from shardprep_trainer.model.build import model_inputs
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Labels = NDArray[np.signedinteger[Any]]
@@ -59,23 +60,6 @@ class Collected:
     """(N, D), in the split's own order."""
     evaluation: Evaluation
     """How well they were recognised; it has no loss."""
-
-
-def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Move a batch to the device, in float32.
-
-    Args:
-        batch: `mel` (B, T, F), anywhere, and `length` (B,) on the CPU.
-        device: Where the model is.
-
-    Returns:
-        mel (B, T, F) float32 and lengths (B,); None in their place where nothing is padded, which
-        is known here without waiting for the device, and spares the model its mask.
-    """
-    mel, length = batch["mel"], batch["length"]
-    padded = bool((length < mel.shape[1]).any())
-    lengths = length.to(device, non_blocking=True) if padded else None
-    return mel.to(device, non_blocking=True).float(), lengths
 
 
 def on_one_process(total: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.rejects import LeftOut
+from shardprep_trainer.evaluation.labels import LeftOut
 
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]

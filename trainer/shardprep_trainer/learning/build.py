@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardprep import SegmentLoader, ShardSet, UtteranceLoader
-from shardprep_trainer.config.fields import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
+from shardprep_trainer.config.fields import Config, DataConfig, LossConfig, OptimConfig
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.learning.augment import Augment
 from shardprep_trainer.learning.average import AveragedModel
@@ -19,11 +19,6 @@ from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
 from shardprep_trainer.learning.schedule import learning_rate, margin
 from shardprep_trainer.learning.step import StepPlan
 from shardprep_trainer.model.model import SpeakerModel
-
-
-def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerModel:
-    """The network, its weights drawn from torch's generator as it stands."""
-    return SpeakerModel(n_mels, n_speakers, **asdict(config))
 
 
 def build_loss(config: LossConfig) -> nn.Module:

@@ -25,10 +25,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from shardprep_trainer.evaluation.accuracy import model_inputs
 from shardprep_trainer.learning.average import AveragedModel
 from shardprep_trainer.learning.metrics import Meter, Throughput
 from shardprep_trainer.learning.schedule import step_seed
+from shardprep_trainer.model.build import model_inputs
 
 Batches = Iterator[dict[str, Tensor]]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shardprep import ShardCache, ShardSet, locate, open_shards
+from shardprep import ShardSet, locate
 from shardprep_trainer.checkpoint.files import State
+from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict, flatten
 from shardprep_trainer.errors import ConfigError
 
@@ -25,16 +26,6 @@ _FIXED = (
     "train.start_from",
     "train.seed",
 )
-
-
-def open_shards_of(data: DataConfig, path: str | None = None) -> ShardSet:
-    """Open the shards of a run, or those in another place, behind the run's cache if need be."""
-    place = locate(path or data.shards)
-    cache = None
-    if not isinstance(place, Path):
-        budget = None if data.cache_gb is None else int(data.cache_gb * 1e9)
-        cache = ShardCache(data.cache_folder, budget, patience=data.patience_seconds)
-    return open_shards(place, cache)
 
 
 def open_data(data: DataConfig, *, validated: bool) -> ShardSet:

@@ -32,7 +32,6 @@ from shardprep_trainer.learning.build import (
     batch_of_each,
     build_eval_loader,
     build_loss,
-    build_model,
     build_optimizer,
     build_plan,
     build_train_loader,
@@ -40,6 +39,7 @@ from shardprep_trainer.learning.build import (
 from shardprep_trainer.learning.metrics import Window, combine, peak_memory_mib
 from shardprep_trainer.learning.step import TrainStep
 from shardprep_trainer.model import cpu_kernels as cpu
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.precision import allow_tensor_float32
 from shardprep_trainer.model.sync_norm import share_buffers, synchronise
 from shardprep_trainer.processes.agreement import together

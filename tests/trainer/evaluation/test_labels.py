@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shardprep_trainer.evaluation.rejects import LeftOut, read_left_out
+from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
 
 import shardprep
 

@@ -1,0 +1,92 @@
+"""What the commands predict, score, embed and export have in common: options, notes, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import click
+
+from shardprep import ShardprepError, StorageError
+from shardprep_trainer.config.fields import Backend
+from shardprep_trainer.errors import TrainerError, is_out_of_memory
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
+
+
+def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command RUN and the options that make `ModelOptions`; `split` is the default."""
+    parameters = [
+        click.argument("run", type=click.Path(path_type=Path)),
+        click.option(
+            "--shards", default=None, help="Folder of the shards, or its URL.  [default: the run's]"
+        ),
+        click.option("--split", default=split, help="Split to read, in its own order."),
+        click.option("--checkpoint", default="best", help="best, last, or a file."),
+        click.option(
+            "--max-frames",
+            type=click.IntRange(min=1),
+            default=32768,
+            help="Largest padded area of a batch of whole utterances [frames].",
+        ),
+        click.option(
+            "--tta",
+            type=click.IntRange(min=0),
+            default=0,
+            help="Equidistant segments of each utterance, scored beside the whole utterance; the "
+            "results are averaged.",
+        ),
+        click.option(
+            "--tta-frames",
+            type=click.IntRange(min=0),
+            default=0,
+            help="Length of these segments [frames]; 0 is that of the run's training segments.",
+        ),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        return command
+
+    return decorate
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(get_args(Backend)),
+    default=None,
+    help="What names a speaker: the head of the model, or (wccn) the nearest mean embedding of the "
+    "speakers of the train split, after within-class covariance normalisation; wccn embeds the "
+    "train split first.  [default: the recipe's predict.backend]",
+)
+
+
+def note(text: str) -> None:
+    """Say something on stderr that is no error."""
+    click.echo(f"note: {text}", err=True)
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """End the process with a message and an exit code where a user can put things right."""
+    try:
+        yield
+    except (TrainerError, ShardprepError) as error:
+        _exit(str(error), error.exit_code)
+    except OSError as error:
+        what = error.strerror or str(error)
+        _exit(str(StorageError(what, file=error.filename)), StorageError.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "the memory of the device does not suffice; lower --max-frames"
+        _exit(message, TrainerError.exit_code)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
