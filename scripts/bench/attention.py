@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from scripts.bench_train.arithmetic import DTYPES, wait_for, worthwhile_precisions
 from scripts.spread_options import SpreadCommand
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 HEADS, HEAD_DIM = 8, 64
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

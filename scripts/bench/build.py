@@ -32,8 +32,8 @@ from typing import Any
 import click
 import msgspec
 
-from shardprep.bench.standings import machine
-from shardprep.bench.turns import warm
+from shardprep.bench.machine import machine
+from shardprep.bench.measure import warm
 
 DROP = Path("/proc/sys/vm/drop_caches")
 TAR = "tar cf"

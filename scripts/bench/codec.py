@@ -29,7 +29,7 @@ import zstandard
 from tqdm import tqdm
 
 import shardprep
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 from shardprep.build import writer
 from shardprep.format import codecs
 from shardprep.source import dataset as source

@@ -35,7 +35,7 @@ import numpy as np
 
 import shardprep
 from scripts.spread_options import SpreadCommand
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 from shardprep.format.manifest import MANIFEST_NAME, encode_manifest
 from shardprep.load.order import Indices
 from shardprep.load.order_windowed import WindowedOrder

@@ -41,15 +41,11 @@ import numpy as np
 
 import shardprep
 from scripts.bench.peers import NOT_ADVISED, PEERS, Peer
-from shardprep.bench.contenders import (
-    SegmentShape,
-    file_candidate,
-    limit_candidates,
-    limit_rows,
-    shard_candidate,
-)
-from shardprep.bench.standings import LoaderResult, best_limit, machine, summarise
-from shardprep.bench.turns import Candidate, Rate, in_own_process, take_turns
+from shardprep.bench.loaders import SegmentShape, file_candidate, shard_candidate
+from shardprep.bench.machine import machine
+from shardprep.bench.measure import Candidate, Rate, in_own_process, measure_in_rounds
+from shardprep.bench.memory_limit import limit_candidates, limit_rows
+from shardprep.bench.results import LoaderResult, best_limit, summarise
 from shardprep.source.dataset import scan_dataset
 
 BATCH, FRAMES = 256, 128
@@ -175,12 +171,16 @@ def measure_all(
     os.sync()
     rows = limit_rows(result["dataset"]["frames"] * split.n_mels * split.dtype.itemsize, shape)
     limits = limit_candidates(rows, shape)
-    turns = take_turns(
-        [*candidates, *limits], rounds=rounds, seconds=seconds, on_turn=_tell, keep_going=True
+    measured = measure_in_rounds(
+        [*candidates, *limits],
+        rounds=rounds,
+        seconds=seconds,
+        on_measurement=_tell,
+        keep_going=True,
     )
-    result["failed"].update(turns.failures)
-    limit = best_limit(turns, limits, rows * shape.nbytes)
-    loaders = summarise(turns, [*candidates, *limits], limit, shape.nbytes)
+    result["failed"].update(measured.failures)
+    limit = best_limit(measured, limits, rows * shape.nbytes)
+    loaders = summarise(measured, [*candidates, *limits], limit, shape.nbytes)
     result["limit"] = asdict(limit)
     result["loaders"] = [asdict(loader) for loader in loaders]
     result["ratios"] = ratios(loaders)

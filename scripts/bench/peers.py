@@ -1,6 +1,7 @@
 """The other libraries that feed random segments to PyTorch, each set up as its documentation says.
 
-A peer converts a split into its own format once, and then gives candidates for `take_turns`, with
+A peer converts a split into its own format once, and then gives candidates for
+`measure_in_rounds`, with
 and without workers. All store float16 matrices, shuffle, and deliver the same batches.
 
 - webdataset: one plain `.npy` or `.npy.zst` a sample, whole in one zstd frame; a shuffle buffer,
@@ -38,7 +39,7 @@ from scripts.bench.peer_formats import (
     write_mds,
     write_webdataset,
 )
-from shardprep.bench.contenders import (
+from shardprep.bench.loaders import (
     SHUFFLE_BUFFER,
     Batch,
     Sample,
@@ -47,7 +48,7 @@ from shardprep.bench.contenders import (
     epochs,
     from_webdataset,
 )
-from shardprep.bench.turns import Candidate
+from shardprep.bench.measure import Candidate
 
 WORKERS = (0, 2)
 

@@ -40,7 +40,7 @@ from scripts.bench_remote.faults import budget, builds, kills, outage, ranks
 from scripts.bench_remote.sets import Bench, Result
 from scripts.bench_remote.speed import cold, warm
 from scripts.servers.object_store import object_store
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 PARTS: dict[str, Callable[[Bench], Result]] = {
     "cold": cold, "warm": warm, "budget": budget, "ranks": ranks, "outage": outage,

@@ -38,7 +38,7 @@ from scripts.bench_train.arithmetic import COUNTED, DTYPES, worthwhile_precision
 from scripts.bench_train.summary import ratios, summarise, table
 from scripts.bench_train.turns import FRAMES, MEASURED, WARM, Turn
 from scripts.spread_options import SpreadCommand
-from shardprep.bench.standings import machine, usable_cores
+from shardprep.bench.machine import machine, usable_cores
 
 WORKERS = (0, 2)
 SPEAKERS = 100

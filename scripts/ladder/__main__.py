@@ -42,7 +42,7 @@ from scripts.ladder.jobs import HEADS, Job, Places, Settings, data_digest, plan_
 from scripts.ladder.summary import RUNGS, Run, summarise, table
 from scripts.ladder.trials import write_trials
 from scripts.spread_options import SpreadCommand
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 
 def plan(

@@ -26,7 +26,7 @@ import msgspec
 
 from scripts.simulate.job import ROOM_SHARE, Calibration, Figures, Job, bounds
 from scripts.simulate.model import simulate
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 RESULT = Path(__file__).parents[1] / "results" / "simulate.json"
 LATER = 10

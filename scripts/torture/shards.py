@@ -53,7 +53,7 @@ from shardprep import (
     repair_shards,
     verify_shards,
 )
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 from shardprep.format.manifest import WORK_FOLDER
 from shardprep.storage.local import sha256_of
 

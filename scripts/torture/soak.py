@@ -40,7 +40,7 @@ import msgspec
 
 import shardprep
 from scripts.torture.injuries import group
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")

@@ -34,7 +34,7 @@ import torch
 from shardprep_trainer.checkpoint.files import load
 
 import shardprep
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 SCRIPT = Path(__file__).resolve().parents[2] / "trainer" / "train.py"
 STEPS = 24

@@ -1,4 +1,4 @@
-"""What holds our loader back: where the time of a batch goes, and if the disk is waited for."""
+"""What limits our loader: the time of each part of a batch, and whether the disk is waited for."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 
 import numpy as np
 
-from shardprep.bench.contenders import SegmentShape, from_shards
-from shardprep.bench.turns import measure
+from shardprep.bench.loaders import SegmentShape, from_shards
+from shardprep.bench.measure import measure
 from shardprep.load.order import epoch_order, segment_starts
 from shardprep.load.segments import PLANNED
 from shardprep.read.shard_set import Split, open_shards
 from shardprep.storage.remote import Location
 
-# Batches whose segments are gathered again and again; more than the caches of a processor hold.
+# The same batches are gathered again and again: more than the caches of a processor hold.
 _DRAWN_BATCHES = 512
-# Segments from a cold cache fault many times a batch; fewer than one a batch cost next to nothing.
-_FAULTS_A_BATCH = 1.0
+# Page faults per batch. A cold cache causes many; fewer than one cost next to nothing.
+_MANY_FAULTS = 1.0
 _WHOLLY_CACHED = 0.99
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds of a batch: in all, and alone for its parts.
+    """Seconds that a batch takes, in total and for each part measured alone.
 
     Attributes:
-        batch: From one batch to the next, as the loader gives them.
-        order: Computing which utterances come and where their segments start.
+        batch: Total: from one batch of the loader to the next.
+        order: Computing which utterances come next and where their segments start.
         gather: `Split.segments`: copying or inflating them.
     """
 
@@ -43,12 +43,12 @@ class Stages:
 
     @property
     def rest(self) -> float:
-        """What is neither: tensors, buffers, threads. None where the loader works ahead."""
+        """All else: tensors, buffers, threads. 0 where the loader works ahead."""
         return max(self.batch - self.order - self.gather, 0.0)
 
 
 def time_stages(place: Location, name: str, shape: SegmentShape, seconds: float) -> Stages:
-    """Time a loader and its parts alone, `seconds` each."""
+    """Time a loader, and each of its parts alone, for `seconds` each."""
     rate = measure(from_shards(place, name, shape), seconds)
     split = open_shards(place)[name]
     drawn = list(itertools.islice(_draws(split, shape), _DRAWN_BATCHES))
@@ -60,16 +60,16 @@ def time_stages(place: Location, name: str, shape: SegmentShape, seconds: float)
 
     blocks = _blocks(split, shape)
     planned: list[int] = []
-    a_block = _seconds_a_call(lambda: planned.append(len(next(blocks)[0])), seconds)
+    per_block = _seconds_per_call(lambda: planned.append(len(next(blocks)[0])), seconds)
     return Stages(
         shape.batch_size / rate.samples_per_s,
-        a_block * len(planned) / sum(planned) * shape.batch_size,
-        _seconds_a_call(gather, seconds),
+        per_block * len(planned) / sum(planned) * shape.batch_size,
+        _seconds_per_call(gather, seconds),
     )
 
 
 def _blocks(split: Split, shape: SegmentShape) -> Iterator[tuple[Any, Any]]:
-    """Indices and starts of many full batches at once, for ever."""
+    """Indices and segment starts of many full batches at once, without end."""
     end = len(split) // shape.batch_size * shape.batch_size
     step = max(1, PLANNED // shape.batch_size) * shape.batch_size
     for epoch in itertools.count():
@@ -81,14 +81,14 @@ def _blocks(split: Split, shape: SegmentShape) -> Iterator[tuple[Any, Any]]:
 
 
 def _draws(split: Split, shape: SegmentShape) -> Iterator[tuple[Any, Any]]:
-    """Indices and starts batch by batch, for ever."""
+    """Indices and segment starts batch by batch, without end."""
     for indices, starts in _blocks(split, shape):
         for at in range(0, len(indices), shape.batch_size):
             own = slice(at, at + shape.batch_size)
             yield indices[own], starts[own]
 
 
-def _seconds_a_call(call: Callable[[], object], seconds: float) -> float:
+def _seconds_per_call(call: Callable[[], object], seconds: float) -> float:
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < seconds:
         call()
@@ -97,9 +97,9 @@ def _seconds_a_call(call: Callable[[], object], seconds: float) -> float:
 
 
 def cached_share(files: Sequence[Path]) -> float:
-    """Share of the files' pages that lie in the page cache, 0 to 1; 1 for no pages at all."""
+    """Share of the files' pages that are in the page cache, 0 to 1; 1 where there are no pages."""
     libc = ctypes.CDLL(None, use_errno=True)
-    held = pages = 0
+    cached = pages = 0
     for path in files:
         size = path.stat().st_size
         if not size:
@@ -109,31 +109,31 @@ def cached_share(files: Sequence[Path]) -> float:
             view = np.frombuffer(mapped, np.uint8)
             place, wanted = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size)
             failed = libc.mincore(place, wanted, ctypes.c_void_p(bits.ctypes.data))
-            # A map cannot be closed while an array looks into it.
+            # A map cannot be closed while an array refers to it.
             del view
             if failed:
                 raise OSError(ctypes.get_errno(), "mincore", str(path))
-            held += int((bits & 1).sum())
+            cached += int((bits & 1).sum())
             pages += len(bits)
-    return held / pages if pages else 1.0
+    return cached / pages if pages else 1.0
 
 
 def name_bottleneck(
     stages: Stages, codec: str, *, faults: int, batches: int, cached: float, to_limit: float
 ) -> str:
-    """One sentence on what a faster loader would need.
+    """One sentence that names the bottleneck.
 
     Args:
         stages: Where the time goes.
-        codec: How the shards are stored.
+        codec: Codec of the shards.
         faults: Major page faults of the process during the measurements.
-        batches: Batches of these measurements.
+        batches: Number of batches in these measurements.
         cached: Share of the shards in the page cache.
-        to_limit: Our rate as a share of memory's.
+        to_limit: Our rate relative to the limit.
     """
-    if faults >= _FAULTS_A_BATCH * batches or cached < _WHOLLY_CACHED:
+    if faults >= _MANY_FAULTS * batches or cached < _WHOLLY_CACHED:
         return (
-            f"The disk: {faults:,} page faults waited for it in {batches:,} batches, and the page "
+            f"The disk: {faults:,} page faults in {batches:,} batches waited for it, and the page "
             f"cache holds {cached:.0%} of the shards."
         )
     parts = {

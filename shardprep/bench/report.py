@@ -1,4 +1,4 @@
-"""`shardprep bench`: every way to read one data set on one machine, and what holds ours back."""
+"""The report of `shardprep bench`: the loaders of one data set, and what limits our own."""
 
 from __future__ import annotations
 
@@ -9,25 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
-from shardprep.bench.contenders import (
+from shardprep.bench.loaders import (
     SegmentShape,
     decode_member,
     file_candidate,
-    limit_candidates,
-    limit_rows,
     shard_candidate,
     webdataset_candidate,
 )
-from shardprep.bench.standings import (
-    LimitResult,
-    LoaderResult,
-    Machine,
-    best_limit,
-    machine,
-    summarise,
-    usable_cores,
-)
-from shardprep.bench.turns import Candidate, Turns, in_own_process, take_turns, warm
+from shardprep.bench.machine import Machine, machine, usable_cores
+from shardprep.bench.measure import Candidate, Measurements, in_own_process, measure_in_rounds, warm
+from shardprep.bench.memory_limit import limit_candidates, limit_rows
+from shardprep.bench.results import LimitResult, LoaderResult, best_limit, summarise
 from shardprep.errors import FormatError, SourceError
 from shardprep.format.manifest import MANIFEST_NAME
 from shardprep.read.shard_set import ShardSet, Split, open_shards
@@ -39,17 +31,17 @@ _STAGES_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class SetResult:
-    """Where the time of our loader goes, for one shard set.
+    """How our loader spends its time on one shard set.
 
     Attributes:
         shards: The folder.
-        codec: How it is stored.
-        loader: Name of our loader for it.
-        stages: Seconds of a batch, in all and by parts.
-        rest: Seconds of a batch that are in none of the parts.
-        major_faults: Pages that the loader had to wait for, in all rounds.
+        codec: Its codec.
+        loader: Name of our loader in the tables.
+        stages: Seconds of a batch, in total and by part.
+        rest: Seconds of a batch that belong to no part.
+        major_faults: Pages that the loader had to wait for, over all rounds.
         cached: Share of the shards in the page cache.
-        bottleneck: What holds the loader back, as a sentence.
+        bottleneck: What limits the loader, as a sentence.
     """
 
     shards: str
@@ -64,7 +56,7 @@ class SetResult:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All that `shardprep bench` found."""
+    """The whole result of `shardprep bench`."""
 
     machine: Machine
     split: str
@@ -86,10 +78,10 @@ class BenchOptions:
 
     Attributes:
         split: Split to read.
-        batch_size: Segments a batch.
-        segment_frames: Mel frames a segment.
-        rounds: Turns of every loader.
-        seconds: Length of a turn, warming up not counted.
+        batch_size: Segments of a batch.
+        segment_frames: Mel frames of a segment.
+        rounds: Measurements of every loader.
+        seconds: Length of a measurement, without the warm-up.
     """
 
     split: str = "train"
@@ -103,20 +95,21 @@ def bench_shards(
     destinations: Sequence[Location],
     source: Path | None,
     options: BenchOptions,
-    on_turn: Callable[[str, int], None],
+    on_measurement: Callable[[str, int], None],
 ) -> BenchReport:
-    """Measure the loaders of one data set against each other.
+    """Compare the loaders of one data set.
 
     Args:
-        destinations: Shard sets of the same data, e.g. one with each codec. Those behind URLs are
-            fetched first, and then read from the cache.
-        source: The data set that they were built from, to measure reading its files.
+        destinations: Shard sets of the same data, e.g. one for each codec. Sets behind URLs are
+            fetched into the cache first.
+        source: The data set that they were built from, to measure its files too.
         options: What to measure.
-        on_turn: Told of each turn: its loader, and the turns there will be in all.
+        on_measurement: Called after each measurement with the name of the loader and the number of
+            all measurements.
 
     Raises:
-        FormatError: A folder is no shard set, has no such split or an empty one, or is of other
-            data than the first.
+        FormatError: A folder is no shard set, its split is missing or empty, or its data differ
+            from those of the first set.
         CorruptShardError: A shard is missing or damaged.
         SourceError: The source is no data set, or not the one that the shards were built from.
     """
@@ -133,13 +126,13 @@ def bench_shards(
     rows = limit_rows(split_bytes, shape)
     limits = limit_candidates(rows, shape)
     expected = options.rounds * (len(candidates) + len(limits))
-    turns = take_turns(
+    measured = measure_in_rounds(
         [*candidates, *limits],
         rounds=options.rounds,
         seconds=options.seconds,
-        on_turn=lambda name, _: on_turn(name, expected),
+        on_measurement=lambda name, _: on_measurement(name, expected),
     )
-    limit = best_limit(turns, limits, rows * shape.nbytes)
+    limit = best_limit(measured, limits, rows * shape.nbytes)
     return BenchReport(
         machine(),
         options.split,
@@ -149,10 +142,10 @@ def bench_shards(
         str(shape.dtype),
         options.rounds,
         options.seconds,
-        summarise(turns, [*candidates, *limits], limit, shape.nbytes),
+        summarise(measured, [*candidates, *limits], limit, shape.nbytes),
         limit,
         [
-            _explain(shard_set, own, options, shape, turns, limit)
+            _explain(shard_set, own, options, shape, measured, limit)
             for shard_set, own in zip(sets, ours, strict=True)
         ],
         list(_notes(options, shape, split_bytes, limit)),
@@ -173,13 +166,13 @@ def _check_same(sets: Sequence[ShardSet], splits: Sequence[Split]) -> None:
 
 
 def _source_files(source: Path, shard_set: ShardSet, split: Split) -> list[tuple[Path, int]]:
-    """The files of a split's utterances, with their labels."""
+    """The files of the utterances of a split, with their labels."""
     found = scan_dataset(source)
     if found.fingerprint != shard_set.manifest.source_fingerprint:
         raise SourceError(
             f"is not the data set that {shard_set.path} was built from",
             file=source,
-            remedy="Give --source the folder that was built from, or leave it out.",
+            remedy="Give --source the folder that the shards were built from, or leave it out.",
         )
     return [
         (source / found.by_key[str(key)].path, int(label))
@@ -188,12 +181,12 @@ def _source_files(source: Path, shard_set: ShardSet, split: Split) -> list[tuple
 
 
 def _worker_counts(shards: int | None) -> list[int]:
-    """No workers, and one a core; no more than there are shards to share out."""
+    """The numbers of workers to try: none, and one per core, but not more than shards."""
     return [0, min(usable_cores(), shards or usable_cores())]
 
 
 def _labels(sets: Sequence[ShardSet]) -> list[str]:
-    """What tells the sets apart: nothing, their codecs, or their folders."""
+    """A label for each set: its codec, or its folder where codecs are equal; none for one set."""
     codecs = [shard_set.manifest.codec.name for shard_set in sets]
     if len(sets) == 1:
         return [""]
@@ -208,19 +201,19 @@ def _candidates(
     split: str,
     shape: SegmentShape,
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """All loaders to measure, and among them ours, one a shard set."""
-    found, ours = [], []
+    """All loaders to measure; and ours alone, one for each shard set."""
+    candidates, ours = [], []
     if files is not None:
-        found += [file_candidate(files, shape, workers) for workers in _worker_counts(None)]
+        candidates += [file_candidate(files, shape, workers) for workers in _worker_counts(None)]
     for label, shard_set in zip(_labels(sets), sets, strict=True):
         shards = shard_set.fetch(split)
-        found += [
+        candidates += [
             webdataset_candidate(f"webdataset{label}", shards, shape, workers, decode_member)
             for workers in _worker_counts(len(shards))
         ]
         ours.append(shard_candidate(f"shardprep{label}", shard_set, split, shape))
-        found.append(ours[-1])
-    return found, ours
+        candidates.append(ours[-1])
+    return candidates, ours
 
 
 def _explain(
@@ -228,7 +221,7 @@ def _explain(
     ours: Candidate,
     options: BenchOptions,
     shape: SegmentShape,
-    turns: Turns,
+    measured: Measurements,
     limit: LimitResult,
 ) -> SetResult:
     warm(ours.files)
@@ -238,14 +231,14 @@ def _explain(
         _STAGES_TIMEOUT,
     )
     codec = shard_set.manifest.codec.name
-    faults = sum(rate.major_faults for rate in turns.rates[ours.name])
+    faults = sum(rate.major_faults for rate in measured.rates[ours.name])
     sentence = name_bottleneck(
         stages,
         codec,
         faults=faults,
-        batches=sum(rate.batches for rate in turns.rates[ours.name]),
+        batches=sum(rate.batches for rate in measured.rates[ours.name]),
         cached=cached,
-        to_limit=turns.median(ours.name) / limit.tried[limit.method],
+        to_limit=measured.median(ours.name) / limit.tried[limit.method],
     )
     return SetResult(
         str(shard_set.path), codec, ours.name, stages, stages.rest, faults, cached, sentence

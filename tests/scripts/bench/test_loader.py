@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 import shardprep
-from shardprep.bench.contenders import SegmentShape
-from shardprep.bench.standings import LoaderResult
-from shardprep.bench.turns import in_own_process
+from shardprep.bench.loaders import SegmentShape
+from shardprep.bench.measure import in_own_process
+from shardprep.bench.results import LoaderResult
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 bench_loader = importlib.import_module("scripts.bench.loader")

@@ -1,4 +1,4 @@
-"""The sentence about the bottleneck follows from the figures."""
+"""The sentence about the bottleneck follows from the measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
-from shardprep.bench.contenders import SegmentShape
+from shardprep.bench.loaders import SegmentShape
 
 CALM = {"faults": 0, "batches": 1000, "cached": 1.0, "to_limit": 0.5}
 
@@ -48,14 +48,14 @@ CALM = {"faults": 0, "batches": 1000, "cached": 1.0, "to_limit": 0.5}
             Stages(1.0, 0.2, 0.7),
             "none",
             {"faults": 1000},
-            "The disk: 1,000 page faults waited for it in 1,000 batches, and the page cache holds "
+            "The disk: 1,000 page faults in 1,000 batches waited for it, and the page cache holds "
             "100% of the shards.",
         ),
         (
             Stages(1.0, 0.1, 0.8),
             "zstd",
             {"cached": 0.6},
-            "The disk: 0 page faults waited for it in 1,000 batches, and the page cache holds "
+            "The disk: 0 page faults in 1,000 batches waited for it, and the page cache holds "
             "60% of the shards.",
         ),
     ],
@@ -84,7 +84,7 @@ def test_the_page_cache_is_asked_about_every_page(tmp_path: Path) -> None:
     read, unread, empty = (tmp_path / name for name in ("read", "unread", "empty"))
     read.write_bytes(bytes(3 * 4096 + 1))
     read.read_bytes()
-    # A hole that nobody has looked into has no pages.
+    # A hole that nobody has read has no pages.
     with open(unread, "wb") as file:
         file.truncate(12 * 4096)
     empty.touch()

@@ -11,11 +11,11 @@ import pytest
 
 from shardprep import BuildReport, FormatError, SourceError, open_shards
 from shardprep.bench import report as bench
+from shardprep.bench.measure import Candidate, Measurements, Rate
 from shardprep.bench.report import BenchOptions, BenchReport, bench_shards
-from shardprep.bench.standings import LIMIT, LimitResult, best_limit, summarise
-from shardprep.bench.turns import Candidate, Rate, Turns
+from shardprep.bench.results import LIMIT, LimitResult, best_limit, summarise
 
-# webdataset leaves it to the garbage collector to close its files.
+# webdataset relies on the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 QUICK = BenchOptions(batch_size=8, segment_frames=64, rounds=2, seconds=0.02)
@@ -24,8 +24,8 @@ QUICK = BenchOptions(batch_size=8, segment_frames=64, rounds=2, seconds=0.02)
 def nothing(*_: object) -> None: ...
 
 
-def turns_of(**rates: list[float]) -> Turns:
-    return Turns({name: [Rate(rate, 1, 0) for rate in own] for name, own in rates.items()})
+def measurements_of(**rates: list[float]) -> Measurements:
+    return Measurements({name: [Rate(rate, 1, 0) for rate in own] for name, own in rates.items()})
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_the_limit_is_as_large_as_the_matrices(report: BenchReport, edge_set: Pa
     assert not report.notes
 
 
-def test_turns_are_told_with_their_number(edge_set: Path) -> None:
+def test_progress_is_told_the_number_of_measurements(edge_set: Path) -> None:
     told: list[tuple[str, int]] = []
-    report = bench_shards([edge_set], None, QUICK, lambda *turn: told.append(turn))
+    report = bench_shards([edge_set], None, QUICK, lambda *call: told.append(call))
     assert {expected for _, expected in told} == {len(told)}
     assert len(told) == 2 * (len(report.loaders) - 1 + len(report.limit.tried))
     assert [loader.name for loader in report.loaders][-2:] == ["shardprep, one process", LIMIT]
@@ -143,19 +143,19 @@ def test_sets_of_other_data_are_refused(
 
 
 def test_the_fastest_way_to_gather_is_the_limit() -> None:
-    turns = turns_of(slow=[1.0, 2.0, 900.0], fast=[5.0, 4.0, 3.0])
+    measured = measurements_of(slow=[1.0, 2.0, 900.0], fast=[5.0, 4.0, 3.0])
     ways = [Candidate(name, "limit", lambda: iter(())) for name in ("slow", "fast")]
-    assert best_limit(turns, ways, 77) == LimitResult("fast", 77, {"slow": 2.0, "fast": 4.0})
+    assert best_limit(measured, ways, 77) == LimitResult("fast", 77, {"slow": 2.0, "fast": 4.0})
 
 
 def test_ratios_are_to_the_best_file_loader_and_failures_are_left_out() -> None:
-    turns = turns_of(none=[10.0], two=[20.0], ours=[400.0], take=[500.0], torch=[800.0])
-    turns.failures["broken"] = "ValueError: no"
+    measured = measurements_of(none=[10.0], two=[20.0], ours=[400.0], take=[500.0], torch=[800.0])
+    measured.failures["broken"] = "ValueError: no"
     kinds = {"none": "files", "two": "files", "ours": "shardprep", "broken": "litdata"}
     candidates = [Candidate(name, kind, lambda: iter(())) for name, kind in kinds.items()]
     ways = [Candidate(name, "limit", lambda: iter(())) for name in ("take", "torch")]
-    limit = best_limit(turns, ways, 1)
-    results = summarise(turns, [*candidates, *ways], limit, 1_000_000)
+    limit = best_limit(measured, ways, 1)
+    results = summarise(measured, [*candidates, *ways], limit, 1_000_000)
     assert [(r.name, r.to_files, r.to_limit, r.gb_per_s) for r in results] == [
         ("none", 0.5, 0.0125, 0.01),
         ("two", 1.0, 0.025, 0.02),

@@ -12,25 +12,24 @@ import pytest
 import torch
 
 from shardprep import BuildReport, Split, open_shards
-from shardprep.bench import contenders
-from shardprep.bench.contenders import (
+from shardprep.bench import memory_limit as limit
+from shardprep.bench.loaders import (
     SegmentShape,
+    decode_member,
     epochs,
     file_candidate,
-    limit_candidates,
-    limit_rows,
-    memory_limit,
     shard_candidate,
     webdataset_candidate,
 )
-from shardprep.bench.turns import Candidate
+from shardprep.bench.measure import Candidate
+from shardprep.bench.memory_limit import limit_candidates, limit_rows, memory_limit
 from shardprep.source.dataset import scan_dataset
 
-# webdataset leaves it to the garbage collector to close its files.
+# webdataset relies on the garbage collector to close its files.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
-# A speaker an utterance, so that the label tells which one it is; shorter and longer than a
-# segment.
+# One speaker per utterance, so that the label tells which utterance it is. Some are shorter than
+# a segment, some longer.
 LENGTHS = {f"s{number:02d}": [3 + 2 * number] for number in range(16)}
 SHAPE = SegmentShape(4, 12, 7, np.dtype("<f2"))
 BATCHES = len(LENGTHS) // SHAPE.batch_size
@@ -58,14 +57,14 @@ def candidates(folders: dict[str, Path]) -> Iterator[Candidate]:
         yield file_candidate(files, SHAPE, workers)
         for codec in ("none", "zstd"):
             shards = open_shards(folders[codec]).fetch("train")
-            decode = contenders.decode_member
+            decode = decode_member
             yield webdataset_candidate(codec, shards, SHAPE, workers, decode)
     for codec in ("none", "zstd"):
         yield shard_candidate(codec, open_shards(folders[codec]), "train", SHAPE)
 
 
 def is_segment_of(segment: np.ndarray, mel: np.ndarray) -> bool:
-    """By a naive loop: whether a segment is a run of frames of a matrix, padded if short."""
+    """Whether a segment is a run of frames of a matrix, padded if short; by a naive loop."""
     length = min(len(segment), len(mel))
     return bool((segment[length:] == -20).all()) and any(
         np.array_equal(segment[:length], mel[start : start + length])
@@ -141,7 +140,7 @@ def test_the_limit_draws_every_row_once_an_epoch(
         return np.broadcast_to(np.arange(shape[0], dtype=dtype)[:, None], shape).copy()
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(contenders.np, "ones", numbered)
+    monkeypatch.setattr(limit.np, "ones", numbered)
     try:
         with contextlib.closing(memory_limit(12, SHAPE, method, 1)) as batches:  # type: ignore[type-var]
             drawn = [mel.clone() for mel, _ in itertools.islice(batches, 6)]
@@ -160,7 +159,7 @@ def test_the_limit_is_as_large_as_the_split_unless_memory_is_short(
     nbytes = sum(split.read(index).nbytes for index in range(len(split)))
     rows = limit_rows(nbytes, SHAPE)
     assert nbytes - SHAPE.nbytes < rows * SHAPE.nbytes <= nbytes
-    monkeypatch.setattr(contenders, "free_memory", lambda: 20 * SHAPE.nbytes)
+    monkeypatch.setattr(limit, "free_memory", lambda: 20 * SHAPE.nbytes)
     assert limit_rows(nbytes, SHAPE) == 10
-    monkeypatch.setattr(contenders, "free_memory", lambda: 0)
+    monkeypatch.setattr(limit, "free_memory", lambda: 0)
     assert limit_rows(nbytes, SHAPE) == SHAPE.batch_size

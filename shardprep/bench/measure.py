@@ -1,7 +1,7 @@
-"""Measure loaders fairly: each in a process of its own, in turns, round by round.
+"""Measure loaders fairly: each in a process of its own, in several rounds.
 
-A process that ends takes its workers, threads and buffers with it, so that nothing of one loader
-runs while the next is measured.
+When the process ends, its workers, threads and buffers are gone, so that nothing of one loader
+runs while the next one is measured.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shardprep.bench.machine import free_memory
+
 T = TypeVar("T")
 
-# Beyond what it is given to measure, a loader may take this long to start and to fill its queues.
+# Time for a loader to start and to fill its queues, besides the time of the measurement.
 _START_SECONDS = 120.0
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loader to measure.
+    """A loader, or a way to gather from memory, to measure.
 
     Attributes:
         name: What the tables call it.
         kind: Which loader it is, e.g. "files" or "webdataset".
-        start: Begins to load; gives batches (mel (B, T, F), label (B,)) for ever.
-        files: What it reads, for warming the page cache.
-        workers: Its processes beside the first.
+        start: Starts it; gives batches (mel (B, T, F), label (B,)) without end.
+        files: The files that it reads; they are read into the page cache first.
+        workers: Its worker processes.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rate:
-    """One measurement: samples a second, batches seen, and pages that came from the disk."""
+    """One measurement: samples a second, number of batches, and pages read from the disk."""
 
     samples_per_s: float
     batches: int
@@ -56,8 +58,8 @@ class Rate:
 
 
 @dataclass
-class Turns:
-    """What came of all rounds, by candidate; one that failed is in `failures` only."""
+class Measurements:
+    """The rates of all rounds by candidate; a candidate that failed is in `failures` only."""
 
     rates: dict[str, list[Rate]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -67,30 +69,30 @@ class Turns:
         return statistics.median(rate.samples_per_s for rate in self.rates[name])
 
 
-def take_turns(
+def measure_in_rounds(
     candidates: Sequence[Candidate],
     *,
     rounds: int,
     seconds: float,
-    on_turn: Callable[[str, Rate | None], None],
+    on_measurement: Callable[[str, Rate | None], None],
     keep_going: bool = False,
-) -> Turns:
+) -> Measurements:
     """Measure all candidates, one after the other, in each of several rounds.
 
     Args:
-        candidates: Loaders, with names of their own.
-        rounds: How often each one is measured.
+        candidates: What to measure; each has another name.
+        rounds: How often each candidate is measured.
         seconds: Length of a measurement; half as long is spent on warming up before it.
-        on_turn: Told of every measurement; of a failed one with None.
-        keep_going: Whether a candidate that fails is noted and left out, or ends it all.
+        on_measurement: Called after each measurement, with None after a failed one.
+        keep_going: Whether to note a candidate that fails and go on without it.
 
     Raises:
-        Exception: What a candidate raised, if not `keep_going`.
+        Exception: A candidate failed, and `keep_going` is off.
     """
-    turns = Turns({candidate.name: [] for candidate in candidates})
+    measured = Measurements({candidate.name: [] for candidate in candidates})
     for _ in range(rounds):
         for candidate in candidates:
-            if candidate.name in turns.failures:
+            if candidate.name in measured.failures:
                 continue
             warm(candidate.files)
             try:
@@ -100,13 +102,13 @@ def take_turns(
             except Exception as error:
                 if not keep_going:
                     raise
-                turns.failures[candidate.name] = f"{type(error).__name__}: {error}"
-                del turns.rates[candidate.name]
-                on_turn(candidate.name, None)
+                measured.failures[candidate.name] = f"{type(error).__name__}: {error}"
+                del measured.rates[candidate.name]
+                on_measurement(candidate.name, None)
             else:
-                turns.rates[candidate.name].append(rate)
-                on_turn(candidate.name, rate)
-    return turns
+                measured.rates[candidate.name].append(rate)
+                on_measurement(candidate.name, rate)
+    return measured
 
 
 def _measure_candidate(candidate: Candidate, seconds: float) -> Rate:
@@ -114,9 +116,9 @@ def _measure_candidate(candidate: Candidate, seconds: float) -> Rate:
 
 
 def measure(batches: Iterator[tuple[Any, Any]], seconds: float, workers: int = 0) -> Rate:
-    """Draw batches for some time, and close them.
+    """Count the batches that come in a given time, then close the loader.
 
-    Before that, a batch of each worker is awaited, and half the time is spent on warming up.
+    Before that, wait for a batch of each worker, and warm up for half the time.
     """
     with contextlib.closing(batches):  # type: ignore[type-var]
         for _ in range(workers):
@@ -138,16 +140,16 @@ def _draw(batches: Iterator[tuple[Any, Any]], seconds: float) -> tuple[int, int,
 
 
 def in_own_process(task: Callable[[], T], timeout: float) -> T:
-    """Run a task in a forked process and end every process that it leaves behind.
+    """Run a task in a forked process, then end every process that it has left.
 
     Args:
-        task: What to run; its result and its errors must pickle.
-        timeout: Seconds that it may take.
+        task: What to run; its result must pickle.
+        timeout: Seconds that the task may take.
 
     Raises:
         TimeoutError: It took longer.
         RuntimeError: Its process died.
-        Exception: What the task raised.
+        Exception: The error of the task.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -174,14 +176,14 @@ def in_own_process(task: Callable[[], T], timeout: float) -> T:
 
 def _end_group(leader: int | None) -> None:
     assert leader is not None
-    # The group is gone where all have ended, and not there yet in the first moment.
+    # The group does not exist before the process has made it, nor after all have ended.
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(leader, signal.SIGKILL)
 
 
 def _run_and_send(task: Callable[[], Any], theirs: Connection[Any, Any]) -> None:
-    # A group of its own: the parent, which gets the Ctrl-C, ends it with all its children.
+    # A process group of its own: the parent gets the Ctrl-C, and ends the group.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -209,11 +211,3 @@ def warm(files: Sequence[Path]) -> bool:
             while file.readinto(buffer):
                 pass
     return True
-
-
-def free_memory() -> int:
-    """Bytes that a process may still take, the page cache counted as free."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo tells no MemAvailable")

@@ -1,8 +1,8 @@
-"""The ways to read one split that are measured against each other, and the limit of memory.
+"""The loaders that are measured against each other, all reading the same split.
 
-All give batches (mel (B, T, F), label (B,)) of random segments without end, shuffled, each
-utterance once an epoch: from the files as the course does, from the shards by webdataset, and by
-`SegmentLoader`. The limit gathers as many bytes from an array in memory, and nothing else.
+They read the `.pt` files as the homework's code does, the shards by webdataset, and the shards by
+`SegmentLoader`. Each gives shuffled batches (mel (B, T, F), label (B,)) of random segments without
+end, with each utterance once an epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shardprep.bench.turns import Candidate, free_memory
+from shardprep.bench.measure import Candidate
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import CodecInfo
@@ -32,20 +32,20 @@ from shardprep.storage.remote import Location
 Batch = tuple[Tensor, Tensor]
 Sample = tuple[NDArray[Any], int]
 
-# Samples in webdataset's shuffle buffer, as its documentation has it; shards are shuffled as well.
+# Samples in webdataset's shuffle buffer, as in its documentation; shards are shuffled as well.
 SHUFFLE_BUFFER = 1000
 
 
 @dataclass(frozen=True)
 class SegmentShape:
-    """What is asked of every loader.
+    """What every loader must deliver.
 
     Attributes:
-        batch_size: Segments B a batch.
-        frames: Mel frames T a segment.
+        batch_size: Segments B of a batch.
+        frames: Mel frames T of a segment.
         n_mels: Mel bins F.
         dtype: Element type.
-        pad_value: Fills a segment behind the end of a short utterance.
+        pad_value: Fills the rest of a segment where an utterance is shorter.
     """
 
     batch_size: int
@@ -60,7 +60,7 @@ class SegmentShape:
         return self.frames * self.n_mels * self.dtype.itemsize
 
     def cut(self, mel: NDArray[Any]) -> NDArray[Any]:
-        """A random run of at most `frames` frames of a matrix (T, F)."""
+        """A random segment of a matrix (T, F): `frames` frames, or all where there are fewer."""
         start = random.randint(0, max(len(mel) - self.frames, 0))
         return mel[start : start + self.frames]
 
@@ -74,7 +74,7 @@ class SegmentShape:
 
 
 class FileDataset(Dataset[Sample]):
-    """One `.pt` file a sample, opened when asked for, as the course's code has it."""
+    """One `.pt` file per utterance, loaded on access, like the homework's Dataset."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], shape: SegmentShape) -> None:
         self._files, self._shape = files, shape
@@ -91,7 +91,7 @@ class FileDataset(Dataset[Sample]):
 def file_candidate(
     files: Sequence[tuple[Path, int]], shape: SegmentShape, workers: int
 ) -> Candidate:
-    """The files (path, label), one a sample."""
+    """The loader of the files, given as (path, label)."""
     start = partial(from_files, files, shape, workers)
     paths = [path for path, _ in files]
     return Candidate(f"files, {workers} workers", "files", start, paths, workers)
@@ -100,7 +100,7 @@ def file_candidate(
 def from_files(
     files: Sequence[tuple[Path, int]], shape: SegmentShape, workers: int
 ) -> Iterator[Batch]:
-    """Batches from a folder of `.pt` files, through the course's Dataset and DataLoader."""
+    """Batches from `.pt` files, through the homework's Dataset and a DataLoader."""
     dataset = FileDataset(files, shape)
     return epochs(data_loader(dataset, shape, workers, shuffle=True, drop_last=True))
 
@@ -112,7 +112,7 @@ def webdataset_candidate(
     workers: int,
     decode: Callable[[dict[str, Any]], Sample],
 ) -> Candidate:
-    """Tar shards, read by webdataset; `decode` makes (mel, label) of a sample's members."""
+    """The loader of tar shards by webdataset; `decode` makes (mel, label) of a sample's members."""
     start = partial(from_webdataset, [str(path) for path in shards], shape, workers, decode)
     return Candidate(f"{name}, {workers} workers", "webdataset", start, shards, workers)
 
@@ -123,7 +123,7 @@ def from_webdataset(
     workers: int,
     decode: Callable[[dict[str, Any]], Sample],
 ) -> Iterator[Batch]:
-    """Batches from tar shards through webdataset, batched within the workers."""
+    """Batches from tar shards through webdataset; the workers make whole batches."""
 
     def cut(sample: dict[str, Any]) -> Sample:
         mel, label = decode(sample)
@@ -133,7 +133,7 @@ def from_webdataset(
         wds.WebDataset(
             list(urls),
             shardshuffle=len(urls),
-            # An order of its own for every epoch.
+            # A different order in every epoch.
             detshuffle=True,
             empty_check=False,
             select_files=lambda name: not name.endswith(".json"),
@@ -156,7 +156,7 @@ def decode_member(sample: dict[str, Any]) -> Sample:
 
 
 def shard_candidate(name: str, shard_set: ShardSet, split: str, shape: SegmentShape) -> Candidate:
-    """A shard set, read by `SegmentLoader`."""
+    """The loader of a shard set by `SegmentLoader`."""
     start = partial(from_shards, shard_set.path, split, shape)
     return Candidate(f"{name}, one process", "shardprep", start, shard_set.fetch(split))
 
@@ -185,7 +185,7 @@ def epochs(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def data_loader(dataset: Any, shape: SegmentShape, workers: int, **options: Any) -> DataLoader[Any]:
-    """A DataLoader with the settings that all who use one share."""
+    """A DataLoader with the settings that all candidates share."""
     return DataLoader(
         dataset,
         shape.batch_size,
@@ -194,49 +194,3 @@ def data_loader(dataset: Any, shape: SegmentShape, workers: int, **options: Any)
         persistent_workers=workers > 0,
         **options,
     )
-
-
-def limit_candidates(rows: int, shape: SegmentShape) -> list[Candidate]:
-    """Every way at hand to gather from an array of `rows` segments; the fastest is the limit."""
-    ways = [("np.take", 1), ("torch.index_select", 1)]
-    if torch.get_num_threads() > 1:
-        ways.append(("torch.index_select", torch.get_num_threads()))
-    return [
-        Candidate(
-            f"{method}, {threads} thread{'s' if threads > 1 else ''}",
-            "limit",
-            partial(memory_limit, rows, shape, method, threads),
-        )
-        for method, threads in ways
-    ]
-
-
-def limit_rows(split_bytes: int, shape: SegmentShape) -> int:
-    """Segments in the limit's array: the split's matrices, or what half the free memory holds."""
-    return max(min(split_bytes, free_memory() // 2) // shape.nbytes, shape.batch_size)
-
-
-def memory_limit(rows: int, shape: SegmentShape, method: str, threads: int) -> Iterator[Batch]:
-    """Random segments from an array (rows, T * F) in memory, copied into one buffer repeatedly.
-
-    Each row is drawn once an epoch, like the utterances of a loader.
-    """
-    torch.set_num_threads(threads)
-    source = np.ones((rows, shape.frames * shape.n_mels), shape.dtype)
-    out = np.empty((shape.batch_size, source.shape[1]), shape.dtype)
-    order = np.random.default_rng(0).permutation(rows)
-    batches = [
-        order[at : at + shape.batch_size]
-        for at in range(0, rows - shape.batch_size + 1, shape.batch_size)
-    ]
-    mel = torch.from_numpy(out).view(-1, shape.frames, shape.n_mels)
-    label = torch.zeros(shape.batch_size, dtype=torch.int64)
-    tensors = torch.from_numpy(source), torch.from_numpy(out)
-    while True:
-        for index in batches:
-            if method == "np.take":
-                # Any other mode than "raise" lets it write to `out` without a buffer between.
-                np.take(source, index, axis=0, out=out, mode="clip")
-            else:
-                torch.index_select(tensors[0], 0, torch.from_numpy(index), out=tensors[1])
-            yield mel, label

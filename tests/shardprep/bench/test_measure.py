@@ -1,4 +1,4 @@
-"""Measurements are made apart, in turns, and count what was delivered."""
+"""Each measurement runs in a process of its own, in rounds, and counts what was delivered."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ import numpy as np
 import pytest
 
 from shardprep import FormatError
-from shardprep.bench import turns
-from shardprep.bench.turns import Candidate, Rate, Turns, in_own_process, measure, take_turns, warm
+from shardprep.bench import machine
+from shardprep.bench import measure as measuring
+from shardprep.bench.measure import (
+    Candidate,
+    Measurements,
+    Rate,
+    in_own_process,
+    measure,
+    measure_in_rounds,
+    warm,
+)
 
 Batches = Iterator[tuple[Any, Any]]
 
@@ -39,12 +48,12 @@ def test_a_task_gets_a_process_of_its_own_and_gives_its_result_back() -> None:
     assert in_own_process(lambda: {"a": [1.5]}, 60) == {"a": [1.5]}
 
 
-def test_an_error_comes_back_as_what_it_was() -> None:
+def test_an_error_comes_back_with_its_own_type() -> None:
     with pytest.raises(FormatError, match=r"^x\.tar: is broken$"):
         in_own_process(lambda: next(failing()), 60)
 
 
-def test_an_error_that_cannot_travel_comes_back_in_words() -> None:
+def test_an_error_that_does_not_pickle_comes_back_as_text() -> None:
     def task() -> None:
         class Local(Exception):
             pass
@@ -67,7 +76,7 @@ def test_no_process_is_left_behind(tmp_path: Path, hangs: bool) -> None:
     def task() -> None:
         child = subprocess.Popen(["sleep", "600"])
         note.write_text(str(child.pid))
-        # Otherwise the interpreter complains that its child is still at work.
+        # Otherwise the interpreter complains that its child still runs.
         child.returncode = 0
         while hangs:
             time.sleep(1)
@@ -81,7 +90,7 @@ def test_no_process_is_left_behind(tmp_path: Path, hangs: bool) -> None:
 
 
 def ended(pid: int) -> bool:
-    """Whether a process has gone, or is a zombie that nobody has waited for."""
+    """Whether a process has ended; it may be a zombie that nobody has waited for."""
     for _ in range(500):
         status = Path(f"/proc/{pid}/stat")
         if not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z"):
@@ -94,7 +103,7 @@ def test_a_measurement_counts_what_was_delivered_and_closes_the_loader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: float(next(clock)))
     closed: list[bool] = []
     rate = measure(batches(6, closed), 20.0, workers=3)
     assert closed == [True]
@@ -103,30 +112,30 @@ def test_a_measurement_counts_what_was_delivered_and_closes_the_loader(
     assert rate.samples_per_s == 20 * 6 / 21
 
 
-def test_all_take_turns_round_by_round() -> None:
+def test_every_round_measures_each_candidate_once() -> None:
     told: list[str] = []
     candidates = [Candidate(name, "x", lambda: batches(2)) for name in ("a", "b")]
-    found = take_turns(
-        candidates, rounds=3, seconds=0.001, on_turn=lambda name, rate: told.append(name)
+    found = measure_in_rounds(
+        candidates, rounds=3, seconds=0.001, on_measurement=lambda name, rate: told.append(name)
     )
     assert told == ["a", "b"] * 3
     assert {name: len(rates) for name, rates in found.rates.items()} == {"a": 3, "b": 3}
     assert not found.failures
 
 
-def test_a_candidate_that_fails_ends_it_all_or_is_left_out() -> None:
+def test_a_candidate_that_fails_ends_the_measurement_or_is_left_out() -> None:
     told: list[tuple[str, bool]] = []
     candidates = [
         Candidate("bad", "x", failing),
         Candidate("good", "x", lambda: batches(2)),
     ]
 
-    def run(**options: Any) -> Turns:
-        return take_turns(
+    def run(**options: Any) -> Measurements:
+        return measure_in_rounds(
             candidates,
             rounds=2,
             seconds=0.001,
-            on_turn=lambda name, rate: told.append((name, rate is not None)),
+            on_measurement=lambda name, rate: told.append((name, rate is not None)),
             **options,
         )
 
@@ -141,17 +150,17 @@ def test_a_candidate_that_fails_ends_it_all_or_is_left_out() -> None:
 
 def test_the_median_of_the_rounds_counts() -> None:
     rates = [Rate(value, 1, 0) for value in (5.0, 900.0, 7.0)]
-    assert Turns({"a": rates}).median("a") == 7.0
+    assert Measurements({"a": rates}).median("a") == 7.0
 
 
 def test_files_are_warmed_only_if_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "shard.tar"
     path.write_bytes(bytes(5000))
     assert warm([path, path])
-    monkeypatch.setattr(turns, "free_memory", lambda: 9999)
+    monkeypatch.setattr(measuring, "free_memory", lambda: 9999)
     assert not warm([path, path])
     assert warm([])
 
 
 def test_free_memory_is_part_of_all_memory() -> None:
-    assert 0 < turns.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < machine.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
