@@ -24,8 +24,8 @@ from shardprep_trainer.train import main
 from torch import distributed
 
 ConfigFactory = Callable[..., Config]
-PACKAGE = Path(__file__).resolve().parents[2] / "trainer"
-SCRIPT = str(PACKAGE / "train.py")
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "trainer" / "train.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 
 
@@ -68,12 +68,12 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_no_module_hides_one_of_the_standard_library_or_of_a_dependency() -> None:
-    # `accelerate launch trainer/train.py` puts the package's own folder first on the path.
-    ours = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    ours -= {"__init__", "__pycache__"}
-    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    assert {"train", "engine", "recipes"} <= ours
-    assert not ours & taken
+    # `accelerate launch trainer/train.py` puts the script's folder first on the path.
+    folder = ROOT / "trainer"
+    ours = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {"train", "shardprep_trainer"} == ours - {"__pycache__"}
+    others = set(importlib.metadata.packages_distributions()) - {"shardprep_trainer"}
+    assert not ours & (set(sys.stdlib_module_names) | others)
 
 
 def test_the_printed_configuration_reads_back(
@@ -98,14 +98,15 @@ def test_a_run_ends_with_what_comes_next_and_can_be_continued_from_its_folder(
     run = tmp_path / "runs" / "smoke"
     err = capsys.readouterr().err
     assert "stopped by --train.stop_step: saved step 5 of 12" in err
-    assert f"--num_processes 1 --cpu {SCRIPT} --config {run / 'config.yaml'} --resume\n" in err
+    command = "accelerate launch --num_processes 1 --cpu -m shardprep_trainer.train"
+    assert f"continue with: {command} --config {run / 'config.yaml'} --resume\n" in err
     assert main(["--config", str(run / "config.yaml"), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert out == ""
     assert "continues after step 5" in err
     assert f"finished all 12 steps; the run is in {run}\n" in err
     given = f"{run} --shards {tmp_path / 'shards'} --out submission.csv"
-    assert f"next: python -m shardprep_trainer.predict {given}\n" in err
+    assert f"next: shardprep predict {given}\n" in err
 
 
 def test_a_run_without_validation_is_predicted_from_its_last_checkpoint(
@@ -115,7 +116,8 @@ def test_a_run_without_validation_is_predicted_from_its_last_checkpoint(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("next: ")]
     words = shlex.split(line)
     assert words[-2:] == ["--checkpoint", "last"]
-    command = [sys.executable, *words[2:]]
+    assert words[:3] == ["next:", "shardprep", "predict"]
+    command = [sys.executable, "-m", "shardprep_trainer.predict", *words[3:]]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert len((tmp_path / "submission.csv").read_text().splitlines()) == 6
 
@@ -157,7 +159,8 @@ def test_a_changed_precision_is_noted_and_named_in_the_command_that_continues(
     assert main(["--config", config_file(**{"train.stop_step": 4}), "--resume"]) == 0
     err = capsys.readouterr().err
     assert "note: mixed precision was no and is now bf16\n" in err
-    assert f"--num_processes 1 --cpu --mixed_precision bf16 {SCRIPT} --config" in err
+    flags = "--num_processes 1 --cpu --mixed_precision bf16"
+    assert f"accelerate launch {flags} -m shardprep_trainer.train --config" in err
 
 
 def test_a_foreign_line_of_metrics_does_not_keep_a_run_from_resuming(
@@ -347,12 +350,31 @@ def test_a_shard_that_is_lost_under_a_map_leaves_a_trace(
     _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in err
-    assert "engine.py" in err
+    assert "shardprep_trainer/run/trainer.py" in err
 
 
-def test_two_processes_train_like_one_and_one_can_take_over(
+def test_shardprep_train_takes_the_same_arguments_and_trains_in_one_process(
     config_file: Callable[..., str], tmp_path: Path
 ) -> None:
+    command = [sys.executable, "-m", "shardprep", "train"]
+    helps = []
+    for start in (command, [sys.executable, "-m", "shardprep_trainer.train"]):
+        process = outside(*start, "--help", cwd=tmp_path)
+        helps.append(process.communicate(timeout=60))
+    assert helps[0] == helps[1]
+    assert "accelerate launch [flags] -m shardprep_trainer.train [--config FILE]" in helps[0][0]
+    options = ("--config", config_file(), "--train.stop_step=2", "--optim.lr", "1e-3")
+    process = outside(*command, *options, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, ""), err
+    assert "1 process(es) on cpu" in err
+    assert "saved step 2 of 12" in err
+
+
+def test_two_processes_of_the_module_train_like_one_and_the_script_can_take_over(
+    config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    """`-m shardprep_trainer.train` anywhere and `trainer/train.py` in a checkout do the same."""
     plain = {
         "model.encoder": "transformer",
         "model.dropout": 0,
@@ -363,8 +385,8 @@ def test_two_processes_train_like_one_and_one_can_take_over(
         "train.log_steps": 1,
     }
     pair = config_file(name="pair", **plain, **{"train.stop_step": 4})
-    command = [*ACCELERATE, "--num_processes", "2", SCRIPT, "--config", pair]
-    process = outside(*command, "--data.batch_size", "2", cwd=tmp_path)
+    module = ["-m", "shardprep_trainer.train", "--config", pair, "--data.batch_size", "2"]
+    process = outside(*ACCELERATE, "--num_processes", "2", *module, cwd=tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "2 process(es) on cpu" in err
@@ -379,7 +401,10 @@ def test_two_processes_train_like_one_and_one_can_take_over(
     assert "2 process(es) on cpu" in err
     assert "saved step 8 of 12" in err
     run = tmp_path / "runs" / "pair"
-    assert main(["--config", config_file(name="pair", **plain), "--resume"]) == 0
+    rest = ["trainer/train.py", "--config", config_file(name="pair", **plain), "--resume"]
+    process = outside(*ACCELERATE, "--num_processes", "1", *rest, cwd=ROOT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert main(["--config", config_file(name="single", **plain)]) == 0
     both, single = losses(run), losses(tmp_path / "runs" / "single")
     assert [step for step, _ in both] == [step for step, _ in single]

@@ -164,7 +164,7 @@ def find_checkpoint(run: Path, choice: str) -> Path:
         return folder.best
     if choice == "last" and newest is not None:
         return newest
-    remedy = "train it first: accelerate launch trainer/train.py"
+    remedy = "train it first: shardprep train"
     if choice == "best" and newest is not None:
         remedy = "the run has not been validated yet: take --checkpoint last"
     raise CheckpointError(f"{folder.folder}: there is no {choice} checkpoint; {remedy}")

@@ -1,4 +1,8 @@
-"""Train a speaker model: `shardprep train` or `accelerate launch trainer/train.py`."""
+"""Train a speaker model: `shardprep train`, or by a launcher in several processes.
+
+`accelerate launch trainer/train.py` runs this module in a checkout, `accelerate launch -m
+shardprep_trainer.train` from a wheel.
+"""
 
 from __future__ import annotations
 

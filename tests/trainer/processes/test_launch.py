@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.processes import launch
 from shardprep_trainer.processes.launch import (
     Share,
     check_launch,
@@ -17,7 +18,10 @@ from shardprep_trainer.processes.launch import (
     launcher_identity,
     parent_command,
     processes_to_start,
+    training_program,
 )
+
+ROOT = Path(__file__).resolve().parents[3]
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
 SEVERAL = {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -131,7 +135,7 @@ def test_launches_that_mean_what_they_say_pass(environment: dict[str, str], comm
 
 
 @pytest.mark.parametrize(
-    ("launch", "flags"),
+    ("asked", "flags"),
     [
         ({"processes": 1, "device": "cuda", "precision": "no"}, "--num_processes 1"),
         ({"processes": 2, "device": "cpu", "precision": "no"}, "--num_processes 2 --cpu"),
@@ -141,16 +145,36 @@ def test_launches_that_mean_what_they_say_pass(environment: dict[str, str], comm
         ),
     ],
 )
-def test_the_launch_is_spelt_out(launch: dict[str, Any], flags: str) -> None:
-    script = Path(__file__).resolve().parents[3] / "trainer" / "train.py"
-    words = shlex.split(launch_command(**launch))
-    assert words[:-1] == ["accelerate", "launch", *flags.split()]
-    assert Path(words[-1]).resolve() == script.resolve()
+def test_the_launch_is_spelt_out(asked: dict[str, Any], flags: str) -> None:
+    assert launch_command(**asked) == f"accelerate launch {flags} {training_program()}"
 
 
-def test_the_script_is_named_as_it_is_found_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[3])
-    assert launch_command(processes=1, device="cuda", precision="no").endswith(" trainer/train.py")
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        (ROOT, "trainer/train.py"),
+        (ROOT / "trainer", "train.py"),
+        (ROOT / "docs", "-m shardprep_trainer.train"),
+        (Path("/"), shlex.quote(str((ROOT / "trainer/train.py").relative_to("/")))),
+    ],
+)
+def test_in_a_checkout_the_program_is_its_script_and_elsewhere_the_module(
+    folder: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert training_program() == expected
+
+
+def test_from_a_wheel_the_program_is_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "shardprep_trainer"
+    # Some other package may install a train.py.
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "train.py").touch()
+    monkeypatch.setattr(launch, "__file__", str(package / "processes" / "launch.py"))
+    monkeypatch.chdir(tmp_path)
+    assert training_program() == "-m shardprep_trainer.train"
 
 
 def test_the_parent_command_is_read_from_the_system() -> None:

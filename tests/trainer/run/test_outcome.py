@@ -16,7 +16,7 @@ ConfigFactory = Callable[..., Config]
     ("machines", "part"),
     [
         ("1", "continue with: accelerate launch --num_processes 1 --cpu "),
-        ("2", "continue with: the same launch on every machine, with these options behind "),
+        ("2", "continue with: the same launch on every machine, with these options after "),
     ],
 )
 def test_a_run_of_several_machines_is_continued_on_all_of_them(

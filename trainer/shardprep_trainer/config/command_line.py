@@ -14,6 +14,7 @@ import yaml
 from shardprep_trainer.config.checks import check, shorten_warmup
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.processes.launch import training_program
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -137,8 +138,7 @@ def _one_line(error: Exception) -> str:
 
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog="trainer/train.py",
-        usage="accelerate launch [flags] trainer/train.py [--config FILE] [--FIELD VALUE ...]",
+        usage=f"accelerate launch [flags] {training_program()} [--config FILE] [--FIELD VALUE ...]",
         description="Train a speaker classifier on shards. Precision, devices and processes are "
         "flags of `accelerate launch`; all the rest is below.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process got on for "

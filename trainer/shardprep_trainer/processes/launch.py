@@ -62,7 +62,7 @@ def check_launch(environment: dict[str, str], command: list[str]) -> None:
     if steps != "1":
         raise ConfigError(
             f"accelerate launch --gradient_accumulation_steps: found {steps}, which the launcher "
-            f"would not pass on; give --train.accumulate {steps} after trainer/train.py instead"
+            f"would not pass on; give --train.accumulate {steps} after {training_program()} instead"
         )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -85,8 +85,21 @@ def _check_elastic(environment: Mapping[str, str], command: list[str]) -> None:
         )
 
 
+def training_program() -> str:
+    """What a launcher is given to train, in words that work in the current folder.
+
+    Returns:
+        In a checkout the path of its script, else the module, with the flag that says so.
+    """
+    # In a wheel there is no such script; a train.py beside the package is somebody else's.
+    script, here = Path(__file__).resolve().parents[2] / "train.py", Path.cwd()
+    if script.parent.name == "trainer" and script.is_file() and script.is_relative_to(here):
+        return shlex.quote(str(script.relative_to(here)))
+    return "-m shardprep_trainer.train"
+
+
 def launch_command(*, processes: int, device: str, precision: str) -> str:
-    """The start of a command line that launches this program once more in the same way.
+    """The start of a command line that launches the training once more in the same way.
 
     Args:
         processes: Number of processes.
@@ -94,7 +107,7 @@ def launch_command(*, processes: int, device: str, precision: str) -> str:
         precision: Mixed precision: no, fp16 or bf16.
 
     Returns:
-        From `accelerate launch` to the script, as a shell takes it from the current folder.
+        From `accelerate launch` to the program, as a shell takes it in the current folder.
     """
     # Without a number the launcher takes one process for every GPU.
     flags = ["--num_processes", str(processes)]
@@ -102,9 +115,7 @@ def launch_command(*, processes: int, device: str, precision: str) -> str:
         flags.append("--cpu")
     if precision != "no":
         flags += ["--mixed_precision", precision]
-    script, here = Path(__file__).parents[2] / "train.py", Path.cwd()
-    shown = script.relative_to(here) if script.is_relative_to(here) else script
-    return shlex.join(["accelerate", "launch", *flags, str(shown)])
+    return f"{shlex.join(['accelerate', 'launch', *flags])} {training_program()}"
 
 
 def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Share | None:
@@ -130,7 +141,7 @@ def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Sh
         raise ConfigError(
             "accelerate launch was asked for several processes on CPUs but starts one; give "
             "--num_processes N on its command line, or start them with "
-            "`torchrun --nproc-per-node N trainer/train.py`, on each machine"
+            f"`torchrun --nproc-per-node N {training_program()}`, on each machine"
         )
     machines, machine = machines or 1, machine or 0
     if number % machines or machine >= machines:

@@ -8,7 +8,7 @@ import signal
 from dataclasses import dataclass
 
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.processes.launch import launch_command
+from shardprep_trainer.processes.launch import launch_command, training_program
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def summary(
         )
     if outcome.finished:
         lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
-        command = ["python", "-m", "shardprep_trainer.predict", str(config.run)]
+        command = ["shardprep", "predict", str(config.run)]
         command += ["--shards", config.data.shards, "--out", "submission.csv"]
         if outcome.best_accuracy is None:
             command += ["--checkpoint", "last"]
@@ -58,8 +58,8 @@ def summary(
     saved = f"--config {shlex.quote(str(config.run / 'config.yaml'))} --resume"
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         lines.append(
-            "continue with: the same launch on every machine, with these options behind "
-            f"trainer/train.py: {saved}"
+            "continue with: the same launch on every machine, with these options after "
+            f"{training_program()}: {saved}"
         )
         return "\n".join(lines)
     launch = launch_command(processes=processes, device=device, precision=precision)
