@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from shardprep.format.manifest import Manifest
     from shardprep.load.segments import SegmentLoader
     from shardprep.load.utterances import UtteranceLoader
-    from shardprep.read.shard_set import ShardSet, Split, open_shards
+    from shardprep.read.shard_set import ShardSet, open_shards
+    from shardprep.read.split import Split
     from shardprep.read.webdataset import stream
     from shardprep.storage.local import publish
     from shardprep.storage.remote import Remote, locate
@@ -56,7 +57,7 @@ _HOMES = {
     "ShardSet": "read.shard_set",
     "ShardprepError": "errors",
     "SourceError": "errors",
-    "Split": "read.shard_set",
+    "Split": "read.split",
     "StorageError": "errors",
     "UtteranceLoader": "load.utterances",
     "VerifyReport": "check.verify",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardprep.cache.shard_cache import CHUNK, DOWNLOADS
 
-# What windows may want of a process's share of the cache, as in `shardprep.read.cached_map`.
+# Part of a process's share of the cache that one reader may want, see `shardprep.read.store_map`.
 ROOM_SHARE = 0.75
 
 

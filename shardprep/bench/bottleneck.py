@@ -17,7 +17,8 @@ from shardprep.bench.loaders import SegmentShape, from_shards
 from shardprep.bench.measure import measure
 from shardprep.load.order import epoch_order, segment_starts
 from shardprep.load.segments import PLANNED
-from shardprep.read.shard_set import Split, open_shards
+from shardprep.read.shard_set import open_shards
+from shardprep.read.split import Split
 from shardprep.storage.remote import Location
 
 # The same batches are gathered again and again: more than the caches of a processor hold.

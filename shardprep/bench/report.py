@@ -22,7 +22,8 @@ from shardprep.bench.memory_limit import limit_candidates, limit_rows
 from shardprep.bench.results import LimitResult, LoaderResult, best_limit, summarise
 from shardprep.errors import FormatError, SourceError
 from shardprep.format.manifest import MANIFEST_NAME
-from shardprep.read.shard_set import ShardSet, Split, open_shards
+from shardprep.read.shard_set import ShardSet, open_shards
+from shardprep.read.split import Split
 from shardprep.source.dataset import scan_dataset
 from shardprep.storage.remote import Location
 

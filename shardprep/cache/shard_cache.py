@@ -41,7 +41,7 @@ _TRIES = 5
 _CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
 
 
-class Lender(Protocol):
+class Borrower(Protocol):
     """Keeps files of the cache in use that it can do without for a while.
 
     Attributes:
@@ -105,21 +105,21 @@ class ShardCache:
         self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
         self.patience = patience
         self.traffic = Traffic()
-        self._lenders: weakref.WeakSet[Lender] = weakref.WeakSet()
+        self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._begin()
         _caches.add(self)
 
     def _begin(self) -> None:
         self._counting = threading.Lock()
-        # Bytes of files that are being held or fetched for a lender just now.
+        # Bytes of files that are being held or fetched for a borrower just now.
         self._arriving = 0
         self._threads: BackgroundThreads | None = None
 
     def begin_anew(self) -> None:
         """Have nothing on its way, in a process that was forked: its threads stayed behind."""
         self._begin()
-        for lender in list(self._lenders):
-            lender.begin_anew()
+        for borrower in list(self._borrowers):
+            borrower.begin_anew()
 
     def __reduce__(self) -> Any:
         # Threads and counters stay behind.
@@ -143,16 +143,16 @@ class ShardCache:
         with self._counting:
             self.traffic.waited += seconds
 
-    def lends(self, lender: Lender) -> None:
-        """Have a lender asked to give back when room is short."""
+    def add_borrower(self, borrower: Borrower) -> None:
+        """Ask this borrower to give files back when room is short."""
         with self._counting:
-            self._lenders.add(lender)
+            self._borrowers.add(borrower)
 
     def _give_back(self, *, urgent: bool) -> None:
         with self._counting:
-            lenders = list(self._lenders)
-        for lender in lenders:
-            lender.give_back(urgent=urgent)
+            borrowers = list(self._borrowers)
+        for borrower in borrowers:
+            borrower.give_back(urgent=urgent)
 
     def hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool = True) -> Held:
         """A file of a store, fetched if it is not here, checked by its sha256.
@@ -211,7 +211,7 @@ class ShardCache:
 
     def _in_use(self) -> int:
         with self._counting:
-            return self._arriving + sum(lender.in_use for lender in self._lenders)
+            return self._arriving + sum(borrower.in_use for borrower in self._borrowers)
 
     def _hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool) -> Held:
         full_since = None

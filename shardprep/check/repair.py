@@ -43,10 +43,10 @@ from shardprep.format.manifest import (
     ShardInfo,
     encode_manifest,
 )
-from shardprep.read.files import LocalFiles
+from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
-from shardprep.read.shard_set import Split
 from shardprep.read.sidecars import check_whole, legible_rejects
+from shardprep.read.split import Split
 from shardprep.source.dataset import Source
 from shardprep.storage.local import (
     publish,
@@ -179,7 +179,7 @@ def _unopened(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Indexes that are true to their sha256, but that no reader takes."""
     for name, info in manifest.splits.items():
         try:
-            Split(LocalFiles(folder), name, manifest)
+            Split(FolderFiles(folder), name, manifest)
         except CorruptShardError as error:
             yield Fault(info.index.file, "", error.what)
 
@@ -351,7 +351,7 @@ class _Repair:
             yield from ((shard, None) for shard in split.shards)
             return
         # Looked at as for reading: no row leads outside.
-        rows = Split(LocalFiles(self.folder), name, self.manifest).locations
+        rows = Split(FolderFiles(self.folder), name, self.manifest).locations
         ends = np.searchsorted(rows["shard"], np.arange(len(split.shards)), side="right")
         for number, shard in enumerate(split.shards):
             own = rows[ends[number - 1] if number else 0 : ends[number]]

@@ -34,10 +34,10 @@ from shardprep.format.manifest import (
     encode_manifest,
 )
 from shardprep.format.tar import Member, content, walk
-from shardprep.read.files import CachedFiles, Files, LocalFiles
+from shardprep.read.files import Files, FolderFiles, StoreFiles
 from shardprep.read.manifest_file import load_manifest
-from shardprep.read.shard_set import Split
 from shardprep.read.sidecars import read_rejects
+from shardprep.read.split import Split
 from shardprep.source.dataset import Source, Utterance, scan_dataset
 from shardprep.source.features import load_features
 from shardprep.storage.local import open_regular, sha256_of
@@ -127,7 +127,7 @@ def verify_shards(
     if data != encode_manifest(manifest):
         report.faults.append(Fault(MANIFEST_NAME, "", "says the same, in bytes no build wrote"))
     with _opened(place) as files:
-        if isinstance(files, LocalFiles):
+        if isinstance(files, FolderFiles):
             report.faults.extend(_file_faults(files.place, manifest, advance))
         else:
             report.faults.extend(_store_faults(files, manifest, advance))
@@ -142,16 +142,16 @@ def verify_shards(
 
 
 @contextlib.contextmanager
-def _opened(place: Location) -> Iterator[LocalFiles | CachedFiles]:
+def _opened(place: Location) -> Iterator[FolderFiles | StoreFiles]:
     """The files of a set; those of a store anew, whatever the user's cache has of them."""
     if not isinstance(place, Remote):
-        yield LocalFiles(place)
+        yield FolderFiles(place)
         return
     with tempfile.TemporaryDirectory(prefix="shardprep-verify-") as folder:
-        yield CachedFiles(place, ShardCache(folder, shutil.disk_usage(folder).free // 2))
+        yield StoreFiles(place, ShardCache(folder, shutil.disk_usage(folder).free // 2))
 
 
-def _store_faults(files: CachedFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
+def _store_faults(files: StoreFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
     """Contents of all files of a store, and files that should not be there."""
     infos = manifest.files()
 

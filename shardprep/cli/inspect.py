@@ -12,7 +12,8 @@ from shardprep.cli.output import hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import FRAMES_PER_SECOND
-from shardprep.read.shard_set import ShardSet, Split, open_shards
+from shardprep.read.shard_set import ShardSet, open_shards
+from shardprep.read.split import Split
 from shardprep.storage.remote import Location
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)

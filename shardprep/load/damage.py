@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import REPAIR, CorruptShardError
-from shardprep.read.shard_set import Split
+from shardprep.read.split import Split
 
 _log = logging.getLogger("shardprep")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardprep.errors import CorruptShardError
 from shardprep.load.damage import ReadGuard
-from shardprep.read.shard_set import Split
+from shardprep.read.split import Split
 
 SHARE = 0.4
 """Most of a device's free memory that a resident split may take."""
@@ -54,16 +54,16 @@ class ResidentSplit:
         self.mel = torch.empty((total, split.n_mels), dtype=sample.dtype, device=device)
         piece_frames = max(1, _PIECE_BYTES // (split.n_mels * split.dtype.itemsize))
         index, shards = 0, split.locations["shard"]
-        window = split.window()
+        wanted = split.wanted_shards()
         while index < len(split):
             first = int(shards[index])
-            window.want([first], range(first + 1, len(split.shard_samples)))
+            wanted.want([first], range(first + 1, len(split.shard_samples)))
             at = int(self._first[index])
             stop = max(index + 1, int(np.searchsorted(self._first, at + piece_frames)))
             piece = np.concatenate([_read(split, i, guard) for i in range(index, stop)])
             self.mel[at : at + len(piece)].copy_(torch.from_numpy(piece))
             index = stop
-        window.close()
+        wanted.close()
         guard.vouch_for_all()
 
     def segments(

@@ -18,7 +18,7 @@ from shardprep.load.damage import OnCorrupt, ReadGuard, Verification
 from shardprep.load.on_device import ResidentSplit, fits
 from shardprep.load.order import Indices, epoch_order, rank_slice, segment_starts
 from shardprep.load.order_windowed import WindowedOrder, check_lanes
-from shardprep.read.shard_set import Split
+from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
 Order = Literal["global", "windowed"]
@@ -162,7 +162,7 @@ class SegmentLoader:
         if placement == "device":
             self._resident = ResidentSplit(split, self._device, self._guard)
         self._warmed = placement == "device"
-        self._window = split.window()
+        self._wanted = split.wanted_shards()
         self._orders: dict[int, WindowedOrder] = {}
 
     def __len__(self) -> int:
@@ -332,13 +332,13 @@ class SegmentLoader:
         split = self.split
         if not isinstance(order, WindowedOrder):
             if split.room is not None:
-                self._window.want(range(len(split.shard_samples)))
+                self._wanted.want(range(len(split.shard_samples)))
             return
         share = self._lanes // self._world_size
         lanes = range(self._rank * share, (self._rank + 1) * share)
         due = order.needed(begin, stride // self._lanes, lanes)
         if split.room is None:
-            self._window.want(due)
+            self._wanted.want(due)
             return
         # What two lanes share is read by one at its end and by the other at its beginning: it
         # stays, so as to be fetched but once.
@@ -347,7 +347,7 @@ class SegmentLoader:
         later = order.needed(begin, reach, lanes)
         if begin + stride >= self._end:
             later += self._windowed_order(epoch + 1).needed(0, stride // self._lanes, lanes)
-        self._window.want(due, later)
+        self._wanted.want(due, later)
 
 
 def plan_for_cache(split: Split, order: Order, lanes: int, window_shards: int, room: int) -> int:

@@ -13,9 +13,9 @@ from shardprep.load.buffers import ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.order import length_batches
 from shardprep.load.segments import Batch
-from shardprep.read.shard_set import Split
+from shardprep.read.split import Split
 
-# Of what a window may want, the part that is read at a time; the next one comes meanwhile.
+# Part of the room for wanted shards that is read at a time; the next part comes meanwhile.
 _AT_A_TIME = 0.45
 
 
@@ -83,11 +83,11 @@ class UtteranceLoader:
         return ahead(self._read(), self._prefetch)
 
     def _read(self) -> Iterator[Batch]:
-        with contextlib.closing(self.split.window()) as window:
+        with contextlib.closing(self.split.wanted_shards()) as wanted:
             for number, (shards, batches) in enumerate(self._groups):
                 if not batches:
                     continue
-                window.want(shards, self._groups[(number + 1) % len(self._groups)][0])
+                wanted.want(shards, self._groups[(number + 1) % len(self._groups)][0])
                 for batch in batches:
                     indices = self._guard.keep(batch)
                     if len(indices):

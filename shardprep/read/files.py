@@ -1,4 +1,4 @@
-"""Where the files of a shard set lie: in a folder of this machine, or in a store behind a cache."""
+"""The files of a shard set: those of a folder of this machine, or those of a store, cached."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from shardprep.cache.folder import ROOM, Held
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, Manifest, ShardInfo
-from shardprep.read.cached_map import CachedMap
+from shardprep.read.folder_map import FolderMap
 from shardprep.read.manifest_file import ManifestWatch, check_fingerprint
 from shardprep.read.shard_map import ShardMap
+from shardprep.read.store_map import StoreMap
 from shardprep.storage.remote import Location, Remote
 
 
 class Files(Protocol):
-    """The files of a set; pickles, for other processes to open them too.
-
-    Attributes:
-        place: Folder or URL.
-        waited: Seconds for which readers of this process stood still for the network.
-    """
+    """The files of a set; can be pickled, so that other processes open them too."""
 
     @property
     def place(self) -> Location:
@@ -31,27 +27,27 @@ class Files(Protocol):
 
     @property
     def waited(self) -> float:
-        """Seconds for which readers of this process stood still for the network."""
+        """Seconds that readers of this process waited for the network."""
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
-        """A file of the set, on this machine.
+        """Path of a file of the set on this machine; the file stays as long as this object.
 
         Raises:
-            CorruptShardError: It comes from a store, which does not have it as it should be.
-            StorageError: It comes from a store, which cannot be reached.
+            CorruptShardError: A store has no such file, or one with other bytes.
+            StorageError: The store cannot be reached, or the cache has no room.
         """
 
     def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
         """The same, for as long as the context lasts."""
 
     def renew(self, info: FileInfo | ShardInfo) -> bool:
-        """Get a file anew that is not as it should be; False if it is what the place has."""
+        """Get a damaged file anew; False if there is no other copy."""
 
     def check_room(self, size: int) -> None:
-        """Make sure that so many bytes can be on this machine at a time.
+        """Make sure that this machine can keep so many bytes at a time.
 
         Raises:
-            StorageError: They cannot.
+            StorageError: It cannot.
         """
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
@@ -61,12 +57,12 @@ class Files(Protocol):
         """Make sure that the place still holds the set that was opened.
 
         Raises:
-            CorruptShardError: It holds another set, or none.
+            CorruptShardError: The place holds another set, or none.
         """
 
 
-class LocalFiles:
-    """Files in a folder of this machine."""
+class FolderFiles:
+    """The files of a set in a folder of this machine."""
 
     waited = 0.0
 
@@ -78,24 +74,24 @@ class LocalFiles:
         return type(self), (self.place,)
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
-        """Where a file of the set lies."""
+        """See `Files.local`."""
         return self.place / info.file
 
     def lend(self, info: FileInfo | ShardInfo) -> contextlib.AbstractContextManager[Path]:
-        """Where a file of the set lies."""
+        """See `Files.lend`."""
         return contextlib.nullcontext(self.place / info.file)
 
     def renew(self, info: FileInfo | ShardInfo) -> bool:
-        """There is only this one."""
+        """The folder has no other copy."""
         return False
 
     def check_room(self, size: int) -> None:
-        """They are here."""
+        """The files are here already."""
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """See `Files.map_shards`."""
         watch = self._watch_of(manifest)
-        return ShardMap([(self.place / shard.file, shard.bytes) for shard in shards], watch.check)
+        return FolderMap([(self.place / shard.file, shard.bytes) for shard in shards], watch.check)
 
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; costs a `stat`."""
@@ -107,8 +103,8 @@ class LocalFiles:
         return self._watch
 
 
-class CachedFiles:
-    """Files of a store, of which this machine's cache keeps some."""
+class StoreFiles:
+    """The files of a set in a store; this machine's cache keeps some of them."""
 
     def __init__(self, remote: Remote, cache: ShardCache) -> None:
         self.place = remote
@@ -121,18 +117,18 @@ class CachedFiles:
 
     @property
     def waited(self) -> float:
-        """Seconds for which readers of this process stood still for the network."""
+        """Seconds that readers of this process waited for the network."""
         return self.cache.traffic.waited
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
-        """Where a file of the set lies in the cache."""
+        """See `Files.local`; the path lies in the cache."""
         if info.file not in self._held:
             self._held[info.file] = self.cache.hold(self.place / info.file, info)
         return self._held[info.file].path
 
     @contextlib.contextmanager
     def lend(self, info: FileInfo | ShardInfo) -> Iterator[Path]:
-        """Where a file of the set lies in the cache, for as long as the context lasts."""
+        """See `Files.lend`; the path lies in the cache."""
         with contextlib.closing(self.cache.hold(self.place / info.file, info)) as held:
             yield held.path
 
@@ -153,7 +149,7 @@ class CachedFiles:
 
     def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
         """See `Files.map_shards`."""
-        return CachedMap(self.place, shards, self.cache)
+        return StoreMap(self.place, shards, self.cache)
 
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; a store that gives no answer counts as unchanged."""
@@ -162,8 +158,8 @@ class CachedFiles:
 
 
 def files_at(place: Location, cache: ShardCache | None = None) -> Files:
-    """The files in a place; `cache` is for those behind a URL, by default the user's."""
+    """The files in a place; those behind a URL come by way of `cache`, by default the user's."""
     if isinstance(place, Remote):
         cache = cache or ShardCache()
-        return CachedFiles(Remote(place.url, cache.patience), cache)
-    return LocalFiles(place)
+        return StoreFiles(Remote(place.url, cache.patience), cache)
+    return FolderFiles(place)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shardprep.load.order_windowed import WindowedOrder
 from shardprep.load.segments import plan_for_cache
-from shardprep.read import cached_map as cachedmap
+from shardprep.read import store_map
 
 ROOT = Path(__file__).resolve().parents[3]
 jobs = importlib.import_module("scripts.simulate.job")
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_as_the_loader_refuses_it() -> None:
                 model.simulate(sized, FREE)
             with pytest.raises(Exception, match="has room for"):
                 plan_for_cache(Split(), "windowed", lanes, window, room)  # type: ignore[arg-type]
-    assert jobs.ROOM_SHARE == cachedmap._WINDOWS
+    assert jobs.ROOM_SHARE == store_map._WANTED
 
 
 def test_recommended_shards_fit_and_are_no_worse_than_others() -> None:

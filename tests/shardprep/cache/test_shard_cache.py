@@ -324,7 +324,7 @@ def test_a_part_that_is_being_fetched_counts_with_all_that_is_to_come(
     shards.folder.unclaim(part)
 
 
-def test_lenders_are_asked_to_give_back_before_anybody_waits(store: Store, place: Path) -> None:
+def test_borrowers_are_asked_to_give_back_before_anybody_waits(store: Store, place: Path) -> None:
     class Keeper:
         def __init__(self) -> None:
             self.loose = [shards.hold(*store.put("a", KB))]
@@ -338,7 +338,7 @@ def test_lenders_are_asked_to_give_back_before_anybody_waits(store: Store, place
 
     shards = ShardCache(place, 2 * KB)
     keeper = Keeper()
-    shards.lends(keeper)
+    shards.add_borrower(keeper)
     held = shards.hold(*store.put("c", KB), wait=False)
     assert set(stored(place)) == {keeper.wanted[0].path.name, held.path.name}
     with pytest.raises(NoRoomError):
@@ -359,7 +359,7 @@ def test_a_process_keeps_to_its_share_though_there_is_room(store: Store, place: 
 
     shards = ShardCache(place, 8 * KB, readers=2)
     keeper = Keeper()
-    shards.lends(keeper)
+    shards.add_borrower(keeper)
     shards.hold(*store.put("a", KB), wait=False)
     assert not keeper.asked
     with pytest.raises(NoRoomError):

@@ -124,7 +124,7 @@ def test_each_utterance_is_checked_as_often_as_asked(
     checked: list[int] = []
     original = zlib.crc32
     monkeypatch.setattr(
-        "shardprep.read.shard_set.zlib.crc32", lambda data: checked.append(1) or original(data)
+        "shardprep.read.split.zlib.crc32", lambda data: checked.append(1) or original(data)
     )
     own = loader(edge_split, verify_reads=verify)
     for _ in range(3):

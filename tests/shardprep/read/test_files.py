@@ -23,7 +23,7 @@ from shardprep import (
     open_shards,
 )
 from shardprep.load.segments import PLANNED, plan_for_cache
-from shardprep.read.files import CachedFiles
+from shardprep.read.files import StoreFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.storage import remote
 
@@ -122,7 +122,7 @@ def test_more_than_the_cache_keeps_is_refused_before_it_is_fetched(
 
 
 def test_files_are_lent_for_a_while(stored: str, cache: ShardCache, edge_set: Path) -> None:
-    files = CachedFiles(Remote(stored), cache)
+    files = StoreFiles(Remote(stored), cache)
     info = load_manifest(edge_set).splits["test"].shards[0]
     with files.lend(info) as path:
         assert path.read_bytes() == (edge_set / info.file).read_bytes()

@@ -12,7 +12,7 @@ import pytest
 from shardprep import CorruptShardError
 from shardprep.format.index import index_dtype
 from shardprep.format.manifest import FileInfo, SplitInfo
-from shardprep.read.files import LocalFiles
+from shardprep.read.files import FolderFiles
 from shardprep.read.sidecars import load_index
 
 
@@ -29,7 +29,7 @@ def index_of(folder: Path, keys: list[bytes]) -> SplitInfo:
 
 @pytest.mark.parametrize("keys", [[b"a"], [b"abcdef"], [b"a", "é".encode(), b"b c/d-"]])
 def test_keys_of_a_build_are_taken(tmp_path: Path, keys: list[bytes]) -> None:
-    assert load_index(LocalFiles(tmp_path), index_of(tmp_path, keys))["key"].tolist() == keys
+    assert load_index(FolderFiles(tmp_path), index_of(tmp_path, keys))["key"].tolist() == keys
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_other_keys_are_refused(
     monkeypatch.setattr("shardprep.read.sidecars._BLOCK", block)
     for keys in ([key, b"good"], [b"good", b"good", key]):
         with pytest.raises(CorruptShardError, match=r"train\.index\.npy: is no index"):
-            load_index(LocalFiles(tmp_path), index_of(tmp_path, keys))
+            load_index(FolderFiles(tmp_path), index_of(tmp_path, keys))
 
 
 def test_pickled_index_is_never_opened(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_pickled_index_is_never_opened(tmp_path: Path) -> None:
     data = (tmp_path / "train.index.npy").read_bytes()
     entry = FileInfo("train.index.npy", len(data), hashlib.sha256(data).hexdigest())
     with pytest.raises(CorruptShardError, match="is no index"):
-        load_index(LocalFiles(tmp_path), msgspec.structs.replace(split, index=entry))
+        load_index(FolderFiles(tmp_path), msgspec.structs.replace(split, index=entry))

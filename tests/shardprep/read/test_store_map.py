@@ -1,4 +1,4 @@
-"""Maps of shards that come and go: what is read is always right, and what is wanted is there."""
+"""Shards come and go: what is read is always right, and what is wanted is there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shardprep import CorruptShardError, StorageError
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.format.manifest import ShardInfo
-from shardprep.read.cached_map import CachedMap
+from shardprep.read.shard_map import WantedShards
+from shardprep.read.store_map import StoreMap
 from shardprep.storage import remote
 from shardprep.storage.remote import Remote
 from tests.conftest import stored_bytes
@@ -75,25 +76,25 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 
 @pytest.fixture
-def mapped(store: Store, tmp_path: Path) -> Callable[..., CachedMap]:
-    """`mapped(count, room)`: a map of so many files, in a cache that has room for `room`."""
+def mapped(store: Store, tmp_path: Path) -> Callable[..., StoreMap]:
+    """`mapped(count, room)`: a map of so many files, with a cache that has room for `room`."""
 
-    def make(count: int, room: float, **options: Any) -> CachedMap:
+    def make(count: int, room: float, **options: Any) -> StoreMap:
         cache = ShardCache(tmp_path / "cache", int(room * SIZE), **{"readers": 1, **options})
-        return CachedMap(Remote("memory://set", 2.0), store.shards(count), cache)
+        return StoreMap(Remote("memory://set", 2.0), store.shards(count), cache)
 
     return make
 
 
-def read(shards: CachedMap, *numbers: int) -> list[bytes]:
-    """What is mapped of some files while they are being read."""
+def read(shards: StoreMap, *numbers: int) -> list[bytes]:
+    """The mapped bytes of some files while they are being read."""
     with shards.reading(np.array(numbers)):
         begins = shards.begins.tolist()
         return [bytes(shards.bytes[begins[n] : begins[n] + SIZE]) for n in numbers]
 
 
-def there(shards: CachedMap) -> list[int]:
-    return np.flatnonzero(shards._mapped).tolist()
+def there(shards: StoreMap) -> list[int]:
+    return np.flatnonzero(shards._space.mapped).tolist()
 
 
 def eventually(true: Callable[[], object]) -> bool:
@@ -103,7 +104,7 @@ def eventually(true: Callable[[], object]) -> bool:
     return bool(true())
 
 
-def test_files_are_mapped_as_they_are_read(mapped: Callable[..., CachedMap], store: Store) -> None:
+def test_files_are_mapped_as_they_are_read(mapped: Callable[..., StoreMap], store: Store) -> None:
     shards = mapped(20, 20)
     assert read(shards, 3, 7, 3) == [content(3), content(7), content(3)]
     assert sorted(store.asked) == [3, 7]
@@ -113,36 +114,36 @@ def test_files_are_mapped_as_they_are_read(mapped: Callable[..., CachedMap], sto
     assert not shards.bytes[SIZE : int(shards.begins[1])].any()
 
 
-def test_a_window_brings_files_in_its_order_and_lets_go_of_those_it_leaves(
-    mapped: Callable[..., CachedMap], store: Store
+def test_wanted_files_come_in_order_and_leave_when_wanted_no_longer(
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(20, 10)
-    window = shards.window()
-    window.want([5, 2], [9, 1])
+    wanted = WantedShards(shards)
+    wanted.want([5, 2], [9, 1])
     assert eventually(lambda: there(shards) == [1, 2, 5, 9])
     assert set(store.asked[:2]) <= {5, 2, 9, 1}
-    window.want([1, 3])
+    wanted.want([1, 3])
     assert eventually(lambda: there(shards) == [1, 3])
     assert sorted(store.asked) == [1, 2, 3, 5, 9]
-    window.close()
+    wanted.close()
     assert there(shards) == []
 
 
-def test_of_what_may_wait_a_window_wants_as_much_as_there_is_room_for(
-    mapped: Callable[..., CachedMap], store: Store
+def test_a_reader_wants_as_many_of_the_later_files_as_there_is_room_for(
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(30, 8)
-    shards.window().want([0, 1], range(2, 30))
-    window = shards.window()
-    window.want([0, 1], range(2, 30))
+    WantedShards(shards).want([0, 1], range(2, 30))
+    wanted = WantedShards(shards)
+    wanted.want([0, 1], range(2, 30))
     # Three quarters of what a process may use.
     assert eventually(lambda: there(shards) == [0, 1, 2, 3, 4, 5])
     time.sleep(0.05)
     assert len(there(shards)) == 6
 
 
-def test_what_is_wanted_while_its_order_is_being_dropped_comes(
-    mapped: Callable[..., CachedMap],
+def test_a_file_comes_that_is_wanted_while_an_older_order_of_it_is_dropped(
+    mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(10, 10)
     looked = threading.Event()
@@ -155,19 +156,20 @@ def test_what_is_wanted_while_its_order_is_being_dropped_comes(
                 time.sleep(0.2)
             return value
 
-    # An order of a window that is gone: it finds that nobody wants the file, as a window comes to.
+    # The order of a reader that is gone finds that nobody wants the file, while another reader
+    # begins to want it.
     shards._wanted, shards._coming[3] = Slow(), Future()
-    dropping = threading.Thread(target=shards._arrive, args=(3, True))
+    dropping = threading.Thread(target=shards._fetch_ahead, args=(3, True))
     dropping.start()
     assert looked.wait(10)
-    window = shards.window()
-    window.want([3])
+    wanted = WantedShards(shards)
+    wanted.want([3])
     dropping.join()
     assert eventually(lambda: there(shards) == [3])
 
 
-def test_what_is_wanted_after_it_came_and_left_comes_again(
-    mapped: Callable[..., CachedMap], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_came_and_left_comes_again_when_it_is_wanted(
+    mapped: Callable[..., StoreMap], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = mapped(10, 10)
     trim, other_wants = shards._trim, threading.Event()
@@ -177,10 +179,10 @@ def test_what_is_wanted_after_it_came_and_left_comes_again(
         trim(most, keep)
 
     monkeypatch.setattr(shards, "_trim", late)
-    one, other = shards.window(), shards.window()
+    one, other = WantedShards(shards), WantedShards(shards)
     one.want([3])
     assert eventually(lambda: there(shards) == [3])
-    # Its order is not at its end yet.
+    # The thread that fetched it has not ended yet.
     one.close()
     assert there(shards) == []
     other.want([3])
@@ -188,11 +190,11 @@ def test_what_is_wanted_after_it_came_and_left_comes_again(
     assert eventually(lambda: there(shards) == [3])
 
 
-def test_what_two_windows_want_stays_until_both_have_left_it(
-    mapped: Callable[..., CachedMap],
+def test_a_file_that_two_readers_want_stays_until_neither_wants_it(
+    mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(10, 10)
-    one, other = shards.window(), shards.window()
+    one, other = WantedShards(shards), WantedShards(shards)
     one.want([1, 2])
     other.want([2, 3])
     assert eventually(lambda: there(shards) == [1, 2, 3])
@@ -202,32 +204,32 @@ def test_what_two_windows_want_stays_until_both_have_left_it(
     assert there(shards) == []
 
 
-def test_a_window_that_is_forgotten_wants_nothing(mapped: Callable[..., CachedMap]) -> None:
+def test_a_reader_that_is_dropped_wants_nothing(mapped: Callable[..., StoreMap]) -> None:
     shards = mapped(10, 10)
-    window = shards.window()
-    window.want([1, 2])
+    wanted = WantedShards(shards)
+    wanted.want([1, 2])
     assert eventually(lambda: there(shards) == [1, 2])
-    del window
+    del wanted
     gc.collect()
     assert there(shards) == []
 
 
-def test_what_is_being_read_stays_when_its_window_leaves_it(
-    mapped: Callable[..., CachedMap],
+def test_a_file_that_is_being_read_stays_when_it_is_wanted_no_longer(
+    mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(10, 10)
-    window = shards.window()
-    window.want([1, 2])
+    wanted = WantedShards(shards)
+    wanted.want([1, 2])
     with shards.reading(np.array([1])):
         assert eventually(lambda: there(shards) == [1, 2])
-        window.close()
+        wanted.close()
         # Each file by itself: other reads keep nothing but what they read.
         assert there(shards) == [1]
         assert bytes(shards.bytes[shards.begins[1] :][:SIZE]) == content(1)
     assert there(shards) == []
 
 
-def test_few_files_stay_mapped_that_nobody_wants(mapped: Callable[..., CachedMap]) -> None:
+def test_only_few_files_stay_mapped_that_nobody_wants(mapped: Callable[..., StoreMap]) -> None:
     shards = mapped(30, 20)
     for number in range(30):
         assert read(shards, number) == [content(number)]
@@ -235,23 +237,23 @@ def test_few_files_stay_mapped_that_nobody_wants(mapped: Callable[..., CachedMap
     assert there(shards) == [25, 26, 27, 28, 29]
 
 
-def test_what_nobody_wants_is_given_up_when_room_is_short(
-    mapped: Callable[..., CachedMap], store: Store
+def test_files_that_nobody_wants_are_given_up_when_room_is_short(
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(10, 5)
     assert read(shards, 0, 1, 2, 3, 4) == [content(n) for n in range(5)]
-    other = CachedMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
     assert read(other, 5, 6, 7, 8, 9) == [content(n) for n in range(5, 10)]
 
 
-def test_a_reader_takes_the_room_of_another_ones_window_rather_than_wait(
-    mapped: Callable[..., CachedMap],
+def test_a_reader_takes_the_room_of_wanted_files_rather_than_wait(
+    mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(20, 8)
-    ahead = shards.window()
+    ahead = WantedShards(shards)
     ahead.want([0, 1], range(2, 6))
     assert eventually(lambda: len(there(shards)) == 6)
-    other = CachedMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
     began = time.monotonic()
     assert read(other, 10, 11, 12, 13, 14) == [content(n) for n in range(10, 15)]
     assert time.monotonic() - began < 5
@@ -260,7 +262,7 @@ def test_a_reader_takes_the_room_of_another_ones_window_rather_than_wait(
 
 
 def test_more_than_the_cache_keeps_cannot_be_read_at_once(
-    mapped: Callable[..., CachedMap], store: Store
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(10, 4)
     with pytest.raises(StorageError, match=r"25000 bytes .*at once.*20000.*SHARDPREP_CACHE_GB"):
@@ -269,9 +271,11 @@ def test_more_than_the_cache_keeps_cannot_be_read_at_once(
     assert read(shards, 0, 1, 2, 3) == [content(n) for n in range(4)]
 
 
-def test_what_others_hold_for_good_is_an_error_in_the_end(mapped: Callable[..., CachedMap]) -> None:
+def test_files_that_others_never_give_back_are_an_error_in_the_end(
+    mapped: Callable[..., StoreMap],
+) -> None:
     shards = mapped(10, 4, patience=0.3)
-    other = CachedMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
     with other.reading(np.array([0, 1, 2])):
         with pytest.raises(StorageError, match="there was no room"):
             read(shards, 5, 6)
@@ -280,7 +284,7 @@ def test_what_others_hold_for_good_is_an_error_in_the_end(mapped: Callable[..., 
 
 
 def test_values_are_right_whatever_comes_and_goes_meanwhile(
-    mapped: Callable[..., CachedMap], tmp_path: Path
+    mapped: Callable[..., StoreMap], tmp_path: Path
 ) -> None:
     shards = mapped(16, 9)
     expected = [content(n) for n in range(16)]
@@ -301,12 +305,12 @@ def test_values_are_right_whatever_comes_and_goes_meanwhile(
         draw = random.Random(seed)
         try:
             while time.monotonic() < end:
-                window = shards.window()
+                wanted = WantedShards(shards)
                 for _ in range(draw.randrange(4)):
-                    window.want(draw.sample(range(16), 2), draw.sample(range(16), 4))
+                    wanted.want(draw.sample(range(16), 2), draw.sample(range(16), 4))
                     time.sleep(0.001)
                 if draw.random() < 0.5:
-                    window.close()
+                    wanted.close()
         except BaseException as error:
             wrong.append(error)
 
@@ -330,8 +334,8 @@ def test_values_are_right_whatever_comes_and_goes_meanwhile(
     assert shards._leaving == set()
 
 
-def test_errors_of_what_is_fetched_ahead_reach_the_reader(
-    mapped: Callable[..., CachedMap], store: Store
+def test_errors_of_fetching_ahead_reach_the_reader(
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(10, 10)
     asked = threading.Event()
@@ -342,51 +346,51 @@ def test_errors_of_what_is_fetched_ahead_reach_the_reader(
             raise PermissionError("not yours")
 
     store.before = before
-    window = shards.window()
-    window.want([3, 4])
+    wanted = WantedShards(shards)
+    wanted.want([3, 4])
     threading.Timer(0.1, asked.set).start()
     with pytest.raises(StorageError, match="not yours"):
         read(shards, 3)
     assert read(shards, 4) == [content(4)]
-    # Nothing is remembered of it.
+    # The error is not remembered.
     store.before = lambda number: None
     assert read(shards, 3) == [content(3)]
 
 
 def test_a_missing_file_is_an_error_when_it_is_read_and_not_before(
-    mapped: Callable[..., CachedMap], store: Store
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(10, 10)
     store.files.rm("/set/train-000003.tar")
     shards.check_sizes()
     shards.map_all()
-    window = shards.window()
-    window.want([3, 4])
+    wanted = WantedShards(shards)
+    wanted.want([3, 4])
     assert eventually(lambda: there(shards) == [4] and not shards._coming)
     with pytest.raises(CorruptShardError, match=r"memory://set/train-000003.tar: is missing"):
         read(shards, 3)
 
 
-def test_what_is_needed_does_not_stand_in_line_behind_what_may_wait(
-    mapped: Callable[..., CachedMap], store: Store
+def test_a_file_that_is_needed_now_does_not_wait_behind_later_ones(
+    mapped: Callable[..., StoreMap], store: Store
 ) -> None:
     shards = mapped(40, 60)
     free = threading.Event()
     store.before = lambda number: None if number == 39 else [free.wait(20), None][1]
-    window = shards.window()
-    window.want(range(30))
+    wanted = WantedShards(shards)
+    wanted.want(range(30))
     assert eventually(lambda: len(store.asked) == 8)
     began = time.monotonic()
     assert read(shards, 39) == [content(39)]
     assert time.monotonic() - began < 5
-    # One that waits for its turn, too, is fetched by who needs it.
-    window.want(range(8, 40))
+    # A file whose order has not begun is fetched by the thread that needs it.
+    wanted.want(range(8, 40))
     store.before = lambda number: None if number == 20 else [free.wait(20), None][1]
     assert read(shards, 20) == [content(20)]
     free.set()
 
 
-def test_time_spent_waiting_is_counted(mapped: Callable[..., CachedMap], store: Store) -> None:
+def test_time_spent_waiting_is_counted(mapped: Callable[..., StoreMap], store: Store) -> None:
     shards = mapped(10, 10)
     store.before = lambda number: time.sleep(0.1)
     read(shards, 1)
@@ -397,26 +401,26 @@ def test_time_spent_waiting_is_counted(mapped: Callable[..., CachedMap], store: 
 
 
 def test_mapped_files_take_no_descriptors_and_none_are_lost(
-    mapped: Callable[..., CachedMap],
+    mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(100, 100)
-    window = shards.window()
+    wanted = WantedShards(shards)
     read(shards, 0)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    window.want(range(70))
+    wanted.want(range(70))
     assert eventually(lambda: len(there(shards)) == 70)
     assert eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft > before
-    for turn in range(5):
-        window.want(range(10 * turn, 10 * turn + 20))
-        read(shards, 90 + turn)
+    for number in range(5):
+        wanted.want(range(10 * number, 10 * number + 20))
+        read(shards, 90 + number)
     assert eventually(lambda: not shards._coming)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_mapped_files_stay_in_the_cache_and_others_do_not(
-    mapped: Callable[..., CachedMap], tmp_path: Path
+    mapped: Callable[..., StoreMap], tmp_path: Path
 ) -> None:
     shards = mapped(10, 4)
     names = [info.sha256 for info in shards._infos]
@@ -434,12 +438,13 @@ def test_mapped_files_stay_in_the_cache_and_others_do_not(
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"lock", *names[2:6]}
 
 
-# Reads in a process that was forked while files came, and then makes room for others.
+# Reads in a process that was forked while files came, and then gives them back.
 FORKS = """
 import hashlib, os, random, signal, sys, time
 import fsspec, numpy as np
 from shardprep.cache.shard_cache import ShardCache
-from shardprep.read.cached_map import CachedMap
+from shardprep.read.shard_map import WantedShards
+from shardprep.read.store_map import StoreMap
 from shardprep.format.manifest import ShardInfo
 from shardprep.storage.remote import Remote
 
@@ -459,15 +464,15 @@ def slow(self, path, *arguments, **options):
 
 type(files).cat_file = slow
 cache = ShardCache(sys.argv[1], 4 * 5000, readers=1, patience=5)
-shards = CachedMap(Remote("memory://set"), infos, cache)
+shards = StoreMap(Remote("memory://set"), infos, cache)
 
 def right(number):
     with shards.reading(np.array([number])):
         begin = int(shards.begins[number])
         return bytes(shards.bytes[begin:begin + 5000]) == random.Random(number).randbytes(5000)
 
-window = shards.window()
-window.want([4, 5])
+wanted = WantedShards(shards)
+wanted.want([4, 5])
 assert right(4)
 down, up = os.pipe()
 child = os.fork()
@@ -475,13 +480,13 @@ if not child:
     signal.alarm(20)
     good = right(4) and right(5) and right(6)
     shards.give_back(urgent=False)
-    window.close()
+    wanted.close()
     os.write(up, b"y" if good else b"n")
     time.sleep(60)
 print(os.read(down, 1))
-window.close()
+wanted.close()
 shards.give_back(urgent=False)
-# The child lives, and keeps no room that its parent has given up.
+# The child is alive, and holds no room that its parent has given back.
 with shards.reading(np.array([8, 9, 10, 11])):
     print(right(8))
 os.kill(child, 9)

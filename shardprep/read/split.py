@@ -1,0 +1,268 @@
+"""One split of a shard set: whole utterances, and whole batches of segments.
+
+The index says where every mel matrix lies, so nothing here parses a tar or a JSON file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shardprep.errors import CRC_FAULT, REBUILD, REPAIR, CorruptShardError
+from shardprep.format import codecs
+from shardprep.format.index import load_columns
+from shardprep.format.manifest import Manifest
+from shardprep.read.files import Files
+from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
+from shardprep.read.shard_map import WantedShards
+from shardprep.read.sidecars import load_index
+from shardprep.storage.remote import Location, Remote
+
+
+class Split:
+    """One split of a shard set, in the order of its index.
+
+    Attributes:
+        name: "train", "val" or "test".
+        n_mels: Mel bins F.
+        dtype: Element type of what is read.
+        fingerprint: Fingerprint of the set.
+        labels: Speaker numbers (N,) int32; -1 where unknown.
+        frames: Lengths in mel frames (N,) int64.
+    """
+
+    def __init__(self, files: Files, name: str, manifest: Manifest) -> None:
+        self.name = name
+        self.n_mels = manifest.n_mels
+        self.dtype = manifest.numpy_dtype
+        self.fingerprint = manifest.fingerprint
+        self._codec = manifest.codec
+        self._manifest = manifest
+        self._files = files
+        self._info = manifest.splits[name]
+        self._rows = load_index(files, self._info)
+        self._map = files.map_shards(self._info.shards, manifest)
+        try:
+            columns = load_columns(self._rows, self._info, manifest, self._map.begins)
+        except ValueError as error:
+            raise CorruptShardError(
+                f"the {error} in the index does not fit the manifest",
+                file=files.place / self._info.index.file,
+                remedy=self._remedy,
+            ) from None
+        self.labels, self.frames = columns.labels, columns.frames
+        self._begin = columns.begin
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __reduce__(self) -> Any:
+        # Another process opens the files itself; pickled, they would travel byte by byte.
+        return type(self), (self._files, self.name, self._manifest)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
+
+    @property
+    def locations(self) -> NDArray[Any]:
+        """The index rows (N,): shard, offset, nbytes, frames, label, crc32, key; see FORMAT.md."""
+        return self._rows
+
+    @functools.cached_property
+    def keys(self) -> NDArray[np.str_]:
+        """Keys of the utterances (N,), strings."""
+        return np.char.decode(self._rows["key"], "utf-8")
+
+    def read(self, index: int) -> NDArray[Any]:
+        """One whole utterance, its crc32 checked.
+
+        Args:
+            index: Position in the split.
+
+        Returns:
+            Matrix (frames, F) of the stored dtype; a copy.
+
+        Raises:
+            IndexError: There is no such position.
+            CorruptShardError: The stored bytes are damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of a split of {len(self)}")
+        row = self._rows[index]
+        begin = int(self._begin[index])
+        with self._map.reading(np.array([row["shard"]], np.int64)):
+            payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
+            if zlib.crc32(payload) == row["crc32"]:
+                return self._decode(index, payload)
+        # What was damaged in a cache is looked at again when it has come anew.
+        if not self._map.renew(int(row["shard"])):
+            raise self.damaged(index)
+        return self.read(index)
+
+    def _decode(self, index: int, payload: memoryview) -> NDArray[Any]:
+        size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
+        try:
+            mel = codecs.decode(payload, self._codec, size)
+        except ValueError as error:
+            raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
+        if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
+            raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
+        return mel
+
+    def segments(
+        self,
+        indices: ArrayLike,
+        starts: ArrayLike,
+        length: int,
+        pad_value: float = -20.0,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        """A batch of segments, straight from the memory maps; no crc32 is checked (see `intact`).
+
+        Args:
+            indices: Positions in the split (B,).
+            starts: First frame of each segment (B,), within its utterance.
+            length: Frames T a segment.
+            pad_value: Fills a segment behind the end of its utterance.
+            out: Buffer (B, T, F) of the stored dtype to fill; a new one by default.
+
+        Returns:
+            Matrices (B, T, F) of the stored dtype.
+
+        Raises:
+            IndexError: An index or a start is out of range.
+            CorruptShardError: A compressed chunk is damaged.
+        """
+        index = np.asarray(indices, np.int64)
+        start = np.asarray(starts, np.int64)
+        if length < 1 or index.ndim != 1 or index.shape != start.shape:
+            raise ValueError("segments needs indices (B,), starts (B,) and a positive length")
+        self._check_range(index)
+        if ((start < 0) | (start >= self.frames[index])).any():
+            raise IndexError("a segment starts outside its utterance")
+        shape = (len(index), length, self.n_mels)
+        if out is None:
+            out = np.empty(shape, self.dtype)
+        elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out must be a contiguous array {shape} of {self.dtype}")
+        frames = self.frames[index]
+        begin = self._begin[index]
+        end = begin + self._rows["nbytes"][index]
+        valid = np.minimum(frames - start, length)
+        try:
+            with self._map.reading(self._rows["shard"][index]):
+                self._gather(begin, end, frames, start, valid, pad_value, out)
+        except DamagedChunk as error:
+            what = f"a chunk cannot be inflated ({error})"
+            raise self.damaged(int(index[error.row]), what) from None
+        return out
+
+    def intact(self, indices: ArrayLike) -> NDArray[np.bool_]:
+        """Whether the stored bytes of utterances match their crc32.
+
+        Args:
+            indices: Positions in the split (B,).
+
+        Returns:
+            True for each that is whole (B,).
+
+        Raises:
+            IndexError: There is no such position.
+            CorruptShardError: A shard cannot be read at all.
+        """
+        index = np.asarray(indices, np.int64)
+        self._check_range(index)
+        begin = self._begin[index]
+        end, memory = begin + self._rows["nbytes"][index], self._map.bytes.data
+        spans = zip(begin.tolist(), end.tolist(), strict=True)
+        shards = self._rows["shard"][index]
+        with self._map.reading(shards):
+            found = [zlib.crc32(memory[a:b]) for a, b in spans]
+        whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
+        # As in `read`.
+        for shard in np.unique(shards[~whole]).tolist():
+            if self._map.renew(shard):
+                own = shards == shard
+                whole[own] = self.intact(index[own])
+        return whole
+
+    def map_all(self) -> None:
+        """Map every shard now, so that later reads are of what is there now, come what may.
+
+        Those of a set behind a URL are fetched when they are needed all the same.
+
+        Raises:
+            CorruptShardError: A shard is missing, has another size than the manifest says, or the
+                folder holds another set by now.
+        """
+        self._map.map_all()
+
+    def check_sizes(self) -> None:
+        """Make sure that every shard of a folder is there and as large as the manifest says.
+
+        Raises:
+            CorruptShardError: One is not.
+        """
+        self._map.check_sizes()
+
+    @functools.cached_property
+    def _gather(self) -> Gather:
+        if self._codec.chunk_frames is None:
+            return PlainGather(self._map, self.dtype)
+        return ZstdGather(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
+
+    def read_ahead(self, shard: int) -> None:
+        """Have the system read a whole shard into memory, in the background.
+
+        Raises:
+            CorruptShardError: The shard is missing, or has another size than the manifest says.
+        """
+        self._map.read_ahead(shard)
+
+    @property
+    def _remedy(self) -> str:
+        return REBUILD if isinstance(self.place, Remote) else REPAIR
+
+    @property
+    def place(self) -> Location:
+        """The folder of the set, or its URL."""
+        return self._files.place
+
+    def wanted_shards(self) -> WantedShards:
+        """What one reader says that it will read next; at first, nothing."""
+        return WantedShards(self._map)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of shards that one reader may want at a time; None for no limit."""
+        return self._map.room
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """Size of each shard (shards,), in the order of the index."""
+        return np.array([shard.bytes for shard in self._info.shards], np.int64)
+
+    @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Utterances of each shard, in the order of the index."""
+        return tuple(shard.samples for shard in self._info.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all matrices once inflated, in bytes."""
+        return self._info.frames * self.n_mels * self.dtype.itemsize
+
+    def _check_range(self, index: NDArray[np.int64]) -> None:
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"indices reach beyond a split of {len(self)}")
+
+    def damaged(self, index: int, what: str = CRC_FAULT) -> CorruptShardError:
+        """The error that says what is wrong with an utterance's stored bytes."""
+        row = self._rows[index]
+        path = self._files.place / self._info.shards[int(row["shard"])].file
+        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=self._remedy)
