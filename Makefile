@@ -6,7 +6,7 @@
 #                       write scripts/results/; DATA=folder for real data
 # make bench-train      measure training against the course's code, and ways to attend, and write
 #                       scripts/results/{train,attention}.json; DATA=folder of a data set,
-#                       ARGS='--batch 32 2048' and others of bench_train.py
+#                       ARGS='--batch 32 --batch 2048' and other options of scripts.bench_train
 # make bench-remote     measure shards behind a network, and what comes of its faults, with a real
 #                       S3 server on this machine, and write scripts/results/remote.json
 # make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from shardprep.cli import main
 
-# No test may depend on how busy the machine is.
-settings.register_profile("shardprep", deadline=None)
-settings.load_profile("shardprep")
-
 N_MELS = 40
 DatasetFactory = Callable[..., Path]
+
+# No test may depend on how busy the machine is.
+settings.register_profile("shardprep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shardprep")
 
 # A shell has what it runs in the background ignore Ctrl-C, and that is inherited: programs that
 # tests stop by it would go on.

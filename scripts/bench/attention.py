@@ -1,6 +1,6 @@
 """Ways to attend with relative positions, measured in one run: which is the fastest on this device.
 
-    python -m scripts.bench.attention [--precision no bf16] [--cpu] [--out attention.json]
+    python -m scripts.bench.attention [--precision no|bf16]... [--cpu] [--out attention.json]
 
 - products: scores by two products and a softmax, as the `conformer` package has them;
 - sdpa: `scaled_dot_product_attention` with the relative scores as its bias, a view of them by
@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from scripts.bench_train.arithmetic import DTYPES, wait_for, worthwhile_precisions
-from scripts.spread_options import SpreadCommand
 from shardprep.bench.machine import machine
 
 HEADS, HEAD_DIM = 8, 64
@@ -151,7 +150,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command(cls=SpreadCommand, context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.option(
     "--precision",
     multiple=True,

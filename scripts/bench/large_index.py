@@ -1,6 +1,6 @@
 """Opening, memory, a very large index, and data that are not in memory yet.
 
-    python -m scripts.bench.large_index shards/ [--utterances 5000000] [--only opening index]
+    python -m scripts.bench.large_index shards/ [--utterances 5000000] [--only PART]...
         [--out scripts/results/scale.json]
 
 - Import and opening: `import shardprep`, and from there to the first batch, each in a new process.
@@ -34,7 +34,6 @@ import msgspec
 import numpy as np
 
 import shardprep
-from scripts.spread_options import SpreadCommand
 from shardprep.bench.machine import machine
 from shardprep.format.manifest import MANIFEST_NAME, encode_manifest
 from shardprep.load.order import Indices
@@ -252,7 +251,7 @@ def shuffle_quality(samples: tuple[int, ...], batch: int = 256) -> list[dict[str
 PARTS = ("opening", "index", "shuffle", "checking", "cold")
 
 
-@click.command(cls=SpreadCommand)
+@click.command()
 @click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--utterances", default=5_000_000, show_default=True, help="Size of the large index.")
 @click.option("--rounds", default=3, show_default=True)

@@ -11,7 +11,7 @@ All loaders give batches of 256 random float16 segments of 128 frames, short utt
 - `shardprep.SegmentLoader` in one process, for shards of both codecs;
 - the limit: a gather of as many bytes at random positions of an array in memory.
 
-Without --dataset, one is synthesised by `make_synthetic.py`, with the lengths of a file or with
+Without --dataset, one is synthesised by `scripts.synthetic`, with the lengths of a file or with
 lengths drawn from a log-normal distribution fitted to the homework. Loaders take turns, round by
 round, each in a process of its own; the table shows medians over the rounds. A library that is not
 installed is skipped, one that fails is named with its error, and the rest goes on. Converting the

@@ -1,6 +1,8 @@
-"""The picture of a result file of `bench_loader.py`: bars on a logarithmic scale, fastest first.
+"""The picture of a result of `scripts.bench.loader`: bars on a logarithmic scale, fastest first.
 
-python -m scripts.bench.loader_plot scripts/results/loader.json scripts/results/loader.png
+    python -m scripts.bench.loader_plot scripts/results/loader.json scripts/results/loader.png
+
+It needs matplotlib (extra `[bench]`).
 """
 
 from __future__ import annotations

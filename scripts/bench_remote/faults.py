@@ -1,4 +1,4 @@
-"""What comes of faults between us and a store: the parts of `bench_remote.py` about loss."""
+"""What comes of faults between us and a store: the parts of `scripts.bench_remote` about loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sets that `bench_remote.py` reads, on the disk and in a store, and reading them."""
+"""The sets that `scripts.bench_remote` reads, on the disk and in a store, and reading them."""
 
 from __future__ import annotations
 

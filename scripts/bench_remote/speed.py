@@ -1,4 +1,4 @@
-"""How fast shards behind a network are read: the parts of `bench_remote.py` about speed."""
+"""How fast shards behind a network are read: the parts of `scripts.bench_remote` about speed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Segments a second of every way to train the boss model on the same data, measured in one run.
 
-    python -m scripts.bench_train [--dataset Dataset/] [--batch 32 256 2048] [--precision no bf16]
+    python -m scripts.bench_train [--dataset Dataset/] [--batch N]... [--precision no|bf16]...
         [--out scripts/results/train.json]
 
 - course, files: the course's loop, loader and .pt files, its model from the `conformer` package on
@@ -13,7 +13,7 @@ All train on as many segments of 128 frames and take turns, round by round, each
 own; a third of the steps warm up apart, and the table shows medians over the rounds. The share of
 the peak is the model's arithmetic (counted, not timed) over what a large matrix product reaches on
 the same device, with the same precision and threads, in the same run. On a machine with a GPU the
-same command measures that. Without --dataset one is synthesised by `make_synthetic.py`.
+same command measures that. Without --dataset one is synthesised by `scripts.synthetic`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ import shardprep
 from scripts.bench_train.arithmetic import COUNTED, DTYPES, worthwhile_precisions
 from scripts.bench_train.summary import ratios, summarise, table
 from scripts.bench_train.turns import FRAMES, MEASURED, WARM, Turn
-from scripts.spread_options import SpreadCommand
 from shardprep.bench.machine import machine, usable_cores
 
 WORKERS = (0, 2)
@@ -181,7 +180,7 @@ _NEW = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(cls=SpreadCommand, context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.option("--dataset", type=_FOLDER, help="Data to train on.")
 @click.option("--utterances", type=_COUNT, default=4000, help="Files to synthesise, if none.")
 @click.option(

@@ -1,4 +1,4 @@
-"""What the measurements of `bench_train.py` came to: medians, ratios, a table."""
+"""What the measurements of `scripts.bench_train` came to: medians, ratios, a table."""
 
 from __future__ import annotations
 

@@ -2,14 +2,13 @@
 
     python -m scripts.bench_train.turns SPEC
 
-SPEC is the JSON of a `Turn`; `bench_train.py` starts these. Axis legend: B batch, T frames,
+SPEC is the JSON of a `Turn`; `scripts.bench_train` starts these. Axis legend: B batch, T frames,
 F mel bins.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
@@ -241,16 +241,18 @@ def measure_whole(turn: Turn) -> dict[str, Any]:
 
 
 def count_flops(turn: Turn) -> float:
-    """Operations of training, per segment; see `train_arithmetic.COUNTED`."""
+    """Operations of training, per segment; see `arithmetic.COUNTED`."""
     model = course_boss(turn)
     return train_flops(model, torch.randn(2, FRAMES, model.prenet.in_features))
 
 
-def main() -> None:
-    """Measure what the argument says, and print it."""
-    turn = Turn(**json.loads(sys.argv[1]))
+@click.command()
+@click.argument("spec")
+def main(spec: str) -> None:
+    """Measure what SPEC says, the JSON of a `Turn`, and print the result."""
+    turn = Turn(**json.loads(spec))
     found = measure(turn)
-    print(json.dumps({"turn": asdict(turn), "found": found}))
+    click.echo(json.dumps({"turn": asdict(turn), "found": found}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train every rung of the course's ladder on one data set, and see whether each is above the last.
 
-    python -m scripts.ladder --data FOLDER [--segments 48000] [--seeds 0 1 2]
+    python -m scripts.ladder --data FOLDER [--segments 48000] [--rung NAME]... [--seed N]...
         [--width 144] [--jobs 2] [--override RECIPE.FIELD=VALUE] [--dry-run]
 
 FOLDER holds Dataset/ in the homework's layout and test_labels.csv, the truth about the test
@@ -41,7 +41,6 @@ import shardprep
 from scripts.ladder.jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
 from scripts.ladder.summary import RUNGS, Run, summarise, table
 from scripts.ladder.trials import write_trials
-from scripts.spread_options import SpreadCommand
 from shardprep.bench.machine import machine
 
 
@@ -112,7 +111,7 @@ def _check(rungs: Sequence[str], settings: Settings) -> None:
             )
     for rung in rungs:
         if rung != "course" and not (RECIPES / f"{rung}.yaml").exists():
-            raise click.UsageError(f"there is no recipe {rung}.yaml; name the rungs with --rungs")
+            raise click.UsageError(f"there is no recipe {rung}.yaml; name the rungs with --rung")
 
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -120,10 +119,10 @@ _NEW = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(cls=SpreadCommand, context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.option("--data", type=_FOLDER, required=True, help="Holds Dataset/ and test_labels.csv.")
-@click.option("--rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
-@click.option("--seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
+@click.option("--rung", "rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
 @click.option("--segments", type=_COUNT, default=48000, help="Training segments of a run.")
 @click.option("--width", type=_COUNT, help="Narrow course, strong and boss to this width.")
 @click.option("--override", "overrides", multiple=True, help="RECIPE.FIELD=VALUE, repeatable.")

@@ -1,7 +1,7 @@
 """Hold out recording situations of the training data, to choose a recipe by.
 
     python -m scripts.ladder.hold_out Dataset/ held-out/ [--situations 4]
-    python -m scripts.ladder --data held-out/ --rungs boss best --seeds 0
+    python -m scripts.ladder --data held-out/ --rung boss --rung best --seed 0
 
 A random validation split shares its rooms, channels and noises with what is trained on, so it says
 little about others, and nothing about what augmentation is for. Here the utterances of each speaker

@@ -1,6 +1,8 @@
-"""The picture of a result file of `ladder.py`: test and validation accuracy of every rung.
+"""The picture of a result file of `scripts.ladder`: test and validation accuracy of every rung.
 
-python -m scripts.ladder.plot scripts/results/ladder.json scripts/results/ladder.png
+    python -m scripts.ladder.plot scripts/results/ladder.json scripts/results/ladder.png
+
+It needs matplotlib (extra `[bench]`).
 """
 
 from __future__ import annotations

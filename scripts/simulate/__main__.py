@@ -6,7 +6,7 @@
     python -m scripts.simulate --measure                run real loaders, compare
     python -m scripts.simulate --markdown               the tables of docs/scaling.md
 
-The model is `scale_model`; docs/scaling.md says what it takes into account. `--measure` runs epochs
+The model is in `model.py`; docs/scaling.md says what it takes into account. `--measure` runs epochs
 of a real loader over S3 through a proxy that limits it, and sets the model's figures beside theirs.
 Two epochs are predicted: the first, from empty caches, and the tenth. What `--answer` and
 `--measure` find goes into --result, from which `--markdown` makes the page's tables.

@@ -4,7 +4,7 @@
 
 makes OUT/Dataset/{metadata,mapping,testdata}.json with one `uttr-<32 hex>.pt` an utterance, float32
 (T, 40) log-mels, and OUT/test_labels.csv with the truth about the test utterances. The voices are
-made by `synthetic_voice`: speech-like babble with no words in it, recorded from nobody. It is good
+made by `voice.py`: speech-like babble with no words in it, recorded from nobody. It is good
 for trying the tools and for measuring their speed; an accuracy reached on it says nothing about
 real speech.
 
@@ -17,179 +17,13 @@ codes: 0 written, 2 wrong usage (a non-empty OUT, a broken lengths file).
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import math
-import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import click
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from scripts.synthetic import voice
-
-N_MELS = 40
-N_FFT = 400
-F_MIN, F_MAX = 50.0, 8000.0
-FLOOR = 1e-9
-PEAK = 10.0 ** (-3.0 / 20.0)
-TRAIN_SESSIONS = 10
-TEST_SESSIONS = 3
-# Kinds of random stream: numbers keep speakers, sessions, utterances and the plan independent.
-_SPEAKER, _SESSION, _UTTERANCE, _PLAN = range(4)
-
-README = """\
-Synthetic data: this is not speech.
-
-Every file here was computed by scripts/synthetic from random numbers (seed {seed}).
-{speakers} invented voices (pitch, vocal tract, breath, habits) babble random syllables, through
-invented microphones, rooms and noise. There are no words in it, and no person was recorded.
-
-It has the layout and the kind of numbers of a real data set: Dataset/ holds {train} labelled and
-{test} test utterances as log-mels (T, 40), 10 ms a frame; test_labels.csv holds the truth about
-the test utterances, which come from recording sessions that occur nowhere in training.
-
-Use it to try and to time tools. An accuracy reached on it says nothing about real speech.
-"""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One file to be made: who speaks, in which recording session, for how many frames."""
-
-    number: int
-    speaker: int
-    session: int
-    frames: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The whole set, before anything is made."""
-
-    seed: int
-    speakers: int
-    train: tuple[Utterance, ...]
-    test: tuple[Utterance, ...]
-
-
-def plan_dataset(speakers: int, lengths: Iterable[int], test: int, seed: int) -> Plan:
-    """Say who speaks each utterance and in which session; a pure function of its arguments.
-
-    Args:
-        speakers: Number of speakers; they get equal shares of the utterances, to within one.
-        lengths: Frames of each utterance; the last `test` of them are test utterances.
-        test: Number of test utterances, at most as many as there are lengths.
-        seed: Seed of the whole set, also of the file names.
-
-    Returns:
-        The plan. Sessions below `TRAIN_SESSIONS` are for training only, those above for test only.
-    """
-    frames = list(lengths)
-    train = len(frames) - test
-    rng = np.random.default_rng([seed, _PLAN, 0])
-    speaker = np.arange(len(frames)) % speakers
-    speaker[train:] = rng.permutation(np.arange(test) % speakers)
-    session = rng.integers(0, TRAIN_SESSIONS, len(frames))
-    session[train:] = TRAIN_SESSIONS + rng.integers(0, TEST_SESSIONS, test)
-    utterances = tuple(
-        Utterance(i, int(speaker[i]), int(session[i]), frames[i], _file_name(seed, i))
-        for i in range(len(frames))
-    )
-    return Plan(seed, speakers, utterances[:train], utterances[train:])
-
-
-def draw_lengths(count: int, shortest: int, longest: int, seed: int) -> list[int]:
-    """Draw `count` lengths in frames, log-normal as in real sets, within [shortest, longest]."""
-    rng = np.random.default_rng([seed, _PLAN, 1])
-    middle = (math.log(shortest) + math.log(longest)) / 2.0
-    spread = (math.log(longest) - math.log(shortest)) / 4.0
-    drawn = np.exp(rng.normal(middle, spread, count))
-    return [int(n) for n in np.rint(drawn).clip(shortest, longest)]
-
-
-@lru_cache(maxsize=1)
-def mel_filterbank() -> Tensor:
-    """Triangles on the HTK mel scale, 2595 log10(1 + f / 700), of height 1: float32 (201, 40)."""
-    top, bottom = (2595.0 * math.log10(1.0 + f / 700.0) for f in (F_MAX, F_MIN))
-    mels = torch.linspace(bottom, top, N_MELS + 2, dtype=torch.float64)
-    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    freqs = torch.linspace(0.0, voice.SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
-    rising = (freqs[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - freqs[:, None]) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0.0).float()
-
-
-def log_mel(wave: Tensor) -> Tensor:
-    """Log-mels as the homework's data have them.
-
-    Args:
-        wave: float32 (N,) at 16 kHz, N > 200, of any level; it is scaled to a peak of -3 dB.
-
-    Returns:
-        float32 (N // 160 + 1, 40): natural log of the mel power, at least log(1e-9).
-    """
-    wave = wave * (PEAK / wave.abs().max())
-    window = torch.hann_window(N_FFT)
-    spectrum = torch.stft(wave, N_FFT, voice.HOP, N_FFT, window, center=True, return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()  # (201, T)
-    return (power.T @ mel_filterbank()).clamp(min=FLOOR).log()
-
-
-def render(utterance: Utterance, seed: int) -> Tensor:
-    """Make the log-mels of one utterance, float32 (frames, 40); a pure function."""
-    speaker = _draw_speaker(seed, utterance.speaker)
-    session = _draw_session(seed, utterance.speaker, utterance.session)
-    rng = np.random.default_rng([seed, _UTTERANCE, utterance.number])
-    mel = log_mel(voice.speak(speaker, session, utterance.frames, rng))
-    assert mel.shape == (utterance.frames, N_MELS)
-    return mel
-
-
-def write_dataset(out: Path, plan: Plan, workers: int) -> None:
-    """Make every utterance of the plan, then the files that make `out` a data set.
-
-    metadata.json comes last and by rename: a folder without it is an interrupted run.
-    """
-    folder = out / "Dataset"
-    folder.mkdir(parents=True)
-    everything = plan.train + plan.test
-    with _mapper(workers) as mapper:
-        done = mapper(partial(_make, folder, plan.seed), everything)
-        for _ in tqdm(done, total=len(everything), unit="utterance", mininterval=0.5):
-            pass
-    names = [f"id{n:05d}" for n in range(plan.speakers)]
-    table = io.StringIO(newline="")
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["Id", "Category"])
-    rows.writerows((u.name, names[u.speaker]) for u in plan.test)
-    (out / "test_labels.csv").write_text(table.getvalue())
-    counts = {"train": len(plan.train), "test": len(plan.test)}
-    readme = README.format(seed=plan.seed, speakers=plan.speakers, **counts)
-    (out / "README.txt").write_text(readme)
-    _write_json(folder / "testdata.json", {"n_mels": N_MELS, "utterances": _entries(plan.test)})
-    mapping = {
-        "speaker2id": {name: n for n, name in enumerate(names)},
-        "id2speaker": {str(n): name for n, name in enumerate(names)},
-    }
-    _write_json(folder / "mapping.json", mapping)
-    spoken: dict[str, list[Utterance]] = {name: [] for name in names}
-    for utterance in plan.train:
-        spoken[names[utterance.speaker]].append(utterance)
-    speakers = {name: _entries(utterances) for name, utterances in spoken.items()}
-    _write_json(folder / "metadata.json", {"n_mels": N_MELS, "speakers": speakers})
+from scripts.synthetic.dataset import draw_lengths, plan_dataset, write_dataset
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -209,51 +43,6 @@ def read_lengths(path: Path) -> list[int]:
             )
         lengths.append(int(line))
     return lengths
-
-
-@lru_cache(maxsize=1024)
-def _draw_speaker(seed: int, speaker: int) -> voice.Speaker:
-    return voice.draw_speaker(np.random.default_rng([seed, _SPEAKER, speaker]))
-
-
-@lru_cache(maxsize=8192)
-def _draw_session(seed: int, speaker: int, session: int) -> voice.Session:
-    return voice.draw_session(np.random.default_rng([seed, _SESSION, speaker, session]))
-
-
-def _file_name(seed: int, number: int) -> str:
-    return f"uttr-{hashlib.md5(f'{seed}/{number}'.encode(), usedforsecurity=False).hexdigest()}.pt"
-
-
-def _entries(utterances: Iterable[Utterance]) -> list[dict[str, object]]:
-    return [{"feature_path": u.name, "mel_len": u.frames} for u in utterances]
-
-
-def _write_json(path: Path, value: object) -> None:
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial_path, path)
-
-
-def _make(folder: Path, seed: int, utterance: Utterance) -> None:
-    torch.save(render(utterance, seed), folder / utterance.name)
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[partial[Iterator[None]]]:
-    """A `map` over processes, or over this one; one torch thread in each for equal sums."""
-    if workers > 1:
-        # Forking a process in which torch has started threads can hang the child.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            yield partial(pool.map, chunksize=16)
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield partial(map)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _choose_lengths(

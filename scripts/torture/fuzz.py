@@ -9,7 +9,6 @@ go to the folder `--found`; once mended they move to tests/fuzz/found/, for `mak
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -23,11 +22,12 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 N_MELS, FRAMES = 3, (70, 5, 33)
@@ -323,61 +323,55 @@ def _memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def fuzz_all(names: list[str], seconds: float, found: Path) -> dict[str, Any]:
+def fuzz_all(names: Sequence[str], seconds: float, found: Path) -> dict[str, Any]:
     """Fuzz targets one after the other, each in a process; runs and findings of each."""
     results: dict[str, Any] = {}
     for name in names:
         place = (found / name).absolute()
         place.mkdir(parents=True, exist_ok=True)
         runs, left, ended = 0, seconds, time.monotonic() + seconds
-        # A finding that ends the process (a signal, want of memory) does not end the search.
+        # A finding may end the process (a signal, no memory left); the search then starts again.
         while left > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "scripts.torture.fuzz",
-                "--one",
-                name,
-                "--seconds",
-                str(left),
-            ]
-            done = subprocess.run(
-                [*command, "--found", str(place)], capture_output=True, text=True, check=False
-            )
+            command = [sys.executable, "-m", "scripts.torture.fuzz", "--one", name]
+            command += ["--seconds", str(left), "--found", str(place)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             said = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
             if said is None:
                 raise SystemExit(f"{name} did not start:\n{done.stderr[-3000:]}")
             runs, left = runs + int(said[1]), ended - time.monotonic()
         crashes = sorted(path.name for path in place.iterdir() if path.suffix != ".txt")
         results[name] = {"runs": runs, "crashes": crashes}
-        print(f"{name}: {runs} runs, {len(crashes)} findings", file=sys.stderr)
+        click.echo(f"{name}: {runs} runs, {len(crashes)} findings", err=True)
     return results
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600.0, help="for each target")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="all by default")
-    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder of findings")
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
-    parser.add_argument("--one", choices=TARGETS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        fuzz_one(arguments.one, arguments.seconds, arguments.found)
+@click.command(context_settings={"show_default": True})
+@click.option("--seconds", default=600.0, help="For each target.")
+@click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="[all]")
+@click.option(
+    "--found", type=click.Path(path_type=Path), default="fuzz-found", help="For findings."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
+@click.option("--one", type=click.Choice(list(TARGETS)), hidden=True)
+def main(
+    seconds: float, targets: tuple[str, ...], found: Path, out: Path | None, one: str | None
+) -> None:
+    """Fuzz the readers of foreign files, one after the other."""
+    if one:
+        fuzz_one(one, seconds, found)
         return
-    results = fuzz_all(arguments.target or list(TARGETS), arguments.seconds, arguments.found)
+    results = fuzz_all(targets or tuple(TARGETS), seconds, found)
     summary = {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "seconds": arguments.seconds,
+        "seconds": seconds,
         "targets": results,
     }
     text = json.dumps(summary, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    click.echo(text)
+    if out is not None:
+        out.write_text(text + "\n")
     sys.exit(any(result["crashes"] for result in results.values()))
 
 

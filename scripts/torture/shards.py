@@ -1,8 +1,8 @@
 """Injure shard sets and builds in every way, and count what is noticed and what is lost.
 
-    python -m scripts.torture.shards [--dataset Dataset/] [--only flips kills] [--out FILE.json]
+    python -m scripts.torture.shards [--dataset Dataset/] [--only PART]... [--out FILE.json]
 
-Without --dataset it synthesises a small one (`make_synthetic.py`). Each part is done in full:
+Without --dataset it synthesises a small one (`scripts.synthetic`). Each part is done in full:
 
 - flips: random single bits of all files of a set, one at a time, are to be found by
   `verify` (sha256) and by `verify --deep`;
@@ -41,7 +41,6 @@ import click
 import msgspec
 from tqdm import tqdm
 
-from scripts.spread_options import SpreadCommand
 from scripts.torture.injuries import group, refusing
 from shardprep import (
     BuildError,
@@ -317,7 +316,7 @@ def bar(items: Any, label: str) -> Any:
     return tqdm(items, desc=label, disable=None)
 
 
-@click.command(cls=SpreadCommand, help=__doc__)
+@click.command(help=__doc__)
 @click.option("--dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice(list(PARTS)), default=tuple(PARTS))
 @click.option("--flips", type=click.IntRange(1), default=2000, show_default=True)

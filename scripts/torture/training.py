@@ -8,7 +8,7 @@ process of two, whose group `torchrun --max-restarts` starts anew by itself; the
 from --seed, so that some fall into the writing of a checkpoint. At its end the run must have, to
 the bit, the curve of losses and the weights of the undisturbed one.
 
-Without --data a small set is synthesised by `make_synthetic.py`. The result file (JSON) says what
+Without --data a small set is synthesised by `scripts.synthetic`. The result file (JSON) says what
 was asked, how many rounds were equal, and of each round when and what was killed. Exit codes: 0
 all rounds equal, 1 some differ or did not end, 2 usage.
 """

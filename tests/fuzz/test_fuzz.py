@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from scripts.torture import fuzz
 
 ROOT = Path(__file__).parents[2]
 FOUND = sorted(path for path in (Path(__file__).parent / "found").glob("*/*"))
@@ -23,12 +21,7 @@ EXAMPLES = {"tar": 100}
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> ModuleType:
-    return importlib.import_module("scripts.torture.fuzz")
-
-
-@pytest.fixture(scope="module")
-def targets(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fuzz")
     return {name: make(folder / name) for name, make in fuzz.TARGETS.items()}
 
@@ -60,6 +53,8 @@ def test_every_target_is_tried_here(targets: dict[str, Any]) -> None:
     assert tuple(targets) == TARGETS
 
 
+# numpy warns of a header that only looks like one of Python 2, and reads it.
+@pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required additional header")
 @pytest.mark.parametrize("name", TARGETS)
 def test_valid_files_and_mutations_of_them_never_crash(targets: dict[str, Any], name: str) -> None:
     target = targets[name]
@@ -68,11 +63,7 @@ def test_valid_files_and_mutations_of_them_never_crash(targets: dict[str, Any], 
         target(seed)
 
     @given(st.sampled_from(seeds), st.integers(0, 2**32), st.integers(1, 6))
-    @settings(
-        max_examples=EXAMPLES.get(name, 400),
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @settings(max_examples=EXAMPLES.get(name, 400))
     def attempt(seed: bytes, random_seed: int, changes: int) -> None:
         target(mutated(seed, random_seed, changes))
 
@@ -84,7 +75,7 @@ def test_what_was_found_once_is_refused(targets: dict[str, Any], path: Path) -> 
     targets[path.parent.name](path.read_bytes())
 
 
-def test_a_crash_is_noticed_kept_and_counted_once(fuzz: ModuleType, tmp_path: Path) -> None:
+def test_a_crash_is_noticed_kept_and_counted_once(tmp_path: Path) -> None:
     seen: set[str] = set()
     for data in (b"first", b"second"):
         try:
@@ -100,10 +91,3 @@ def test_results_are_those_of_all_targets() -> None:
     assert tuple(results["targets"]) == TARGETS
     assert all(target["runs"] > 1000 for target in results["targets"].values())
     assert all(target["crashes"] == [] for target in results["targets"].values())
-
-
-def test_script_says_what_it_needs() -> None:
-    command = [sys.executable, "-m", "scripts.torture.fuzz", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert "--seconds" in done.stdout

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import s3fs
 
+from scripts.servers import object_store as servers
 from shardprep.storage import remote
-
-servers = importlib.import_module("scripts.servers.object_store")
 
 
 def forget() -> None:

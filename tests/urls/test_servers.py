@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib
 import os
 import random
 import signal
@@ -20,8 +19,9 @@ import pytest
 import s3fs
 from botocore.exceptions import FlexibleChecksumError
 
+from scripts.servers import object_store as servers
+
 ROOT = Path(__file__).resolve().parents[2]
-servers = importlib.import_module("scripts.servers.object_store")
 
 pytestmark = pytest.mark.remote
 

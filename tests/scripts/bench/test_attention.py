@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-bench = importlib.import_module("scripts.bench.attention")
+from scripts.bench import attention as bench
 
 
 @pytest.fixture(autouse=True)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_build.py"
+from scripts.bench import build as bench
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_build", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ratios_are_those_of_the_medians(bench: ModuleType) -> None:
+def test_ratios_are_those_of_the_medians() -> None:
     results = {
         "tar cf": {"warm": [4.0, 2.0, 3.0], "bytes": 7_000_000_000},
         "other": {"warm": [9.0, 1.0, 4.5], "bytes": 3_500_000_000},
@@ -42,9 +32,7 @@ def test_ratios_are_those_of_the_medians(bench: ModuleType) -> None:
     ]
 
 
-def test_each_way_packs_every_utterance(
-    bench: ModuleType, make_dataset: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_each_way_packs_every_utterance(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
     root = make_dataset(speakers=2, utterances=3, test_utterances=2)
     keys = {path.stem for path in root.glob("uttr-*.pt")}
     ways = bench.commands(root, tmp_path / "out", "float16", [2])
@@ -67,9 +55,8 @@ def test_result_tells_seconds_and_bytes_and_nothing_is_left(
     root = make_dataset(speakers=2, utterances=3)
     before = sorted(root.parent.rglob("*"))
     options = ["--rounds", "2", "--no-cold", "--only", "cp -r", "--out", tmp_path / "build.json"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, root, *options], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "scripts.bench.build", root, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     result = json.loads((tmp_path / "build.json").read_text())
     (tmp_path / "build.json").unlink()
     assert sorted(root.parent.rglob("*")) == before
@@ -82,7 +69,7 @@ def test_result_tells_seconds_and_bytes_and_nothing_is_left(
     assert "| cp -r |" in done.stdout
 
 
-def test_command_that_fails_is_no_measurement(bench: ModuleType, tmp_path: Path) -> None:
+def test_command_that_fails_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="failed: .*nowhere"):
         bench.measure(["cp", "-r", str(tmp_path / "nowhere"), str(tmp_path)], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import json
 from collections.abc import Callable
@@ -16,14 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 import shardprep
+from scripts.bench import loader as bench_loader
+from scripts.bench import loader_plot as bench_plot
+from scripts.bench import peers
 from shardprep.bench.loaders import SegmentShape
 from shardprep.bench.measure import in_own_process
 from shardprep.bench.results import LoaderResult
-
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-bench_loader = importlib.import_module("scripts.bench.loader")
-bench_plot = importlib.import_module("scripts.bench.loader_plot")
-peers = importlib.import_module("scripts.bench.peers")
 
 # The peers' own warnings are no business of ours.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-remote_faults = importlib.import_module("scripts.bench_remote.faults")
+from scripts.bench_remote import faults as remote_faults
 
 
 @pytest.mark.remote

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,12 +14,9 @@ from accelerate.state import AcceleratorState, GradientState
 from click.testing import CliRunner
 from torch import nn
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-bench = importlib.import_module("scripts.bench_train.__main__")
-arithmetic = importlib.import_module("scripts.bench_train.arithmetic")
-summary = importlib.import_module("scripts.bench_train.summary")
-turns = importlib.import_module("scripts.bench_train.turns")
-models = importlib.import_module("scripts.bench_train.course_model")
+from scripts.bench_train import __main__ as bench
+from scripts.bench_train import arithmetic, summary, turns
+from scripts.bench_train import course_model as models
 
 
 def test_a_linear_layer_is_counted_by_hand() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -15,9 +14,8 @@ import torch
 from click.testing import CliRunner
 from conformer import ConformerBlock
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-course = importlib.import_module("scripts.bench_train.course_baseline")
-models = importlib.import_module("scripts.bench_train.course_model")
+from scripts.bench_train import course_baseline as course
+from scripts.bench_train import course_model as models
 
 SIZES = {"dim": 16, "heads": 2, "head_dim": 8}
 TINY = {"width": 16, "heads": 2, "head_dim": 8, "batch_size": 4, "device": "cpu"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import re
 from collections.abc import Callable
@@ -15,10 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from scripts.ladder import hold_out
 from shardprep.errors import SourceError
-
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-hold_out = importlib.import_module("scripts.ladder.hold_out")
 
 SITUATIONS = 3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import sys
@@ -17,12 +16,8 @@ import torch
 from click.testing import CliRunner
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-ladder = importlib.import_module("scripts.ladder.__main__")
-jobs = importlib.import_module("scripts.ladder.jobs")
-plot = importlib.import_module("scripts.ladder.plot")
-summary = importlib.import_module("scripts.ladder.summary")
-trials = importlib.import_module("scripts.ladder.trials")
+from scripts.ladder import __main__ as ladder
+from scripts.ladder import jobs, plot, summary, trials
 
 OURS = ("simple", "medium", "strong", "boss")
 
@@ -192,8 +187,8 @@ def data(make_dataset: Callable[..., Path]) -> Path:
 
 
 def test_a_dry_run_prints_commands_and_writes_nothing(data: Path, tmp_path: Path) -> None:
-    words = ("--data", data, "--work", tmp_path / "work", "--seeds", 0, 1, "--dry-run")
-    done = invoke(*words, "--rungs", "simple", "course")
+    words = ("--data", data, "--work", tmp_path / "work", "--seed", 0, "--seed", 1, "--dry-run")
+    done = invoke(*words, "--rung", "simple", "--rung", "course")
     assert done.exit_code == 0, done.output
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert lines[0][:2] == ["shardprep", "build"]
@@ -208,7 +203,7 @@ def test_a_cpu_that_is_slow_in_bf16_is_warned_of(
     data: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    words = ("--data", data, "--rungs", "simple", "--cpu", "--dry-run")
+    words = ("--data", data, "--rung", "simple", "--cpu", "--dry-run")
     assert "WARNING" not in invoke(*words).stderr
     assert ("WARNING: this CPU" in invoke(*words, "--precision", "bf16").stderr) == warned
 
@@ -219,13 +214,13 @@ def test_a_cpu_that_is_slow_in_bf16_is_warned_of(
         (("--width", 50), "multiple of 4 heads"),
         (("--override", "course.x=1"), "write RECIPE.FIELD=VALUE"),
         (("--override", "boss.model.dim"), "write RECIPE.FIELD=VALUE"),
-        (("--rungs", "boss", "--override", "boss.model.dim=100"), "model.ff_dim"),
+        (("--rung", "boss", "--override", "boss.model.dim=100"), "model.ff_dim"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(
     data: Path, words: tuple[object, ...], message: str
 ) -> None:
-    done = invoke("--data", data, "--dry-run", "--rungs", "simple", *words)
+    done = invoke("--data", data, "--dry-run", "--rung", "simple", *words)
     assert done.exit_code == 2
     assert message in done.output
 
@@ -265,8 +260,8 @@ def test_a_ladder_is_climbed_once_and_its_results_are_used_again(
     data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "ladder.json"
-    words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seeds", 0]
-    words += ["--rungs", "course", "simple", "--width", 16, "--validations", 1, "--cpu"]
+    words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seed", 0]
+    words += ["--rung", "course", "--rung", "simple", "--width", 16, "--validations", 1, "--cpu"]
     first = invoke(*words, "--out", out)
     assert first.exit_code == 0, first.output
     result = json.loads(out.read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -15,14 +14,14 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from scripts.simulate import __main__ as scale
+from scripts.simulate import job as jobs
+from scripts.simulate import measure, model
 from shardprep.load.order_windowed import WindowedOrder
 from shardprep.load.segments import plan_for_cache
 from shardprep.read import store_map
 
 ROOT = Path(__file__).resolve().parents[3]
-jobs = importlib.import_module("scripts.simulate.job")
-model = importlib.import_module("scripts.simulate.model")
-scale = importlib.import_module("scripts.simulate.__main__")
 
 # No constant but those that a test sets holds anything back.
 FREE = jobs.Calibration(0.0, 1e6, 1e6, 1e9)
@@ -274,7 +273,6 @@ def test_the_check_stands_beside_what_was_measured() -> None:
 
 @pytest.mark.remote
 def test_real_loaders_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = importlib.import_module("scripts.simulate.measure")
     monkeypatch.setattr(measure, "UTTERANCES", 640)
     environment = dict(os.environ)
     (found,) = measure.measure_all(2, ("small cache, 2 ranks",))

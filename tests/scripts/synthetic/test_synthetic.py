@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import cmath
 import csv
-import importlib
 import json
 import math
 import re
@@ -16,9 +15,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-make_synthetic = importlib.import_module("scripts.synthetic.__main__")
-synthetic_voice = importlib.import_module("scripts.synthetic.voice")
+from scripts.synthetic import dataset, voice
+from scripts.synthetic.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[3]
 
 N_MELS = 40
 FLOOR = math.log(1e-9)
@@ -39,7 +39,7 @@ def flags(options: dict[str, int]) -> list[str]:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(make_synthetic.main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,10 +67,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mels() -> dict[int, list[np.ndarray]]:
     """Ten utterances of each of eight speakers, by speaker."""
-    plan = make_synthetic.plan_dataset(8, [250] * 80, 0, 0)
+    plan = dataset.plan_dataset(8, [250] * 80, 0, 0)
     by_speaker = defaultdict(list)
     for utterance in plan.train:
-        by_speaker[utterance.speaker].append(make_synthetic.render(utterance, 0).numpy())
+        by_speaker[utterance.speaker].append(dataset.render(utterance, 0).numpy())
     return by_speaker
 
 
@@ -120,16 +120,16 @@ def test_readme_says_that_it_is_not_speech(small: Path) -> None:
 
 def test_bytes_do_not_depend_on_the_number_of_workers(small: Path, tmp_path: Path) -> None:
     # A process of its own, started as a user would, whose two workers import the script anew.
-    script, out = SCRIPTS / "make_synthetic.py", tmp_path / "out"
-    command = [sys.executable, str(script), str(out), "--workers", "2", *flags(SMALL)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "scripts.synthetic", str(out), "--workers", "2"]
+    subprocess.run([*command, *flags(SMALL)], cwd=ROOT, check=True, capture_output=True)
     assert contents(out) == contents(small)
 
 
 def test_another_seed_gives_other_names_and_other_mels() -> None:
-    ours, theirs = (make_synthetic.plan_dataset(2, [50] * 4, 0, seed) for seed in (0, 1))
+    ours, theirs = (dataset.plan_dataset(2, [50] * 4, 0, seed) for seed in (0, 1))
     assert not {u.name for u in ours.train} & {u.name for u in theirs.train}
-    first, second = (make_synthetic.render(p.train[0], p.seed) for p in (ours, theirs))
+    first, second = (dataset.render(p.train[0], p.seed) for p in (ours, theirs))
     assert not torch.equal(first, second)
 
 
@@ -195,8 +195,8 @@ def test_contradictions_are_usage_errors(tmp_path: Path, arguments: list[str], w
 def test_an_interrupted_run_has_no_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = make_synthetic.render
-    plan = make_synthetic.plan_dataset(2, [20] * 8, 2, 0)
+    real = dataset.render
+    plan = dataset.plan_dataset(2, [20] * 8, 2, 0)
 
     def fail_at_the_last(utterance: object, seed: int) -> torch.Tensor:
         if utterance == plan.test[-1]:
@@ -205,15 +205,15 @@ def test_an_interrupted_run_has_no_metadata(
         assert isinstance(mel, torch.Tensor)
         return mel
 
-    monkeypatch.setattr(make_synthetic, "render", fail_at_the_last)
+    monkeypatch.setattr(dataset, "render", fail_at_the_last)
     with pytest.raises(KeyboardInterrupt):
-        make_synthetic.write_dataset(tmp_path / "out", plan, workers=1)
+        dataset.write_dataset(tmp_path / "out", plan, workers=1)
     left = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {".pt"}
 
 
 def test_sessions_of_test_and_train_are_disjoint_and_shares_are_equal() -> None:
-    plan = make_synthetic.plan_dataset(7, [100] * 500, 150, 5)
+    plan = dataset.plan_dataset(7, [100] * 500, 150, 5)
     sessions = {s: {(u.speaker, u.session) for u in getattr(plan, s)} for s in ("train", "test")}
     assert not sessions["train"] & sessions["test"]
     for split, count in (("train", 350), ("test", 150)):
@@ -227,7 +227,7 @@ def test_sessions_of_test_and_train_are_disjoint_and_shares_are_equal() -> None:
 
 
 def test_drawn_lengths_keep_their_bounds_and_spread() -> None:
-    lengths = np.array(make_synthetic.draw_lengths(2000, 150, 600, 0))
+    lengths = np.array(dataset.draw_lengths(2000, 150, 600, 0))
     assert lengths.min() >= 150
     assert lengths.max() <= 600
     assert 280 < np.median(lengths) < 320
@@ -250,7 +250,7 @@ def test_filterbank_is_the_htk_formula() -> None:
                 expected[k, n] = (hertz - left) / (centre - left)
             elif centre < hertz < right:
                 expected[k, n] = (right - hertz) / (right - centre)
-    np.testing.assert_allclose(make_synthetic.mel_filterbank().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(dataset.mel_filterbank().numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("samples", [400, 479])
@@ -260,7 +260,7 @@ def test_log_mel_is_a_naive_transform_of_reflected_frames(samples: int) -> None:
     scaled = wave * 10.0 ** (-3.0 / 20.0) / np.abs(wave).max()
     frames = samples // 160 + 1
     window = [0.5 - 0.5 * math.cos(2.0 * math.pi * n / 400) for n in range(400)]
-    bank = make_synthetic.mel_filterbank().double().numpy()
+    bank = dataset.mel_filterbank().double().numpy()
     expected = np.zeros((frames, N_MELS))
     for t in range(frames):
         places = [abs(t * 160 + n - 200) for n in range(400)]
@@ -271,7 +271,7 @@ def test_log_mel_is_a_naive_transform_of_reflected_frames(samples: int) -> None:
             for k in range(201)
         ]
         expected[t] = np.log(np.maximum(np.array(power) @ bank, 1e-9))
-    got = make_synthetic.log_mel(torch.from_numpy(wave.astype(np.float32)))
+    got = dataset.log_mel(torch.from_numpy(wave.astype(np.float32)))
     assert got.shape == (frames, N_MELS)
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-3)
 
@@ -279,7 +279,7 @@ def test_log_mel_is_a_naive_transform_of_reflected_frames(samples: int) -> None:
 def test_silence_lies_on_the_floor() -> None:
     click = torch.zeros(16000)
     click[8000] = 0.5
-    mel = make_synthetic.log_mel(click)
+    mel = dataset.log_mel(click)
     assert mel[0].numpy() == pytest.approx(FLOOR)
 
 
@@ -301,7 +301,7 @@ def test_mels_have_the_range_and_the_smoothness_of_speech(
 
 
 def test_pitch_shows_as_harmonics() -> None:
-    pulses = synthetic_voice._pulses(np.full(100, 200.0), 16000).astype(np.float64)
+    pulses = voice._pulses(np.full(100, 200.0), 16000).astype(np.float64)
     spectrum = np.abs(np.fft.rfft(pulses)) ** 2
     assert np.square(pulses).mean() == pytest.approx(1.0, rel=0.02)
     # Bins are 1 Hz apart: all the power below 2 kHz sits on multiples of 200 Hz.
@@ -309,9 +309,9 @@ def test_pitch_shows_as_harmonics() -> None:
 
 
 def test_resonances_peak_at_the_formants() -> None:
-    speaker = synthetic_voice.draw_speaker(np.random.default_rng(0))
-    vowel = synthetic_voice._NAMES.index("i")
-    envelope = synthetic_voice._resonances(speaker, np.full(20, vowel))[10].numpy()
+    speaker = voice.draw_speaker(np.random.default_rng(0))
+    vowel = voice._NAMES.index("i")
+    envelope = voice._resonances(speaker, np.full(20, vowel))[10].numpy()
     peaks = np.flatnonzero((envelope[1:-1] > envelope[:-2]) & (envelope[1:-1] > envelope[2:])) + 1
     hertz = peaks * 8000.0 / 240
     for formant in speaker.formants[vowel, :2]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import subprocess
@@ -13,8 +12,8 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-torture = importlib.import_module("scripts.torture.shards")
+from scripts.torture import shards as torture
+
 COUNTS = {"flips": 4, "truncations": 3, "kills": 1, "drops": 3}
 
 
@@ -75,7 +74,7 @@ def test_command_writes_its_result(make_dataset: Callable[..., Path], tmp_path: 
     source = make_dataset(speakers=2, utterances=4, test_utterances=0, frames=(5, 20))
     out = tmp_path / "torture.json"
     command = [sys.executable, "-m", "scripts.torture.shards", "--dataset", source, "--out", out]
-    parts = ["--only", "flips", "drops", "--flips", "2", "--drops", "1"]
+    parts = ["--only", "flips", "--only", "drops", "--flips", "2", "--drops", "1"]
     done = subprocess.run([*command, *parts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())

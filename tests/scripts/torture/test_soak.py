@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-soak = importlib.import_module("scripts.torture.soak")
+from scripts.torture import soak
 
 
 def turns(**growing: float) -> list[Any]:

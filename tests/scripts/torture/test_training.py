@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-kills = importlib.import_module("scripts.torture.training")
+from scripts.torture import training as kills
 
 
 def test_kills_come_in_order_and_strike_what_there_is() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.torture import injuries
 from shardprep import (
     BuildOptions,
     BuildReport,
@@ -33,8 +33,6 @@ from shardprep import (
 from shardprep.format.manifest import WORK_FOLDER
 from shardprep.storage.local import sha256_of
 from tests.conftest import mounted
-
-injuries = importlib.import_module("scripts.torture.injuries")
 
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]
