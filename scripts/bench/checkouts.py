@@ -25,7 +25,7 @@ from typing import Any
 import click
 import msgspec
 
-from shardprep.bench.standings import machine
+from shardprep.bench.machine import machine
 
 HERE = Path(__file__).resolve().parents[2]
 
