@@ -1,4 +1,4 @@
-"""One `.pt` file: its matrix, loaded without running code that it may contain, and checked."""
+"""One `.pt` file: load its matrix without running code that the file may contain, and check it."""
 
 from __future__ import annotations
 
@@ -7,49 +7,46 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import StorageError
 from shardprep.format.limits import MAX_INFLATION
-from shardprep.source.pt_plain import read_matrix
-from shardprep.source.pt_tensor import StoredTensor, read_tensor
+from shardprep.source.pt_tensor import read_tensor
 from shardprep.storage.local import open_regular
 
-# Troubles that pass: such a file must not be left out of the set.
+# Errors that may pass: such a file must not be left out of the set.
 _NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-# The most that a file may have: so many times the matrix in float64, and what may be around it.
+# A file may have eight times the bytes of its matrix in float64, and 16 MiB around the matrix.
 _MOST_TIMES, _MOST_ITEMSIZE, _MOST_AROUND = 8, 8, 16 << 20
 
 
 def load_features(file: Path | bytes, *, n_mels: int, frames: int) -> NDArray[np.float32]:
-    """Load one `.pt` file without running code that it may contain.
+    """Load one `.pt` file without running code that the file may contain.
 
     Args:
         file: Its path, or its bytes.
-        n_mels: Mel bins F that it must have.
-        frames: Length T that it must have.
+        n_mels: Mel bins F that the matrix must have.
+        frames: Length T that the matrix must have.
 
     Returns:
         Matrix (T, F), float32; it may be read-only.
 
     Raises:
         ValueError: What is wrong with the file, in words for `Reject.reason`.
-        StorageError: The machine, not the file, is at fault; reading it later may well work.
+        StorageError: The machine, not the file, is at fault; a later try may succeed.
     """
     with _machine_or_file(file):
-        stored = _read_stored(file, n_mels, frames)
-        if isinstance(stored, StoredTensor):
-            # Before a copy is made: a view of few numbers can pretend to any size.
-            _check_shape(stored.numbers.shape, n_mels, frames)
-            if stored.repeats:
-                raise ValueError("is a view that repeats its numbers; save tensor.clone()")
-            stored = stored.values()
-    _check_shape(stored.shape, n_mels, frames)
-    with np.errstate(all="ignore"):
-        mel: NDArray[np.float32] = np.ascontiguousarray(stored, dtype=np.float32)
+        data = file if isinstance(file, bytes) else _read(file, n_mels, frames)
+        check_file_size(len(data), n_mels=n_mels, frames=frames)
+        stored = read_tensor(data)
+        # Before a copy is made: a view of few numbers can claim any size.
+        _check_shape(stored.numbers.shape, n_mels, frames)
+        if stored.repeats:
+            raise ValueError("is a view that repeats its numbers; save tensor.clone()")
+        with np.errstate(all="ignore"):
+            mel: NDArray[np.float32] = np.ascontiguousarray(stored.values(), dtype=np.float32)
     if not np.isfinite(mel).all():
         raise ValueError("has values that are not finite (NaN or infinity)")
     return mel
@@ -59,25 +56,17 @@ def check_file_size(nbytes: int, *, n_mels: int, frames: int) -> None:
     """ValueError if a file is much larger than its matrix needs."""
     if nbytes > _MOST_AROUND + _MOST_TIMES * _MOST_ITEMSIZE * frames * n_mels:
         raise ValueError(
-            f"has {nbytes} bytes, far more than its frames need; save tensor.clone(), so "
-            "that what the tensor is a part of is left out"
+            f"has {nbytes} bytes, far more than its frames need; save tensor.clone(), which "
+            "leaves out the larger tensor that this one is a part of"
         )
 
 
-def _read_stored(file: Path | bytes, n_mels: int, frames: int) -> StoredTensor | NDArray[Any]:
-    """The matrix of a file, or the tensor of one that is not recognised as a plain matrix."""
-    data = file if isinstance(file, bytes) else _read(file, n_mels, frames)
-    check_file_size(len(data), n_mels=n_mels, frames=frames)
-    matrix = read_matrix(data)
-    return read_tensor(data) if matrix is None else matrix
-
-
 def _read(path: Path, n_mels: int, frames: int) -> bytes:
-    """The bytes of a file, unless it is much larger than its matrix needs."""
+    """The bytes of a file. ValueError if the file is much larger than its matrix needs."""
     with open_regular(path) as file:
         info = os.fstat(file.fileno())
         check_file_size(info.st_size, n_mels=n_mels, frames=frames)
-        # A file may claim any size, and have nothing but holes.
+        # A sparse file may claim any size, and have nothing but holes.
         if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
             raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
         return file.read(info.st_size)
@@ -85,7 +74,7 @@ def _read(path: Path, n_mels: int, frames: int) -> bytes:
 
 @contextlib.contextmanager
 def _machine_or_file(file: Path | bytes) -> Iterator[None]:
-    """Tell trouble with the machine, a StorageError, from trouble with the file, a ValueError."""
+    """Turn an error of the machine into a StorageError, and one of the file into a ValueError."""
     try:
         yield
     except (OSError, MemoryError) as error:

@@ -1,17 +1,19 @@
-"""Runs the pickle of a dense tensor on a machine that knows none of Python's functions.
+"""Reads the pickle of a dense tensor without calling any of Python's functions.
 
-A pickle is a program. This machine takes note of how a tensor is to be put together from its
-numbers, and refuses a program that calls for anything else.
+A pickle is a program. `run_pickle` interprets it: it notes how the tensor is put together from its
+numbers, and refuses a program that names anything else. `usual_call` recognises the one program
+that nearly all files have, in a hundredth of the time.
 """
 
 from __future__ import annotations
 
 import io
 import pickletools
+import re
 import warnings
 from typing import Any, NamedTuple
 
-# More than the pickle of any tensor has.
+# Far more than the pickle of a tensor has.
 _MOST_OPCODES = 20_000
 
 _REBUILD = {"torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"}
@@ -32,6 +34,18 @@ _STORAGES = {
     "ComplexDouble": "complex128",
 }
 _KINDS = {f"torch {name}Storage": kind for name, kind in _STORAGES.items()}
+# All that a pickle may name.
+_GLOBALS = {*_REBUILD, _PARAMETER, _ORDERED_DICT, *_KINDS}
+
+# What `torch.save` writes for a contiguous matrix of floats on the CPU.
+_INT = rb"(K.|M..|J....)"
+_USUAL = re.compile(
+    rb"\x80\x02ctorch\._utils\n_rebuild_tensor_v2\nq\x00\(\(X\x07\x00\x00\x00storageq\x01"
+    rb"ctorch\n(Float|Half|Double)Storage\nq\x02X(.)\x00\x00\x00([0-9]{1,20})q\x03"
+    rb"X\x03\x00\x00\x00cpuq\x04" + _INT + rb"tq\x05QK\x00" + 2 * _INT + rb"\x86q\x06" + 2 * _INT +
+    rb"\x86q\x07\x89ccollections\nOrderedDict\nq\x08\)Rq\ttq\nRq\x0b\.",
+    re.DOTALL,
+)  # fmt: skip
 
 
 class _Function(NamedTuple):
@@ -39,7 +53,13 @@ class _Function(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """Where numbers lie: element type by PyTorch's name, key of the record, how many."""
+    """Where the numbers lie.
+
+    Attributes:
+        kind: Element type by PyTorch's name.
+        key: Name of the record that holds them.
+        numel: How many there are.
+    """
 
     kind: str
     key: str
@@ -51,7 +71,10 @@ class _Mark:
 
 
 class TensorCall(NamedTuple):
-    """The arguments of the function that puts a tensor together, as the program has them."""
+    """The arguments that a program gives to the function that puts a tensor together.
+
+    Nothing but the names in the program has been checked: the values may be of any type.
+    """
 
     storage: Any
     offset: Any
@@ -60,19 +83,34 @@ class TensorCall(NamedTuple):
     negated: bool
 
 
+def usual_call(program: bytes) -> TensorCall | None:
+    """What `run_pickle` makes of the pickle of a plain matrix; None for any other pickle."""
+    found = _USUAL.fullmatch(program)
+    if found is None:
+        return None
+    kind, key_size, key, *opcodes = found.groups()
+    if key_size[0] != len(key):
+        return None
+    count, frames, n_mels, *strides = (
+        int.from_bytes(opcode[1:], "little", signed=opcode[:1] == b"J") for opcode in opcodes
+    )
+    storage = Storage(_STORAGES[kind.decode()], key.decode(), count)
+    return TensorCall(storage, 0, (frames, n_mels), tuple(strides), False)
+
+
 def run_pickle(file: io.BytesIO) -> Any:
-    """Run one pickle, up to its end.
+    """Interpret one pickle, up to its end.
 
     Returns:
         What it makes: a TensorCall, or numbers, strings, tuples, lists and dicts.
 
     Raises:
-        ValueError: It is damaged, or no program that `torch.save` writes for a dense tensor.
+        ValueError: The pickle is damaged, or `torch.save` would not write it for a dense tensor.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     with warnings.catch_warnings():
-        # Python warns of escapes in strings that no tensor has.
+        # Python warns of escapes in strings, which the pickle of a tensor does not have.
         warnings.simplefilter("ignore", DeprecationWarning)
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= _MOST_OPCODES:
@@ -111,14 +149,14 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         items = _popped(stack, 2 if name == "SETITEM" else None)
         if type(stack[-1]) is not dict:
             raise ValueError("its pickle is damaged")
-        # Of a dict, only what torch.save notes about a tensor matters.
+        # The only dict of interest holds what torch.save notes about a tensor, under strings.
         stack[-1].update(
             (key, value)
             for key, value in zip(items[::2], items[1::2], strict=False)
             if isinstance(key, str)
         )
     elif name == "GLOBAL":
-        if argument not in (*_REBUILD, _PARAMETER, _ORDERED_DICT, *_KINDS):
+        if argument not in _GLOBALS:
             named = argument.replace(" ", ".")[:100]
             raise ValueError(f"its pickle calls for {named}, which no dense tensor needs")
         stack.append(_Function(argument))
@@ -135,7 +173,7 @@ _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, 
 
 
 def _popped(stack: list[Any], count: int | None) -> list[Any]:
-    """The last `count` values, or those after the last mark, which goes too."""
+    """Remove the last `count` values, or the last mark and the values after it."""
     if count is None:
         begin = next((i for i in reversed(range(len(stack))) if stack[i] is _Mark), None)
         if begin is None:
@@ -150,7 +188,7 @@ def _popped(stack: list[Any], count: int | None) -> list[Any]:
 
 def _storage(claim: Any) -> Storage:
     match claim:
-        # The older format adds whether it is a view of another, which today's never writes.
+        # The older format adds a field for views of another storage. torch.save leaves it empty.
         case ("storage", _Function(name), str(key), str(), int(count), *rest) if (
             name in _KINDS and rest in ([], [None])
         ):

@@ -1,7 +1,12 @@
 """Reads the `.pt` file of any dense tensor, in today's or the older format, without unpickling it.
 
-Files that `shardprep.source.pt_plain` recognises, nearly all, do not come here. No size in a
-file is trusted: each is compared with the bytes at hand before it is used.
+`torch.save` writes a zip file of uncompressed records, each with its CRC-32:
+
+    NAME/data.pkl    the pickle that says how to put the tensor together
+    NAME/data/KEY    its numbers
+    NAME/version     and further records that say how to read the two
+
+No size in a file is trusted: each is compared with the bytes that are there before it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.source.pt_pickle import Storage, TensorCall, run_pickle
+from shardprep.source.pt_pickle import Storage, TensorCall, run_pickle, usual_call
 from shardprep.source.pt_zip import ZIP_MAGIC, DamagedRecord, read_records
 
 # NumPy has no bfloat16, the upper half of a float32.
@@ -26,17 +31,17 @@ _OLDER_MAGIC, _OLDER_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class _OtherContent(ValueError):
-    """The file is in order, and holds something else."""
+    """The file is undamaged, and holds something else."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file describes it, its numbers where they lie in the file.
+    """A tensor as a file describes it; its numbers are a view of the file's bytes.
 
     Attributes:
         kind: Element type by PyTorch's name, such as "bfloat16".
         numbers: The numbers, of any shape; bfloat16 as uint16.
-        repeats: Whether the tensor has more numbers than the file.
+        repeats: Whether the tensor is a view that has more numbers than the file.
         negated: Whether the numbers are to be negated.
     """
 
@@ -57,8 +62,8 @@ def read_tensor(data: bytes) -> StoredTensor:
     """The tensor in the bytes of a `.pt` file.
 
     Raises:
-        ValueError: The file does not hold just one dense tensor of floating-point numbers; what it
-            says completes a sentence that begins with the file's name.
+        ValueError: The file does not hold exactly one dense tensor of floating-point numbers. The
+            message completes a sentence that begins with the file's name.
     """
     try:
         return _from_zip(data) if data.startswith(ZIP_MAGIC) else _from_older(data)
@@ -75,13 +80,19 @@ def _from_zip(data: bytes) -> StoredTensor:
         raise ValueError("its numbers are big-endian")
     if "data.pkl" not in records:
         raise ValueError("it has no record data.pkl")
-    program = io.BytesIO(records["data.pkl"])
-    call = _tensor(run_pickle(program))
-    if program.read(1):
-        raise ValueError("its pickle goes on after its end")
+    program = bytes(records["data.pkl"])
+    call = _tensor(usual_call(program) or _run(program))
     if f"data/{call.storage.key}" not in records:
         raise ValueError(f"it has no record data/{call.storage.key}")
     return _placed(call, records[f"data/{call.storage.key}"])
+
+
+def _run(program: bytes) -> Any:
+    file = io.BytesIO(program)
+    result = run_pickle(file)
+    if file.read(1):
+        raise ValueError("its pickle goes on after its end")
+    return result
 
 
 def _from_older(data: bytes) -> StoredTensor:
@@ -100,12 +111,12 @@ def _from_older(data: bytes) -> StoredTensor:
 
 
 def _placed(call: TensorCall, numbers: memoryview | bytes) -> StoredTensor:
-    """The tensor over its numbers, if it stays within them."""
+    """The tensor as a view of its numbers. ValueError if it reaches beyond them."""
     kind, _, count = call.storage
     dtype = np.dtype(_DTYPES[kind])
     if count * dtype.itemsize != len(numbers):
         raise ValueError(f"it has {len(numbers)} bytes of numbers, but claims {count} of {kind}")
-    # The step along an axis of one number does not matter, and may be anything.
+    # Along an axis of length 1 the stride does not matter, and may be any number.
     steps = [step if n > 1 else 0 for n, step in zip(call.shape, call.strides, strict=True)]
     last = call.offset + sum((n - 1) * step for n, step in zip(call.shape, steps, strict=True))
     if 0 in call.shape:
@@ -118,7 +129,7 @@ def _placed(call: TensorCall, numbers: memoryview | bytes) -> StoredTensor:
 
 
 def _tensor(result: Any) -> TensorCall:
-    """The result of a program, if it is a well-formed dense tensor of floats."""
+    """The result of a program. ValueError if it is not a well-formed dense tensor of floats."""
     if not isinstance(result, TensorCall):
         raise _OtherContent(f"holds a {type(result).__name__}, not a tensor")
     sizes = [result.offset, *_tuple(result.shape), *_tuple(result.strides)]

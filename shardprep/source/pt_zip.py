@@ -1,4 +1,4 @@
-"""The records of a zip file as `torch.save` writes it: stored as they are, each with its CRC-32."""
+"""The records of a zip file that `torch.save` wrote: uncompressed, each with its CRC-32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 ZIP_MAGIC = b"PK\3\4"
 
-# More than the file of a tensor has.
+# Far more than the file of a tensor has.
 _MOST_RECORDS = 4_096
 
 _END = struct.Struct("<4sHHHHLLH")
@@ -25,11 +25,11 @@ class DamagedRecord(ValueError):
 
 
 def read_records(data: bytes) -> dict[str, memoryview]:
-    """Content by name, without the archive's own name before it.
+    """The content of each record, by its name without the name of the archive.
 
     Raises:
         DamagedRecord: A content does not match its CRC-32.
-        ValueError: The file is no zip file, or one that `torch.save` would not write.
+        ValueError: The file is not a zip file, or `torch.save` would not write such a zip file.
     """
     found: dict[str, memoryview] = {}
     sums: dict[str, int] = {}
@@ -45,7 +45,7 @@ def read_records(data: bytes) -> dict[str, memoryview]:
             raise ValueError(f"it has the record {name} twice")
         found[short] = memoryview(data)[begin : begin + size]
         sums[name] = crc32
-    # torch.save can be told not to compute checksums, and then writes zeros.
+    # torch.save can be told not to compute checksums. It then writes zeros.
     if any(sums.values()):
         for (name, crc32), content in zip(sums.items(), found.values(), strict=True):
             if zlib.crc32(content) != crc32:
