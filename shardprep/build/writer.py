@@ -29,7 +29,8 @@ from shardprep.format.manifest import (
 from shardprep.read.files import files_at
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
-from shardprep.source.dataset import METADATA, Source, scan_dataset, source_error
+from shardprep.source.dataset import Source, scan_dataset, source_error
+from shardprep.source.metadata import METADATA
 from shardprep.storage.local import storage_errors
 from shardprep.storage.remote import Location, Remote, locate, modified_ns
 

@@ -1,4 +1,4 @@
-"""The files of a data set to pack: in a folder of this machine, or in a store behind a URL."""
+"""The files of a data set to pack: those of a folder of this machine, or those of a store."""
 
 from __future__ import annotations
 
@@ -14,53 +14,59 @@ from shardprep.storage.local import read_at_most
 from shardprep.storage.remote import Location, Remote, modified_ns
 
 _ABSENT = "the file does not exist"
-# A web server is asked for each file, so many at a time.
+# A web server is asked for each file: so many requests at a time.
 _REQUESTS = 64
 
 
 class FileState(NamedTuple):
-    """Size in bytes of a file, and when it was modified [ns since the epoch], 0 if not known."""
+    """What a place says of a file.
+
+    Attributes:
+        nbytes: Size in bytes.
+        mtime_ns: When the file was modified [ns since the epoch]; 0 if unknown.
+    """
 
     nbytes: int
     mtime_ns: int
 
 
-class SourceFiles(Protocol):
-    """What `scan_dataset` asks of the place that a data set lies in."""
+class Listing(Protocol):
+    """What `scan_dataset` needs of the place where a data set lies."""
 
     def expect(self, paths: Iterable[str]) -> None:
-        """Say which files will be looked at."""
+        """Say which files `look` will be asked for."""
 
     def look(self, relative: str) -> FileState:
         """Look at a file of the data set.
 
         Raises:
-            ValueError: It is not there, or leads elsewhere; in words for `Reject.reason`.
+            ValueError: The file does not exist, or lies outside; in words for `Reject.reason`.
         """
 
     def size(self, name: str) -> int:
         """Size of a JSON file in bytes. FileNotFoundError if there is none."""
 
     def read(self, name: str, most: int) -> bytes:
-        """The bytes of a JSON file of at most `most` bytes; else OSError."""
+        """The bytes of a JSON file. OSError if there are more than `most`."""
 
     def count(self) -> int:
         """How many files there are."""
 
 
-class FolderFiles:
-    """The files of a folder; of each folder in it, whether links lead out of the data set."""
+class FolderListing:
+    """The files of a folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._real_root = os.path.realpath(root)
+        # Each folder within it that was looked at, and whether it really lies within.
         self._folders: dict[str, bool] = {}
 
     def expect(self, paths: Iterable[str]) -> None:
-        """Nothing."""
+        """Nothing: to look at a file costs one system call."""
 
     def look(self, relative: str) -> FileState:
-        """See `SourceFiles.look`."""
+        """See `Listing.look`."""
         path = os.path.join(self._root, relative)
         try:
             info = os.lstat(path)
@@ -77,37 +83,37 @@ class FolderFiles:
         return FileState(info.st_size, info.st_mtime_ns)
 
     def size(self, name: str) -> int:
-        """See `SourceFiles.size`."""
+        """See `Listing.size`."""
         return self._root.joinpath(name).stat().st_size
 
     def read(self, name: str, most: int) -> bytes:
-        """See `SourceFiles.read`."""
+        """See `Listing.read`."""
         return read_at_most(self._root / name, most)
 
     def count(self) -> int:
-        """See `SourceFiles.count`."""
+        """See `Listing.count`."""
         return sum(len(names) for _, _, names in os.walk(self._root))
 
     def _is_inside(self, path: str) -> bool:
         return os.path.commonpath([self._real_root, os.path.realpath(path)]) == self._real_root
 
     def _is_folder_inside(self, path: str) -> bool:
-        # Most files share their folder, and a resolved path costs a system call for each part.
+        # Most files share their folder, and to resolve a path costs a system call for each part.
         folder = os.path.dirname(path)
         if folder not in self._folders:
             self._folders[folder] = self._is_inside(folder)
         return self._folders[folder]
 
 
-class StoreFiles:
-    """The files of a store, listed once; of a web server, which lists nothing, asked one by one."""
+class StoreListing:
+    """The files of a store, listed once; a web server has no list, and is asked for each file."""
 
     def __init__(self, root: Remote) -> None:
         self._root = root
         self._found: dict[str, dict[str, Any]] = {} if root.is_http else root.listing()
 
     def expect(self, paths: Iterable[str]) -> None:
-        """Ask a web server for files, many at a time."""
+        """See `Listing.expect`: a web server is asked for many files at a time."""
         if self._root.is_http:
             wanted = list(dict.fromkeys(paths))
             with ThreadPoolExecutor(_REQUESTS) as threads:
@@ -116,32 +122,32 @@ class StoreFiles:
                         self._found[path] = info
 
     def look(self, relative: str) -> FileState:
-        """See `SourceFiles.look`."""
+        """See `Listing.look`."""
         info = self._found.get(relative)
         if info is None or info.get("type", "file") != "file":
             raise ValueError(_ABSENT)
         if info.get("size") is None:
-            raise ValueError("its size is not told by the server")
+            raise ValueError("the server does not tell its size")
         return FileState(int(info["size"]), modified_ns(info))
 
     def size(self, name: str) -> int:
-        """See `SourceFiles.size`."""
+        """See `Listing.size`."""
         if name not in self._found and (info := self._ask(name)) is not None:
             self._found[name] = info
         if name not in self._found:
             raise FileNotFoundError(name)
-        # Where the server does not tell it, reading will.
+        # Where the server does not tell the size, reading the file finds it.
         return int(self._found[name].get("size") or 0)
 
     def read(self, name: str, most: int) -> bytes:
-        """See `SourceFiles.read`."""
+        """See `Listing.read`."""
         data = (self._root / name).read(0, most + 1)
         if len(data) > most:
             raise OSError(errno.EFBIG, f"it has more than {most} bytes")
         return data
 
     def count(self) -> int:
-        """See `SourceFiles.count`."""
+        """See `Listing.count`."""
         return len(self._found)
 
     def _ask(self, relative: str) -> dict[str, Any] | None:
@@ -151,6 +157,6 @@ class StoreFiles:
             return None
 
 
-def source_files(root: Location) -> SourceFiles:
+def listing_of(root: Location) -> Listing:
     """The files of a data set."""
-    return StoreFiles(root) if isinstance(root, Remote) else FolderFiles(root)
+    return StoreListing(root) if isinstance(root, Remote) else FolderListing(root)

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from shardprep.source.listing import StoreFiles
+from shardprep.source.listing import StoreListing
 from shardprep.storage.remote import Remote, forget_connections
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -205,7 +205,7 @@ def test_source_is_only_read(
 def test_no_more_is_read_of_a_store_than_a_file_may_have() -> None:
     store = fsspec.filesystem("memory")
     store.pipe("/data/metadata.json", b"x" * 100)
-    files = StoreFiles(Remote("memory://data"))
+    files = StoreListing(Remote("memory://data"))
     assert files.read("metadata.json", 100) == b"x" * 100
     with pytest.raises(OSError, match="more than 99 bytes"):
         files.read("metadata.json", 99)

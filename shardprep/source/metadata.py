@@ -1,0 +1,170 @@
+"""Reads the three JSON files of a data set, within limits; a fault of such a file always raises.
+
+metadata.json, mapping.json and testdata.json; `shardprep.source.dataset` shows their layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shardprep.errors import SourceError
+from shardprep.format.limits import MAX_N_MELS, json_fits, most_json_bytes
+from shardprep.source.listing import Listing
+from shardprep.storage.remote import Location
+
+METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
+
+MOST_SHOWN = 300
+"""Most characters of a path or of a speaker's name."""
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_TOO_LARGE = "Split the data set into several, or remove from the file what is not needed."
+_HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the three files say; the entries of single utterances have not been checked yet.
+
+    Attributes:
+        n_mels: Mel bins F.
+        speakers: Speaker name to the entries of its utterances.
+        labels: Speaker name to number, by mapping.json, or in sorted order where there is none.
+        test: Entries of testdata.json.
+    """
+
+    n_mels: int
+    speakers: dict[str, list[Any]]
+    labels: dict[str, int]
+    test: list[Any]
+
+
+def read_metadata(folder: Location, files: Listing) -> Metadata:
+    """Read the JSON files of a data set.
+
+    Raises:
+        SourceError: A file is missing or too large, or its contents do not have the layout.
+        StorageError: The store behind the URL gives no answer.
+    """
+    metadata = _read_json(folder, files, METADATA, {"n_mels": int, "speakers": dict})
+    n_mels = _n_mels(metadata, folder / METADATA)
+    labels = _labels(folder, files, metadata["speakers"])
+    for speaker, entries in metadata["speakers"].items():
+        if not is_unicode(speaker) or len(speaker) > MOST_SHOWN:
+            raise SourceError(
+                f"the name of a speaker is not valid Unicode of at most {MOST_SHOWN} characters",
+                file=folder / METADATA,
+                key=f"speakers.{speaker[:MOST_SHOWN]!a}",
+            )
+        if not isinstance(entries, list):
+            raise SourceError("is not a list", file=folder / METADATA, key=f"speakers.{speaker}")
+    if not _has(files, TESTDATA):
+        return Metadata(n_mels, metadata["speakers"], labels, [])
+    testdata = _read_json(folder, files, TESTDATA, {"n_mels": int, "utterances": list})
+    if _n_mels(testdata, folder / TESTDATA) != n_mels:
+        raise SourceError(
+            f"is {testdata['n_mels']}, but {n_mels} in {METADATA}",
+            file=folder / TESTDATA,
+            key="n_mels",
+        )
+    return Metadata(n_mels, metadata["speakers"], labels, testdata["utterances"])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate, which JSON can spell and UTF-8 cannot."""
+    return not _SURROGATE.search(text)
+
+
+def _has(files: Listing, name: str) -> bool:
+    try:
+        files.size(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # Reading the file says what is wrong.
+        return True
+    return True
+
+
+def _read_json(
+    folder: Location, files: Listing, name: str, expected: dict[str, type]
+) -> dict[str, Any]:
+    path = folder / name
+    try:
+        data = _read_in_proportion(files, name)
+        if data is None:
+            raise SourceError("is larger than its files account for", file=path, remedy=_TOO_LARGE)
+        content = json.loads(data, object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise SourceError("does not exist", file=path, remedy=_HOMEWORK) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"is not valid JSON: {error}", file=path) from None
+    if not isinstance(content, dict):
+        raise SourceError("is not a JSON object", file=path, remedy=_HOMEWORK)
+    for key, kind in expected.items():
+        if not isinstance(content.get(key), kind) or isinstance(content[key], bool):
+            found = type(content.get(key)).__name__ if key in content else "nothing"
+            raise SourceError(f"expected {kind.__name__}, found {found}", file=path, key=key)
+    return content
+
+
+def _read_in_proportion(files: Listing, name: str) -> bytes | None:
+    """The bytes of a JSON file; None if it is too large for the number of files in the folder."""
+    size = files.size(name)
+    if size <= most_json_bytes(0):
+        data = files.read(name, most_json_bytes(0))
+        if json_fits(data, 0):
+            return data
+    # To count takes a while, but only a large data set comes here.
+    count = files.count()
+    if size > most_json_bytes(count):
+        return None
+    data = files.read(name, most_json_bytes(count))
+    return data if json_fits(data, count) else None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:MOST_SHOWN]!r} occurs twice in one object")
+    return content
+
+
+def _n_mels(content: dict[str, Any], path: Location) -> int:
+    n_mels = int(content["n_mels"])
+    if not 1 <= n_mels <= MAX_N_MELS:
+        raise SourceError(f"is {n_mels}, expected 1 to {MAX_N_MELS}", file=path, key="n_mels")
+    return n_mels
+
+
+def _labels(folder: Location, files: Listing, speakers: dict[str, Any]) -> dict[str, int]:
+    path = folder / MAPPING
+    if not _has(files, MAPPING):
+        return {name: number for number, name in enumerate(sorted(speakers))}
+    mapping = _read_json(folder, files, MAPPING, {"speaker2id": dict})
+    labels: dict[str, int] = mapping["speaker2id"]
+    for fault in _mapping_faults(labels, mapping.get("id2speaker")):
+        raise SourceError(
+            fault, file=path, remedy="Correct it, or remove it to number the speakers anew."
+        )
+    return labels
+
+
+def _mapping_faults(labels: dict[str, Any], names: Any) -> Iterator[str]:
+    numbers = list(labels.values())
+    if not all(map(is_unicode, labels)):
+        yield "speaker2id has a name that is not valid Unicode"
+    elif any(type(number) is not int for number in numbers):
+        yield "speaker2id has a number that is not an integer"
+    elif sorted(numbers) != list(range(len(numbers))):
+        yield f"speaker2id does not number its {len(numbers)} speakers 0 to {len(numbers) - 1}"
+    elif names is not None and names != {str(n): name for name, n in labels.items()}:
+        yield "id2speaker is not the reverse of speaker2id"
