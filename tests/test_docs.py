@@ -1,42 +1,39 @@
-"""What the documents say is so: their examples parse, and the README's commands run."""
+"""What the documents say is so: examples of the format, links, paths, fields and words."""
 
 from __future__ import annotations
 
 import importlib
-import os
+import json
 import re
-import shlex
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from accelerate.commands.launch import launch_command_parser
-from shardprep_trainer.config.command_line import parse_args
+import torch
 from shardprep_trainer.config.fields import Config, flatten
-from torch.distributed.run import get_args_parser
 
+import shardprep
 from shardprep.format.index import index_dtype
 from shardprep.format.manifest import Reject, decode_manifest
 
 ROOT = Path(__file__).parents[1]
-servers = importlib.import_module("scripts.servers.object_store")
-README = (ROOT / "README.md").read_text()
-FORMAT = (ROOT / "FORMAT.md").read_text()
-MULTINODE = (ROOT / "docs" / "multinode.md").read_text()
-
-# What makes the README's training commands end in seconds; a later option wins.
-SHORTENED = (
-    "--train.total_steps 2 --train.valid_steps 2 --data.batch_size 8 "
-    "--model.dim 32 --model.ff_dim 64 --model.heads 2 --model.head_dim 16"
-)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+}
+FORMAT, HOMEWORK = PAGES["FORMAT.md"], PAGES["docs/homework.md"]
+HOME = "https://github.com/shardprep/shardprep/blob/main/"
+RAW = "https://raw.githubusercontent.com/shardprep/shardprep/main/"
+FIELDS = set(flatten(Config().to_dict()))
 
 
 def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_format_shows_a_manifest_that_readers_accept() -> None:
@@ -54,141 +51,144 @@ def test_format_shows_the_index_row_as_it_is() -> None:
     assert int(shown["nbytes"]) == 128 + int(shown["frames"]) * 40 * 2
 
 
-def test_readme_commands_run(tmp_path: Path, make_dataset: Callable[..., Path]) -> None:
-    make_dataset(speakers=3, utterances=14)
-    (tmp_path / "trainer").symlink_to(ROOT / "trainer")
-    commands = [line for block in code_blocks(README, "sh") for line in block.splitlines()]
-    commands = [line.split("#")[0].strip() for line in commands if not line.startswith("make ")]
-    assert sum("trainer/train.py" in command for command in commands) >= 4
-    seen = set()
-    for command in commands:
-        if command in seen:
+def test_a_data_set_with_the_json_files_of_the_homework_page_builds(tmp_path: Path) -> None:
+    names = ("metadata.json", "mapping.json", "testdata.json")
+    texts = dict(zip(names, code_blocks(HOMEWORK, "json"), strict=True))
+    source = tmp_path / "Dataset"
+    source.mkdir()
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    metadata, _, testdata = map(json.loads, texts.values())
+    labelled = [row for rows in metadata["speakers"].values() for row in rows]
+    for row in (*labelled, *testdata["utterances"]):
+        torch.save(torch.zeros(row["mel_len"], 40), source / row["feature_path"])
+    report = shardprep.build_shards(source, tmp_path / "shards")
+    assert not report.rejects
+    shard_set = shardprep.open_shards(tmp_path / "shards")
+    assert list(shard_set.manifest.speakers) == list(metadata["speakers"])
+    keys = shard_set["test"].keys
+    assert [f"{key}.pt" for key in keys] == [r["feature_path"] for r in testdata["utterances"]]
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which headings can be linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_there_are(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[page])):
+        path, _, anchor = target.partition("#")
+        if path.startswith((HOME, RAW)):
+            path = path.removeprefix(HOME).removeprefix(RAW)
+            found = ROOT / path
+        elif path.startswith("https://"):
             continue
-        seen.add(command)
-        run_command(command, tmp_path)
-    rows = (tmp_path / "submission.csv").read_text().splitlines()
-    assert rows[0] == "Id,Category"
-    assert len(rows) == 1 + 5
-    for code in code_blocks(README, "python"):
-        run([sys.executable, "-W", "error", "-c", code], tmp_path)
+        else:
+            found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), f"{page}: {target}"
+        if anchor and "://" not in anchor:
+            text = PAGES[found.resolve().relative_to(ROOT).as_posix()]
+            assert anchor in anchors(text), f"{page}: {target}"
 
 
-@pytest.mark.remote
-def test_readme_commands_on_urls_run(
-    tmp_path: Path, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_dataset(speakers=3, utterances=14)
-    (tmp_path / "trainer").symlink_to(ROOT / "trainer")
-    (block,) = code_blocks(README, "bash")
-    commands = [line.split("#")[0].strip() for line in block.splitlines()]
-    given = {name for line in commands for name in re.findall(r"(?:export|^| )(\w+)=", line)}
-    with servers.object_store(tmp_path / "store") as store:
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("SHARDPREP_CACHE", str(tmp_path / "cache"))
-        assert {"AWS_ENDPOINT_URL", "SHARDPREP_CACHE", "SHARDPREP_CACHE_GB"} <= given
-        assert given - {"SHARDPREP_CACHE_GB"} <= os.environ.keys()
-        done = 0
-        for command in commands:
-            if not command.startswith("export"):
-                own = command.replace("s3://bucket/shards", store.url("shards"))
-                run_command(
-                    own.replace("https://example.org/shards", store.http_url("shards")), tmp_path
-                )
-                done += own != command
-    assert done == 4
-    assert (tmp_path / "submission.csv").exists()
+def test_readme_has_no_link_that_fails_on_pypi() -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", PAGES["README.md"])
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", PAGES["README.md"])
+    assert all(picture.startswith(RAW) for picture in pictures)
 
 
-def run_command(command: str, folder: Path) -> None:
-    if "trainer/train.py" in command:
-        command += f" {SHORTENED}"
-    run(["sh", "-c", command], folder)
+def test_readme_is_short_and_every_page_is_in_the_index() -> None:
+    assert len(PAGES["README.md"].split()) <= 1_200
+    pages = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
+    linked = set(re.findall(r"\]\((\w+\.md)\)", PAGES["docs/README.md"]))
+    assert linked == pages - {"README.md"}
 
 
-def run(command: list[str], folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_modules_that_a_page_names_exist(page: str) -> None:
+    for code in re.findall(r"`([^`\s]+)`", prose(PAGES[page])):
+        name = code.split("::")[0].rstrip("/")
+        if re.fullmatch(r"(shardprep|trainer|scripts|tests|docs)(/[\w.-]+)+", name):
+            assert (ROOT / name).exists(), f"{page}: {code}"
+        elif re.fullmatch(r"(shardprep|shardprep_trainer|scripts)(\.\w+)+", name):
+            assert _is_there(name), f"{page}: {code}"
+        elif re.fullmatch(r"[\w/-]+\.(py|sh)", name):
+            assert list(ROOT.glob(f"[!.]*/**/{name}")), f"{page}: {code}"
 
 
-def test_readme_names_only_targets_that_make_knows() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", README))
-    assert {"demo", "test"} <= named <= targets
+def _is_there(name: str) -> bool:
+    """Whether a dotted name is a module, or something that a module has."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        place = Path(*parts[:length])
+        for root in (ROOT, ROOT / "trainer"):
+            file = root / place.with_suffix(".py")
+            folder = root / place / "__init__.py"
+            if file.is_file() or (root / place).is_dir():
+                if length == len(parts):
+                    return True
+                text = (file if file.is_file() else folder).read_text()
+                return bool(re.search(rf"\b{parts[length]}\b", text))
+    return False
 
 
-def launches() -> list[list[str]]:
-    """The launches of docs/multinode.md, as words."""
-    lines = [line for block in code_blocks(MULTINODE, "sh") for line in block.splitlines()]
-    return [shlex.split(line) for line in lines if not line.startswith("export ")]
+@pytest.mark.parametrize("page", PAGES)
+def test_fields_that_a_page_names_exist(page: str) -> None:
+    parts = "|".join(sorted({field.split(".")[0] for field in FIELDS if "." in field}))
+    text = re.sub(r"runs/\S+|trainer/train\.py|shardprep_trainer\.\w+", "", PAGES[page])
+    named = set(re.findall(rf"(?<![\w./`-])(?:`|--)({parts})\.(\w+)", text))
+    assert {".".join(name) for name in named} <= FIELDS | {"train.py", "model.safetensors"}
 
 
-@pytest.mark.parametrize("words", launches(), ids=lambda words: " ".join(words[:6]))
-def test_multinode_launches_are_what_the_launchers_and_the_trainer_take(words: list[str]) -> None:
-    script = next(word for word in words if word.endswith((".py", ".sh")))
-    assert (ROOT / script).is_file()
-    at = words.index(script)
-    flags, options = words[1:at], words[at + 1 :]
-    if words[0] == "torchrun":
-        parsed = get_args_parser().parse_args([*flags, script])
-        assert parsed.rdzv_backend == "c10d"
-    elif words[0] == "accelerate":
-        parsed = launch_command_parser().parse_args([*words[2:at], script])
-        assert parsed.num_machines == 2
-    else:
-        assert [words[0], *flags[::2]] == ["sbatch", "--nodes", "--gpus-per-node"]
-    config = parse_args([re.sub("^trainer/", f"{ROOT}/trainer/", word) for word in options]).config
-    assert config.data.global_batch
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_one_thing_has_one_name_on_every_page(page: str) -> None:
+    banned = r"\b(crops?|cropped|course's|hears?|heard|bears?|let go|rungs?)\b"
+    text = re.sub(r"^\|.*$|^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(banned, re.sub(r"`[^`]*`", "", text), re.IGNORECASE)
 
 
-def test_multinode_names_only_fields_and_variables_that_there_are() -> None:
-    fields = set(flatten(Config().to_dict()))
-    named = set(re.findall(r"\b(?:data|train)\.\w+", MULTINODE)) - {"train.py"}
-    assert {"data.global_batch", "data.lanes", "train.hang_seconds"} <= named <= fields
-    sources = [*(ROOT / "trainer").glob("*.py"), *(ROOT / "shardprep").glob("*.py")]
+def test_multinode_names_only_variables_that_there_are() -> None:
+    sources = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "shardprep").rglob("*.py")]
     ours = "".join(path.read_text() for path in sources)
-    for name in re.findall(r"\bSHARDPREP_\w+|\bTORCH_DISABLE\w+", MULTINODE):
+    text = PAGES["docs/multinode.md"]
+    assert {"data.global_batch", "data.lanes", "train.hang_seconds"} <= set(
+        re.findall(r"\b(?:data|train)\.\w+", text)
+    )
+    for name in re.findall(r"\bSHARDPREP_\w+|\bTORCH_DISABLE\w+", text):
         assert name in ours
-    for code in re.findall(r"python -c \"(.*?)\"`", MULTINODE):
+    for code in re.findall(r"python -c \"(.*?)\"`", text):
         compile(code, "docs/multinode.md", "exec")
 
 
-@pytest.mark.slow
-@pytest.mark.remote
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_multinode_launches_run(
-    launcher: str, tmp_path: Path, make_dataset: Callable[..., Path]
-) -> None:
-    """On two machines that are one, without GPUs and with a process less."""
-    source = make_dataset(speakers=3, utterances=14)
-    (tmp_path / "trainer").symlink_to(ROOT / "trainer")
-    run(["shardprep", "build", str(source), "shards/"], tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    found = [words for words in launches() if words[0] == launcher and "1:2" not in words]
-    machines = found * 2 if launcher == "torchrun" else found
-    assert len(machines) == 2
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    started = []
-    for words in machines:
-        line = shlex.join([*words, *SHORTENED.split(), "--data.global_batch", "8"])
-        for before, now in {
-            "10.0.0.1": "127.0.0.1",
-            "29500": port,
-            "29501": port,
-            "--nproc-per-node 4": "--nproc-per-node 2",
-            "--num_processes 8": "--cpu --num_processes 4",
-        }.items():
-            line = line.replace(before, now)
-        started.append(subprocess.Popen(shlex.split(line), cwd=tmp_path, env=environment))
-    assert [process.wait(120) for process in started] == [0, 0]
-    name = machines[0][machines[0].index("--name") + 1]
-    assert (tmp_path / "runs" / name / "checkpoints" / "step-00000002.pt").is_file()
-
-
 def test_no_table_is_missing() -> None:
-    assert "@@" not in README
+    assert not [page for page, text in PAGES.items() if "@@" in text]
+
+
+def test_the_tree_of_the_architecture_page_lists_every_module_and_no_other() -> None:
+    (tree,) = re.findall(
+        r"^## The tree\n+```\n(.*?)^```", PAGES["docs/architecture.md"], re.M | re.S
+    )
+    listed, above = set(), Path()
+    for line in filter(None, tree.splitlines()):
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        above = Path(*above.parts[:depth], name)
+        assert (ROOT / above).exists(), above
+        if name.endswith(".py"):
+            listed.add(above)
+    packages = [ROOT / "shardprep", ROOT / "trainer"]
+    modules = {path.relative_to(ROOT) for package in packages for path in package.rglob("*.py")}
+    inits = {path for path in modules if path.name == "__init__.py"} - {
+        Path("shardprep/__init__.py")
+    }
+    assert listed == modules - inits
+
+
+def test_the_picture_of_the_layers_is_that_of_the_test_of_the_layers() -> None:
+    picture = importlib.import_module("scripts.layers_picture")
+    assert picture.PICTURE.read_text() == picture.draw(picture.layers())
