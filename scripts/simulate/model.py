@@ -20,7 +20,7 @@ import numpy as np
 from scripts.simulate.job import Calibration, Figures, Job
 from scripts.simulate.network import Network, Node, Want
 from shardprep.load.order_windowed import WindowedOrder
-from shardprep.load.segments import PLANNED
+from shardprep.load.read_ahead import PLANNED
 
 # Utterances that an epoch is played with, at least.
 FINE = 100_000

@@ -1,6 +1,6 @@
-"""Buffers that are used again once nobody looks at them any more.
+"""Buffers that are used again when no view of them is left.
 
-New memory for every batch costs a page fault for every 4 KiB of it, about as long as filling it.
+New memory for every batch costs a page fault for every 4 KiB: about as long as to fill it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 
 class BufferPool:
-    """Hands out arrays, and takes their memory back when the last view of one is gone.
+    """Gives out arrays, and takes their memory back when the last view of it is gone.
 
-    A batch that is kept is therefore never overwritten: another buffer takes its place.
+    A batch that somebody keeps is never overwritten.
 
     Args:
-        keep: Most buffers that lie idle.
+        keep: Most unused buffers that are kept.
     """
 
     def __init__(self, keep: int) -> None:
         self._idle: deque[NDArray[np.uint8]] = deque(maxlen=keep)
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array of undefined contents; tensors made by `torch.from_numpy` count as views."""
+        """An array with undefined contents; a tensor made by `torch.from_numpy` is a view too."""
         nbytes = int(np.prod(shape)) * dtype.itemsize
         try:
             memory = self._idle.pop()
@@ -36,7 +36,7 @@ class BufferPool:
             memory = np.empty(nbytes, np.uint8)
         if len(memory) < nbytes:
             memory = np.empty(nbytes, np.uint8)
-        # Views of a view hold the array that owns the memory, and not the view: it must own it.
+        # A view of a view holds the owner of the memory, not the first view. So the lease owns it.
         lease = _Lease(memory)
         array = np.asarray(lease)[:nbytes].view(dtype).reshape(shape)
         weakref.finalize(lease, self._idle.append, memory).atexit = False
@@ -44,7 +44,7 @@ class BufferPool:
 
 
 class _Lease:
-    """Owner of an array over `memory`, as NumPy sees it."""
+    """The owner, for NumPy, of an array over `memory`."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.__array_interface__ = memory.__array_interface__
@@ -54,10 +54,10 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
-    """The same items in the same order, up to `count` of them made ahead.
+    """The same items in the same order; a thread makes up to `count` of them ahead.
 
-    An error of `items` is raised where its item would come. Closing the generator, as the end of
-    a broken-off loop does, waits for the item that is being made and ends the thread.
+    An error of `items` is raised where its item would come. To close the generator, as a loop
+    that is broken off does, waits for the item that is being made and ends the thread.
     """
     if not count:
         yield from items

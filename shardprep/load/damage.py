@@ -1,4 +1,4 @@
-"""Finds damaged utterances before they are trained on, and can put others in their place."""
+"""Finds damaged utterances before they are used, and skips them where that is asked for."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from shardprep.read.split import Split
 
 _log = logging.getLogger("shardprep")
 
-Verification = Literal["never", "once", "always"]
+VerifyReads = Literal["never", "once", "always"]
 OnCorrupt = Literal["raise", "skip"]
 
 
 class ReadGuard:
-    """Checks the crc32 of utterances as they are read, and decides what damage leads to.
+    """Checks the crc32 of utterances before they are read, and raises or skips damaged ones.
 
     Args:
         split: What is read.
         verify: "never", "once" for each utterance in this process, or "always".
         on_corrupt: "raise" an error, or "skip" the utterance.
-        max_corrupt: Damaged utterances that "skip" bears; one more is an error.
+        max_corrupt: Most damaged utterances that "skip" skips; one more is an error.
 
     Attributes:
-        damaged: Positions of the damaged utterances found so far, and what is wrong with each.
+        damaged: Damaged utterances found so far: position to what is wrong.
 
     Raises:
-        ValueError: An argument is out of range, or damage is to be skipped that nobody looks for.
+        ValueError: An argument is out of range, or damage would be skipped but is never checked.
     """
 
     def __init__(
-        self, split: Split, verify: Verification, on_corrupt: OnCorrupt, max_corrupt: int
+        self, split: Split, verify: VerifyReads, on_corrupt: OnCorrupt, max_corrupt: int
     ) -> None:
         if verify not in ("never", "once", "always") or on_corrupt not in ("raise", "skip"):
             raise ValueError(f"verify_reads {verify!r}, on_corrupt {on_corrupt!r}")
@@ -48,46 +48,47 @@ class ReadGuard:
         self._max = max_corrupt
         self._unverified = np.ones(len(split) if verify != "never" else 0, bool)
         self._left = len(self._unverified)
-        self._whole = np.ones(len(split), bool)
+        self._intact = np.ones(len(split), bool)
         self.damaged: dict[int, CorruptShardError] = {}
 
-    def keep(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def undamaged(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Check utterances; returns those positions (B,) of theirs that are not damaged.
 
         Raises:
-            CorruptShardError: One is damaged, and that is not to be borne.
+            CorruptShardError: An utterance is damaged, and must not be skipped.
         """
         if self._verify == "always" or self._left:
             self._look(indices)
-        return indices[self._whole[indices]] if self.damaged else indices
+        return indices[self._intact[indices]] if self.damaged else indices
 
-    def stand_ins(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Check the utterances of a batch, and let whole ones stand in for damaged ones.
+    def replacements(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Check the utterances of a batch, and choose undamaged ones in place of damaged ones.
 
         Args:
             indices: Their positions in the split (B,).
 
         Returns:
-            For each place of the batch the place whose utterance is to be read there (B,): itself,
-            or the next one whose utterance is whole. None where all are whole.
+            For each place of the batch, the place whose utterance is to be read there (B,): the
+            same place, or the next one with an undamaged utterance. None if no utterance is
+            damaged.
 
         Raises:
-            CorruptShardError: An utterance is damaged, and that is not to be borne.
+            CorruptShardError: An utterance is damaged and must not be skipped, or all are damaged.
         """
-        kept = self.keep(indices)
+        kept = self.undamaged(indices)
         if len(kept) == len(indices):
             return None
         if not len(kept):
             raise self._too_many(int(indices[-1]), "every utterance of a batch is damaged")
-        places = np.flatnonzero(self._whole[indices])
+        places = np.flatnonzero(self._intact[indices])
         following = np.searchsorted(places, np.arange(len(indices)))
         return places[following % len(places)]
 
     def report(self, index: int, error: CorruptShardError) -> None:
-        """Take note of a damaged utterance.
+        """Note a damaged utterance, which is skipped from now on.
 
         Raises:
-            CorruptShardError: It is not to be borne.
+            CorruptShardError: It must not be skipped.
         """
         if not self._skips:
             raise error
@@ -97,11 +98,11 @@ class ReadGuard:
                 index, f"{found} utterances are damaged, and max_corrupt is {self._max}"
             )
         self.damaged[index] = error
-        self._whole[index] = False
+        self._intact[index] = False
         _log.warning("skipped: %s", error)
 
-    def vouch_for_all(self) -> None:
-        """Let the utterances count as checked that are not known to be damaged."""
+    def stop_checking(self) -> None:
+        """Check no more utterances: those not reported so far are taken as undamaged."""
         self._verify, self._left = "never", 0
 
     def _look(self, indices: NDArray[np.int64]) -> None:
@@ -109,8 +110,8 @@ class ReadGuard:
         if self._verify == "once":
             asked = asked[self._unverified[asked]]
         if len(asked):
-            whole = self._split.intact(asked)
-            for index in asked[~whole].tolist():
+            intact = self._split.intact(asked)
+            for index in asked[~intact].tolist():
                 if index not in self.damaged:
                     self.report(index, self._split.damaged(index))
             self._left -= int(self._unverified[asked].sum())

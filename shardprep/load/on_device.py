@@ -1,4 +1,4 @@
-"""A split that lies in the memory of the device which trains on it.
+"""A split in the memory of the device that trains on it.
 
 Axis legend: B batch, T frames, F mel bins.
 """
@@ -17,13 +17,13 @@ from shardprep.load.damage import ReadGuard
 from shardprep.read.split import Split
 
 SHARE = 0.4
-"""Most of a device's free memory that a resident split may take."""
+"""Part of a device's free memory that a split may take at most."""
 
 _PIECE_BYTES = 64 << 20
 
 
 def fits(split: Split, device: torch.device) -> bool:
-    """Whether a split may reside on a device: it takes at most SHARE of what is free there.
+    """Whether a split may lie on a device: it takes at most SHARE of the free memory there.
 
     Never on a CPU, where the mapped shards are in memory already.
     """
@@ -34,15 +34,18 @@ def fits(split: Split, device: torch.device) -> bool:
 
 
 class ResidentSplit:
-    """All matrices of a split, one behind the other, on a device.
+    """All matrices of a split, one after another, on a device.
 
     Args:
         split: What to load; the crc32 of each utterance is checked.
-        device: Where to.
-        guard: Decides what a damaged utterance leads to.
+        device: Where the matrices go.
+        guard: Raises or skips damaged utterances.
+
+    Attributes:
+        mel: All frames (frames, F), of the stored dtype.
 
     Raises:
-        CorruptShardError: An utterance is damaged, and that is not to be borne.
+        CorruptShardError: An utterance is damaged, and must not be skipped.
     """
 
     def __init__(self, split: Split, device: torch.device, guard: ReadGuard) -> None:
@@ -64,18 +67,18 @@ class ResidentSplit:
             self.mel[at : at + len(piece)].copy_(torch.from_numpy(piece))
             index = stop
         wanted.close()
-        guard.vouch_for_all()
+        guard.stop_checking()
 
     def segments(
         self, indices: NDArray[np.int64], starts: NDArray[np.int64], length: int, pad_value: float
     ) -> Tensor:
-        """A batch of segments (B, T, F) on the device, the same as those of `Split.segments`.
+        """A batch of segments (B, T, F) on the device, with the values of `Split.segments`.
 
         Args:
             indices: Positions in the split (B,).
             starts: First frame of each segment (B,), within its utterance.
             length: Frames T a segment.
-            pad_value: Fills a segment behind the end of its utterance.
+            pad_value: Fills the frames of a segment after the end of its utterance.
         """
         begin = self._first[indices] + starts
         valid = np.minimum(self._frames[indices] - starts, length)
@@ -92,7 +95,7 @@ class ResidentSplit:
 
 
 def _read(split: Split, index: int, guard: ReadGuard) -> NDArray[Any]:
-    """An utterance, or zeros where it is damaged and that is borne: nobody will ask for them."""
+    """An utterance (T, F); zeros if it is damaged and skipped, which nobody will read."""
     try:
         return split.read(index)
     except CorruptShardError as error:

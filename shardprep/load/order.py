@@ -1,26 +1,30 @@
 """The order of an epoch, the segments, and each rank's share: pure functions of their arguments.
 
-An epoch's order is a keyed bijection of range(n), so no permutation is stored and any position
-is reached at once. Nothing here depends on the world size but `rank_slice`, which cuts a global
-batch into the ranks' parts.
+An epoch's order is a keyed bijection of range(n): no permutation is stored, and any position can
+be computed alone. Only `rank_slice`, which divides a global batch among the ranks, depends on the
+world size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+# Maps positions of an epoch (B,) to indices (B,).
+EpochOrder = Callable[[Indices], Indices]
 _U32 = NDArray[np.uint32]
 _U64 = NDArray[np.uint64]
 
 _ROUNDS = 6
-# Smaller networks have too few functions to choose from to be uniform.
+# Of fewer bits there are too few functions for the permutation to be uniform.
 _FEWEST_BITS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-# Streams of random numbers that must not be correlated with one another.
-_ORDER, _CROP = 1, 2
+# Streams of random numbers that must not be correlated; `order_windowed` has 3 to 5.
+_ORDER, _SEGMENT = 1, 2
 
 
 def mix64(x: _U64) -> _U64:
@@ -41,7 +45,7 @@ def mix64(x: _U64) -> _U64:
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key from integers, e.g. (seed, epoch); different parts give unrelated keys."""
+    """A 64-bit key from integers such as (seed, epoch); different integers give unrelated keys."""
     key = 0
     for part in parts:
         word = np.array([(key ^ (part & _MASK)) + _GOLDEN & _MASK], np.uint64)
@@ -52,15 +56,15 @@ def derive_key(*parts: int) -> int:
 class Permutation:
     """A keyed bijection of range(n): a Feistel network with cycle walking.
 
-    The network permutes the next power of two, in two parts of (nearly) as many bits; values
-    beyond n are sent through again until they fall below n (Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains"), which takes under two passes on average.
+    The network permutes the next power of two, in two parts of (nearly) equally many bits. A value
+    that is not below n goes through the network again until it is (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"), which takes under two passes on average.
 
     Args:
-        n: Size of the range, from 1 to 2**63; or as many sizes (B,), for a bijection of its own
-            for each position that is asked for.
-        key: 64-bit key, see `derive_key`; or a uint64 array (B,) likewise.
-        largest: With many sizes: one that none exceeds. It decides the images too.
+        n: Size of the range, from 1 to 2**63; or an array of sizes (B,), with one bijection for
+            each of B positions.
+        key: 64-bit key, see `derive_key`; or a uint64 array of keys (B,).
+        largest: With an array of sizes: a number that no size exceeds. It decides the images too.
     """
 
     def __init__(self, n: int | Indices, key: int | _U64, largest: int | None = None) -> None:
@@ -78,7 +82,7 @@ class Permutation:
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
-        # From outside the range the walk might never come to an end.
+        # For a position outside the range, the loop might never end.
         assert not positions.size or (positions.min() >= 0 and (positions < self._n).all())
         values = self._pass(positions.astype(np.uint64), self._keys)
         outside = np.flatnonzero(values >= self._n)
@@ -127,9 +131,9 @@ def segment_starts(
         epoch: Number of the epoch.
 
     Returns:
-        Starts (B,), uniform on 0..frames-length; 0 where the utterance is not longer than that.
+        Starts (B,), uniform on 0..frames-length; 0 if the utterance is not longer than a segment.
     """
-    key = np.uint64(derive_key(_CROP, seed, epoch))
+    key = np.uint64(derive_key(_SEGMENT, seed, epoch))
     words = mix64((indices.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) ^ key)
     choices = np.maximum(frames - length, 0).astype(np.uint64) + np.uint64(1)
     # The high half of a 32 x 32-bit product maps 32 random bits to range(choices).
@@ -138,24 +142,24 @@ def segment_starts(
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:
-    """Rank's part of a global batch of `count` samples.
+    """A rank's part of a global batch of `count` utterances.
 
-    Parts are contiguous, differ by at most one sample, and together are the whole batch.
+    Parts are contiguous, differ by at most one utterance in size, and together are the batch.
     """
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
 def length_batches(frames: Indices, max_frames: int) -> list[Indices]:
-    """Batches of utterances of like length under a budget of padded frames.
+    """Batches of utterances of similar length, within a budget of padded frames.
 
     Args:
         frames: Length of every utterance of the split (N,).
-        max_frames: Most frames a batch may have once padded to its longest utterance; an
-            utterance longer than that travels alone.
+        max_frames: Most frames of a batch, padded to its longest utterance; a longer utterance
+            is a batch of its own.
 
     Returns:
-        Index arrays that partition range(N), longest utterances first, so that memory peaks at
-        the start and not at the end of an evaluation.
+        Index arrays that partition range(N), longest utterances first: if memory does not
+        suffice, an evaluation fails at its start and not at its end.
     """
     order = np.argsort(-frames, kind="stable")
     batches, at = [], 0

@@ -1,13 +1,14 @@
-"""An order for data larger than memory: random within a window that slides over the shards.
+"""An order for data larger than memory: random within a shuffle window that slides over shards.
 
-The shards of an epoch come in a random order. Their utterances, one shard after the other, are cut
-into equal lanes; each lane is read from its beginning to its end, shuffled within a window; and
-each batch takes equally many from every lane. A rank reads whole lanes, so the batches are the same
-at every world size that divides the number of lanes.
+The shards of an epoch come in a random order. Their utterances, one shard after another, are
+divided into equal lanes. Each lane is read from its beginning to its end and shuffled within a
+shuffle window, and each batch takes equally many utterances from every lane. A rank reads whole
+lanes, so the batches are the same at every world size that divides the number of lanes.
 
-The shuffle of a lane is two bijections, one after the other, each within blocks of half a window;
-the blocks of the second lie across the borders of the first. So an utterance can cross borders, a
-position needs no other to be known, and one block of positions draws from two blocks of utterances.
+The shuffle of a lane is two bijections, one after the other, each within blocks of half a shuffle
+window. The blocks of the second lie across the borders of the first, so an utterance can cross
+borders. Any position can be computed alone, and one block of positions draws from two blocks of
+utterances.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WindowedOrder:
         epoch: Number of the epoch.
         global_batch: Utterances a batch of all ranks, a multiple of `lanes`.
         lanes: Number of lanes.
-        window_shards: Size of the window of a lane, in shards of average size.
+        window_shards: Size of a lane's shuffle window, in shards of average size.
     """
 
     def __init__(
@@ -76,15 +77,15 @@ class WindowedOrder:
         return indices
 
     def needed(self, position: int, ahead: int, lanes: range) -> list[int]:
-        """Shards that some lanes draw from between a position and `ahead` places on in each lane.
+        """Shards that some lanes draw from, for the next utterances after a position.
 
         Args:
             position: Position in the epoch.
-            ahead: Utterances of each lane.
+            ahead: How many utterances of each lane.
             lanes: Which lanes.
 
         Returns:
-            Shard numbers, those that are needed first first.
+            Shard numbers, in the order of their use.
         """
         place = min(position // (self._each * self.lanes) * self._each, self._full)
         found: dict[int, float] = {}
@@ -103,7 +104,7 @@ class WindowedOrder:
         return sorted(found, key=lambda shard: found[shard])
 
     def shared(self, lanes: range) -> list[int]:
-        """Shards of which some lanes have one part, and their neighbours another."""
+        """Shards that some of these lanes share with the lane before or after."""
         borders = self._lane_begin[lanes.start : lanes.stop + 1]
         inner = borders[(borders > 0) & (borders < self._lane_begin[-1])]
         slots = np.searchsorted(self._at, inner, side="right") - 1
@@ -111,7 +112,7 @@ class WindowedOrder:
         return found
 
     def _lane_place(self, positions: Indices) -> tuple[Indices, Indices]:
-        """Lane and place in it; behind the full batches, the lanes' remainders follow."""
+        """Lane, and place in it; after the full batches follow the remainders of the lanes."""
         batch, within = np.divmod(positions, self._each * self.lanes)
         lane, place = within // self._each, batch * self._each + within % self._each
         rest = positions - self._full * self.lanes
@@ -121,7 +122,7 @@ class WindowedOrder:
         return lane, place
 
     def _shuffle(self, lane: Indices, place: Indices, size: Indices, *, across: bool) -> Indices:
-        """Permute places within their blocks; `across` moves the borders by half a block."""
+        """Permute places within their blocks; with `across`, borders move by half a block."""
         blocks = np.maximum(1, size // self.block)
         shift = int(across)
 
@@ -130,7 +131,7 @@ class WindowedOrder:
             return np.clip(inner, 0, size)
 
         number = (2 * blocks * place // size + shift) // 2
-        # Rounding may put a place one block off.
+        # Rounding may be off by one block.
         number += (place >= border(number + 1)).astype(np.int64)
         number -= (place < border(number)).astype(np.int64)
         begin = border(number)
@@ -142,7 +143,7 @@ class WindowedOrder:
 
 
 def check_lanes(lanes: int, window_shards: int, global_batch: int, world_size: int) -> None:
-    """Make sure that lanes can be shared out over batches and ranks.
+    """Make sure that lanes can be divided evenly among batches and ranks.
 
     Raises:
         ValueError: They cannot.

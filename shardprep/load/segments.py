@@ -1,98 +1,96 @@
-"""Batches for training and evaluation, from a split's memory maps to PyTorch tensors."""
+"""Batches of random segments, from a split's memory maps to PyTorch tensors.
+
+Axis legend: B batch, T frames, F mel bins.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardprep.errors import CorruptShardError, ShardprepError, StorageError
+from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
-from shardprep.load.damage import OnCorrupt, ReadGuard, Verification
+from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
 from shardprep.load.on_device import ResidentSplit, fits
-from shardprep.load.order import Indices, epoch_order, rank_slice, segment_starts
+from shardprep.load.order import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
 from shardprep.load.order_windowed import WindowedOrder, check_lanes
+from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
 Order = Literal["global", "windowed"]
 Placement = Literal["auto", "host", "device"]
-# Maps positions of an epoch (B,) to indices (B,).
-EpochOrder = Callable[[Indices], Indices]
-# Indices, starts, segments (None where they are cut on the device), labels, lengths.
+# Indices, starts, segments (None where the split lies on the device), labels, lengths.
 Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
-# The position behind a batch, its segments that stand in for damaged ones, and the batch.
+# The position behind a batch, how many of its segments replace damaged ones, and the batch.
 Planned = tuple[int, int, Segments]
-
-# Samples of all ranks whose order and segments are computed at a time.
-PLANNED = 16_384
 
 
 class SegmentLoader:
-    """Random segments of fixed length, every utterance once an epoch, over all ranks.
+    """Random segments of fixed length; over all ranks, every utterance once an epoch.
 
     Global batch k of an epoch holds the same utterances with the same segments at any world size,
     as long as batch_size * world_size is the same; each rank gathers only its own part. One
-    iteration yields what is left of the current epoch and then stands at the start of the next;
-    an iteration that was broken off is continued by the next one.
+    iteration yields the rest of the current epoch, and then stands at the start of the next epoch.
+    If an iteration is broken off, the next one continues it.
 
     Args:
         split: What to read.
         batch_size: Segments a batch of this rank.
-        segment_frames: Frames T a segment; shorter utterances are padded behind.
+        segment_frames: Frames T a segment; shorter utterances are padded at their end.
         seed: Decides order and segments.
         rank: This process's number.
         world_size: Number of processes.
-        shuffle: Whether utterances come in random order with random segments; otherwise in the
-            split's order with segments from the first frame.
+        shuffle: Whether utterances come in random order with random segments. Otherwise they come
+            in the split's order, and each segment begins at the first frame.
         drop_last: Whether to leave out the last len(split) % (batch_size * world_size)
-            utterances of an epoch's order. Otherwise they form a last, smaller batch, shared out
-            evenly; every rank still yields as many batches as the others, its last one perhaps
-            with no segment at all.
+            utterances of an epoch's order. Otherwise they form a last, smaller batch, divided
+            evenly among the ranks. Every rank yields equally many batches; the last batch of a
+            rank may be empty.
         pad_value: Fills padded frames.
-        order: "global" shuffles the whole split, for data that fit into memory, lie on a fast
-            disk or on the device. "windowed" reads the shards one after the other and shuffles
-            within a window, for data larger than memory; see `shardprep.load.order_windowed`.
+        order: "global" shuffles the whole split: for data that fit into memory, or lie on a fast
+            disk or on the device. "windowed" reads the shards one after another and shuffles
+            within a shuffle window: for data larger than memory; see
+            `shardprep.load.order_windowed`.
         lanes: Sequences of shards that "windowed" reads side by side; a multiple of the world
             size that divides the batch of all ranks.
-        window_shards: Shards in the window of each lane.
+        window_shards: Shards in the shuffle window of each lane.
         device: Where the batches go; None leaves them on the host.
         dtype: What the segments are converted to, on the device; None keeps the stored dtype.
         placement: Where the split lies. "host" reads the mapped shards. "device" loads the split
-            into the memory of `device` once, and cuts the same segments there. "auto" does so
-            where that takes at most `shardprep.load.on_device.SHARE` of the free memory of a CUDA
-            device.
-        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
+            into the memory of `device` once, and takes the same segments from there. "auto" means
+            "device" if the split takes at most `shardprep.load.on_device.SHARE` of the free memory
+            of a CUDA device, otherwise "host".
+        prefetch: Batches that a thread prepares ahead; with 0, each is prepared when it is due.
         verify_reads: Whether the crc32 of an utterance is checked before its segments are used:
             "never", "once" in this process, or "always". A split that goes to the device is always
-            checked as it is loaded.
-        on_corrupt: What a damaged utterance leads to: "raise" an error, or "skip" it. The next
-            whole utterance of this rank's part of the batch then comes twice, so that batches
-            keep their size and ranks stay in step.
-        max_corrupt: Damaged utterances of this rank that "skip" bears; one more is an error, and
-            so is a batch without a whole one.
+            checked while it is loaded.
+        on_corrupt: What happens at a damaged utterance: "raise" an error, or "skip" it. With
+            "skip", the next undamaged utterance of this rank's part of the batch comes twice, so
+            that batches keep their size and ranks stay in step.
+        max_corrupt: Most damaged utterances that "skip" skips on this rank. One more is an error,
+            and so is a batch in which every utterance is damaged.
 
     Attributes:
-        placement: "host" or "device", as was decided.
-        replaced: Segments that were delivered in the place of those of damaged utterances.
+        placement: "host" or "device"; what "auto" chose.
+        replaced: Segments delivered so far in place of those of damaged utterances.
 
     Yields:
-        Dicts of tensors: mel (B, T, F), label (B,) int64, both on `device`, and length (B,)
-        int64, always on the host: the frames of each segment that are not padding.
+        Dicts of tensors: mel (B, T, F) and label (B,) int64, both on `device`, and length (B,)
+        int64, always on the host: how many frames of each segment are not padding.
 
     Raises:
-        ValueError: An argument is out of range, the split is smaller than one global batch and
-            drop_last is on, or damage is to be skipped that nobody looks for.
-        StorageError: The split comes from a store, and the cache has no room for as much of it as
-            the order needs at a time.
-        CorruptShardError: A split that is to lie on the device is damaged. While iterating: a
-            shard cannot be read, or an utterance was found to be damaged.
+        ValueError: An argument is out of range; or the split is smaller than one global batch and
+            drop_last is on; or on_corrupt is "skip" and verify_reads "never".
+        StorageError: The split comes from a store, and the cache has less room than the order
+            needs at a time.
+        CorruptShardError: A split that goes to the device is damaged. While iterating: a shard
+            cannot be read, or an utterance is damaged.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class SegmentLoader:
         dtype: torch.dtype | None = None,
         placement: Placement = "auto",
         prefetch: int = 2,
-        verify_reads: Verification = "never",
+        verify_reads: VerifyReads = "never",
         on_corrupt: OnCorrupt = "raise",
         max_corrupt: int = 100,
     ) -> None:
@@ -161,28 +159,30 @@ class SegmentLoader:
         self._resident = None
         if placement == "device":
             self._resident = ResidentSplit(split, self._device, self._guard)
-        self._warmed = placement == "device"
-        self._wanted = split.wanted_shards()
         self._orders: dict[int, WindowedOrder] = {}
+        own = lanes // world_size
+        own_lanes = range(rank * own, (rank + 1) * own)
+        self._read_ahead = ReadAhead(split, self._epoch_order, self._end, own_lanes, lanes)
 
     def __len__(self) -> int:
-        """Batches a whole epoch gives each rank."""
+        """Batches of a whole epoch, the same on every rank."""
         return -(-self._end // self._global_batch)
 
     @property
     def damaged(self) -> dict[str, CorruptShardError]:
-        """Damaged utterances that this rank has met, by key, and what is wrong with each."""
+        """Damaged utterances that this rank found so far: key to what is wrong."""
         return {error.key or "": error for error in list(self._guard.damaged.values())}
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; nothing happens if it is the current one."""
+        """Go to the start of an epoch; do nothing if it is the current one."""
         if epoch != self.epoch:
             self.epoch, self._position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on every rank.
 
-        The position counts the samples of all ranks, so that another world size can go on from it.
+        The position counts the utterances of all ranks, so that a run can continue at another
+        world size.
         """
         state = {
             "epoch": self.epoch,
@@ -193,7 +193,7 @@ class SegmentLoader:
             "order": self._order,
         }
         if self._order == "windowed":
-            # These decide which utterances have had their turn.
+            # These decide which utterances came already.
             state["lanes"], state["window_shards"] = self._lanes, self._window_shards
             state["global_batch"] = self._global_batch
         return state
@@ -206,7 +206,7 @@ class SegmentLoader:
         """
         own = self.state_dict()
         for name in own.keys() - {"epoch", "position"}:
-            # States of before there was a choice of orders do not name theirs.
+            # Older states, from when there was one order, do not name the order.
             found = state.get(name, "global" if name == "order" else None)
             if found != own[name]:
                 raise ShardprepError(
@@ -218,7 +218,8 @@ class SegmentLoader:
         self.epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def __iter__(self) -> Iterator[Batch]:
-        self._warm()
+        if self._order == "global" and self._resident is None:
+            self._read_ahead.warm()
         ready = ahead(self._segments(self.epoch, self._position), self._prefetch)
         with contextlib.closing(ready):
             for end, replaced, segments in ready:
@@ -235,7 +236,7 @@ class SegmentLoader:
         stride = max(1, self._stride // step) * step
         for block in range(position, self._end, stride):
             if self._resident is None:
-                self._ask_for(order, epoch, block, stride)
+                self._read_ahead.want(epoch, block, stride)
             begins = range(block, min(block + stride, self._end), step)
             ends = [min(begin + step, self._end) for begin in begins]
             shares = [
@@ -249,7 +250,7 @@ class SegmentLoader:
             for end, share in zip(ends, shares, strict=True):
                 own: Any = np.arange(at, at := at + share.stop - share.start)
                 replaced = 0
-                if (places := self._guard.stand_ins(indices[own])) is not None:
+                if (places := self._guard.replacements(indices[own])) is not None:
                     replaced = int((places != np.arange(len(own))).sum())
                     own = own[places]
                 mel = self._host_mel(indices[own], starts[own])
@@ -279,7 +280,7 @@ class SegmentLoader:
 
     def _windowed_order(self, epoch: int) -> WindowedOrder:
         if epoch not in self._orders:
-            # The end of an epoch looks at the next one already; no others are needed any more.
+            # The end of an epoch looks at the next one already. Other epochs are needed no longer.
             self._orders = {n: order for n, order in self._orders.items() if abs(n - epoch) == 1}
             self._orders[epoch] = WindowedOrder(
                 self.split.shard_samples,
@@ -292,13 +293,16 @@ class SegmentLoader:
         return self._orders[epoch]
 
     def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
-        """Segments cut from the mapped shards, in memory that a GPU can fetch them from."""
+        """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.
+
+        None if the split lies on the device.
+        """
         if self._resident is not None:
             return None
         split = self.split
         shape = (len(indices), self._segment_frames, split.n_mels)
         if self._device.type == "cuda":
-            # PyTorch keeps pinned buffers, and uses one again when its copy has been made.
+            # PyTorch keeps pinned buffers, and uses a buffer again when its copy is done.
             stored = torch.from_numpy(np.empty(0, split.dtype)).dtype
             mel = torch.empty(shape, dtype=stored, pin_memory=True)
         else:
@@ -307,85 +311,13 @@ class SegmentLoader:
         return mel
 
     def _deliver(self, segments: Segments) -> Batch:
-        """Bring a batch to the device; the host waits for nothing."""
+        """Copy a batch to the device; the host does not wait."""
         indices, starts, mel, label, length = segments
         if mel is None:
             assert self._resident is not None
             mel = self._resident.segments(indices, starts, self._segment_frames, self._pad_value)
         if self._device.type == "cuda":
             label = label.pin_memory()
-        # Converted on the device, after the copy: fewer bytes travel.
+        # Converted on the device, after the copy: fewer bytes are copied.
         mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
         return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
-
-    def _warm(self) -> None:
-        """Have the shards read from end to end, once, where the global order would pick pages."""
-        if self._warmed or self._order != "global" or self.split.room is not None:
-            return
-        self._warmed = True
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if self.split.nbytes <= memory // 2:
-            threading.Thread(target=_read_all, args=(self.split,), daemon=True).start()
-
-    def _ask_for(self, order: EpochOrder, epoch: int, begin: int, stride: int) -> None:
-        """Say which shards the batches of the next `stride` positions are cut from."""
-        split = self.split
-        if not isinstance(order, WindowedOrder):
-            if split.room is not None:
-                self._wanted.want(range(len(split.shard_samples)))
-            return
-        share = self._lanes // self._world_size
-        lanes = range(self._rank * share, (self._rank + 1) * share)
-        due = order.needed(begin, stride // self._lanes, lanes)
-        if split.room is None:
-            self._wanted.want(due)
-            return
-        # What two lanes share is read by one at its end and by the other at its beginning: it
-        # stays, so as to be fetched but once.
-        due += order.shared(lanes)
-        reach = int(split.room / split.shard_bytes.sum() * len(split)) // share
-        later = order.needed(begin, reach, lanes)
-        if begin + stride >= self._end:
-            later += self._windowed_order(epoch + 1).needed(0, stride // self._lanes, lanes)
-        self._wanted.want(due, later)
-
-
-def plan_for_cache(split: Split, order: Order, lanes: int, window_shards: int, room: int) -> int:
-    """How many samples of all ranks may be planned at a time, if their shards are to be here.
-
-    Args:
-        split: What is read.
-        order: See `SegmentLoader`.
-        lanes: Lanes of this rank.
-        window_shards: Shards in the window of each.
-        room: Bytes of shards that can be here at a time.
-
-    Raises:
-        StorageError: The order needs more shards at a time than there is room for.
-    """
-    sizes = split.shard_bytes
-    if sizes.sum() <= room:
-        return PLANNED
-    if order == "global":
-        needed, advice = int(sizes.sum()), "read by order windowed, or "
-    else:
-        # Two windows of each lane and a shard at either end, and those that lanes share.
-        shards = min(lanes * (2 * window_shards + 3) + 1, len(sizes))
-        needed, advice = int(shards * sizes.max()), "take fewer lanes or window_shards, or "
-    if needed > room:
-        raise StorageError(
-            f"order {order} needs {needed / 1e9:.3g} GB of split {split.name} at a time, and this "
-            f"process's part of the cache has room for {room / 1e9:.3g} GB",
-            file=split.place,
-            remedy=f"Either {advice}give the cache more room (SHARDPREP_CACHE_GB, or data.cache_gb "
-            "of the trainer).",
-        )
-    spare = (room - needed) / 2 * len(split) / sizes.sum()
-    return int(min(PLANNED, max(spare, 1)))
-
-
-def _read_all(split: Split) -> None:
-    # What is wrong with a shard is said when a segment of it is due.
-    with contextlib.suppress(ShardprepError):
-        for shard in range(len(split.shard_samples)):
-            split.read_ahead(shard)

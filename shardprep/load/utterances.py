@@ -1,4 +1,7 @@
-"""Batches of whole utterances, for evaluation and prediction."""
+"""Batches of whole utterances, for evaluation and prediction.
+
+Axis legend: B batch, T frames, F mel bins.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,24 @@ _AT_A_TIME = 0.45
 
 
 class UtteranceLoader:
-    """Whole utterances, their crc32 checked, batched by length, every one once over all ranks.
+    """Whole utterances, batched by length; over all ranks, each once. Their crc32 is checked.
 
-    Ranks may yield different numbers of batches: do not synchronise them batch by batch.
+    Ranks may yield different numbers of batches: do not synchronise ranks batch by batch.
 
     Args:
         split: What to read.
-        max_frames: Most frames of a batch, padding counted; a longer utterance travels alone.
+        max_frames: Most frames of a batch, padding included; a longer utterance is a batch of
+            its own.
         rank: This process's number.
         world_size: Number of processes.
         pad_value: Fills padded frames.
-        prefetch: Batches that a thread prepares ahead; 0 prepares them when they are asked for.
-        on_corrupt: What a damaged utterance leads to: "raise" an error, or "skip", which leaves it
-            out.
-        max_corrupt: Damaged utterances of this rank that "skip" bears; one more is an error.
+        prefetch: Batches that a thread prepares ahead; with 0, each is prepared when it is due.
+        on_corrupt: What happens at a damaged utterance: "raise" an error, or "skip" it.
+        max_corrupt: Most damaged utterances that "skip" skips on this rank; one more is an error.
 
     Yields:
         Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,), length (B,) and
-        index (B,), the positions in the split, all int64.
+        index (B,), the position in the split, the last three int64.
 
     Raises:
         ValueError: An argument is out of range.
@@ -64,7 +67,7 @@ class UtteranceLoader:
         self.split = split
         self._pad_value = pad_value
         self._guard = ReadGuard(split, "always", on_corrupt, max_corrupt)
-        # By groups of shards, each as much as can be here at a time.
+        # Groups of shards, each with as many shards as there is room for at a time.
         self._groups = [
             (
                 shards,
@@ -76,7 +79,7 @@ class UtteranceLoader:
         ]
 
     def __len__(self) -> int:
-        """Batches that this rank yields, where nothing is left out."""
+        """Batches that this rank yields if no utterance is skipped."""
         return sum(len(batches) for _, batches in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,7 +92,7 @@ class UtteranceLoader:
                     continue
                 wanted.want(shards, self._groups[(number + 1) % len(self._groups)][0])
                 for batch in batches:
-                    indices = self._guard.keep(batch)
+                    indices = self._guard.undamaged(batch)
                     if len(indices):
                         yield self._batch(indices)
 
@@ -107,7 +110,7 @@ class UtteranceLoader:
 
 
 def _groups(split: Split) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-    """Shards that can be here at a time, and the positions (N,) of the utterances in them."""
+    """Shards that there is room for at a time, and the positions (N,) of their utterances."""
     begins = np.cumsum([0, *split.shard_samples])
     room = None if split.room is None else _AT_A_TIME * split.room
     ends = np.cumsum(split.shard_bytes)
@@ -117,7 +120,7 @@ def _groups(split: Split) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
         if room is not None:
             before = int(ends[first - 1]) if first else 0
             stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
-        # All of them, read in an order of their own: nothing is gained by asking in this one.
+        # Of a folder, one group: it is read by length, so reading ahead by shards gains nothing.
         shards = [] if room is None else list(range(first, stop))
         yield shards, np.arange(begins[first], begins[stop])
         first = stop

@@ -138,13 +138,13 @@ def edge_split(edge_set: Path) -> Split:
 
 
 @pytest.fixture
-def spoilt(
+def damaged_split(
     edge_sets: dict[tuple[str, str], Path], tmp_path: Path
 ) -> Callable[..., tuple[Split, list[int]]]:
-    """`spoilt(indices, codec)`: a copy's split train, a bit of these utterances flipped."""
+    """`damaged_split(indices, codec)`: a copy's split train, a bit of these utterances flipped."""
 
     def make(indices: Sequence[int], codec: str = "none") -> tuple[Split, list[int]]:
-        folder = Path(shutil.copytree(edge_sets["float16", codec], tmp_path / "spoilt"))
+        folder = Path(shutil.copytree(edge_sets["float16", codec], tmp_path / "damaged_split"))
         split = open_shards(folder)["train"]
         for index in indices:
             row = split.locations[index]

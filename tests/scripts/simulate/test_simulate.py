@@ -18,7 +18,7 @@ from scripts.simulate import __main__ as scale
 from scripts.simulate import job as jobs
 from scripts.simulate import measure, model
 from shardprep.load.order_windowed import WindowedOrder
-from shardprep.load.segments import plan_for_cache
+from shardprep.load.read_ahead import plan_for_cache
 from shardprep.read import store_map
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -469,21 +469,21 @@ def test_a_full_disk_with_nothing_to_give_up_is_told_and_asks_the_store_no_more(
 def test_after_a_restart_files_are_used_again_if_they_are_whole(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    good, spoilt, short = (store.put(name, 2 * KB) for name in ("good", "spoilt", "short"))
+    good, damaged, short = (store.put(name, 2 * KB) for name in ("good", "damaged", "short"))
     shards = ShardCache(place, 10 * KB)
-    for file in (good, spoilt, short):
+    for file in (good, damaged, short):
         shards.hold(*file).close()
     # What a power cut makes of files that were not flushed to the disk.
-    (place / spoilt[1].sha256).write_bytes(bytes(2 * KB))
+    (place / damaged[1].sha256).write_bytes(bytes(2 * KB))
     os.truncate(place / short[1].sha256, 1200)
     store.asked.clear()
     (tmp_path / "boot_id").write_text("another start\n")
     monkeypatch.setattr(cachefolder, "_BOOT_ID", tmp_path / "boot_id")
     shards = ShardCache(place, 10 * KB)
-    for file in (good, spoilt, short):
+    for file in (good, damaged, short):
         held = shards.hold(*file)
         assert held.path.read_bytes() == store.files[file[1].file]
-    assert {name for name, _, _ in store.asked} == {"spoilt", "short"}
+    assert {name for name, _, _ in store.asked} == {"damaged", "short"}
     store.asked.clear()
     ShardCache(place, 10 * KB).hold(*good)
     assert store.asked == []

@@ -1,4 +1,4 @@
-"""Damaged utterances stop the reading, or whole ones of the batch stand in for them."""
+"""Damaged utterances end the reading, or undamaged ones of the batch replace them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from shardprep import CorruptShardError, SegmentLoader, Split
 from shardprep.load.damage import ReadGuard
 
-Spoilt = Callable[..., tuple[Split, list[int]]]
+DamagedSplit = Callable[..., tuple[Split, list[int]]]
 
 
 def loader(split: Split, **options: Any) -> SegmentLoader:
@@ -23,8 +23,10 @@ def loader(split: Split, **options: Any) -> SegmentLoader:
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("verify", ["once", "always"])
-def test_damage_is_raised_with_file_and_key(spoilt: Spoilt, codec: str, verify: str) -> None:
-    split, (bad,) = spoilt([3], codec)
+def test_damage_is_raised_with_file_and_key(
+    damaged_split: DamagedSplit, codec: str, verify: str
+) -> None:
+    split, (bad,) = damaged_split([3], codec)
     with pytest.raises(CorruptShardError, match="do not match their crc32.*repair") as caught:
         list(loader(split, verify_reads=verify))
     assert caught.value.key == str(split.keys[bad])
@@ -32,18 +34,18 @@ def test_damage_is_raised_with_file_and_key(spoilt: Spoilt, codec: str, verify: 
     assert caught.value.file.endswith(f"train-{split.locations[bad]['shard']:06d}.tar")
 
 
-def test_segments_of_a_plain_set_are_not_checked_unless_asked(spoilt: Spoilt) -> None:
-    split, _ = spoilt([3])
+def test_segments_of_a_plain_set_are_not_checked_unless_asked(damaged_split: DamagedSplit) -> None:
+    split, _ = damaged_split([3])
     assert len(list(loader(split))) == 7
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("order", ["global", "windowed"])
-def test_skipped_utterances_never_come_and_batches_keep_their_size(
-    spoilt: Spoilt, order: str, world_size: int, placement: str
+def test_skipped_utterances_are_never_delivered_and_batches_keep_their_size(
+    damaged_split: DamagedSplit, order: str, world_size: int, placement: str
 ) -> None:
-    split, bad = spoilt([3, 4, 20])
+    split, bad = damaged_split([3, 4, 20])
     options: dict[str, Any] = {
         "order": order,
         "lanes": 2,
@@ -60,7 +62,7 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
         twice = 0
         for _ in range(2):
             for batch, before in zip(own, plain, strict=True):
-                # The segments of a rank are all different, so that one tells its utterance.
+                # The segments of a rank are all different: each identifies its utterance.
                 was = [segment.numpy().tobytes() for segment in before["mel"]]
                 now = [segment.numpy().tobytes() for segment in batch["mel"]]
                 assert len(now) == len(was)
@@ -71,7 +73,7 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
                     assert batch["length"][place] == before["length"][home]
                     twice += home != place
                     if home != place:
-                        # Those between were damaged too.
+                        # The utterances in between were damaged too.
                         between = was[place:home] if home > place else was[place:] + was[:home]
                         assert not set(between) & set(now)
         assert own.replaced == twice
@@ -79,38 +81,40 @@ def test_skipped_utterances_never_come_and_batches_keep_their_size(
     assert found == {str(split.keys[index]) for index in bad}
 
 
-def test_segments_of_damaged_utterances_are_never_delivered(spoilt: Spoilt) -> None:
-    split, bad = spoilt([3, 4, 20])
+def test_segments_of_damaged_utterances_are_never_delivered(damaged_split: DamagedSplit) -> None:
+    split, bad = damaged_split([3, 4, 20])
     guard = ReadGuard(split, "once", "skip", 3)
     everything = np.arange(len(split))
-    places = guard.stand_ins(everything)
+    places = guard.replacements(everything)
     assert places is not None
     assert not set(everything[places].tolist()) & set(bad)
-    whole = [index for index in everything.tolist() if index not in bad]
-    np.testing.assert_array_equal(everything[places][whole], whole)
+    intact = [index for index in everything.tolist() if index not in bad]
+    np.testing.assert_array_equal(everything[places][intact], intact)
     assert everything[places][bad].tolist() == [5, 5, 21]
-    assert guard.stand_ins(np.array(whole)) is None
-    # Behind the last one comes the first.
-    assert guard.stand_ins(np.array([0, 20])).tolist() == [0, 0]  # type: ignore[union-attr]
+    assert guard.replacements(np.array(intact)) is None
+    # After the last place comes the first.
+    assert guard.replacements(np.array([0, 20])).tolist() == [0, 0]  # type: ignore[union-attr]
 
 
-def test_more_damage_than_is_borne_ends_the_reading(spoilt: Spoilt) -> None:
-    split, bad = spoilt([3, 4, 20])
+def test_more_damage_than_max_corrupt_ends_the_reading(damaged_split: DamagedSplit) -> None:
+    split, bad = damaged_split([3, 4, 20])
     skip = {"verify_reads": "once", "on_corrupt": "skip"}
     assert len(list(loader(split, **skip, max_corrupt=3))) == 7
     with pytest.raises(CorruptShardError, match="3 utterances are damaged, and max_corrupt is 2"):
         list(loader(split, **skip, max_corrupt=2))
-    # Whoever catches the error and goes on gets it again.
+    # If the caller catches the error and continues, the error comes again.
     own = loader(split, **skip, max_corrupt=0)
     for _ in range(3):
         with pytest.raises(CorruptShardError, match="1 utterances are damaged"):
             list(own)
     with pytest.raises(CorruptShardError, match="every utterance of a batch is damaged"):
-        ReadGuard(split, "once", "skip", 9).stand_ins(np.array(bad))
+        ReadGuard(split, "once", "skip", 9).replacements(np.array(bad))
 
 
-def test_skipping_is_told(spoilt: Spoilt, caplog: pytest.LogCaptureFixture) -> None:
-    split, (bad,) = spoilt([3])
+def test_a_skipped_utterance_is_logged(
+    damaged_split: DamagedSplit, caplog: pytest.LogCaptureFixture
+) -> None:
+    split, (bad,) = damaged_split([3])
     with caplog.at_level(logging.WARNING, "shardprep"):
         list(loader(split, verify_reads="once", on_corrupt="skip"))
     (record,) = caplog.records
@@ -118,7 +122,7 @@ def test_skipping_is_told(spoilt: Spoilt, caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize(("verify", "times"), [("never", 0), ("once", 1), ("always", 3)])
-def test_each_utterance_is_checked_as_often_as_asked(
+def test_each_utterance_is_checked_as_often_as_verify_reads_says(
     edge_split: Split, verify: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
@@ -132,8 +136,8 @@ def test_each_utterance_is_checked_as_often_as_asked(
     assert len(checked) == times * 28
 
 
-def test_a_resident_split_is_checked_even_if_nothing_is_asked(spoilt: Spoilt) -> None:
-    split, _ = spoilt([3])
+def test_a_split_on_the_device_is_always_checked(damaged_split: DamagedSplit) -> None:
+    split, _ = damaged_split([3])
     with pytest.raises(CorruptShardError, match="crc32"):
         loader(split, placement="device", device="cpu")
 

@@ -353,7 +353,7 @@ def test_damage_met_by_the_prefetching_thread_reaches_the_reader(
 def test_no_thread_is_left_behind(split: Split) -> None:
     before = set(threading.enumerate())
     own = loader(split, prefetch=3)
-    own._warmed = True  # That thread ends by itself.
+    own._read_ahead._warmed = True  # That thread ends by itself.
     for _ in range(3):
         iterator = iter(own)
         next(iterator)

@@ -61,18 +61,18 @@ def test_utterance_loader_refuses_arguments_out_of_range(
 
 
 def test_damaged_utterance_is_an_error_that_names_it(
-    spoilt: Callable[..., tuple[Split, list[int]]],
+    damaged_split: Callable[..., tuple[Split, list[int]]],
 ) -> None:
-    split, (bad,) = spoilt([5])
+    split, (bad,) = damaged_split([5])
     with pytest.raises(CorruptShardError, match="do not match their crc32") as caught:
         list(UtteranceLoader(split))
     assert caught.value.key == str(split.keys[bad])
 
 
 def test_damaged_utterances_are_left_out_when_asked(
-    spoilt: Callable[..., tuple[Split, list[int]]],
+    damaged_split: Callable[..., tuple[Split, list[int]]],
 ) -> None:
-    split, bad = spoilt([0, 5, 6])
+    split, bad = damaged_split([0, 5, 6])
     loader = UtteranceLoader(split, max_frames=600, on_corrupt="skip", max_corrupt=3)
     for _ in range(2):
         seen = [index for batch in loader for index in batch["index"].tolist()]

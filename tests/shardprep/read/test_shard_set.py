@@ -268,9 +268,9 @@ def test_set_that_is_as_it_was_passes(damaged: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_intact_tells_the_damaged_from_the_whole(
-    spoilt: Callable[..., tuple[Split, list[int]]], codec: str
+    damaged_split: Callable[..., tuple[Split, list[int]]], codec: str
 ) -> None:
-    split, bad = spoilt([2, 7], codec)
+    split, bad = damaged_split([2, 7], codec)
     indices = np.array([7, 0, 2, 27, 7])
     assert split.intact(indices).tolist() == [False, True, False, True, False]
     with pytest.raises(IndexError):

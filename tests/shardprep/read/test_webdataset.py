@@ -20,7 +20,7 @@ import shardprep
 from shardprep import BuildReport, CorruptShardError, FormatError, Split, open_shards
 from shardprep.read.webdataset import decode_sample
 
-Spoilt = Callable[..., tuple[Split, list[int]]]
+DamagedSplit = Callable[..., tuple[Split, list[int]]]
 SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
 
 
@@ -98,8 +98,8 @@ def test_each_iteration_is_shuffled_anew(edge_set: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("shuffle", [0, 10])
-def test_a_flipped_bit_is_named(spoilt: Spoilt, codec: str, shuffle: int) -> None:
-    split, (bad,) = spoilt([5], codec)
+def test_a_flipped_bit_is_named(damaged_split: DamagedSplit, codec: str, shuffle: int) -> None:
+    split, (bad,) = damaged_split([5], codec)
     folder = Path(split.damaged(bad).file or "").parent
     with pytest.raises(CorruptShardError, match="do not match their crc32") as caught:
         list(shardprep.stream(folder, shuffle=shuffle))
@@ -107,8 +107,8 @@ def test_a_flipped_bit_is_named(spoilt: Spoilt, codec: str, shuffle: int) -> Non
     assert caught.value.file == split.damaged(bad).file
 
 
-def test_an_utterance_that_is_gone_from_a_shard_is_missed(spoilt: Spoilt) -> None:
-    split, _ = spoilt([])
+def test_an_utterance_that_is_gone_from_a_shard_is_missed(damaged_split: DamagedSplit) -> None:
+    split, _ = damaged_split([])
     path = Path(split.damaged(3).file or "")
     with tarfile.open(path) as tar:
         contents = [(member, tar.extractfile(member)) for member in tar]
