@@ -32,6 +32,7 @@ from typing import Any
 import click
 import torch
 from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.state import to_plain
 
 import shardprep
 from shardprep.bench.machine import machine
@@ -108,15 +109,15 @@ def disturbed(run: Path, shards: Path, processes: int, kills: list[Kill]) -> boo
 
 
 def outcome(run: Path) -> tuple[list[dict[str, Any]], list[Any]]:
-    """What two equal runs have in common: the curve, and the tensors of the two checkpoints."""
+    """What two equal runs have in common: the curve, and the last and the best tensors."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     curve = [
         {key: value for key, value in json.loads(line).items() if key not in TIMES}
         for line in lines
     ]
-    folder = run / "checkpoints"
-    states = [load(folder / name) for name in (f"step-{STEPS:08d}.pt", "best.pt")]
-    return curve, [(x["step"], x["best"], list(_tensors(x))) for x in states]
+    names = f"checkpoints/step-{STEPS:08d}.pt", "model/model.safetensors"
+    states = [load(run / name) for name in names]
+    return curve, [(x.step, x.best, list(_tensors(to_plain(x)))) for x in states]
 
 
 def equal(a: Any, b: Any) -> bool:

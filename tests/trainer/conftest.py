@@ -13,12 +13,13 @@ from accelerate.state import AcceleratorState, GradientState
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.model.build import build_model
 
 import shardprep
 
 # For the modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from saved_models import make_checkpoint  # noqa: E402
 
 ConfigFactory = Callable[..., Config]
 
@@ -70,21 +71,11 @@ def make_config(shards: Path, tmp_path: Path) -> ConfigFactory:
 
 @pytest.fixture
 def run(make_config: ConfigFactory, tmp_path: Path) -> Path:
-    """A run folder with a best and a last checkpoint of different random weights.
+    """A run folder with a best model and a last checkpoint of different random weights.
 
     Its speakers are those of `shards` in another order: they are to be matched by name.
     """
     config, folder = make_config(), CheckpointFolder(tmp_path / "run")
-    for step, save in ((5, folder.save_best), (9, lambda state: folder.save(state, 9))):
-        torch.manual_seed(step)
-        model = build_model(config.model, 40, 3)
-        save(
-            {
-                "step": step,
-                "model": model.state_dict(),
-                "config": config.to_dict(),
-                "speakers": ["id00002", "id00000", "id00001"],
-                "n_mels": 40,
-            }
-        )
+    folder.save_best(make_checkpoint(config, 5))
+    folder.save(make_checkpoint(config, 9))
     return tmp_path / "run"

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from shardprep_trainer.model.model import SpeakerModel
 
 
 def model_of(file: Path) -> SpeakerModel:
-    """The model that a checkpoint holds, in evaluation mode."""
-    saved = torch.load(file, weights_only=True)
+    """The model that a checkpoint or a model file holds, in evaluation mode."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            saved = json.loads(opened.metadata()["description"])
+        weights = load_file(file)
+    else:
+        saved = torch.load(file, weights_only=True)
+        weights = saved["weights"]
     speakers = len(saved["speakers"])
     model = SpeakerModel(saved["n_mels"], speakers, **saved["config"]["model"]).eval()
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(weights)
     return model

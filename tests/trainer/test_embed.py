@@ -10,6 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from saved_models import BEST, change_best
+from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.embed import main
 from shardprep_trainer.evaluation.views import Views
 
@@ -83,10 +85,9 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 
 
 def test_a_model_that_diverged_is_named(run: Path, tmp_path: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    saved["model"]["prenet.weight"].fill_(torch.nan)
-    torch.save(saved, file)
+    weights = load(run / BEST).weights
+    diverged = torch.full_like(weights["prenet.weight"], torch.nan)
+    file = change_best(run, weights={**weights, "prenet.weight": diverged})
     result = embed(run, "--out", tmp_path / "out.npz")
     assert result.exit_code == 1
     assert f"{file}: the embeddings of 6 utterances of val are not finite" in result.stderr

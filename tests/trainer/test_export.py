@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from saved_models import BEST, make_checkpoint
 from shardprep_trainer import export
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES, parse_args
@@ -121,17 +122,8 @@ def test_an_onnx_file_is_valid_whole_and_says_what_its_axes_are() -> None:
 def run(make_config: Callable[..., Config], tmp_path: Path) -> Path:
     """A run folder with a best and a last checkpoint of different random weights."""
     config, folder = make_config(**{"data.pad_value": -19.5}), CheckpointFolder(tmp_path / "run")
-    for step, save in ((5, folder.save_best), (9, lambda state: folder.save(state, 9))):
-        torch.manual_seed(step)
-        save(
-            {
-                "step": step,
-                "model": build_model(config.model, 40, len(NAMES)).state_dict(),
-                "config": config.to_dict(),
-                "speakers": NAMES,
-                "n_mels": 40,
-            }
-        )
+    folder.save_best(make_checkpoint(config, 5, speakers=NAMES))
+    folder.save(make_checkpoint(config, 9, speakers=NAMES))
     return tmp_path / "run"
 
 
@@ -166,7 +158,7 @@ def test_the_command_writes_the_chosen_model_and_what_it_means(
         "pad_value": "-19.5",
         "step": str(step),
     }
-    file = run / "checkpoints" / ("best.pt" if choice == "best" else "step-00000009.pt")
+    file = run / (BEST if choice == "best" else "checkpoints/step-00000009.pt")
     model = model_of(file)
     mel, lengths = padded(utterances(77, 12))
     with torch.no_grad():
@@ -344,7 +336,7 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 
 
 def test_a_checkpoint_is_never_overwritten(run: Path) -> None:
-    for file in sorted((run / "checkpoints").iterdir()):
+    for file in (run / BEST, *sorted((run / "checkpoints").iterdir())):
         before = file.read_bytes()
         result = run_export(run, file)
         assert (result.exit_code, "is a checkpoint" in result.stderr) == (2, True)

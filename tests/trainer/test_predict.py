@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from saved_models import BEST, change_best
+from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
-from shardprep_trainer.config.fields import DataConfig
+from shardprep_trainer.config.fields import DataConfig, PredictConfig
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.predict import main, score_submission, write_submission
@@ -20,6 +23,7 @@ from shardprep_trainer.predict import main, score_submission, write_submission
 import shardprep
 
 # As the fixture `run` has them.
+LAST = "checkpoints/step-00000009.pt"
 NAMES = ["id00002", "id00000", "id00001"]
 
 
@@ -27,9 +31,9 @@ def predict(run: Path, *options: object) -> Result:
     return CliRunner().invoke(main, [str(run), *map(str, options)])
 
 
-def expected_names(run: Path, shards: Path, split: str, checkpoint: str = "best.pt") -> list[str]:
+def expected_names(run: Path, shards: Path, split: str, checkpoint: str = BEST) -> list[str]:
     """The oracle: each utterance alone through the model of a checkpoint."""
-    model = model_of(run / "checkpoints" / checkpoint)
+    model = model_of(run / checkpoint)
     part = shardprep.open_shards(shards)[split]
     with torch.no_grad():
         scores = [model(torch.from_numpy(part.read(i)).float()[None]) for i in range(len(part))]
@@ -51,10 +55,8 @@ def test_rows_follow_testdata_json_and_carry_names(run: Path, shards: Path, tmp_
 def test_the_recipe_chooses_the_backend_and_an_option_overrides_it(
     run: Path, shards: Path, tmp_path: Path
 ) -> None:
-    file, data = run / "checkpoints" / "best.pt", shardprep.open_shards(shards)
-    saved = torch.load(file, weights_only=True)
-    saved["config"]["predict"]["backend"] = "wccn"
-    torch.save(saved, file)
+    data, config = shardprep.open_shards(shards), load(run / BEST).config
+    file = change_best(run, config=replace(config, predict=PredictConfig("wccn")))
     model = model_of(file)
 
     def embeddings(split: str) -> np.ndarray:
@@ -99,12 +101,12 @@ def test_the_shards_of_the_run_are_the_default(
 
 @pytest.mark.parametrize(
     ("checkpoint", "file"),
-    [("best", "best.pt"), ("last", "step-00000009.pt"), (None, "step-00000009.pt")],
+    [("best", BEST), ("last", LAST), (None, LAST), (None, BEST)],
 )
 def test_best_last_or_a_file_can_be_chosen(
     run: Path, shards: Path, tmp_path: Path, checkpoint: str | None, file: str
 ) -> None:
-    choice = checkpoint or run / "checkpoints" / file
+    choice = checkpoint or run / file
     out = tmp_path / "out.csv"
     result = predict(run, "--checkpoint", choice, "--split", "train", "--out", out)
     names = [line.split(",")[1] for line in out.read_text().splitlines()[1:]]
@@ -149,9 +151,7 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_shards_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    torch.save({**saved, "n_mels": 80}, file)
+    change_best(run, n_mels=80)
     result = predict(run, "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert "has 40 mel bins a frame, but the model was trained on 80" in result.stderr
@@ -159,14 +159,10 @@ def test_shards_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_by_file(run: Path, tmp_path: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    torch.save({**saved, "speakers": NAMES[:2]}, file)
+    file = change_best(run, speakers=tuple(NAMES[:2]))
     result = predict(run, "--out", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert f"error: {file}: the weights in it do not fit" in result.stderr
-    torch.save({key: value for key, value in saved.items() if key != "n_mels"}, file)
-    assert f"error: {file}: holds no n_mels" in predict(run, "--out", tmp_path / "out.csv").stderr
 
 
 def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
@@ -220,7 +216,7 @@ def test_segments_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path:
     assert predict(run, *chosen, "--out", none, "--tta", 0).exit_code == 0
     assert predict(run, *chosen, "--out", some, "--tta", 3, "--tta-frames", 30).exit_code == 0
     assert none.read_bytes() == plain.read_bytes()
-    model = model_of(run / "checkpoints" / "best.pt")
+    model = model_of(run / BEST)
     part, names = shardprep.open_shards(shards)["train"], []
     for index in range(len(part)):
         mel = torch.from_numpy(part.read(index)).float()
@@ -239,7 +235,7 @@ def test_segments_have_a_say_beside_the_whole(run: Path, shards: Path, tmp_path:
         (["--shards", "nowhere"], 4, "nowhere"),
         (["--checkpoint", "nowhere.pt"], 1, "nowhere.pt: there is no such checkpoint"),
         (["--max-frames", "0"], 2, "max-frames"),
-        (["--checkpoint", "."], 1, "cannot be read (Is a directory)"),
+        (["--checkpoint", "."], 1, ".: there is no best checkpoint"),
         (["--shards", "n" * 300], 6, "File name too long"),
     ],
 )
@@ -253,9 +249,9 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 
 
 def test_a_run_without_the_checkpoint_asked_for_says_what_to_do(run: Path, tmp_path: Path) -> None:
-    (run / "checkpoints" / "best.pt").unlink()
+    (run / BEST).unlink()
     assert "take --checkpoint last" in predict(run).stderr
-    assert "train it first" in predict(tmp_path / "empty").stderr
+    assert "train first: shardprep train" in predict(tmp_path / "empty").stderr
 
 
 def write(path: Path, *rows: str) -> Path:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
+from saved_models import BEST, change_best
+from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.evaluation.trials import Trials, draw_trials
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.score import main
@@ -35,8 +37,7 @@ def score_json(run: Path, *options: object) -> dict[str, Any]:
 
 def alone(run: Path, part: shardprep.Split) -> tuple[np.ndarray, list[str]]:
     """The oracle: unit embeddings (N, D) in float64 and predicted names, one by one."""
-    file = run / "checkpoints" / "best.pt"
-    names, model = torch.load(file, weights_only=True)["speakers"], model_of(file)
+    names, model = load(run / BEST).speakers, model_of(run / BEST)
     rows, answers = [], []
     with torch.no_grad():
         for index in range(len(part)):
@@ -188,10 +189,7 @@ def test_an_unlabelled_split_can_be_scored_by_a_list(
 
 
 def test_speakers_unknown_to_the_model_are_wrong_but_make_trials(run: Path, shards: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    saved["speakers"] = ["id00002", "someone", "else"]
-    torch.save(saved, file)
+    change_best(run, speakers=("id00002", "someone", "else"))
     truth = speakers_of(shards, "train")
     answers = alone(run, shardprep.open_shards(shards)["train"])[1]
     result = score(run, "--split", "train", "--json")
@@ -203,12 +201,10 @@ def test_speakers_unknown_to_the_model_are_wrong_but_make_trials(run: Path, shar
 
 
 def test_more_speakers_in_the_shards_than_in_the_model(run: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    saved["speakers"] = ["id00001"]
-    for name in [name for name in saved["model"] if name.startswith("classifier.")]:
-        saved["model"][name] = saved["model"][name][:1]
-    torch.save(saved, file)
+    weights = load(run / BEST).weights
+    for name in [name for name in weights if name.startswith("classifier.")]:
+        weights[name] = weights[name][:1]
+    change_best(run, speakers=("id00001",), weights=weights)
     found = score_json(run, "--as-norm")
     assert (found["accuracy"], found["cohort"]) == (2 / 6, 3)
 
@@ -255,9 +251,7 @@ def test_those_a_backend_knows_them_by_are_no_test_of_it(run: Path) -> None:
 
 
 def test_a_backend_knows_the_speakers_of_the_shards(run: Path) -> None:
-    file = run / "checkpoints" / "best.pt"
-    saved = torch.load(file, weights_only=True)
-    torch.save({**saved, "speakers": ["some", "one", "else"]}, file)
+    change_best(run, speakers=("some", "one", "else"))
     assert score_json(run)["unknown_to_model"] == 6
     assert score_json(run, "--backend", "wccn")["unknown_to_model"] == 0
 

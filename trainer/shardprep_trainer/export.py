@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from shardprep import publish
-from shardprep_trainer.checkpoint.files import State
-from shardprep_trainer.checkpoint.state import load_described, load_model
+from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.find import find_checkpoint
+from shardprep_trainer.checkpoint.state import Checkpoint
+from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.commands import reported_errors
-from shardprep_trainer.config.fields import config_from_dict
 from shardprep_trainer.errors import ConfigError, ExportError, TrainerError
-from shardprep_trainer.inference import find_checkpoint
 from shardprep_trainer.model.model import SpeakerModel
 from shardprep_trainer.model.traceable import Traceable
 
@@ -219,7 +219,7 @@ def export_model(model: SpeakerModel, form: str, metadata: dict[str, str]) -> tu
         ) from error
 
 
-def describe(saved: State) -> dict[str, str]:
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
     """What an exported file says about itself, as text.
 
     Returns:
@@ -228,10 +228,10 @@ def describe(saved: State) -> dict[str, str]:
     """
     return {
         "format_version": str(FORMAT_VERSION),
-        "speakers": json.dumps(saved["speakers"], ensure_ascii=False),
-        "n_mels": str(saved["n_mels"]),
-        "pad_value": str(config_from_dict(saved["config"]).data.pad_value),
-        "step": str(saved["step"]),
+        "speakers": json.dumps(checkpoint.speakers, ensure_ascii=False),
+        "n_mels": str(checkpoint.n_mels),
+        "pad_value": str(checkpoint.config.data.pad_value),
+        "step": str(checkpoint.step),
     }
 
 
@@ -280,16 +280,16 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _export(run: Path, out: Path, form: str, checkpoint: str) -> None:
+def _export(run: Path, out: Path, form: str, choice: str) -> None:
     if form == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    file = find_checkpoint(run, checkpoint)
+    file = find_checkpoint(run, choice)
     if out.resolve() in (file.resolve(), *(run / "checkpoints").resolve().glob("*.pt")):
         raise ConfigError(f"{out}: is a checkpoint; give --out another name")
-    saved = load_described(file)
-    model = load_model(saved, file).eval()
-    click.echo(f"{file}, after {saved['step']:,} steps", err=True)
-    data, deviation = export_model(model, form, describe(saved))
+    checkpoint = load(file)
+    model = load_model(checkpoint).eval()
+    click.echo(f"{file}, after {checkpoint.step:,} steps", err=True)
+    data, deviation = export_model(model, form, describe(checkpoint))
     with publish(out) as target:
         target.write(data)
     click.echo(f"{form}, {len(data):,} bytes, deviation {deviation:.1e} -> {out}", err=True)

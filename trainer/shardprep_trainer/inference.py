@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from shardprep import ShardSet, Split, UtteranceLoader
-from shardprep_trainer.checkpoint.files import CheckpointFolder
+from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
-from shardprep_trainer.checkpoint.state import load_described, load_model
+from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.commands import note
-from shardprep_trainer.config.fields import Backend, config_from_dict
-from shardprep_trainer.errors import CheckpointError, PredictionError
+from shardprep_trainer.config.fields import Backend
+from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.accuracy import Collected, Labels, collect, grade
 from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
 from shardprep_trainer.evaluation.views import Views
@@ -146,30 +147,6 @@ class Inference:
         return Collected(found.embeddings, grade(enrolled.scores, found.embeddings, numbers))
 
 
-def find_checkpoint(run: Path, choice: str) -> Path:
-    """The checkpoint file that a name stands for.
-
-    Args:
-        run: A run folder.
-        choice: "best", "last", or a path to a file.
-
-    Raises:
-        CheckpointError: The run has no such checkpoint.
-    """
-    if choice not in ("best", "last"):
-        return Path(choice)
-    folder = CheckpointFolder(run)
-    newest = folder.latest()
-    if choice == "best" and folder.best.exists():
-        return folder.best
-    if choice == "last" and newest is not None:
-        return newest
-    remedy = "train it first: shardprep train"
-    if choice == "best" and newest is not None:
-        remedy = "the run has not been validated yet: take --checkpoint last"
-    raise CheckpointError(f"{folder.folder}: there is no {choice} checkpoint; {remedy}")
-
-
 def open_inference(options: ModelOptions) -> Inference:
     """Load the model, open the shards, and say on stderr what a user should know of them.
 
@@ -178,13 +155,12 @@ def open_inference(options: ModelOptions) -> Inference:
         PredictionError: The shards have another number of mel bins, or nothing in the split.
         ShardprepError: The shards cannot be read.
     """
-    file = find_checkpoint(options.run, options.checkpoint)
-    saved = load_described(file)
-    config = config_from_dict(saved["config"])
+    checkpoint = load(find_checkpoint(options.run, options.checkpoint))
+    config = checkpoint.config
     shards = open_shards_of(config.data, options.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    click.echo(f"{file}, after {saved['step']:,} steps, on {device.type}", err=True)
-    n_mels, expected = shards.manifest.n_mels, saved["n_mels"]
+    click.echo(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}", err=True)
+    n_mels, expected = shards.manifest.n_mels, checkpoint.n_mels
     if n_mels != expected:
         raise PredictionError(
             f"{shards.path} has {n_mels} mel bins a frame, but the model was trained on "
@@ -195,11 +171,11 @@ def open_inference(options: ModelOptions) -> Inference:
         note(line)
     frames = options.tta_frames or config.data.segment_frames
     inference = Inference(
-        file=file,
-        step=saved["step"],
-        classes=tuple(saved["speakers"]),
+        file=checkpoint.file,
+        step=checkpoint.step,
+        classes=checkpoint.speakers,
         backend=options.backend or config.predict.backend,
-        views=Views(load_model(saved, file).to(device), options.tta, frames).eval(),
+        views=Views(load_model(checkpoint).to(device), options.tta, frames).eval(),
         shards=shards,
         left_out=left_out,
         device=device,

@@ -66,7 +66,7 @@ def test_options_reach_the_command_as_they_were_given() -> None:
     [
         (["train", "--optim.lr", "fast"], 2, "error: the command line: "),
         (["train", "--data.shards", "."], 4, "no manifest.json"),
-        (["predict", "nowhere"], 1, "error: nowhere/checkpoints: there is no best checkpoint"),
+        (["predict", "nowhere"], 1, "error: nowhere: there is no best checkpoint"),
     ],
 )
 def test_exit_codes_are_those_of_the_command(

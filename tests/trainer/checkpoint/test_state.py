@@ -1,4 +1,4 @@
-"""Snapshots: complete, of the model itself, and refused by name where they do not fit."""
+"""Checkpoints: complete, of the model itself, and refused by name where they do not fit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from saved_models import BEST, make_checkpoint
 from shardprep_trainer.checkpoint.files import load
-from shardprep_trainer.checkpoint.state import PREDICTED, RESUMED, load_model, load_weights
+from shardprep_trainer.checkpoint.state import parse, to_plain
+from shardprep_trainer.checkpoint.weights import load_model, load_weights
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.model.build import build_model
@@ -35,14 +37,6 @@ def train(config: Config, *, resume: bool = False) -> Trainer:
     return trainer
 
 
-def test_checkpoints_hold_just_what_is_asked_of_them(make_config: ConfigFactory) -> None:
-    config = make_config(**{"train.total_steps": 2, "train.valid_steps": 1})
-    train(config)
-    folder = config.run / "checkpoints"
-    assert set(load(folder / "step-00000002.pt")) == {"format", "launchers", *RESUMED}
-    assert set(PREDICTED) <= set(load(folder / "best.pt"))
-
-
 def test_a_compiled_model_is_saved_validated_and_resumed_as_the_model_itself(
     make_config: ConfigFactory, eager_compilation: None
 ) -> None:
@@ -52,9 +46,8 @@ def test_a_compiled_model_is_saved_validated_and_resumed_as_the_model_itself(
     assert type(trainer.train_step.model).__name__ == "OptimizedModule"
     folder = config.run / "checkpoints"
     plain = build_model(config.model, 40, 3)
-    for name in ("best.pt", "step-00000002.pt"):
-        saved = load(folder / name)["model"]
-        assert list(saved) == list(plain.state_dict())
+    for path in (config.run / BEST, folder / "step-00000002.pt"):
+        assert sorted(load(path).weights) == sorted(plain.state_dict())
     assert train(make_config(**steps), resume=True).step == 3
 
 
@@ -65,10 +58,10 @@ def test_weights_of_another_model_are_refused_by_file(make_config: ConfigFactory
     name = next(iter(weights))
     wrapped = {f"_orig_mod.{key}": value for key, value in weights.items()}
     wide = {**weights, name: torch.zeros(7, 7)}
-    for bad in (wrapped, wide, {}, None, [1]):
+    for bad in (wrapped, wide, {}):
         with pytest.raises(CheckpointError, match=r"^some/step-00000009\.pt: the weights in it"):
-            load_weights(model, {"model": bad}, file)
-    load_weights(model, {"model": weights}, file)
+            load_weights(model, bad, file)
+    load_weights(model, weights, file)
 
 
 @pytest.mark.parametrize(
@@ -80,39 +73,41 @@ def test_weights_of_another_model_are_refused_by_file(make_config: ConfigFactory
         {"heads": 0},
         {"depth": 1},
         {"speakers": 3},
+        {"speakers": []},
+        {"speakers": ["a", "a", "b"]},
+        {"weights": [1]},
+        {"weights": {"a": [1.0]}},
+        {"n_mels": 0},
+        {"step": True},
+        {"best": None},
+        {"training": {"optimizer": {}}},
     ],
 )
-def test_settings_that_describe_no_model_are_refused_by_file(
+def test_entries_that_describe_no_model_are_refused_by_file(
     make_config: ConfigFactory, change: dict[str, Any]
 ) -> None:
-    config, file = make_config(), Path("some/best.pt")
-    model = build_model(config.model, 40, 3)
-    values = config.to_dict()
-    saved = {
-        "step": 9,
-        "config": values,
-        "speakers": ["a", "b", "c"],
-        "n_mels": 40,
-        "model": model.state_dict(),
-    }
-    found = load_model(saved, file).state_dict()
-    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
-    if change.keys() <= saved.keys():
-        saved.update(change)
+    file = Path("some/step-00000009.pt")
+    checkpoint = make_checkpoint(make_config(), 9)
+    entries = to_plain(checkpoint)
+    found = load_model(parse(entries, file)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in checkpoint.weights.items())
+    if change.keys() <= entries.keys():
+        entries.update(change)
     else:
-        values["model"].update(change)
-    with pytest.raises(
-        CheckpointError, match=r"^some/best\.pt: (the settings in|its speakers are)"
-    ):
-        load_model(saved, file)
+        entries["config"]["model"].update(change)
+    with pytest.raises(CheckpointError, match=r"^some/step-00000009\.pt: (the settings in|not as)"):
+        parse(entries, file)
 
 
-def test_a_spoiled_checkpoint_is_refused_on_resume_by_file(make_config: ConfigFactory) -> None:
+def test_a_checkpoint_of_another_model_is_refused_on_resume_by_file(
+    make_config: ConfigFactory,
+) -> None:
     config = make_config(**{"train.stop_step": 1})
     train(config)
     path = config.run / "checkpoints" / "step-00000001.pt"
-    saved = load(path)
-    for entry, bad in (("model", {}), ("optimizer", {"state": {}, "param_groups": []})):
-        torch.save({**saved, entry: bad}, path)
+    saved = torch.load(path, weights_only=True)
+    training = {**saved["training"], "optimizer": {"state": {}, "param_groups": []}}
+    for bad in ({"weights": {}}, {"training": training}):
+        torch.save({**saved, **bad}, path)
         with pytest.raises(CheckpointError, match=r"step-00000001\.pt: the .* do not fit"):
             Trainer(make_config(), resume=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from shardprep_trainer.config.checks import parse_config
 from shardprep_trainer.config.command_line import RECIPES, parse_args
-from shardprep_trainer.config.fields import PARTS, Config, config_from_dict, flatten
+from shardprep_trainer.config.fields import PARTS, Config, flatten
 from shardprep_trainer.errors import ConfigError
 
 SOFTMAX = ["--loss.name=softmax", "--loss.margin=null", "--loss.scale=null"]
@@ -101,14 +104,14 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
         ),
         (["--train.stop_step", "70001"], ["train.stop_step", "70001", "70000"]),
         (["--model.stem_channels", "-1"], ["model.stem_channels", "found -1"]),
-        (["--model.subsampling", "3"], ["model.subsampling", "found 3", "1 or 2"]),
+        (["--model.subsampling", "3"], ["model.subsampling", "found 3", "2 or less"]),
         (["--model.embedding_dim", "0"], ["model.embedding_dim", "found 0", "null"]),
-        (["--augment.noise", "1.5"], ["augment.noise", "1.5", "0 to 1"]),
+        (["--augment.noise", "1.5"], ["augment.noise", "1.5", "1 or less"]),
         (["--augment.reverb", "-0.1"], ["augment.reverb", "-0.1", "0 or more"]),
         (["--augment.babble_snr", "[9, 3]"], ["augment.babble_snr", "[9.0, 3.0]", "lower one"]),
         (["--augment.noise_snr", "[1]"], ["augment.noise_snr"]),
         (["--augment.reverb_seconds", "[0, 1]"], ["augment.reverb_seconds", "above 0"]),
-        (["--loss.margin_growth", "2"], ["loss.margin_growth", "2.0", "0 to 1"]),
+        (["--loss.margin_growth", "2"], ["loss.margin_growth", "2.0", "1 or less"]),
         (["--loss.name", "aam_softmax", "--loss.margin", "null"], ["loss.margin", "aam_softmax"]),
         (["--train.average_decay", "1"], ["train.average_decay", "1.0", "less than 1"]),
         (["--train.keep", "0"], ["train.keep", "found 0", "1 or more"]),
@@ -228,18 +231,63 @@ def test_yaml_reads_back_to_an_equal_configuration(tmp_path: Path, options: list
 
 def test_a_dict_from_another_version_is_refused_by_name() -> None:
     values = Config().to_dict()
-    assert config_from_dict(values) == Config()
+    assert parse_config(values) == Config()
     values["model"]["depth"] = 3
     with pytest.raises(ConfigError, match="depth"):
-        config_from_dict(values)
-    del values["predict"]
-    with pytest.raises(ConfigError, match="depth"):
-        config_from_dict(values)
+        parse_config(values)
     del values["model"]["depth"]
-    assert config_from_dict(values) == Config()
+    # What is newer than the file had its default.
+    del values["model"]["center"]
+    assert parse_config(values) == Config()
     del values["model"]
     with pytest.raises(ConfigError, match="model"):
-        config_from_dict(values)
+        parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("data.batch_size", [1, 5, 2**63 - 1], [0, -5, True, 1.0, "1", None, 2**63, 10**600]),
+        ("data.prefetch", [0, 5], [-1]),
+        ("data.global_batch", [None, 8], [0, 3.5, "3"]),
+        ("data.pad_value", [-0.5, 3], [True, "0.5", None, nan, inf]),
+        ("data.cache_gb", [None, 0.1], [0, nan, inf]),
+        ("model.center", [True], [1, None]),
+        ("data.shards", ["", "a"], [b"a", 1]),
+        ("model.pooling", ["mean"], ["c", 1, ["mean"]]),
+        ("train.trackers", [[], ["a"]], [[1], "a", None]),
+        (
+            "augment.noise_snr",
+            [(1, 2.5), [0.0, 1.0]],
+            [(1,), (1, 2, 3), (1, "2"), 5, (1, inf)],
+        ),
+    ],
+)
+def test_a_saved_value_of_another_type_or_out_of_bounds_is_refused_by_field(
+    field: str, good: list[Any], bad: list[Any]
+) -> None:
+    part, name = field.split(".")
+    for value in good:
+        values = Config().to_dict()
+        values[part][name] = value
+        found = flatten(parse_config(values).to_dict())[field]
+        assert found == (tuple(value) if name == "noise_snr" else value)
+    for value in bad:
+        values = Config().to_dict()
+        values[part][name] = value
+        with pytest.raises(ConfigError) as caught:
+            parse_config(values)
+        message = str(caught.value)
+        assert message.startswith(field)
+        assert "found" in message
+        assert "allowed" in message
+        assert len(message) < 300
+
+
+@pytest.mark.parametrize("values", [5, None, [], {}, {"name": "a"}, {**Config().to_dict(), "x": 1}])
+def test_what_is_no_configuration_is_refused(values: Any) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(values)
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

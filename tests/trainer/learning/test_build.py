@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict
+from shardprep_trainer.config.checks import parse_config
+from shardprep_trainer.config.fields import Config, DataConfig
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.learning.build import batch_of_each, build_train_loader
 
@@ -67,4 +68,4 @@ def test_configurations_from_before_there_was_a_global_batch_still_load(
     config = make_config()
     saved = config.to_dict()
     del saved["data"]["global_batch"]
-    assert config_from_dict(saved) == config
+    assert parse_config(saved) == config

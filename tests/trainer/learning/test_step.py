@@ -304,7 +304,9 @@ def test_the_scaler_goes_on_where_a_stopped_run_left_it(
     whole, scaler = finish(make_config(name="whole", **options))
     finish(make_config(name="parts", **options, **{"train.stop_step": 2}))
     saved = load(make_config(name="parts").run / "checkpoints" / "step-00000002.pt")
-    assert 2.0 ** (22 - 2) <= saved["scaler"]["scale"] < 2.0**22
+    assert saved.training is not None
+    scale = (saved.training.scaler or {})["scale"]
+    assert 2.0 ** (22 - 2) <= scale < 2.0**22
     monkeypatch.setattr("shardprep_trainer.run.trainer.join_processes", half(1.0))
     resumed, continued = finish(make_config(name="parts", **options), resume=True)
     assert equal(resumed, whole)

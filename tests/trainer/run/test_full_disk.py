@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shardprep_trainer.checkpoint.files import CheckpointFolder, State, load
+from saved_models import BEST
+from shardprep_trainer.checkpoint.files import CheckpointFolder, load
+from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.run import trainer as run
@@ -118,13 +120,13 @@ def test_the_best_is_what_is_on_the_disk(
     monkeypatch.setattr(
         "shardprep_trainer.run.trainer.evaluate", lambda *a, **o: Scored(evaluate(*a, **o))
     )
-    refuse(monkeypatch, CheckpointFolder, "save_best", {2}, CheckpointError("best.pt: no room"))
+    refuse(monkeypatch, CheckpointFolder, "save_best", {2}, CheckpointError("model: no room"))
     # The .8 of step 6 was never saved, so that the .6 of step 9 is the best.
-    assert fit(config).best == {"accuracy": 0.6, "step": 9}
-    best = load(config.run / "checkpoints" / "best.pt")
-    assert (best["step"], best["best"]) == (9, {"accuracy": 0.6, "step": 9})
-    assert load(config.run / "checkpoints" / "step-00000012.pt")["best"] == best["best"]
-    assert "step 6: best.pt: no room; the newest that is saved is" in capsys.readouterr().err
+    assert fit(config).best == Best(0.6, 9)
+    best = load(config.run / BEST)
+    assert (best.step, best.best) == (9, Best(0.6, 9))
+    assert load(config.run / "checkpoints" / "step-00000012.pt").best == best.best
+    assert "step 6: model: no room; the newest that is saved is" in capsys.readouterr().err
 
 
 def test_records_that_had_no_room_are_written_later_and_that_is_said_once(
@@ -184,7 +186,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
     assert err.count("WARNING: step ") == 2
     assert "No space left on device" in err
     assert names(config) == ["step-00000004.pt"]
-    assert load(config.run / "checkpoints" / "step-00000004.pt")["step"] == 4
+    assert load(config.run / "checkpoints" / "step-00000004.pt").step == 4
     # With room again, the run goes on as if nothing had been.
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     again = Trainer(config, resume=True)
@@ -216,7 +218,7 @@ def test_no_process_waits_for_one_that_could_not_save(
 def test_a_torn_line_of_a_full_disk_is_taken_back(small_disk: Path) -> None:
     log = MetricsLog(small_disk / "metrics.jsonl")
     log.append({"step": 1})
-    state: State = {"step": 2, "text": "a" * 2**20}
+    record: dict[str, Any] = {"step": 2, "text": "a" * 2**20}
     with pytest.raises(OSError, match="No space left on device"):
-        log.append(state)
+        log.append(record)
     assert log.path.read_text() == '{"step": 1}\n'

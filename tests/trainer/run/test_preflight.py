@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from saved_models import make_training
 from shardprep_trainer.config.fields import Config, DataConfig
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.run.preflight import check_same_run, open_data
@@ -37,9 +38,7 @@ def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
         open_data(DataConfig(str(shards)), validated=False)
 
 
-def saved_state(config: Config, **changes: Any) -> dict[str, Any]:
-    state = {"config": config.to_dict(), "global_batch": 8, "precision": "no", "processes": 2}
-    return {**state, **changes}
+LAUNCH: dict[str, Any] = {"global_batch": 8, "precision": "no", "processes": 2}
 
 
 @pytest.mark.parametrize(
@@ -54,17 +53,16 @@ def test_another_launch_is_told_and_allowed(
     before: dict[str, Any], expected: dict[str, Any], make_config: ConfigFactory
 ) -> None:
     config = make_config()
-    saved = saved_state(config, **before)
-    launch: dict[str, Any] = {"global_batch": 8, "precision": "no", "processes": 2}
-    assert check_same_run(config, saved, **launch) == expected
+    began = make_training(**{**LAUNCH, **before})
+    assert check_same_run(config, config, began, **LAUNCH) == expected
 
 
 def test_another_global_batch_is_refused_with_the_processes_it_came_from(
     make_config: ConfigFactory,
 ) -> None:
-    config = make_config()
+    config, began = make_config(), make_training(**LAUNCH)
     with pytest.raises(
         ConfigError,
         match=r"found 4 segments.* began with 8 on 2 process\(es\).*--data\.global_batch",
     ):
-        check_same_run(config, saved_state(config), global_batch=4, precision="no", processes=1)
+        check_same_run(config, config, began, global_batch=4, precision="no", processes=1)

@@ -1,13 +1,12 @@
-"""What a run goes on from: its own checkpoints, and nobody else's unless told to."""
+"""What a run continues from: its own checkpoints, and nobody else's unless told to."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 import pytest
+from saved_models import make_checkpoint, make_training
 from shardprep_trainer.checkpoint.files import CheckpointFolder
-from shardprep_trainer.checkpoint.state import RESUMED
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError
 from shardprep_trainer.run.start import choose_checkpoint
@@ -15,40 +14,50 @@ from shardprep_trainer.run.start import choose_checkpoint
 ConfigFactory = Callable[..., Config]
 
 
-def test_the_best_weights_alone_are_nothing_to_resume_from(make_config: ConfigFactory) -> None:
+def test_a_model_alone_is_nothing_to_resume_from(make_config: ConfigFactory) -> None:
     config = make_config()
     folder = CheckpointFolder(config.run)
-    best = folder.save_best({"step": 6, "model": {}, "config": {}, "speakers": [], "n_mels": 40})
-    shutil.copy(best, folder.folder / "step-00000006.pt")
-    with pytest.raises(CheckpointError, match=r"step-00000006\.pt: holds no .*optimizer"):
+    folder.save_best(make_checkpoint(config, 6))
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        choose_checkpoint(folder, config, resume=True)
+    folder.save(make_checkpoint(config, 6))
+    with pytest.raises(CheckpointError, match=r"step-00000006\.pt: holds a model alone"):
         choose_checkpoint(folder, config, resume=True)
 
 
-def test_a_restarted_run_goes_on_from_its_own_checkpoints_only(make_config: ConfigFactory) -> None:
+def test_a_restarted_run_continues_from_its_own_checkpoints_only(
+    make_config: ConfigFactory,
+) -> None:
     config = make_config()
     folder = CheckpointFolder(config.run)
     assert choose_checkpoint(folder, config, resume=False, launchers=["a"]) is None
-    weights = {"step": 6, "speakers": ["a"], "n_mels": 40, "model": {}, "config": config.to_dict()}
-    state = {**dict.fromkeys(RESUMED), **weights, "launchers": ["a", "b"]}
-    file = folder.save(state, 6)
+    training = make_training(launchers=["a", "b"])
+    file = folder.save(make_checkpoint(config, 6, training=training))
     # One machine of several is enough: the others may have come later.
     found = choose_checkpoint(folder, config, resume=False, launchers=["b", "c"])
     assert found is not None
-    assert (found.file, found.state["step"]) == (file, 6)
+    assert (found.checkpoint.file, found.checkpoint.step) == (file, 6)
     # Of another launch, which was not to be continued.
     for launchers in (["c"], []):
         with pytest.raises(ConfigError, match="already has checkpoints"):
             choose_checkpoint(folder, config, resume=False, launchers=launchers)
 
 
-@pytest.mark.parametrize("bears", [None, "a", [["a"]], {"a": 1}, 3])
-def test_a_checkpoint_that_bears_no_launchers_is_not_one_s_own(
-    bears: object, make_config: ConfigFactory
-) -> None:
+def test_a_checkpoint_without_launchers_is_not_one_s_own(make_config: ConfigFactory) -> None:
     config = make_config()
     folder = CheckpointFolder(config.run)
-    weights = {"step": 6, "speakers": ["a"], "n_mels": 40, "model": {}, "config": config.to_dict()}
-    folder.save({**dict.fromkeys(RESUMED), **weights, "launchers": bears}, 6)
+    folder.save(make_checkpoint(config, 6, training=make_training()))
     with pytest.raises(ConfigError, match="already has checkpoints"):
         choose_checkpoint(folder, config, resume=False, launchers=["a"])
     assert choose_checkpoint(folder, config, resume=True) is not None
+
+
+@pytest.mark.parametrize("launchers", [None, "a", [["a"]], {"a": 1}, 3])
+def test_launchers_of_another_kind_are_refused_by_file(
+    launchers: object, make_config: ConfigFactory
+) -> None:
+    config = make_config()
+    folder = CheckpointFolder(config.run)
+    folder.save(make_checkpoint(config, 6, training=make_training(launchers=launchers)))
+    with pytest.raises(CheckpointError, match=r"step-00000006\.pt: .*training\.launchers"):
+        choose_checkpoint(folder, config, resume=False, launchers=["a"])

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from saved_models import BEST
 from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.state import Best, Checkpoint, to_plain
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError, DivergedError
 from shardprep_trainer.evaluation.accuracy import Evaluation
@@ -56,7 +58,9 @@ def records(config: Config, event: str | None = None) -> list[dict[str, Any]]:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested dicts and lists, in order."""
+    """All tensors of a checkpoint, or in nested dicts and lists, in order."""
+    if isinstance(value, Checkpoint):
+        value = to_plain(value)
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list):
@@ -64,7 +68,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(inner)
 
 
-def newest(config: Config) -> dict[str, Any]:
+def newest(config: Config) -> Checkpoint:
     return load(max((config.run / "checkpoints").glob("step-*.pt")))
 
 
@@ -86,7 +90,9 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     one, other = newest(whole), newest(parts)
     assert len(list(tensors(one))) > 50
     assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
-    assert one["loader"] == other["loader"]
+    assert one.training is not None
+    assert other.training is not None
+    assert one.training.loader == other.training.loader
 
 
 def test_records_after_the_resumed_checkpoint_are_written_anew(make_config: ConfigFactory) -> None:
@@ -131,14 +137,14 @@ def test_best_is_a_copy_of_the_weights_at_the_best_step(
     # Of equals the later is kept.
     assert (outcome.best_step, outcome.best_accuracy) == (9, 5 / 6)
     folder = config.run / "checkpoints"
-    best, then, last = (
-        load(folder / n) for n in ("best.pt", "step-00000009.pt", "step-00000012.pt")
-    )
-    assert best["best"] == {"accuracy": 5 / 6, "step": 9}
-    pairs = list(zip(*(tensors(state["model"]) for state in (best, then, last)), strict=True))
+    best = load(config.run / BEST)
+    then, last = (load(folder / n) for n in ("step-00000009.pt", "step-00000012.pt"))
+    assert best.best == Best(5 / 6, 9)
+    trios = zip(*(tensors(saved.weights) for saved in (best, then, last)), strict=True)
+    pairs = list(trios)
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not any(torch.equal(a, c) for a, _, c in pairs if a.dtype.is_floating_point and a.any())
-    assert "optimizer" not in best
+    assert best.training is None
 
 
 def test_validation_counts_every_utterance_and_always_comes_at_the_end(
@@ -206,7 +212,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     outcome = trainer.fit()
     trainer.close()
     assert (outcome.step, outcome.finished, outcome.signal) == (7, False, number)
-    assert newest(config)["step"] == 7
+    assert newest(config).step == 7
 
 
 def spoil(trainer: Trainer, bad: set[int]) -> None:
@@ -239,7 +245,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_step(
     told = r"^step 7: .*max_skipped allows 2 .*step-00000006\.pt is from before.*--optim"
     with pytest.raises(DivergedError, match=told):
         trainer.fit()
-    assert newest(config)["step"] == 6
+    assert newest(config).step == 6
 
 
 def test_skipped_steps_are_recorded_and_leave_no_trace_in_the_means(
@@ -358,12 +364,12 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
     assert train(parts, resume=True).finished
     err = capsys.readouterr().err
     assert "WARNING: " in err
-    assert f"{last}: not a whole checkpoint (" in err
+    assert f"{last}: damaged (" in err
     assert "; goes on from step 6" in err
     assert records(parts) == records(whole)
-    for name in ("best.pt", "step-00000012.pt"):
-        found, expected = (load(c.run / "checkpoints" / name) for c in (parts, whole))
-        assert found["step"] == expected["step"]
+    for name in (BEST, "checkpoints/step-00000012.pt"):
+        found, expected = (load(c.run / name) for c in (parts, whole))
+        assert found.step == expected.step
         assert list(map(torch.equal, tensors(found), tensors(expected))).count(False) == 0
 
 
@@ -372,15 +378,15 @@ def test_without_a_whole_checkpoint_the_remedy_is_told(make_config: ConfigFactor
     train(config)
     for path in (config.run / "checkpoints").glob("step-*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of the 2 .* --train\.start_from .*best\.pt"):
+    with pytest.raises(CheckpointError, match=r"all of the 2 .* --train\.start_from .*model"):
         Trainer(config, resume=True)
 
 
 def test_another_format_is_no_damage(make_config: ConfigFactory) -> None:
     config = make_config()
     train(config)
-    torch.save({"format": 2}, config.run / "checkpoints" / "step-00000012.pt")
-    with pytest.raises(CheckpointError, match=r"step-00000012\.pt: checkpoint format 2 found"):
+    torch.save({"format": 1}, config.run / "checkpoints" / "step-00000012.pt")
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt: checkpoint format 1 found"):
         Trainer(config, resume=True)
 
 
@@ -459,7 +465,7 @@ def test_mixed_precision_trains_and_keeps_weights_and_losses_in_float32(
     trainer.fit()
     trainer.close()
     assert seen == {torch.float32}
-    dtypes = {value.dtype for value in tensors(newest(config)["model"])}
+    dtypes = {value.dtype for value in tensors(newest(config).weights)}
     assert dtypes == {torch.float32, torch.int64}
     assert trainer.accelerator.mixed_precision == "bf16"
 
@@ -506,7 +512,7 @@ def test_where_the_data_lie_and_who_fetches_them_changes_no_number(
     train(plain)
     train(other)
     assert records(plain) == records(other)
-    ours, theirs = (list(tensors(newest(config)["model"])) for config in (plain, other))
+    ours, theirs = (list(tensors(newest(config).weights)) for config in (plain, other))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -581,13 +587,13 @@ def test_a_run_may_go_on_with_another_weight_decay(
     trainer.close()
 
 
-def test_a_run_begun_before_there_was_a_choice_of_optimiser_goes_on(
+def test_a_run_begun_before_there_was_a_choice_of_optimiser_continues(
     make_config: ConfigFactory,
 ) -> None:
     config = make_config(**{"train.stop_step": 5})
     train(config)
     file = config.run / "checkpoints" / "step-00000005.pt"
-    saved = load(file)
+    saved = torch.load(file, weights_only=True)
     del saved["config"]["optim"]["name"]
     torch.save(saved, file)
     with pytest.raises(ConfigError, match=r"optim\.name: found muon, .* began with adamw"):
@@ -602,10 +608,12 @@ def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFa
     assert trainer.average is not None
     saved = newest(config)
     averaged, raw = trainer.average.model.state_dict(), trainer.bare.state_dict()
-    assert all(torch.equal(saved["model"][key], averaged[key]) for key in averaged)
-    assert all(torch.equal(saved["raw"][key], raw[key]) for key in raw)
+    assert all(torch.equal(saved.weights[key], averaged[key]) for key in averaged)
+    assert saved.training is not None
+    trained = saved.training.raw or {}
+    assert all(torch.equal(trained[key], raw[key]) for key in raw)
     assert not torch.equal(averaged["prenet.weight"], raw["prenet.weight"])
-    best = load(config.run / "checkpoints" / "best.pt")["model"]
+    best = load(config.run / BEST).weights
     assert all(torch.equal(best[key], averaged[key]) for key in averaged)
     trainer.close()
 
@@ -634,11 +642,11 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigF
         **{"train.start_from": last, "loss.margin": 0.5, "data.segment_frames": 96},
     )
     trainer = Trainer(tuned)
-    expected = load(last)["model"]
+    expected = load(last).weights
     assert all(torch.equal(v, expected[k]) for k, v in trainer.bare.state_dict().items())
     trainer.fit()
     trainer.close()
-    assert not torch.equal(newest(tuned)["model"]["prenet.weight"], expected["prenet.weight"])
+    assert not torch.equal(newest(tuned).weights["prenet.weight"], expected["prenet.weight"])
 
 
 def test_weights_of_another_model_are_refused(make_config: ConfigFactory) -> None:

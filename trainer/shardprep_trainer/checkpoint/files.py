@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written whole or not at all, read without running pickled code.
+"""Checkpoints on disk: written completely or not at all, read without running pickled code.
 
     RUN/checkpoints/step-00002000.pt   all that continuing takes: weights, optimiser, position, ...
-    RUN/checkpoints/best.pt            a copy of the weights at the best validation accuracy
+    RUN/model/                         the model at the best validation accuracy, see `model_folder`
 
 A final name appears only by rename, after the bytes are on the disk, so that a kill at any moment
 leaves the previous checkpoint in place.
@@ -14,31 +14,36 @@ import errno
 import pickle
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shardprep import StorageError, publish
+from shardprep_trainer.checkpoint.model_folder import WEIGHTS, read_model, write_model
+from shardprep_trainer.checkpoint.state import (
+    FORMAT,
+    Checkpoint,
+    Training,
+    brief,
+    check_format,
+    parse,
+    to_plain,
+)
 from shardprep_trainer.checkpoint.vetting import check_values, vet
 from shardprep_trainer.errors import CheckpointError, DamagedCheckpointError, is_out_of_memory
 
-State = dict[str, Any]
-
-FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
-def load(path: Path, needs: Iterable[str] = ()) -> State:
-    """Read a checkpoint onto the CPU, whoever it is from.
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint or a model onto the CPU, whoever it is from.
 
     No code in it is run, and the memory taken is in proportion to its size.
 
     Args:
-        path: The file.
-        needs: Entries that it must have.
+        path: The file, `model.safetensors` or `step-N.pt`.
 
     Raises:
         DamagedCheckpointError: The file is torn, or a byte of it has changed.
@@ -46,7 +51,10 @@ def load(path: Path, needs: Iterable[str] = ()) -> State:
             what a checkpoint never does.
     """
     try:
-        state = _read(path)
+        # To open a pipe would wait for a writer; a folder is refused by name.
+        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise OSError("neither a file nor a folder")
+        return read_model(path) if path.suffix == ".safetensors" else _read_step(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
@@ -54,50 +62,40 @@ def load(path: Path, needs: Iterable[str] = ()) -> State:
     except OSError as error:
         kind = DamagedCheckpointError if error.errno == errno.EIO else CheckpointError
         raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_step(path: Path) -> Checkpoint:
+    try:
+        with path.open("rb") as file:
+            vet(file)
+            entries = torch.load(file, map_location="cpu", weights_only=True)
+        check_values(entries)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, for it holds what no checkpoint of trainer does ({_brief(error)}); "
-            "take one that trainer wrote"
+            f"{path}: refused, for it holds what no checkpoint does ({brief(error)}); take a "
+            "checkpoint that the trainer wrote"
         ) from error
     # A damaged file can raise nearly anything.
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise DamagedCheckpointError(
-            f"{path}: not a whole checkpoint ({_brief(error)}); --resume goes on from the one "
-            "before it, and --checkpoint FILE takes another"
+            f"{path}: damaged ({brief(error)}); --resume continues from the checkpoint before it, "
+            "and --checkpoint FILE takes another"
         ) from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: checkpoint format {found} found, {FORMAT} expected; use the version of "
-            "trainer that wrote it"
-        )
-    if missing := [name for name in needs if name not in state]:
-        raise CheckpointError(
-            f"{path}: holds no {', '.join(missing)}; take a step-*.pt, which best.pt is not, from "
-            "this version of trainer"
-        )
-    return state
-
-
-def _read(path: Path) -> State:
-    # To open a pipe would wait for a writer; a folder is refused by name.
-    if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-        raise OSError("neither a file nor a folder")
-    with path.open("rb") as file:
-        vet(file)
-        state: State = torch.load(file, map_location="cpu", weights_only=True)
-    check_values(state)
-    return state
+    check_format(entries, path)
+    return parse(entries, path)
 
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest checkpoint of a run that is whole."""
+    """The newest undamaged checkpoint of a run."""
 
-    file: Path
-    state: State
+    checkpoint: Checkpoint
+    training: Training
+    """What continuing takes, which a step checkpoint always has."""
     damaged: tuple[DamagedCheckpointError, ...]
     """Of newer ones, what is the matter with each; the newest first."""
 
@@ -116,14 +114,15 @@ class CheckpointFolder:
     def __init__(self, run: Path, keep: int = 1) -> None:
         assert keep >= 1
         self.folder = run / "checkpoints"
+        self.model = run / "model"
         self.keep = keep
         self.newest: Path | None = None
         self._damaged: set[Path] = set()
 
     @property
     def best(self) -> Path:
-        """Where the weights at the best validation accuracy are, once there are any."""
-        return self.folder / "best.pt"
+        """The model at the best validation accuracy, once there is one."""
+        return self.model / WEIGHTS
 
     def steps(self) -> list[Path]:
         """The step checkpoints, oldest first."""
@@ -135,37 +134,41 @@ class CheckpointFolder:
         found = self.steps()
         return found[-1] if found else None
 
-    def load_newest(self, needs: Iterable[str] = ()) -> Newest:
+    def load_newest(self) -> Newest:
         """Read the newest step checkpoint, or if that is damaged, the one before it.
 
-        Args:
-            needs: Entries that it must have.
-
         Raises:
-            CheckpointError: There is none, all are damaged, or the newest whole one cannot serve.
+            CheckpointError: There is none, all are damaged, or the newest undamaged one is not
+                one to resume from.
         """
         damaged: list[DamagedCheckpointError] = []
         for file in reversed(self.steps()):
             try:
-                state = load(file, needs)
+                checkpoint = load(file)
             except DamagedCheckpointError as error:
                 damaged.append(error)
                 self._damaged.add(file)
             else:
+                if checkpoint.training is None:
+                    raise CheckpointError(
+                        f"{file}: holds a model alone, and nothing to resume from; take it by "
+                        "--train.start_from instead"
+                    )
                 self.newest = file
-                return Newest(file, state, tuple(damaged))
+                return Newest(checkpoint, checkpoint.training, tuple(damaged))
         if not damaged:
             raise CheckpointError(
                 f"{self.folder}: there is no checkpoint to resume from; start without --resume, "
                 "or name the run with --name and --train.runs"
             )
         raise CheckpointError(
-            f"{self.folder}: none of the {len(damaged)} checkpoints is whole; check the disk, then "
-            "start another run with --name NAME, from the best weights so far if those are whole: "
-            f"--train.start_from {self.best} ({damaged[0]})"
+            f"{self.folder}: all of the {len(damaged)} checkpoints are damaged; check the disk, "
+            "then start another run with --name NAME, from the best model so far if that is "
+            "undamaged: "
+            f"--train.start_from {self.model} ({damaged[0]})"
         )
 
-    def save(self, state: State, step: int) -> Path:
+    def save(self, checkpoint: Checkpoint) -> Path:
         """Write a step checkpoint, then delete the oldest beyond `keep`.
 
         Only checkpoints older than the one just written are deleted, and none that `load_newest`
@@ -174,8 +177,10 @@ class CheckpointFolder:
         Raises:
             CheckpointError: The disk refused; earlier checkpoints are as they were.
         """
+        step = checkpoint.step
         path = self.folder / f"step-{step:08d}.pt"
-        _write(path, state)
+        with _refused(path), publish(path) as file:
+            torch.save({"format": FORMAT, **to_plain(checkpoint)}, file)
         self.newest = path
         self._damaged.discard(path)
         # One that is known to be damaged does not count.
@@ -186,23 +191,19 @@ class CheckpointFolder:
                 stale.unlink()
         return path
 
-    def save_best(self, state: State) -> Path:
-        """Write `best.pt`, in place of the one before.
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Write the model folder, in place of the model before.
 
         Raises:
-            CheckpointError: The disk refused; the best one so far is as it was.
+            CheckpointError: The disk refused; the best model so far is as it was.
         """
-        _write(self.best, state)
-        return self.best
+        with _refused(self.best):
+            write_model(self.model, checkpoint)
 
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
-        for leftover in self.folder.glob("*.pt.*.tmp"):
+        for leftover in (*self.folder.glob("*.pt.*.tmp"), *self.model.glob("*.tmp")):
             leftover.unlink()
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _step_of(path: Path) -> int:
@@ -211,10 +212,11 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _write(path: Path, state: State) -> None:
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Turn the refusal of a disk into a CheckpointError."""
     try:
-        with publish(path) as file:
-            torch.save({"format": FORMAT, **state}, file)
+        yield
     # torch.save reports a full disk as a RuntimeError of its zip writer.
     except (StorageError, RuntimeError) as error:
         raise CheckpointError(

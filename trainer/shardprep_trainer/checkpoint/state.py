@@ -1,198 +1,139 @@
-"""A run at one of its steps: gathered for a checkpoint, and put back from one."""
+"""A checkpoint as one value: what its model is, the weights, and what continuing the run takes.
+
+Whatever reads a checkpoint parses and checks it here, once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+import msgspec
+from msgspec import Meta
+from torch import Tensor
 
-from shardprep import SegmentLoader, ShardSet
-from shardprep_trainer.checkpoint.files import State, load
-from shardprep_trainer.config.checks import check
-from shardprep_trainer.config.fields import Config, config_from_dict
+from shardprep_trainer.config.checks import parse_config
+from shardprep_trainer.config.fields import AtLeastZero, Config
 from shardprep_trainer.errors import CheckpointError, ConfigError
-from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.model import SpeakerModel
 
-# What a checkpoint must hold to predict with, and beside it to continue a run.
-PREDICTED = ("step", "model", "config", "speakers", "n_mels")
-RESUMED = (
-    *PREDICTED,
-    "fingerprint",
-    "best",
-    "optimizer",
-    "scaler",
-    "loader",
-    "precision",
-    "processes",
-    "global_batch",
-    "window",
-    "raw",
-)
+FORMAT = 2
+"""Number of the format of checkpoints and models; version 0.1.0 wrote 1."""
 
 
-def weights_state(model: nn.Module, config: Config, shards: ShardSet) -> State:
-    """What predicting takes, less the step: the weights and what they mean.
+class Best(msgspec.Struct, frozen=True):
+    """The best validation so far; None before the first."""
 
-    Args:
-        model: The model itself, outside of any wrapper, whose names the entries would bear.
-        config: Of the run.
-        shards: The data set, whose speakers are the classes.
-    """
+    accuracy: float | None = None
+    step: int | None = None
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True):
+    """What continuing a run takes beside its model, and the launch that it began with."""
+
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    """Of fp16; None at another precision."""
+    loader: dict[str, Any]
+    """The position in the data."""
+    precision: str
+    processes: int
+    global_batch: int
+    """Segments of a step over all processes."""
+    launchers: list[str]
+    """Identities of the launchers of all machines: what they start anew continues the run."""
+    meter: list[float]
+    """Sums since the last line of metrics."""
+    raw: dict[str, Tensor] | None
+    """The weights that are trained, where the weights of the model are an average of them."""
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model is: all that predicting takes, less the weights."""
+
+    step: AtLeastZero
+    """Training steps behind the weights."""
+    best: Best
+    config: Config
+    speakers: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """Names of the classes, by their numbers."""
+    n_mels: Annotated[int, Meta(ge=1, lt=2**31)]
+    """Mel bins of a frame."""
+    fingerprint: str
+    """Of the shards that it was trained on."""
+
+    def __post_init__(self) -> None:
+        """Make sure that a name means one speaker."""
+        if len(set(self.speakers)) != len(self.speakers):
+            raise ValueError("a speaker occurs twice")
+
+
+class Checkpoint(Description, frozen=True, kw_only=True):
+    """A run at one of its steps."""
+
+    weights: dict[str, Tensor]
+    """Of the model itself, by the names of its `state_dict`."""
+    training: Training | None = None
+    """None where only the model was saved."""
+    file: Path = Path()
+    """Where it was read from, for errors to name."""
+
+
+def to_plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entries of a checkpoint as plain values and tensors, which `parse` reads back."""
+    training = checkpoint.training
     return {
-        "model": model.state_dict(),
-        "config": config.to_dict(),
-        "speakers": list(shards.speakers),
-        "n_mels": shards.manifest.n_mels,
-        "fingerprint": shards.manifest.fingerprint,
+        **description(checkpoint),
+        "weights": checkpoint.weights,
+        "training": None if training is None else msgspec.structs.asdict(training),
     }
 
 
-def training_state(
-    accelerator: Accelerator, optimizer: AcceleratedOptimizer, loader: SegmentLoader
-) -> State:
-    """What continuing takes beside the weights, and the launch that it began with."""
-    scaler = accelerator.scaler
-    return {
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "loader": loader.state_dict(),
-        "precision": str(accelerator.mixed_precision),
-        "processes": accelerator.num_processes,
-    }
+def description(of: Description) -> dict[str, Any]:
+    """The entries of a description as plain values, as JSON has them."""
+    names = Description.__struct_fields__
+    return {name: msgspec.to_builtins(getattr(of, name)) for name in names}
 
 
-def load_weights(model: nn.Module, saved: State, file: Path) -> None:
-    """Put the weights of a checkpoint into a model; `file` is named in errors.
+def parse(entries: dict[str, Any], file: Path) -> Checkpoint:
+    """Make a checkpoint of the entries that a file has, and check them.
 
     Raises:
-        CheckpointError: They are not those of such a model.
+        CheckpointError: An entry is missing or not of its kind, or the settings describe no model.
     """
     try:
-        model.load_state_dict(saved["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise _unfit(file, "weights", error) from error
+        config = parse_config(entries.get("config"))
+        return msgspec.convert({**entries, "config": config, "file": file}, Checkpoint)
+    except ConfigError as error:
+        raise unfit(file, "settings", error) from error
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{file}: not as the trainer saves it ({brief(error)}); take another checkpoint, or "
+            "the version of shardprep that wrote it"
+        ) from error
 
 
-def start_from(model: nn.Module, path: str, shards: ShardSet) -> None:
-    """Put the weights of another run's checkpoint into a model, for fine-tuning.
+def check_format(entries: object, file: Path) -> None:
+    """Refuse what another version wrote.
 
     Raises:
-        ConfigError: It was trained on other speakers.
-        CheckpointError: It cannot be read, or is of another model.
+        CheckpointError: Naming the format that was found and the one that was expected.
     """
-    file = Path(path)
-    saved = load_described(file)
-    if list(saved["speakers"]) != list(shards.speakers):
-        raise ConfigError(
-            f"train.start_from: {path} knows {len(saved['speakers'])} speakers that are not the "
-            f"{len(shards.speakers)} of these shards; give a checkpoint trained on these speakers"
+    found = entries.get("format") if isinstance(entries, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{file}: checkpoint format {str(found)[:20]} found, {FORMAT} expected; train again, "
+            "or use the version of shardprep that wrote it (0.1.0 wrote format 1)"
         )
-    load_weights(model, saved, file)
 
 
-def load_described(file: Path) -> State:
-    """Read a checkpoint and make sure that it says of its model what it must, as it must.
-
-    Raises:
-        CheckpointError: It cannot be read, or an entry is not of the kind that it should be.
-    """
-    saved = load(file, needs=PREDICTED)
-    check_description(saved, file)
-    return saved
-
-
-def check_description(saved: State, file: Path) -> None:
-    """Make sure of the kinds of the entries that describe a model; `file` is named in errors.
-
-    Raises:
-        CheckpointError: Naming the entry.
-    """
-    step, n_mels, speakers, weights = (
-        saved[key] for key in ("step", "n_mels", "speakers", "model")
-    )
-    sound = {
-        "steps": type(step) is int and 0 <= step < 2**63,
-        "mel bins": type(n_mels) is int and 1 <= n_mels < 2**31,
-        "speakers": type(speakers) is list
-        and 0 < len(speakers) == len({name for name in speakers if isinstance(name, str)}),
-        "weights": isinstance(weights, dict)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()),
-    }
-    for what, good in sound.items():
-        if not good:
-            raise CheckpointError(
-                f"{file}: its {what} are of another kind than trainer saves; take another one"
-            )
-    try:
-        check(config_from_dict(saved["config"]))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise _unfit(file, "settings", error) from error
-
-
-def load_model(saved: State, file: Path) -> SpeakerModel:
-    """Build the model that a checkpoint describes, with its weights; `file` is named in errors.
-
-    What the model takes is known to be what the file holds before any memory is taken.
-
-    Raises:
-        CheckpointError: Its configuration describes no model, or not that of its weights.
-    """
-    check_description(saved, file)
-    config = config_from_dict(saved["config"]).model
-    sizes = saved["n_mels"], len(saved["speakers"])
-    found = {name: tuple(weight.shape) for name, weight in saved["model"].items()}
-
-    def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            model = build_model(replace(config, layers=layers), *sizes)
-        return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-
-    try:
-        # Even a block without weights takes memory: count those of one before making them all.
-        one, two = len(shapes(1)), len(shapes(2))
-        if len(found) != one + (config.layers - 1) * (two - one):
-            raise ValueError(f"{len(found)} tensors are not those of {config.layers} blocks")
-        for name, shape in shapes(config.layers).items():
-            if found.get(name) != shape:
-                raise ValueError(f"{name}: found {found.get(name)}, expected {shape}")
-        model = build_model(config, *sizes)
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise _unfit(file, "weights", error) from error
-    load_weights(model, saved, file)
-    return model
-
-
-def load_training(
-    accelerator: Accelerator,
-    optimizer: AcceleratedOptimizer,
-    loader: SegmentLoader,
-    saved: State,
-    file: Path,
-) -> None:
-    """Put optimiser, scaler and data position of a checkpoint back; `file` is named in errors.
-
-    Raises:
-        CheckpointError: The optimiser's state is not that of such a model.
-        ShardprepError: The position belongs to other data.
-    """
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        raise _unfit(file, "optimiser's moments", error) from error
-    # A run that changes to or from fp16 begins with a fresh scaler, or needs none.
-    if accelerator.scaler is not None and saved["scaler"] is not None:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    loader.load_state_dict(saved["loader"])
-
-
-def _unfit(file: Path, what: str, error: Exception) -> CheckpointError:
-    detail = " ".join(str(error).split())[:200]
+def unfit(file: Path, what: str, error: Exception) -> CheckpointError:
+    """The error that a part of a checkpoint does not fit its model."""
     return CheckpointError(
-        f"{file}: the {what} in it do not fit its model ({detail}); take another checkpoint, or "
-        "the version of trainer that wrote it"
+        f"{file}: the {what} in it do not fit its model ({brief(error)}); take another checkpoint, "
+        "or the version of shardprep that wrote it"
     )
+
+
+def brief(error: Exception) -> str:
+    """What an error says, on one line and not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

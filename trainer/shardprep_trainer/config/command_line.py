@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
 
-from shardprep_trainer.config.checks import check, shorten_warmup
+from shardprep_trainer.config.checks import parse_config, shorten_warmup
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.processes.launch import training_program
@@ -54,16 +54,16 @@ def parse_args(argv: Sequence[str]) -> Invocation:
     files = {path: _read_file(path) for path in _config_files(arguments)}
     if not files:
         arguments = ["--config", str(RECIPES / "boss.yaml"), *arguments]
-    parser = _parser()
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = _parser().parse_args(arguments)
     except (jsonargparse.ArgumentError, OverflowError) as error:
         # Every file has been read on its own by now.
         _refuse(_COMMAND_LINE, error)
-    given = _to_config(parser, parsed, _COMMAND_LINE)
-    if fault := _fault(given):
-        guilty = [path for path, config in files.items() if _fault(config) == fault]
-        raise ConfigError(f"{guilty[0] if guilty else _COMMAND_LINE}: {fault}")
+    try:
+        given = parse_config(_values(parsed))
+    except ConfigError as error:
+        guilty = [path for path, values in files.items() if _fault(values) == str(error)]
+        raise ConfigError(f"{guilty[0] if guilty else _COMMAND_LINE}: {error}") from error
     _check_trackers(given.train.trackers)
     config = shorten_warmup(given)
     notes = []
@@ -83,7 +83,7 @@ def _config_files(arguments: Sequence[str]) -> list[str]:
     return apart + joined
 
 
-def _read_file(path: str) -> Config:
+def _read_file(path: str) -> dict[str, Any]:
     """Read a file of `--config` on its own, so that its faults are told from later options'."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -104,24 +104,23 @@ def _read_file(path: str) -> Config:
         parsed = parser.parse_string(text)
     except (jsonargparse.ArgumentError, OverflowError) as error:
         _refuse(path, error)
-    return _to_config(parser, parsed, path)
-
-
-def _to_config(
-    parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace, origin: str
-) -> Config:
     for part in PARTS:
         if not isinstance(parsed[part], jsonargparse.Namespace):
             raise ConfigError(
-                f"{origin}: {part}: found {parsed[part]}, allowed is a mapping of its fields"
+                f"{path}: {part}: found {parsed[part]}, allowed is a mapping of its fields"
             )
-    values = parser.instantiate(parsed)
-    return Config(values.name, **{part: values[part] for part in PARTS})
+    return _values(parsed)
 
 
-def _fault(config: Config) -> str | None:
+def _values(parsed: jsonargparse.Namespace) -> dict[str, Any]:
+    """The fields of `Config` among what was parsed, as nested plain values."""
+    values = parsed.as_dict()
+    return {key: values[key] for key in ("name", *PARTS)}
+
+
+def _fault(values: dict[str, Any]) -> str | None:
     try:
-        check(config)
+        parse_config(values)
     except ConfigError as error:
         return str(error)
     return None

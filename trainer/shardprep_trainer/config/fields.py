@@ -1,19 +1,26 @@
-"""Configuration: typed dataclasses with a meaning and a unit under every field.
+"""Configuration: typed dataclasses with a meaning, a unit and bounds for every field.
 
 `command_line` reads these fields from YAML and from the command line; `checks` says which values
-go together.
+go together. jsonargparse makes the command line from the types, and msgspec checks the bounds.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
+from msgspec import Meta
 
-from shardprep_trainer.config.kinds import is_a
-from shardprep_trainer.errors import ConfigError
+# PyTorch, NumPy and the files take integers of 64 bits.
+LARGEST = 2**63 - 1
+AtLeastOne = Annotated[int, Meta(ge=1, le=LARGEST)]
+AtLeastZero = Annotated[int, Meta(ge=0, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -25,16 +32,16 @@ class DataConfig:
     cache_folder: str | None = None
     """Where shards behind a URL are kept, on a disk of this machine; null for what the variable
     SHARDPREP_CACHE names, or a folder among the user's caches."""
-    cache_gb: float | None = None
+    cache_gb: Annotated[float, Meta(ge=1e-6)] | None = None
     """Most that is kept there [10^9 bytes]; null for SHARDPREP_CACHE_GB, or half of the free
     disk."""
-    patience_seconds: float = 300.0
+    patience_seconds: NotNegative = 300.0
     """Time for which a store may give no answer before that ends the run [s]."""
-    segment_frames: int = 128
+    segment_frames: AtLeastOne = 128
     """Length of a training segment [frames of 10 ms]."""
-    batch_size: int = 32
+    batch_size: AtLeastOne = 32
     """Segments in a micro-batch of one process."""
-    global_batch: int | None = None
+    global_batch: AtLeastOne | None = None
     """Segments of a micro-batch over all processes; replaces data.batch_size, and stays the same
     when processes come or go."""
     pad_value: float = -20.0
@@ -43,20 +50,20 @@ class DataConfig:
     """Where the training split lies: read from the shards, or kept on the GPU where it fits."""
     order: Literal["global", "windowed"] = "global"
     """Shuffle everything, or within a window, for data larger than memory."""
-    lanes: int = 8
+    lanes: AtLeastOne = 8
     """Sequences of shards read side by side, with order windowed."""
-    window_shards: int = 4
+    window_shards: AtLeastOne = 4
     """Shuffling window of each lane, with order windowed [shards]."""
-    prefetch: int = 2
+    prefetch: AtLeastZero = 2
     """Batches that a thread prepares ahead."""
     verify_reads: Literal["never", "once", "always"] = "once"
     """Whether the crc32 of an utterance is checked before its segments are used."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """What a damaged utterance leads to: the end of the run, or it is left out; skip goes with a
     data.verify_reads other than never."""
-    max_corrupt: int = 100
-    """Damaged utterances of one process that skip bears; one more ends the run."""
-    eval_frames: int = 32768
+    max_corrupt: AtLeastZero = 100
+    """Damaged utterances that skip leaves out on one process; one more ends the run."""
+    eval_frames: AtLeastOne = 32768
     """Largest padded area of a batch of whole utterances [frames]; a longer one goes alone."""
 
 
@@ -66,33 +73,33 @@ class ModelConfig:
 
     encoder: Literal["conformer", "transformer"] = "conformer"
     """Kind of block."""
-    dim: int = 512
+    dim: AtLeastOne = 512
     """Width of the encoder."""
-    layers: int = 1
+    layers: AtLeastOne = 1
     """Blocks."""
-    heads: int = 8
+    heads: AtLeastOne = 8
     """Attention heads of a block."""
-    head_dim: int = 64
+    head_dim: AtLeastOne = 64
     """Width of a head; in a transformer heads x head_dim is dim."""
-    ff_dim: int = 2048
+    ff_dim: AtLeastOne = 2048
     """Inner width of the feed-forward modules."""
-    conv_expansion: int = 2
+    conv_expansion: AtLeastOne = 2
     """Inner width of the Conformer's convolution module, as a multiple of dim."""
-    kernel_size: int = 31
+    kernel_size: AtLeastOne = 31
     """Length of the Conformer's depthwise convolution [frames], odd."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Probability of dropping a value, 0 up to but not including 1."""
     pooling: Literal["mean", "self_attentive", "attentive_statistics"] = "self_attentive"
     """How the frames become one embedding."""
     center: bool = False
     """Subtract the mean frame of each utterance, and with it a fixed filter of the channel."""
-    subsampling: int = 1
+    subsampling: Annotated[int, Meta(ge=1, le=2)] = 1
     """Rate of the frames in the encoder: 1 for all, 2 for a front end that halves it."""
-    stem_channels: int = 0
+    stem_channels: AtLeastZero = 0
     """Channels of three convolutions over frames and bins before the encoder; 0 for none."""
     concat: bool = False
     """Pool the outputs of all blocks side by side, not only those of the last."""
-    embedding_dim: int | None = None
+    embedding_dim: AtLeastOne | None = None
     """Width of the embedding, by BatchNorm and a matrix; null for that of what is pooled."""
     classifier: Literal["linear", "mlp", "cosine"] = "cosine"
     """Head over the embedding: one matrix, two with a ReLU between, or cosines."""
@@ -102,29 +109,29 @@ class ModelConfig:
 class AugmentConfig:
     """Changes to training segments, on the device; a share of 0 leaves a change out."""
 
-    reverb: float = 0.0
+    reverb: Share = 0.0
     """Segments that get the tail of a room [share]."""
     reverb_seconds: tuple[float, float] = (0.1, 0.8)
     """Shortest and longest time in which the tail falls by 60 dB [s]."""
-    channel: float = 0.0
+    channel: NotNegative = 0.0
     """Deviation of a smooth curve over mel bins that is added to every segment [log-mel]."""
-    channel_points: int = 6
+    channel_points: AtLeastOne = 6
     """Points that the curve runs through."""
-    babble: float = 0.0
-    """Segments that one to three other segments of the batch are heard with [share]."""
+    babble: Share = 0.0
+    """Segments that one to three other segments of the batch are added to [share]."""
     babble_snr: tuple[float, float] = (5.0, 20.0)
     """Lowest and highest ratio of the powers [dB]."""
-    noise: float = 0.0
+    noise: Share = 0.0
     """Segments that get noise with a smooth spectrum [share]."""
     noise_snr: tuple[float, float] = (5.0, 20.0)
     """Lowest and highest ratio of the powers [dB]."""
-    time_masks: int = 0
+    time_masks: AtLeastZero = 0
     """Spans of frames that are hidden (SpecAugment)."""
-    time_width: int = 10
+    time_width: AtLeastZero = 10
     """Longest of them [frames]."""
-    freq_masks: int = 0
+    freq_masks: AtLeastZero = 0
     """Spans of mel bins that are hidden (SpecAugment)."""
-    freq_width: int = 6
+    freq_width: AtLeastZero = 6
     """Longest of them [mel bins]."""
 
 
@@ -135,11 +142,11 @@ class LossConfig:
     name: Literal["softmax", "am_softmax", "aam_softmax"] = "am_softmax"
     """Plain, additive-margin or additive-angular-margin softmax; a margin goes with
     model.classifier cosine."""
-    margin: float | None = 0.2
+    margin: Annotated[float, Meta(ge=0, lt=2)] | None = 0.2
     """Margin of am_softmax [cosine] or aam_softmax [rad]; null with softmax."""
-    scale: float | None = 30.0
+    scale: Positive | None = 30.0
     """Scale of the cosines; null with softmax."""
-    margin_growth: float = 0.0
+    margin_growth: Share = 0.0
     """Share of the run over which the margin grows from 0 in a straight line."""
 
 
@@ -149,13 +156,13 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the matrices within the network and adamw for the rest."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate at the end of the warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
-    warmup_steps: int = 1000
+    warmup_steps: AtLeastZero = 1000
     """Length of the warm-up [optimiser steps]; a tenth of the run where that is not longer."""
-    clip_norm: float = 5.0
+    clip_norm: NotNegative = 5.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
 
 
@@ -165,36 +172,37 @@ class TrainConfig:
 
     runs: str = "runs"
     """Folder of the run folders; this run's is RUNS/NAME."""
-    total_steps: int = 70000
+    total_steps: AtLeastOne = 70000
     """Length of the run [steps]."""
-    accumulate: int = 1
+    accumulate: AtLeastOne = 1
     """Micro-batches of a step."""
-    valid_steps: int = 2000
+    valid_steps: AtLeastZero = 2000
     """Steps from one validation on whole utterances to the next; 0 never validates."""
-    log_steps: int = 100
+    log_steps: AtLeastOne = 100
     """Steps from one line of metrics to the next."""
-    save_steps: int = 2000
+    save_steps: AtLeastOne = 2000
     """Steps from one checkpoint to the next; there is always one at the end."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices in TensorFloat-32, but for those of the cosine head."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes; otherwise each sees its own."""
-    max_skipped: int = 20
+    max_skipped: AtLeastZero = 20
     """Steps in a row that may be skipped, as they are where the loss or the gradient is not a
     finite number; one more ends the run. fp16 takes up to 16 to find its scale [steps]."""
-    keep: int = 2
-    """Checkpoints kept, newest first; best.pt is kept besides."""
+    keep: AtLeastOne = 2
+    """Checkpoints kept, newest first; the best model is kept besides."""
     stop_step: int | None = None
     """Save and leave after this step, as an interruption would; the schedule is unchanged."""
-    hang_seconds: float = 1800.0
+    hang_seconds: NotNegative = 1800.0
     """Time without a step, on any process, after which the run ends with a report of what each
     process was doing; 0 waits for ever [s]."""
-    average_decay: float = 0.0
+    average_decay: BelowOne = 0.0
     """Share of the moving average of the weights that a step keeps; the average is validated and
     saved for prediction. 0 keeps none."""
     start_from: str | None = None
-    """Checkpoint whose weights a new run begins with, for fine-tuning; null for random ones."""
-    seed: int = 0
+    """Run folder, model folder or checkpoint whose weights a new run begins with, for fine-tuning;
+    null for random weights."""
+    seed: AtLeastZero = 0
     """Decides the initial weights, the order of the data and the dropout."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of `accelerate` to log to, beside metrics.jsonl; TensorBoard writes into the run."""
@@ -248,15 +256,7 @@ class Config:
         return text
 
 
-PARTS = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "augment": AugmentConfig,
-    "loss": LossConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "predict": PredictConfig,
-}
+PARTS = tuple(part.name for part in fields(Config) if part.name != "name")
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -268,26 +268,3 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild the configuration that `Config.to_dict` gave, as checkpoints keep it.
-
-    Raises:
-        ConfigError: A field is unknown, missing or of another type; another version of this
-            package wrote it.
-    """
-    try:
-        # Checkpoints without "predict" were written when there was only the head.
-        values = {"predict": {}, **values}
-        parts = {key: kind(**values[key]) for key, kind in PARTS.items()}
-        config = Config(values["name"], **parts)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the saved configuration has other fields than this version of trainer: {error}"
-        ) from error
-    for part in (config, *parts.values()):
-        for key, hint in get_type_hints(type(part)).items():
-            if key not in PARTS and not is_a(value := getattr(part, key), hint):
-                raise ConfigError(f"{key}: found a {type(value).__name__} in the saved settings")
-    return config

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from shardprep import ShardSet, locate
-from shardprep_trainer.checkpoint.files import State
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
-from shardprep_trainer.config.fields import Config, DataConfig, config_from_dict, flatten
+from shardprep_trainer.checkpoint.state import Description, Training
+from shardprep_trainer.config.fields import Config, DataConfig, flatten
 from shardprep_trainer.errors import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
@@ -65,13 +65,20 @@ def open_data(data: DataConfig, *, validated: bool) -> ShardSet:
 
 
 def check_same_run(
-    config: Config, saved: State, *, global_batch: int, precision: str, processes: int
+    config: Config,
+    began: Config,
+    launch: Training,
+    *,
+    global_batch: int,
+    precision: str,
+    processes: int,
 ) -> Changes:
     """Refuse to resume with a configuration that makes it another run.
 
     Args:
         config: The configuration given now.
-        saved: The checkpoint.
+        began: The configuration that the run began with.
+        launch: The launch that it began with.
         global_batch: Segments a step over all processes now.
         precision: Mixed precision now.
         processes: Number of processes now.
@@ -82,8 +89,6 @@ def check_same_run(
     Raises:
         ConfigError: Naming the field, what was found and what the run began with.
     """
-    # Fields that are newer than the checkpoint had their defaults.
-    began = config_from_dict(saved["config"])
     before, now = flatten(began.to_dict()), flatten(config.to_dict())
     changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
     for key, (then, found) in changed.items():
@@ -92,28 +97,28 @@ def check_same_run(
                 f"{key}: found {found}, but the run to resume began with {then}; give that, or "
                 "start another run with --name NAME"
             )
-    if global_batch != saved["global_batch"]:
+    if global_batch != launch.global_batch:
         raise ConfigError(
             f"data.batch_size: found {global_batch} segments a step (data.batch_size x "
             f"train.accumulate x processes), but the run to resume began with "
-            f"{saved['global_batch']} on {saved['processes']} process(es); choose them so that "
+            f"{launch.global_batch} on {launch.processes} process(es); choose them so that "
             "the product is the same, or give the product of the first and the last as "
             "--data.global_batch, which holds at any number of processes"
         )
-    launch = {"mixed precision": ("precision", precision), "processes": ("processes", processes)}
-    for name, (key, value) in launch.items():
-        if saved[key] != value:
-            changed[name] = (saved[key], value)
+    if launch.precision != precision:
+        changed["mixed precision"] = (launch.precision, precision)
+    if launch.processes != processes:
+        changed["processes"] = (launch.processes, processes)
     return changed
 
 
-def check_same_data(shards: ShardSet, saved: State, path: str) -> None:
+def check_same_data(shards: ShardSet, saved: Description, path: str) -> None:
     """Refuse to resume on another data set.
 
     Raises:
         ConfigError: Naming both fingerprints.
     """
-    found, expected = shards.manifest.fingerprint, saved["fingerprint"]
+    found, expected = shards.manifest.fingerprint, saved.fingerprint
     if found != expected:
         raise ConfigError(
             f"data.shards: {path} has fingerprint {found}, but the run to resume began on "

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardprep import ShardSet
-from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest, State
-from shardprep_trainer.checkpoint.state import RESUMED, check_description
+from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest
 from shardprep_trainer.config.fields import Config, flatten
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.processes.agreement import check_alike, exchange, together
@@ -87,21 +86,19 @@ def choose_checkpoint(
     newest = folder.latest()
     if newest is None and not resume:
         return None
-    found = folder.load_newest(RESUMED) if resume or launchers else None
-    if newest is not None and not resume and not (found and _is_own(found.state, launchers)):
+    found = folder.load_newest() if resume or launchers else None
+    if newest is not None and not resume and not (found and _is_own(found, launchers)):
         raise ConfigError(
             f"name: the run folder {config.run} already has checkpoints, the newest "
             f"{newest.name}; continue it with --resume, or start another with --name NAME"
         )
     assert found is not None
-    check_description(found.state, found.file)
     return found
 
 
-def _is_own(saved: State, launchers: Sequence[str]) -> bool:
+def _is_own(found: Newest, launchers: Sequence[str]) -> bool:
     """Whether a run that one of these launchers started has saved this."""
-    bears = saved.get("launchers")
-    return isinstance(bears, list) and any(launcher in bears for launcher in launchers)
+    return not set(launchers).isdisjoint(found.training.launchers)
 
 
 def check_machines(config: Config, shards: ShardSet, found: Newest | None) -> None:
@@ -117,7 +114,7 @@ def check_machines(config: Config, shards: ShardSet, found: Newest | None) -> No
         "all machines must read the same set",
     )
     check_alike(
-        {"the newest whole checkpoint": found.file.name if found else "none"},
+        {"the newest whole checkpoint": found.checkpoint.file.name if found else "none"},
         f"{config.run} must be the same folder on all machines, on a disk that they share, or "
         "hold the same checkpoints on each",
     )

@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardprep import CorruptShardError, publish
-from shardprep_trainer.checkpoint.files import Newest, State
-from shardprep_trainer.checkpoint.state import (
-    load_training,
-    load_weights,
-    start_from,
-    training_state,
-    weights_state,
-)
+from shardprep_trainer.checkpoint.files import Newest, load
+from shardprep_trainer.checkpoint.find import find_checkpoint
+from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
+from shardprep_trainer.checkpoint.training import gather_training, restore_training
+from shardprep_trainer.checkpoint.weights import load_weights, start_from
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, DivergedError
 from shardprep_trainer.evaluation.accuracy import evaluate
@@ -105,7 +103,7 @@ class Trainer:
         self.step = 0
         self._replaced = 0
         self._shards_changed = False
-        self.best: dict[str, Any] = {"accuracy": None, "step": None}
+        self.best = Best()
         self._build_model()
         changed = {} if found is None else together(lambda: self._restore(found))
         if self.accelerator.is_main_process:
@@ -147,7 +145,8 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
         if (path := config.train.start_from) is not None:
-            together(lambda: start_from(model, path, self.shards))
+            speakers = tuple(self.shards.speakers)
+            together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
         if config.train.sync_batchnorm:
             synchronise(model)
         optimizer = build_optimizer(optim, model, self.device)
@@ -206,8 +205,8 @@ class Trainer:
             step=self.step,
             finished=finished,
             signal=0 if finished else signal,
-            best_accuracy=self.best["accuracy"],
-            best_step=self.best["step"],
+            best_accuracy=self.best.accuracy,
+            best_step=self.best.step,
         )
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
@@ -293,9 +292,9 @@ class Trainer:
         }
         self.journal.record(record)
         # Of equals the later: it has learnt more than a few validation utterances can show.
-        better = self.best["accuracy"] is None or result.accuracy >= self.best["accuracy"]
+        better = self.best.accuracy is None or result.accuracy >= self.best.accuracy
         if better:
-            before, self.best = self.best, {"accuracy": result.accuracy, "step": self.step}
+            before, self.best = self.best, Best(result.accuracy, self.step)
             # The best is what is on the disk: one that is not can still be surpassed, and saved.
             if self.accelerator.is_main_process and not self._try(self._save_best):
                 self.best = before
@@ -324,10 +323,19 @@ class Trainer:
         asked = torch.tensor([signal], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
-    def _weights(self) -> State:
-        """What predicting takes."""
-        state = weights_state(self.predictor, self.config, self.shards)
-        return {"step": self.step, "best": self.best, **state}
+    def _checkpoint(self, training: Training | None = None) -> Checkpoint:
+        """What predicting takes, and what continuing takes if it is given."""
+        return Checkpoint(
+            step=self.step,
+            best=self.best,
+            config=self.config,
+            speakers=tuple(self.shards.speakers),
+            n_mels=self.shards.manifest.n_mels,
+            fingerprint=self.shards.manifest.fingerprint,
+            # Of the model itself, outside of any wrapper, whose names the weights would have.
+            weights=self.predictor.state_dict(),
+            training=training,
+        )
 
     def _save(self, *, last: bool) -> None:
         """Write a checkpoint; every rank waits until it is on the disk, or has been refused.
@@ -341,15 +349,17 @@ class Trainer:
         main = self.accelerator.is_main_process
         self.watchdog.enter(SAVING if main else WAITING, self.step)
         if main:
-            state = {
-                **self._weights(),
-                **training_state(self.accelerator, self.optimizer, self.loader),
-                "raw": None if self.average is None else self.bare.state_dict(),
-                "global_batch": self.global_batch,
-                "launchers": self._launchers,
-                "window": list(window),
-            }
-            failed = not self._try(lambda: self.checkpoints.save(state, self.step))
+            training = gather_training(
+                self.accelerator,
+                self.optimizer,
+                self.loader,
+                global_batch=self.global_batch,
+                launchers=self._launchers,
+                meter=list(window),
+                raw=None if self.average is None else self.bare.state_dict(),
+            )
+            checkpoint = self._checkpoint(training)
+            failed = not self._try(lambda: self.checkpoints.save(checkpoint))
         told = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
         if last and bool(told.any()):
             newest = self.checkpoints.newest or "the beginning"
@@ -360,7 +370,7 @@ class Trainer:
         self.train_step.throughput.restart()
 
     def _save_best(self) -> None:
-        self.checkpoints.save_best(self._weights())
+        self.checkpoints.save_best(self._checkpoint())
 
     def _try(self, save: Callable[[], object]) -> bool:
         """Save; a disk that refuses costs a checkpoint, not the run. Returns whether it worked."""
@@ -397,26 +407,27 @@ class Trainer:
 
     def _restore(self, found: Newest) -> Changes:
         """Continue from a checkpoint; returns the fields that were changed, as they may be."""
-        file, saved = found.file, found.state
+        saved, training = found.checkpoint, found.training
         check_same_data(self.shards, saved, self.config.data.shards)
         changed = check_same_run(
             self.config,
-            saved,
+            saved.config,
+            training,
             global_batch=self.global_batch,
             precision=str(self.accelerator.mixed_precision),
             processes=self.world_size,
         )
-        load_weights(self.predictor, saved, file)
+        load_weights(self.predictor, saved.weights, saved.file)
         if self.average is not None:
-            load_weights(self.bare, {"model": saved["raw"]}, file)
-        load_training(self.accelerator, self.optimizer, self.loader, saved, file)
+            load_weights(self.bare, training.raw or {}, saved.file)
+        restore_training(self.accelerator, self.optimizer, self.loader, training, saved.file)
         # The optimiser has come back with that of the checkpoint; the rate is set in every step.
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.optim.weight_decay
-        self.step, self.best = saved["step"], saved["best"]
+        self.step, self.best = saved.step, saved.best
         if self.accelerator.is_main_process:
             # The sums are those of all ranks: they count once.
-            self.train_step.meter.restore(saved["window"])
+            self.train_step.meter.restore(training.meter)
         return changed
 
     def close(self) -> None:

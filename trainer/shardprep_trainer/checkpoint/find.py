@@ -1,0 +1,39 @@
+"""The file that a user means by a run folder, a model folder or a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardprep_trainer.checkpoint.files import CheckpointFolder
+from shardprep_trainer.checkpoint.model_folder import WEIGHTS
+from shardprep_trainer.errors import CheckpointError
+
+
+def find_checkpoint(place: Path, choice: str = "best") -> Path:
+    """The file to load.
+
+    Args:
+        place: A run folder, a model folder, or a file of either.
+        choice: Which of a run folder: "best", "last", or a path that is taken in place of `place`.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    if choice not in ("best", "last"):
+        return find_checkpoint(Path(choice))
+    if place.is_file() or place.suffix in (".pt", Path(WEIGHTS).suffix):
+        return place
+    if choice == "best" and (place / WEIGHTS).exists():
+        return place / WEIGHTS
+    folder = CheckpointFolder(place)
+    newest = folder.latest()
+    if choice == "best" and folder.best.exists():
+        return folder.best
+    if choice == "last" and newest is not None:
+        return newest
+    remedy = "train first: shardprep train"
+    if (folder.folder / "best.pt").exists():
+        remedy = "best.pt is of version 0.1.0, which this version does not read: train again"
+    elif choice == "best" and newest is not None:
+        remedy = "the run has not been validated yet: take --checkpoint last"
+    raise CheckpointError(f"{place}: there is no {choice} checkpoint; {remedy}")
