@@ -35,5 +35,5 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
     if (folder.folder / "best.pt").exists():
         remedy = "best.pt is of version 0.1.0, which this version does not read: train again"
     elif choice == "best" and newest is not None:
-        remedy = "the run has not been validated yet: take --checkpoint last"
+        remedy = f"it has not been validated yet: take --checkpoint last, or {newest}"
     raise CheckpointError(f"{place}: there is no {choice} checkpoint; {remedy}")
