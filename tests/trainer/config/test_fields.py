@@ -49,6 +49,30 @@ def test_recipes_are_the_rungs_of_the_course(recipe: str, expected: tuple[object
     assert (config.data.segment_frames, config.train.valid_steps) == (128, 2000)
 
 
+@pytest.mark.parametrize("name", ["best", "smoke"])
+def test_a_recipe_is_known_by_name_from_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = parse_args(["--config", str(RECIPES / f"{name}.yaml")]).config
+    # What lies in the current folder does not change what a name means.
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(["--config", name]).config == expected
+    changed = parse_args([f"--config={name}", "--optim.lr", "0.5"]).config
+    assert (changed.name, changed.optim.lr) == (expected.name, 0.5)
+    (tmp_path / "mine").write_text("name: mine")
+    assert parse_args(["--config", name, "--config", "mine"]).config.name == "mine"
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_unknown_recipe_is_refused_with_those_that_there_are(joined: bool) -> None:
+    options = ["--config=bets"] if joined else ["--config", "bets"]
+    with pytest.raises(
+        ConfigError, match=r"found bets, .*best, boss, demo,.* or the path of a YAML"
+    ):
+        parse_args(options)
+
+
 def test_every_recipe_passes_the_checks_and_knows_only_existing_fields() -> None:
     for path in sorted(RECIPES.glob("*.yaml")):
         given = flatten(yaml.safe_load(path.read_text()))

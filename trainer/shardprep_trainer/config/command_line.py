@@ -40,8 +40,8 @@ def parse_args(argv: Sequence[str]) -> Invocation:
     """Read and check a command line.
 
     Args:
-        argv: Arguments without the program's name, e.g. `["--config", "recipe.yaml",
-            "--optim.lr", "3e-4"]`. Later ones win; without `--config` the boss recipe goes first.
+        argv: Arguments without the program's name, e.g. `["--config", "best", "--optim.lr",
+            "3e-4"]`. Later ones win; without `--config` the boss recipe goes first.
 
     Returns:
         The checked configuration and what to do with it.
@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str]) -> Invocation:
         ConfigError: An unknown or ill-typed field, an unreadable file, or a bad combination; the
             message begins with the file, or says that it was the command line.
     """
-    arguments = list(argv)
+    arguments = _with_recipes(argv)
     files = {path: _read_file(path) for path in _config_files(arguments)}
     if not files:
         arguments = ["--config", str(RECIPES / "boss.yaml"), *arguments]
@@ -74,6 +74,38 @@ def parse_args(argv: Sequence[str]) -> Invocation:
             f"{config.optim.warmup_steps:,}"
         )
     return Invocation(config, parsed.resume, parsed.print_config, tuple(notes))
+
+
+def recipe_names() -> list[str]:
+    """What `--config` takes beside files."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _with_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the file of each recipe that `--config` names.
+
+    Raises:
+        ConfigError: There is no recipe of such a name, nor a file.
+    """
+    arguments = list(argv)
+    for at, word in enumerate(argv):
+        if at and argv[at - 1] == "--config":
+            arguments[at] = _recipe_file(word)
+        elif word.startswith("--config="):
+            arguments[at] = f"--config={_recipe_file(word.removeprefix('--config='))}"
+    return arguments
+
+
+def _recipe_file(given: str) -> str:
+    names = recipe_names()
+    if given in names:
+        return str(RECIPES / f"{given}.yaml")
+    if "/" in given or "." in given or Path(given).exists():
+        return given
+    raise ConfigError(
+        f"--config: found {given}, allowed is the name of a recipe ({', '.join(names)}) or the "
+        "path of a YAML file"
+    )
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
@@ -137,19 +169,24 @@ def _one_line(error: Exception) -> str:
 
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        usage=f"accelerate launch [flags] {training_program()} [--config FILE] [--FIELD VALUE ...]",
+        usage=f"accelerate launch [flags] {training_program()} [--config RECIPE] "
+        "[--FIELD VALUE ...]",
         description="Train a speaker classifier on shards. Precision, devices and processes are "
         "flags of `accelerate launch`; all the rest is below.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process got on for "
-        "train.hang_seconds, 130 Ctrl-C and 143 SIGTERM (both after saving); errors of the shards "
-        "have those of `shardprep`. These are the codes "
-        "of the process itself: `accelerate launch` replaces all but 0 by 1. Without --config the "
-        "boss recipe is read.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process has done a "
+        "step for train.hang_seconds, 130 Ctrl-C and 143 SIGTERM (both after saving); errors of "
+        "the shards have those of `shardprep`. These are the codes of the process itself: "
+        "`accelerate launch` replaces all but 0 by 1. Without --config the recipe boss is read.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
     )
-    parser.add_argument("--config", action="config", help="A recipe, or the config.yaml of a run.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"A recipe ({', '.join(recipe_names())}), or a YAML file, as the config.yaml of a "
+        "run is.",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
