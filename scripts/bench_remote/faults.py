@@ -104,17 +104,17 @@ def rank_segments(place: str, rank: int, world: int) -> list[str]:
 @contextmanager
 def environment(endpoint: str, cache: Path) -> Iterator[None]:
     """Have this process and those that it starts find the store at `endpoint`."""
-    from shardprep.storage import remote
+    from shardprep.storage import connections
 
     before = dict(os.environ)
     os.environ.update(AWS_ENDPOINT_URL=endpoint, SHARDPREP_CACHE=str(cache))
-    remote.forget_connections()
+    connections.forget_connections()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        remote.forget_connections()
+        connections.forget_connections()
 
 
 def outage(bench: Bench, pause: float = 20.0) -> Result:

@@ -22,7 +22,8 @@ from scripts.servers.object_store import Faults, ObjectStore, fault_proxy, objec
 from scripts.simulate.job import Calibration, Figures, Job
 from scripts.synthetic.noise import make_noise
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
-from shardprep.storage.remote import Remote, forget_connections
+from shardprep.storage.connections import forget_connections
+from shardprep.storage.remote import Remote
 
 UTTERANCES, PER_SHARD = 4_000, 100
 NAME = "scale"

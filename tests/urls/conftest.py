@@ -9,12 +9,12 @@ import pytest
 import s3fs
 
 from scripts.servers import object_store as servers
-from shardprep.storage import remote
+from shardprep.storage import connections
 
 
 def forget() -> None:
-    """Let no file system of fsspec live on: it would know the endpoint it was made with."""
-    remote._filesystems.clear()
+    """Drop all file systems of fsspec: each knows the endpoint that it was made with."""
+    connections.forget_connections()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -16,7 +16,7 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from shardprep import BuildError, BuildOptions, StorageError, build_shards, open_shards
 from shardprep.check.verify import verify_shards
-from shardprep.storage import remote
+from shardprep.storage import connections
 from shardprep.storage.remote import Remote, locate
 from tests.conftest import write_dataset
 
@@ -80,7 +80,7 @@ def test_a_build_from_a_store_is_a_local_one_byte_for_byte(
     origin = place if way == "s3" else store.http_url(place.partition("test-bucket/")[2])
     build_shards(origin, tmp_path / "shards", BuildOptions(**OPTIONS))
     assert files(tmp_path / "shards") == files(local)
-    remote.forget_connections()
+    connections.forget_connections()
     HTTPFileSystem.clear_instance_cache()
 
 
@@ -93,7 +93,7 @@ def test_a_busy_web_server_costs_no_utterance(
         report = build_shards(origin, tmp_path / "shards", BuildOptions(**OPTIONS))
     assert report.rejects == []
     assert files(tmp_path / "shards") == files(local)
-    remote.forget_connections()
+    connections.forget_connections()
     HTTPFileSystem.clear_instance_cache()
 
 
@@ -257,14 +257,14 @@ def test_wrong_credentials_are_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    remote.forget_connections()
+    connections.forget_connections()
     began = time.monotonic()
     for words in (("build", source, place), ("inspect", place), ("verify", place)):
         done = run_cli(*words)
         assert done.returncode == 6
         assert "credentials" in done.stderr
     assert time.monotonic() - began < 20
-    remote.forget_connections()
+    connections.forget_connections()
 
 
 @pytest.mark.parametrize("deep", [(), ("--deep",)])

@@ -36,7 +36,7 @@ from shardprep import (
 )
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.cli.inspect import inspect
-from shardprep.storage import remote
+from shardprep.storage import connections
 from tests.conftest import stored_bytes, write_dataset
 
 pytestmark = pytest.mark.remote
@@ -116,7 +116,7 @@ def test_plain_http_gives_the_same(
     place = store.http_url(f"reading/{local.name}")
     own, other = loader(open_shards(local)["train"]), loader(cached(place, 0.12)["train"])
     assert samples(own) == samples(other)
-    remote.forget_connections()
+    connections.forget_connections()
     HTTPFileSystem.clear_instance_cache()
 
 
@@ -129,7 +129,7 @@ def plain_web(local: Path) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
-        remote.forget_connections()
+        connections.forget_connections()
         HTTPFileSystem.clear_instance_cache()
         server.shutdown()
         thread.join()
@@ -321,7 +321,7 @@ def test_an_epoch_is_exact_through_faults_and_an_outage(
     ):
         for name, value in {**store.environment, "AWS_ENDPOINT_URL": proxy.url}.items():
             monkeypatch.setenv(name, value)
-        remote.forget_connections()
+        connections.forget_connections()
         files = fsspec.filesystem("s3", skip_instance_cache=True)
         files.put(f"{local}/", store.url("set/"), recursive=True)
         shards = cached(store.url("set"), 0.12)
@@ -342,7 +342,7 @@ def test_an_epoch_is_exact_through_faults_and_an_outage(
                 threading.Thread(target=start_again).start()
         read.set()
         assert found == samples(loader(open_shards(local)["train"]))
-        remote.forget_connections()
+        connections.forget_connections()
 
 
 def test_a_store_that_is_gone_for_good_is_an_error_after_the_patience(

@@ -25,7 +25,7 @@ from shardprep import (
 from shardprep.load.segments import PLANNED, plan_for_cache
 from shardprep.read.files import StoreFiles
 from shardprep.read.manifest_file import load_manifest
-from shardprep.storage import remote
+from shardprep.storage import connections
 
 URL = "memory://set"
 
@@ -38,7 +38,7 @@ def stored(edge_set: Path) -> Iterator[str]:
         store.pipe(f"/set/{path.name}", path.read_bytes())
     yield URL
     store.store.clear()
-    remote.forget_connections()
+    connections.forget_connections()
 
 
 @pytest.fixture
@@ -181,4 +181,4 @@ def test_clocks_of_stores_may_differ_a_little(
             assert build_shards(source, URL, options).up_to_date
     finally:
         fsspec.filesystem("memory").store.clear()
-        remote.forget_connections()
+        connections.forget_connections()

@@ -26,7 +26,7 @@ from shardprep.cache.shard_cache import ShardCache
 from shardprep.format.manifest import ShardInfo
 from shardprep.read.shard_map import WantedShards
 from shardprep.read.store_map import StoreMap
-from shardprep.storage import remote
+from shardprep.storage import connections
 from shardprep.storage.remote import Remote
 from tests.conftest import stored_bytes
 
@@ -72,7 +72,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     yield store
     store.files.store.clear()
-    remote.forget_connections()
+    connections.forget_connections()
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 
 from shardprep.source.listing import StoreListing
-from shardprep.storage.remote import Remote, forget_connections
+from shardprep.storage.connections import forget_connections
+from shardprep.storage.remote import Remote
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Edit = Callable[[Path], None]

@@ -22,7 +22,7 @@ from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprep import StorageError
-from shardprep.storage import remote
+from shardprep.storage import connections, remote
 from shardprep.storage.remote import Remote, locate, modified_ns
 
 BODY = bytes(range(256)) * 4
@@ -36,7 +36,7 @@ def memory() -> Iterator[Remote]:
     files.pipe("/folder/sub/file", BODY)
     yield Remote("memory://folder", 5.0)
     files.store.clear()
-    remote.forget_connections()
+    connections.forget_connections()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_patience_ends(
 ) -> None:
     tried = failing(monkeypatch, itertools.repeat(ConnectionResetError("gone")))
     monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr(remote, "_told", float("-inf"))
+    monkeypatch.setattr(remote, "_warned", float("-inf"))
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"no answer for 1 s \(ConnectionResetError: gone\)"):
         Remote("memory://folder/sub/file", 1.0).read()
@@ -215,7 +215,7 @@ def test_patience_ends(
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    remote.forget_connections()
+    connections.forget_connections()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(StorageError, match=r"not installed .*pip install 'shardprep\[s3\]'"):
@@ -295,7 +295,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     web = Web()
     yield web
-    remote.forget_connections()
+    connections.forget_connections()
     HTTPFileSystem.clear_instance_cache()
     web.close()
 
@@ -376,13 +376,13 @@ def test_a_web_server_is_written_to_by_nobody(web: Web) -> None:
 # Exits in a process that was forked while a thread of its parent had the lock.
 FORKS = """
 import os, faulthandler, fsspec
-from shardprep.storage import remote
+from shardprep.storage import connections
 from shardprep.storage.remote import Remote
 
 fsspec.filesystem("memory").pipe("/folder/file", b"x")
 file = Remote("memory://folder/file")
 file.read()
-with remote._lock:
+with connections._lock:
     child = os.fork()
     if not child:
         faulthandler.dump_traceback_later(10, exit=True)
@@ -393,36 +393,6 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_a_process_that_is_forked_makes_connections_of_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
-
-
-def translated(status: int, code: str = "") -> OSError:
-    """What s3fs makes of an answer."""
-    error, cause = OSError(code), Exception(code)
-    cause.response = {  # type: ignore[attr-defined]
-        "ResponseMetadata": {"HTTPStatusCode": status},
-        "Error": {"Code": code},
-    }
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "passes"),
-    [
-        (translated(503, "SlowDown"), True),
-        (translated(429), True),
-        (translated(400, "RequestTimeout"), True),
-        (translated(403, "RequestTimeTooSkewed"), True),
-        (translated(301, "PermanentRedirect"), False),
-        (translated(400, "InvalidBucketName"), False),
-        (type("ParamValidationError", (Exception,), {})(), False),
-        (type("NoRegionError", (Exception,), {})(), False),
-        (type("EndpointConnectionError", (Exception,), {})(), True),
-    ],
-    ids=str,
-)
-def test_mistakes_of_the_user_are_not_tried_again(error: Exception, passes: bool) -> None:
-    assert remote._may_pass(error) is passes
 
 
 def test_names_are_quoted_in_web_addresses_only() -> None:
@@ -454,7 +424,7 @@ def test_the_users_configuration_of_fsspec_is_kept(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fsspec.core, "url_to_fs", connect)
     own = {"s3": {"addressing_style": "path"}, "read_timeout": 7}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": own})
-    remote.forget_connections()
+    connections.forget_connections()
     with pytest.raises(StorageError, match="seen"):
         Remote("s3://bucket/x").read()
-    assert given == [{**remote._S3["config_kwargs"], **own}]
+    assert given == [{**connections._S3["config_kwargs"], **own}]
