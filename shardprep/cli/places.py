@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from shardprep.storage.remote import Location, Remote, locate
 
 
-class Place(click.ParamType[Any]):
+# Generic for type checkers, but for Python only since click 8.4.
+class Place(click.ParamType):  # type: ignore[type-arg]
     """A folder or a URL, as `shardprep.storage.remote.locate` gives it.
 
     Args:
