@@ -30,7 +30,7 @@ SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench bench-train bench-remote ladder torture fuzz clean
+.PHONY: demo test test-slow test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,8 +48,14 @@ check: $(INSTALLED)
 test: check
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
 
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m 'slow and not gpu'
+
 test-all: check
 	$(BIN)/pytest
+
+lowest: $(INSTALLED)
+	$(BIN)/python -m scripts.lowest
 
 # mosaicml-streaming pins old versions of libraries that it needs for text, images and clouds only,
 # so that pip finds no set of versions with the other peers; what it does need is in the extra.
