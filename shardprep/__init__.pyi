@@ -1,0 +1,30 @@
+"""The public names, for type checkers and for `__init__.py`, which loads them when asked for."""
+
+from .build.options import BuildOptions as BuildOptions
+from .build.writer import BuildReport as BuildReport
+from .build.writer import build_shards as build_shards
+from .cache.shard_cache import ShardCache as ShardCache
+from .check.repair import RepairReport as RepairReport
+from .check.repair import repair_shards as repair_shards
+from .check.verify import Fault as Fault
+from .check.verify import VerifyReport as VerifyReport
+from .check.verify import verify_shards as verify_shards
+from .errors import BuildError as BuildError
+from .errors import CorruptShardError as CorruptShardError
+from .errors import FormatError as FormatError
+from .errors import MissingExtraError as MissingExtraError
+from .errors import ShardprepError as ShardprepError
+from .errors import SourceError as SourceError
+from .errors import StorageError as StorageError
+from .format.manifest import Manifest as Manifest
+from .load.segments import SegmentLoader as SegmentLoader
+from .load.utterances import UtteranceLoader as UtteranceLoader
+from .read.shard_set import ShardSet as ShardSet
+from .read.shard_set import open_shards as open_shards
+from .read.split import Split as Split
+from .read.webdataset import stream as stream
+from .storage.local import publish as publish
+from .storage.remote import Remote as Remote
+from .storage.remote import locate as locate
+
+__version__: str
