@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "run": USE | {"learning"},
         "inference": USE,
         "train": USE | {"learning", "run"},
-        **{command: USE | {"inference"} for command in COMMANDS},
+        "commands": {*BASE, "config"},
+        **{command: USE | {"inference", "commands"} for command in COMMANDS},
     },
 }
 
