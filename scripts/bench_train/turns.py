@@ -22,6 +22,7 @@ from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.learning.metrics import peak_memory_mib
 from shardprep_trainer.model.build import build_model
+from shardprep_trainer.run.start import Prepared, prepare
 from shardprep_trainer.run.trainer import Trainer
 from torch import Tensor
 
@@ -156,8 +157,8 @@ def _segments(turn: Turn) -> Iterator[Batch]:
 class TimedTrainer(Trainer):
     """The trainer as it is, with a note of when each logging window was over."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, run: Prepared) -> None:
+        super().__init__(run)
         self.marks: list[float] = []
 
     def _log_training(self) -> None:
@@ -201,7 +202,7 @@ def measure_ours(turn: Turn) -> dict[str, Any]:
     """The real trainer, end to end or on one batch; the last checkpoint is not in the time."""
     kind = FixedBatchTrainer if turn.kind == "ours fixed" else TimedTrainer
     with tempfile.TemporaryDirectory() as runs:
-        trainer = kind(our_config(turn, runs))
+        trainer = kind(prepare(our_config(turn, runs)))
         try:
             trainer.fit()
         finally:

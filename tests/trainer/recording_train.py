@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardprep_trainer.learning import build as factory
+from shardprep_trainer.run import data
 from shardprep_trainer.train import main
 from torch import Tensor
 
@@ -55,5 +55,5 @@ class RecordingLoader(shardprep.SegmentLoader):
 
 if __name__ == "__main__":
     RecordingLoader.folder = Path(sys.argv[1])
-    factory.SegmentLoader = RecordingLoader
+    data.SegmentLoader = RecordingLoader
     sys.exit(main(sys.argv[2:]))

@@ -232,10 +232,10 @@ def test_too_little_memory_is_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def exhausted(self: Trainer) -> None:
+    def exhausted(*args: object) -> None:
         raise failure
 
-    monkeypatch.setattr(Trainer, "_build_model", exhausted)
+    monkeypatch.setattr("shardprep_trainer.run.start.build_model", exhausted)
     assert main(["--config", config_file()]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: the memory of the device does not suffice")
@@ -256,10 +256,10 @@ def test_the_loss_of_another_process_is_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def alone(self: Trainer) -> None:
+    def alone(*args: object) -> None:
         raise failure
 
-    monkeypatch.setattr(Trainer, "_build_model", alone)
+    monkeypatch.setattr("shardprep_trainer.run.start.build_model", alone)
     assert main(["--config", config_file()]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: another process is gone, or the network to it")
@@ -270,10 +270,10 @@ def test_the_loss_of_another_process_is_one_message(
 def test_a_bug_keeps_its_traceback(
     config_file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(self: Trainer) -> None:
+    def wrong(*args: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(Trainer, "_build_model", wrong)
+    monkeypatch.setattr("shardprep_trainer.run.start.build_model", wrong)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["--config", config_file()])
 

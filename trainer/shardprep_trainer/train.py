@@ -87,12 +87,13 @@ def _run(asked: Invocation) -> int:
 def _train(asked: Invocation) -> int:
     # The engine brings PyTorch and the model, which --help and a wrong option need not wait for.
     from shardprep_trainer.processes.meeting import parting
+    from shardprep_trainer.run.start import prepare
     from shardprep_trainer.run.trainer import Trainer
 
     if _rank() == 0:
         _note(asked.notes)
     with parting():
-        trainer = Trainer(asked.config, resume=asked.resume)
+        trainer = Trainer(prepare(asked.config, resume=asked.resume))
         try:
             outcome = trainer.fit()
             if _rank() == 0:

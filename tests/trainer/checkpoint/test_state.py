@@ -15,6 +15,7 @@ from shardprep_trainer.checkpoint.weights import load_model, load_weights
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.model.build import build_model
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 
 ConfigFactory = Callable[..., Config]
@@ -29,7 +30,7 @@ def eager_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(config: Config, *, resume: bool = False) -> Trainer:
-    trainer = Trainer(config, resume=resume)
+    trainer = Trainer(prepare(config, resume=resume))
     try:
         trainer.fit()
     finally:
@@ -110,4 +111,4 @@ def test_a_checkpoint_of_another_model_is_refused_on_resume_by_file(
     for bad in ({"weights": {}}, {"training": training}):
         torch.save({**saved, **bad}, path)
         with pytest.raises(CheckpointError, match=r"step-00000001\.pt: the .* do not fit"):
-            Trainer(make_config(), resume=True)
+            prepare(make_config(), resume=True)

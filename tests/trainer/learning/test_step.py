@@ -17,6 +17,7 @@ from shardprep_trainer.learning.build import build_optimizer
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import CosineClassifier, SpeakerModel
 from shardprep_trainer.processes.meeting import join_processes
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,8 +39,8 @@ def make_trainer(
         decay, fused = config.weight_decay, request.param == "fused"
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay, fused=fused)
 
-    monkeypatch.setattr("shardprep_trainer.run.trainer.build_optimizer", build)
-    return lambda **changes: Trainer(make_config(**changes))
+    monkeypatch.setattr("shardprep_trainer.learning.build.build_optimizer", build)
+    return lambda **changes: Trainer(prepare(make_config(**changes)))
 
 
 class Spoiled(nn.Module):
@@ -63,9 +64,9 @@ class Spoiled(nn.Module):
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
     """All that a step may change: weights, running statistics, moments and their step counts."""
-    moments = trainer.optimizer.state_dict()["state"]
+    moments = trainer.train_step.optimizer.state_dict()["state"]
     flat = {f"{i}.{key}": x for i, values in moments.items() for key, x in values.items()}
-    return {key: x.clone() for key, x in {**trainer.bare.state_dict(), **flat}.items()}
+    return {key: x.clone() for key, x in {**trainer.train_step.bare.state_dict(), **flat}.items()}
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -165,7 +166,7 @@ def test_a_step_reads_nothing_back_from_the_device(
         "shardprep_trainer.learning.step.model_inputs",
         lambda batch, device: (batch["mel"], batch["length"]),
     )
-    trainer = Trainer(make_config(**RICH, **{"model.encoder": encoder}))
+    trainer = Trainer(prepare(make_config(**RICH, **{"model.encoder": encoder})))
     criterion = trainer.train_step.criterion
     trainer.train_step.criterion = Spoiled(criterion, "nan", {1, 2} if bad else set())
     batches = some_batches(trainer, 4)
@@ -187,7 +188,7 @@ def test_a_skipped_step_waits_for_the_device_as_little_as_another(
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    trainer = Trainer(make_config(**RICH))
+    trainer = Trainer(prepare(make_config(**RICH)))
     trainer.train_step.criterion = Spoiled(trainer.train_step.criterion, "nan", {1, 2})
     batches = some_batches(trainer, 5)
     take(trainer, [0], batches)
@@ -210,8 +211,8 @@ def test_under_bf16_only_products_are_narrow(
     make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, encoder: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    trainer = Trainer(make_config(**{"model.encoder": encoder}))
-    head = trainer.bare.classifier
+    trainer = Trainer(prepare(make_config(**{"model.encoder": encoder})))
+    head = trainer.train_step.bare.classifier
     assert isinstance(head, CosineClassifier)
     seen: list[tuple[Tensor, Tensor]] = []
     head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
@@ -269,7 +270,7 @@ def half(scale: float) -> Callable[[Config], Accelerator]:
 def test_the_steps_that_the_scaler_skips_are_counted_and_harm_nothing(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardprep_trainer.run.trainer.join_processes", half(2.0**30))
+    monkeypatch.setattr("shardprep_trainer.run.start.join_processes", half(2.0**30))
     trainer = make_trainer(**{"train.total_steps": 30})
     batches = some_batches(trainer, 30)
     before = state(trainer)
@@ -291,11 +292,11 @@ def test_the_steps_that_the_scaler_skips_are_counted_and_harm_nothing(
 def test_the_scaler_goes_on_where_a_stopped_run_left_it(
     make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardprep_trainer.run.trainer.join_processes", half(2.0**22))
+    monkeypatch.setattr("shardprep_trainer.run.start.join_processes", half(2.0**22))
     options = {"train.total_steps": 16, "train.valid_steps": 0, "train.log_steps": 4}
 
     def finish(config: Config, *, resume: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        trainer = Trainer(config, resume=resume)
+        trainer = Trainer(prepare(config, resume=resume))
         trainer.fit()
         trainer.close()
         assert trainer.accelerator.scaler is not None
@@ -307,7 +308,7 @@ def test_the_scaler_goes_on_where_a_stopped_run_left_it(
     assert saved.training is not None
     scale = (saved.training.scaler or {})["scale"]
     assert 2.0 ** (22 - 2) <= scale < 2.0**22
-    monkeypatch.setattr("shardprep_trainer.run.trainer.join_processes", half(1.0))
+    monkeypatch.setattr("shardprep_trainer.run.start.join_processes", half(1.0))
     resumed, continued = finish(make_config(name="parts", **options), resume=True)
     assert equal(resumed, whole)
     assert continued == scaler
@@ -322,14 +323,14 @@ def test_fp16_on_a_gpu_counts_saves_and_restores_its_scaler(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     steps = {"train.total_steps": 40, "train.valid_steps": 0, "train.log_steps": 40}
-    trainer = Trainer(make_config(**steps, **{"train.stop_step": 20}))
+    trainer = Trainer(prepare(make_config(**steps, **{"train.stop_step": 20})))
     assert trainer.accelerator.scaler is not None
     trainer.accelerator.scaler.update(2.0**30)
     trainer.fit()
     skipped = float(trainer.train_step.meter.sums[5])
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (30 - skipped)
     trainer.close()
-    trainer = Trainer(make_config(**steps), resume=True)
+    trainer = Trainer(prepare(make_config(**steps), resume=True))
     assert trainer.accelerator.scaler is not None
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (30 - skipped)
     trainer.close()

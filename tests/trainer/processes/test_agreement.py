@@ -46,7 +46,7 @@ def fail():
         raise ConfigError("no disk")
 
 def begin(config, resume=True):
-    found = find_start(config, resume=resume).found
+    found = find_start(config, resume=resume).newest
     return None if found is None else found.file.name
 
 with parting():

@@ -30,10 +30,11 @@ PAIR = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_proc
 # Process `rank` of the run in config.yaml waits for ever for its third batch.
 _BLOCKED = """
 import sys, time
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.config.command_line import parse_args
 
-trainer = Trainer(parse_args(["--config", "config.yaml"]).config)
+trainer = Trainer(prepare(parse_args(["--config", "config.yaml"]).config))
 loader = trainer.loader
 
 class Blocked:

@@ -11,6 +11,7 @@ import pytest
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.learning.step import TrainStep
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Outcome, Trainer
 
 import shardprep
@@ -21,7 +22,7 @@ SKIP = {"data.on_corrupt": "skip"}
 
 
 def train(config: Config, *, resume: bool = False) -> Outcome:
-    trainer = Trainer(config, resume=resume)
+    trainer = Trainer(prepare(config, resume=resume))
     try:
         return trainer.fit()
     finally:

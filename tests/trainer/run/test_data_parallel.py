@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.learning.build import build_train_loader
 from shardprep_trainer.model.layers import MaskedBatchNorm1d
 from shardprep_trainer.model.sync_norm import SyncedBatchNorm1d, synchronise
+from shardprep_trainer.run.data import build_train_loader
 from shardprep_trainer.train import main
 from torch import Tensor, nn
 
@@ -159,10 +159,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     config = make_config(**PLAIN, name="pair", **{"data.batch_size": 2, "train.total_steps": 5})
     (tmp_path / "pair.yaml").write_text(config.to_yaml())
     program = """
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.config.command_line import parse_args
 
-trainer = Trainer(parse_args(["--config", "pair.yaml"]).config)
+trainer = Trainer(prepare(parse_args(["--config", "pair.yaml"]).config))
 criterion, steps = trainer.train_step.criterion, iter(range(1, 9))
 
 class Spoiled(type(criterion)):
@@ -172,8 +173,9 @@ class Spoiled(type(criterion)):
 
 trainer.train_step.criterion = Spoiled()
 trainer.fit()
-weights = sum(float(weight.double().abs().sum()) for weight in trainer.bare.parameters())
-step = {float(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
+weights = sum(float(weight.double().abs().sum()) for weight in trainer.train_step.bare.parameters())
+states = trainer.train_step.optimizer.state_dict()["state"].values()
+step = {float(state["step"]) for state in states}
 tell(trainer.rank, [weights, *step, int(trainer.train_step.meter.sums[7])])
 trainer.close()
 """

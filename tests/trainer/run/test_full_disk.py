@@ -19,6 +19,7 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.run import trainer as run
 from shardprep_trainer.run.journal import Journal, MetricsLog
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main
 
@@ -38,7 +39,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fit(config: Config) -> Trainer:
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     try:
         trainer.fit()
     finally:
@@ -178,7 +179,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
     config = make_config(
         **{"train.runs": small_disk, "train.save_steps": 4, "train.valid_steps": 0}
     )
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     with pytest.raises(CheckpointError, match=r"step 12, at which the run ends, is not saved"):
         trainer.fit()
     trainer.close()
@@ -189,7 +190,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
     assert load(config.run / "checkpoints" / "step-00000004.pt").step == 4
     # With room again, the run goes on as if nothing had been.
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
-    again = Trainer(config, resume=True)
+    again = Trainer(prepare(config, resume=True))
     assert again.fit().finished
     again.close()
     assert [row["step"] for row in records(config, "train")] == [2, 4, 6, 8, 10, 12]

@@ -20,6 +20,7 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError, DivergedError
 from shardprep_trainer.evaluation.accuracy import Evaluation
 from shardprep_trainer.learning.step import StepPlan
+from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Outcome, Trainer
 from torch import Tensor
 
@@ -39,7 +40,7 @@ TRANSFORMER = {
 
 
 def train(config: Config, *, resume: bool = False) -> Outcome:
-    trainer = Trainer(config, resume=resume)
+    trainer = Trainer(prepare(config, resume=resume))
     try:
         return trainer.fit()
     finally:
@@ -106,7 +107,7 @@ def test_records_after_the_resumed_checkpoint_are_written_anew(make_config: Conf
 
 
 def test_dropout_is_a_function_of_the_step_alone(make_config: ConfigFactory) -> None:
-    trainer = Trainer(make_config())
+    trainer = Trainer(prepare(make_config()))
     take = trainer.train_step
     take.plan = StepPlan(lambda step: 0.0)
     batch = next(iter(trainer.loader))
@@ -180,16 +181,16 @@ def test_the_learning_rate_follows_the_schedule_once_a_step(make_config: ConfigF
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for(make_config: ConfigFactory) -> None:
-    trainer = Trainer(make_config(**{"optim.clip_norm": 0.01}))
+    trainer = Trainer(prepare(make_config(**{"optim.clip_norm": 0.01})))
     norms: list[float] = []
-    step = trainer.optimizer.step
+    step = trainer.train_step.optimizer.step
 
     def look(*args: object) -> None:
-        total = [p.grad.norm() for p in trainer.bare.parameters() if p.grad is not None]
+        total = [p.grad.norm() for p in trainer.train_step.bare.parameters() if p.grad is not None]
         norms.append(float(torch.stack(total).norm()))
         step()
 
-    trainer.optimizer.step = look
+    trainer.train_step.optimizer.step = look
     trainer.train_step(iter(trainer.loader), 0)
     assert norms == pytest.approx([0.01], rel=1e-3)
     assert float(trainer.train_step.meter.sums[3]) > 0.02
@@ -200,7 +201,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     make_config: ConfigFactory, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(**{"train.save_steps": 100})
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     fetch, calls = trainer.train_step.throughput.fetch, iter(range(100))
 
     def interrupted(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -239,7 +240,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_step(
             "train.max_skipped": 2,
         }
     )
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     # Steps 1 and 2 are as many as may be.
     spoil(trainer, {1, 2, 5, 6, 7})
     told = r"^step 7: .*max_skipped allows 2 .*step-00000006\.pt is from before.*--optim"
@@ -251,7 +252,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_step(
 def test_skipped_steps_are_recorded_and_leave_no_trace_in_the_means(
     make_config: ConfigFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(config := make_config(**{"train.valid_steps": 0}))
+    trainer = Trainer(prepare(config := make_config(**{"train.valid_steps": 0})))
     spoil(trainer, {3, 4, 6})
     trainer.fit()
     trainer.close()
@@ -272,11 +273,11 @@ def test_steps_skipped_in_a_row_are_counted_over_a_resumption(
     # Steps are logged at 2, 4, 6: the cut falls within a window and at the end of one.
     limits = {"train.max_skipped": 3, "train.save_steps": 100, "train.valid_steps": 0}
     bad = {4, 5, 6, 7}
-    trainer = Trainer(make_config(**limits, **{"train.stop_step": cut}))
+    trainer = Trainer(prepare(make_config(**limits, **{"train.stop_step": cut})))
     spoil(trainer, bad)
     trainer.fit()
     trainer.close()
-    trainer = Trainer(make_config(**limits), resume=True)
+    trainer = Trainer(prepare(make_config(**limits), resume=True))
     spoil(trainer, bad)
     with pytest.raises(DivergedError, match="^step 7: "):
         trainer.fit()
@@ -287,14 +288,14 @@ def test_an_existing_run_is_not_overwritten(make_config: ConfigFactory) -> None:
     train(config)
     before = {path: path.stat().st_mtime_ns for path in config.run.rglob("*")}
     with pytest.raises(ConfigError, match=r"step-00000012\.pt.*--resume.*--name NAME"):
-        Trainer(config)
+        prepare(config)
     assert {path: path.stat().st_mtime_ns for path in config.run.rglob("*")} == before
 
 
 def test_there_must_be_something_to_resume_from(make_config: ConfigFactory) -> None:
     config = make_config()
     with pytest.raises(CheckpointError, match="no checkpoint to resume from.*without --resume"):
-        Trainer(config, resume=True)
+        prepare(config, resume=True)
     assert not config.run.exists()
 
 
@@ -316,7 +317,7 @@ def test_what_makes_it_another_run_is_refused_by_name(
     (field,) = change
     name = "data.batch_size" if field == "train.accumulate" else field
     with pytest.raises(ConfigError, match=rf"^{name}: found .* began with"):
-        Trainer(make_config(**change), resume=True)
+        prepare(make_config(**change), resume=True)
 
 
 def test_what_may_change_is_noted(
@@ -337,7 +338,7 @@ def test_another_data_set_is_refused(
     other = make_dataset("Other", speakers=3, utterances=10, seed=9)
     shardprep.build_shards(other, shards, shardprep.BuildOptions(val_fraction=0.2, workers=1))
     with pytest.raises(ConfigError, match="fingerprint .* began on"):
-        Trainer(make_config(), resume=True)
+        prepare(make_config(), resume=True)
 
 
 def flip(path: Path) -> None:
@@ -379,7 +380,7 @@ def test_without_a_whole_checkpoint_the_remedy_is_told(make_config: ConfigFactor
     for path in (config.run / "checkpoints").glob("step-*.pt"):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"all of the 2 .* --train\.start_from .*model"):
-        Trainer(config, resume=True)
+        prepare(config, resume=True)
 
 
 def test_another_format_is_no_damage(make_config: ConfigFactory) -> None:
@@ -387,7 +388,7 @@ def test_another_format_is_no_damage(make_config: ConfigFactory) -> None:
     train(config)
     torch.save({"format": 1}, config.run / "checkpoints" / "step-00000012.pt")
     with pytest.raises(CheckpointError, match=r"step-00000012\.pt: checkpoint format 1 found"):
-        Trainer(config, resume=True)
+        prepare(config, resume=True)
 
 
 def test_data_that_does_not_allow_the_run_is_refused_with_the_remedy(
@@ -395,13 +396,13 @@ def test_data_that_does_not_allow_the_run_is_refused_with_the_remedy(
 ) -> None:
     missing = make_config(**{"data.shards": tmp_path / "none"})
     with pytest.raises(ConfigError, match="shardprep build Dataset/ .*none"):
-        Trainer(missing)
+        prepare(missing)
     with pytest.raises(ConfigError, match="data.batch_size: found 25 .* only 24 utterances"):
-        Trainer(make_config(**{"data.batch_size": 25}))
+        prepare(make_config(**{"data.batch_size": 25}))
     options = shardprep.BuildOptions(val_fraction=0.0, workers=1)
     shardprep.build_shards(make_dataset("Other"), tmp_path / "noval", options)
     with pytest.raises(ConfigError, match=r"a val split.*--train\.valid_steps 0"):
-        Trainer(make_config(**{"data.shards": tmp_path / "noval"}))
+        prepare(make_config(**{"data.shards": tmp_path / "noval"}))
     plain = make_config(**{"data.shards": tmp_path / "noval", "train.valid_steps": 0})
     assert train(plain).best_accuracy is None
 
@@ -411,7 +412,7 @@ def test_launch_flags_that_the_device_cannot_follow_are_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ConfigError, match="--mixed_precision: found fp16"):
-        Trainer(make_config())
+        prepare(make_config())
 
 
 @pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False)])
@@ -427,7 +428,7 @@ def test_bf16_on_a_cpu_that_is_slow_in_it_is_warned_of(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     config = make_config()
-    Trainer(config)
+    prepare(config)
     warned = "WARNING: this CPU has no AVX-512" in capsys.readouterr().err
     assert warned == (slow and precision == "bf16")
     metrics = config.run / "metrics.jsonl"
@@ -442,7 +443,7 @@ def test_processes_that_do_not_meet_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     config = make_config()
     with pytest.raises(ConfigError, match="started 2 processes, but accelerate sees 1"):
-        Trainer(config)
+        prepare(config)
     assert not config.run.exists()
 
 
@@ -452,7 +453,7 @@ def test_mixed_precision_trains_and_keeps_weights_and_losses_in_float32(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     config = make_config(**{"train.log_steps": 1, "train.total_steps": 8})
     seen: set[torch.dtype] = set()
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     criterion = trainer.train_step.criterion
 
     class Watched(torch.nn.Module):
@@ -487,7 +488,7 @@ def test_nothing_waits_for_the_device_between_log_steps(
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    trainer = Trainer(make_config())
+    trainer = Trainer(prepare(make_config()))
     batches = iter(trainer.loader)
     trainer.train_step(batches, 0)
     torch.cuda.set_sync_debug_mode("error")
@@ -580,10 +581,10 @@ def test_a_run_may_go_on_with_another_weight_decay(
 ) -> None:
     train(make_config(**{"train.stop_step": 5, "optim.name": optimizer}))
     changed = make_config(**{"optim.name": optimizer, "optim.weight_decay": 0.25})
-    trainer = Trainer(changed, resume=True)
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.25] * (
-        2 if optimizer == "muon" else 1
-    )
+    trainer = Trainer(prepare(changed, resume=True))
+    assert [group["weight_decay"] for group in trainer.train_step.optimizer.param_groups] == [
+        0.25
+    ] * (2 if optimizer == "muon" else 1)
     trainer.close()
 
 
@@ -597,17 +598,20 @@ def test_a_run_begun_before_there_was_a_choice_of_optimiser_continues(
     del saved["config"]["optim"]["name"]
     torch.save(saved, file)
     with pytest.raises(ConfigError, match=r"optim\.name: found muon, .* began with adamw"):
-        Trainer(make_config(**{"optim.name": "muon"}), resume=True)
+        prepare(make_config(**{"optim.name": "muon"}), resume=True)
     assert train(make_config(), resume=True).finished
 
 
 def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFactory) -> None:
     config = make_config(**{"train.average_decay": 0.9, "train.valid_steps": 12})
-    trainer = Trainer(config)
+    trainer = Trainer(prepare(config))
     trainer.fit()
-    assert trainer.average is not None
+    assert trainer.train_step.plan.average is not None
     saved = newest(config)
-    averaged, raw = trainer.average.model.state_dict(), trainer.bare.state_dict()
+    averaged, raw = (
+        trainer.train_step.plan.average.model.state_dict(),
+        trainer.train_step.bare.state_dict(),
+    )
     assert all(torch.equal(saved.weights[key], averaged[key]) for key in averaged)
     assert saved.training is not None
     trained = saved.training.raw or {}
@@ -619,12 +623,12 @@ def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFa
 
 
 def test_the_margin_grows_from_step_to_step(make_config: ConfigFactory) -> None:
-    trainer = Trainer(make_config(**{"loss.margin_growth": 0.5, "loss.margin": 0.3}))
+    trainer = Trainer(prepare(make_config(**{"loss.margin_growth": 0.5, "loss.margin": 0.3})))
     margins = []
     take = trainer.train_step._forward
 
     def spy(batch: dict[str, Tensor]) -> Tensor:
-        margins.append(trainer.criterion.margin)
+        margins.append(trainer.train_step.criterion.margin)
         return take(batch)
 
     trainer.train_step._forward = spy  # type: ignore[method-assign]
@@ -641,9 +645,9 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigF
         name="tuned",
         **{"train.start_from": last, "loss.margin": 0.5, "data.segment_frames": 96},
     )
-    trainer = Trainer(tuned)
+    trainer = Trainer(prepare(tuned))
     expected = load(last).weights
-    assert all(torch.equal(v, expected[k]) for k, v in trainer.bare.state_dict().items())
+    assert all(torch.equal(v, expected[k]) for k, v in trainer.train_step.bare.state_dict().items())
     trainer.fit()
     trainer.close()
     assert not torch.equal(newest(tuned).weights["prenet.weight"], expected["prenet.weight"])
@@ -654,6 +658,6 @@ def test_weights_of_another_model_are_refused(make_config: ConfigFactory) -> Non
     train(first)
     last = max((first.run / "checkpoints").glob("step-*.pt"))
     with pytest.raises(CheckpointError, match=f"{last.name}: the weights in it do not fit"):
-        Trainer(make_config(name="other", **{"train.start_from": last, "model.layers": 2}))
+        prepare(make_config(name="other", **{"train.start_from": last, "model.layers": 2}))
     with pytest.raises(CheckpointError, match="there is no such checkpoint"):
-        Trainer(make_config(name="none", **{"train.start_from": "nowhere.pt"}))
+        prepare(make_config(name="none", **{"train.start_from": "nowhere.pt"}))

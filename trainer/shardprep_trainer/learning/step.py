@@ -69,6 +69,7 @@ class TrainStep:
         seed: Seed of the run.
 
     Attributes:
+        bare: The model itself, outside of any wrapper of the accelerator.
         meter: Sums since it was last reset.
         throughput: Rates since they were last restarted.
     """
@@ -96,7 +97,13 @@ class TrainStep:
         self.seed = seed
         self.meter = Meter(accelerator.device, max_skipped)
         self.throughput = Throughput()
+        self.bare: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
         self._buffers = list(model.buffers())
+
+    @property
+    def predictor(self) -> nn.Module:
+        """What is validated and saved for prediction: the averaged model, or the model itself."""
+        return self.bare if self.plan.average is None else self.plan.average.model
 
     def __call__(self, batches: Batches, step: int) -> None:
         """Take the step that follows `step` others, on the next micro-batches."""

@@ -1,18 +1,45 @@
-"""What a run begins from: its data and its newest checkpoint, the same ones on every machine."""
+"""The start of a run: everything that it needs, opened, built and restored by all processes alike.
+
+Processes meet first. Each then opens the data and finds the checkpoint to continue from; all make
+sure that they agree on both. Only then are the model and the rest built, and set to the step that
+the checkpoint holds.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from shardprep import ShardSet
-from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest
+import torch
+from accelerate import Accelerator
+
+from shardprep import SegmentLoader, ShardSet, publish
+from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest, load
+from shardprep_trainer.checkpoint.find import find_checkpoint
+from shardprep_trainer.checkpoint.state import Best
+from shardprep_trainer.checkpoint.training import restore_training
+from shardprep_trainer.checkpoint.weights import load_weights, start_from
 from shardprep_trainer.config.fields import Config, flatten
-from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.learning.build import build_train_step
+from shardprep_trainer.learning.step import TrainStep
+from shardprep_trainer.model import cpu_kernels as cpu
+from shardprep_trainer.model.build import build_model
+from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.precision import allow_tensor_float32
+from shardprep_trainer.model.sync_norm import synchronise
 from shardprep_trainer.processes.agreement import check_alike, exchange, together
 from shardprep_trainer.processes.launch import launcher_identity
-from shardprep_trainer.run.preflight import open_data
+from shardprep_trainer.processes.meeting import join_processes, meeting_place
+from shardprep_trainer.processes.watchdog import Watchdog
+from shardprep_trainer.run.data import batch_of_each, build_train_loader, open_data
+from shardprep_trainer.run.journal import Journal
+from shardprep_trainer.run.resume import (
+    Changes,
+    check_same_data,
+    check_same_run,
+    choose_checkpoint,
+)
 
 # What may differ from machine to machine: where things lie.
 _PER_MACHINE = (
@@ -25,84 +52,130 @@ _PER_MACHINE = (
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins from."""
+class Found:
+    """What the disks of this machine hold for a run."""
 
     shards: ShardSet
     """The data, open."""
     checkpoints: CheckpointFolder
     """Of the run."""
-    found: Newest | None
+    newest: Newest | None
     """The checkpoint to continue from, if any."""
     launchers: list[str]
-    """Identities of the launchers of all machines, which the checkpoints are to bear."""
+    """Identities of the launchers of all machines, to be saved in the checkpoints."""
 
 
-def find_start(config: Config, *, resume: bool) -> Start:
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for its next step."""
+
+    config: Config
+    accelerator: Accelerator
+    """Has prepared the model and the optimiser."""
+    shards: ShardSet
+    loader: SegmentLoader
+    """This process's part of the training split, at its position."""
+    train_step: TrainStep
+    """Takes a step; holds model, optimiser, criterion and average."""
+    checkpoints: CheckpointFolder
+    launchers: list[str]
+    """Identities of the launchers of all machines, to be saved in the checkpoints."""
+    journal: Journal
+    watchdog: Watchdog
+    global_batch: int
+    """Segments of a step over all processes."""
+    step: int
+    """Steps done."""
+    best: Best
+
+
+def prepare(config: Config, *, resume: bool = False) -> Prepared:
+    """Join the other processes and prepare the run together with them.
+
+    Args:
+        config: A checked configuration.
+        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
+            A run that its launcher starts anew continues in any case.
+
+    Raises:
+        ConfigError: The data, the run folder or the launch does not allow this run.
+        CheckpointError: There is no checkpoint to continue from, or none that is undamaged.
+        ShardprepError: The shards cannot be read.
+        ElsewhereError: Another process has met one of these.
+    """
+    train = config.train
+    accelerator = join_processes(
+        config.run, trackers=train.trackers, hang_seconds=train.hang_seconds
+    )
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    device = accelerator.device
+    if device.type == "cpu":
+        cpu.keep_memory()
+    elif train.tf32:
+        allow_tensor_float32()
+    found = find_start(config, resume=resume)
+    loader = together(lambda: build_train_loader(config, found.shards, rank, world_size, device))
+    global_batch = batch_of_each(config.data, world_size) * world_size * train.accumulate
+    train_step = build_train_step(config, _build_model(config, found.shards), accelerator)
+    step, best, changes = 0, Best(), Changes()
+    if (newest := found.newest) is not None:
+        changes = together(
+            lambda: _restore(newest, config, found.shards, train_step, loader, global_batch)
+        )
+        step, best = newest.checkpoint.step, newest.checkpoint.best
+    if accelerator.is_main_process:
+        found.checkpoints.sweep()
+        with publish(config.run / "config.yaml") as file:
+            file.write(config.to_yaml().encode())
+    run = Prepared(
+        config=config,
+        accelerator=accelerator,
+        shards=found.shards,
+        loader=loader,
+        train_step=train_step,
+        checkpoints=found.checkpoints,
+        launchers=found.launchers,
+        journal=Journal(accelerator, config.run, step=step, total=train.total_steps),
+        watchdog=Watchdog(
+            train.hang_seconds, rank=rank, world_size=world_size, store=meeting_place()
+        ),
+        global_batch=global_batch,
+        step=step,
+        best=best,
+    )
+    _introduce(run, newest, changes)
+    return run
+
+
+def find_start(config: Config, *, resume: bool) -> Found:
     """Open the data, and find the checkpoint to continue from; all processes together.
 
     Args:
         config: Of the run.
-        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
-            A launcher that starts the run anew does so in any case.
+        resume: As in `prepare`.
 
     Raises:
         ConfigError: The data or the run folder does not allow this run, or the machines do not
             agree on it.
-        CheckpointError: There is no checkpoint to continue from, or none that is whole.
+        CheckpointError: There is no checkpoint to continue from, or none that is undamaged.
         ShardprepError: The shards cannot be read.
         ElsewhereError: Another process has met one of these.
     """
     launchers = sorted({name for _, name in exchange(launcher_identity(os.environ)) if name})
 
-    def find() -> Start:
+    def find() -> Found:
         shards = open_data(config.data, validated=config.train.valid_steps > 0)
         folder = CheckpointFolder(config.run, config.train.keep)
-        found = choose_checkpoint(folder, config, resume=resume, launchers=launchers)
-        return Start(shards, folder, found, launchers)
+        newest = choose_checkpoint(folder, config, resume=resume, launchers=launchers)
+        return Found(shards, folder, newest, launchers)
 
-    start = together(find)
-    check_machines(config, start.shards, start.found)
-    return start
-
-
-def choose_checkpoint(
-    folder: CheckpointFolder, config: Config, *, resume: bool, launchers: Sequence[str] = ()
-) -> Newest | None:
-    """Load the checkpoint to continue from, or make sure that none would be overwritten.
-
-    Args:
-        folder: Of the run.
-        config: Of the run.
-        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
-        launchers: Identities of the launchers of this start. A checkpoint that bears one of them
-            is their own, from before they started the run anew, and is continued from without
-            being told to.
-
-    Raises:
-        ConfigError: There are checkpoints and `resume` is not given.
-        CheckpointError: `resume` is given and there is none, or none that is whole.
-    """
-    newest = folder.latest()
-    if newest is None and not resume:
-        return None
-    found = folder.load_newest() if resume or launchers else None
-    if newest is not None and not resume and not (found and _is_own(found, launchers)):
-        raise ConfigError(
-            f"name: the run folder {config.run} already has checkpoints, the newest "
-            f"{newest.name}; continue it with --resume, or start another with --name NAME"
-        )
-    assert found is not None
+    found = together(find)
+    _check_machines(config, found)
     return found
 
 
-def _is_own(found: Newest, launchers: Sequence[str]) -> bool:
-    """Whether a run that one of these launchers started has saved this."""
-    return not set(launchers).isdisjoint(found.training.launchers)
-
-
-def check_machines(config: Config, shards: ShardSet, found: Newest | None) -> None:
-    """Make sure that all machines are about to do the same run, from the same place.
+def _check_machines(config: Config, found: Found) -> None:
+    """Make sure that all machines are about to do the same run, from the same step.
 
     Raises:
         ConfigError: They have other options, other data or another checkpoint.
@@ -110,11 +183,84 @@ def check_machines(config: Config, shards: ShardSet, found: Newest | None) -> No
     fields = {key: x for key, x in flatten(config.to_dict()).items() if key not in _PER_MACHINE}
     check_alike(fields, "give every machine the same options")
     check_alike(
-        {"the fingerprint of data.shards": shards.manifest.fingerprint},
+        {"the fingerprint of data.shards": found.shards.manifest.fingerprint},
         "all machines must read the same set",
     )
     check_alike(
-        {"the newest whole checkpoint": found.checkpoint.file.name if found else "none"},
+        {
+            "the newest undamaged checkpoint": found.newest.checkpoint.file.name
+            if found.newest
+            else "none"
+        },
         f"{config.run} must be the same folder on all machines, on a disk that they share, or "
         "hold the same checkpoints on each",
     )
+
+
+def _build_model(config: Config, shards: ShardSet) -> SpeakerModel:
+    """The model with its first weights: random ones, or those of `train.start_from`."""
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, shards.manifest.n_mels, len(shards.speakers))
+    if (path := config.train.start_from) is not None:
+        speakers = tuple(shards.speakers)
+        together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
+    if config.train.sync_batchnorm:
+        synchronise(model)
+    return model
+
+
+def _restore(
+    newest: Newest,
+    config: Config,
+    shards: ShardSet,
+    train_step: TrainStep,
+    loader: SegmentLoader,
+    global_batch: int,
+) -> Changes:
+    """Continue from a checkpoint; returns what differs from it and may."""
+    saved, training, accelerator = newest.checkpoint, newest.training, train_step.accelerator
+    check_same_data(shards, saved, config.data.shards)
+    changes = check_same_run(
+        config,
+        saved.config,
+        training,
+        global_batch=global_batch,
+        precision=str(accelerator.mixed_precision),
+        processes=accelerator.num_processes,
+    )
+    load_weights(train_step.predictor, saved.weights, saved.file)
+    if train_step.plan.average is not None:
+        load_weights(train_step.bare, training.raw or {}, saved.file)
+    restore_training(accelerator, train_step.optimizer, loader, training, saved.file)
+    # The optimiser has taken the weight decay of the checkpoint; every step sets the rate itself.
+    for group in train_step.optimizer.param_groups:
+        group["weight_decay"] = config.optim.weight_decay
+    if accelerator.is_main_process:
+        # The sums are those of all ranks: they count once.
+        train_step.meter.restore(training.meter)
+    return changes
+
+
+def _introduce(run: Prepared, newest: Newest | None, changes: Changes) -> None:
+    """Say what the run is, and what differs from the checkpoint that it continues from."""
+    config, device, precision = (
+        run.config,
+        run.accelerator.device,
+        run.accelerator.mixed_precision,
+    )
+    say = run.journal.progress.say
+    weights = sum(weight.numel() for weight in run.train_step.bare.parameters())
+    say(
+        f"{config.name}: {weights:,} weights, {len(run.shards.speakers):,} speakers, "
+        f"{len(run.shards['train']):,} utterances to train on; "
+        f"{run.accelerator.num_processes} process(es) on "
+        f"{device.type}, precision {precision}, "
+        f"{run.global_batch:,} segments a step, data on the {run.loader.placement}; "
+        + (f"continues after step {run.step:,}" if run.step else f"run folder {config.run}")
+    )
+    if device.type == "cpu" and precision == "bf16" and cpu.is_slow_in_bfloat16():
+        run.journal.warn(run.step, cpu.SLOW_BFLOAT16)
+    for error in newest.damaged if newest else ():
+        say(f"WARNING: {error}; continues from step {run.step:,}")
+    for key, (before, now) in changes.items():
+        say(f"note: {key} was {before} and is now {now}")

@@ -10,163 +10,63 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shardprep import CorruptShardError, publish
-from shardprep_trainer.checkpoint.files import Newest, load
-from shardprep_trainer.checkpoint.find import find_checkpoint
+from shardprep import CorruptShardError
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
-from shardprep_trainer.checkpoint.training import gather_training, restore_training
-from shardprep_trainer.checkpoint.weights import load_weights, start_from
-from shardprep_trainer.config.fields import Config
+from shardprep_trainer.checkpoint.training import gather_training
 from shardprep_trainer.errors import CheckpointError, DivergedError
 from shardprep_trainer.evaluation.accuracy import evaluate
-from shardprep_trainer.learning.average import AveragedModel
-from shardprep_trainer.learning.build import (
-    batch_of_each,
-    build_eval_loader,
-    build_loss,
-    build_optimizer,
-    build_plan,
-    build_train_loader,
-)
 from shardprep_trainer.learning.metrics import Window, combine, peak_memory_mib
-from shardprep_trainer.learning.step import TrainStep
-from shardprep_trainer.model import cpu_kernels as cpu
-from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.precision import allow_tensor_float32
-from shardprep_trainer.model.sync_norm import share_buffers, synchronise
-from shardprep_trainer.processes.agreement import together
+from shardprep_trainer.model.sync_norm import share_buffers
 from shardprep_trainer.processes.interrupt import StopSignals
-from shardprep_trainer.processes.meeting import join_processes, meeting_place
 from shardprep_trainer.processes.watchdog import (
     COMPUTING,
     READING,
     SAVING,
     VALIDATING,
     WAITING,
-    Watchdog,
 )
-from shardprep_trainer.run.journal import Journal
+from shardprep_trainer.run.data import build_eval_loader
 from shardprep_trainer.run.outcome import Outcome
-from shardprep_trainer.run.preflight import (
-    Changes,
-    check_same_data,
-    check_same_run,
-)
-from shardprep_trainer.run.start import find_start
+from shardprep_trainer.run.start import Prepared
 
 
 class Trainer:
-    """A run: builds everything from a configuration, then trains.
+    """Trains a run that is prepared: steps, logging, validation, checkpoints.
 
     In training, BatchNorm sees the batch of its own rank, or with `train.sync_batchnorm` those of
     all; rank 0's running statistics are the ones that are validated and saved, on every rank.
 
     Args:
-        config: A checked configuration.
-        resume: Continue from the newest checkpoint of the run folder, or from the one before it
-            if that is damaged. A launcher that starts the run anew does so in any case.
+        run: The run, of which nobody else makes use.
 
-    Raises:
-        ConfigError: The data or the run folder does not allow this run, or the machines of the
-            launch do not agree.
-        ElsewhereError: Another process has met one of these errors.
-        CheckpointError: There is no checkpoint to continue from, or none that is whole.
-        ShardprepError: The shards cannot be read.
+    Attributes:
+        step: Steps done.
+        best: The best validation so far.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False) -> None:
-        self.config = config
-        train = config.train
-        self.accelerator = join_processes(
-            config.run, trackers=train.trackers, hang_seconds=train.hang_seconds
-        )
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self.accelerator.device
-        if self.device.type == "cpu":
-            cpu.keep_memory()
-        elif config.train.tf32:
-            allow_tensor_float32()
-        start = find_start(config, resume=resume)
-        self.shards, self.checkpoints, found = start.shards, start.checkpoints, start.found
-        self._launchers = start.launchers
-        self.loader = together(
-            lambda: build_train_loader(config, self.shards, self.rank, self.world_size, self.device)
-        )
-        segments = batch_of_each(config.data, self.world_size) * self.world_size
-        self.global_batch = segments * config.train.accumulate
-        self.step = 0
+    def __init__(self, run: Prepared) -> None:
+        self.config = run.config
+        self.accelerator = run.accelerator
+        self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
+        self.device = run.accelerator.device
+        self.shards = run.shards
+        self.loader = run.loader
+        self.global_batch = run.global_batch
+        self.train_step = run.train_step
+        self.checkpoints = run.checkpoints
+        self.journal = run.journal
+        self.progress = run.journal.progress
+        self.watchdog = run.watchdog
+        self.step = run.step
+        self.best = run.best
+        self._launchers = run.launchers
         self._replaced = 0
         self._shards_changed = False
-        self.best = Best()
-        self._build_model()
-        changed = {} if found is None else together(lambda: self._restore(found))
-        if self.accelerator.is_main_process:
-            self.checkpoints.sweep()
-            with publish(config.run / "config.yaml") as file:
-                file.write(config.to_yaml().encode())
-        self.journal = Journal(
-            self.accelerator, config.run, step=self.step, total=config.train.total_steps
-        )
-        self.progress = self.journal.progress
-        self.watchdog = Watchdog(
-            config.train.hang_seconds,
-            rank=self.rank,
-            world_size=self.world_size,
-            store=meeting_place(),
-        )
-        self._introduce()
-        mixed = self.accelerator.mixed_precision
-        if self.device.type == "cpu" and mixed == "bf16" and cpu.is_slow_in_bfloat16():
-            self.journal.warn(self.step, cpu.SLOW_BFLOAT16)
-        for error in found.damaged if found else ():
-            self.progress.say(f"WARNING: {error}; goes on from step {self.step:,}")
-        for key, (before, now) in changed.items():
-            self.progress.say(f"note: {key} was {before} and is now {now}")
-
-    def _introduce(self) -> None:
-        config, split = self.config, self.shards["train"]
-        weights = sum(weight.numel() for weight in self.bare.parameters())
-        self.progress.say(
-            f"{config.name}: {weights:,} weights, {len(self.shards.speakers):,} speakers, "
-            f"{len(split):,} utterances to train on; {self.world_size} process(es) on "
-            f"{self.device.type}, precision {self.accelerator.mixed_precision}, "
-            f"{self.global_batch:,} segments a step, data on the {self.loader.placement}; "
-            + (f"continues after step {self.step:,}" if self.step else f"run folder {config.run}")
-        )
-
-    def _build_model(self) -> None:
-        config, optim = self.config, self.config.optim
-        torch.manual_seed(config.train.seed)
-        model = build_model(config.model, self.shards.manifest.n_mels, len(self.shards.speakers))
-        if (path := config.train.start_from) is not None:
-            speakers = tuple(self.shards.speakers)
-            together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
-        if config.train.sync_batchnorm:
-            synchronise(model)
-        optimizer = build_optimizer(optim, model, self.device)
-        model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.average: AveragedModel | None = None
-        if config.train.average_decay:
-            self.average = AveragedModel(self.bare, config.train.average_decay)
-        self.criterion = build_loss(config.loss).to(self.device)
-        self.train_step = TrainStep(
-            self.accelerator,
-            model,
-            self.optimizer,
-            self.criterion,
-            build_plan(config, self.average, self.device),
-            accumulate=config.train.accumulate,
-            clip_norm=optim.clip_norm,
-            max_skipped=config.train.max_skipped,
-            seed=config.train.seed,
-        )
 
     def fit(self) -> Outcome:
         """Train to the last step, to `train.stop_step`, or until a signal comes.
@@ -234,7 +134,7 @@ class Trainer:
 
     def _log_training(self) -> None:
         sums = self._window()
-        group = self.optimizer.param_groups[0]
+        group = self.train_step.optimizer.param_groups[0]
         record: dict[str, Any] = {
             "event": "train",
             "step": self.step,
@@ -269,15 +169,15 @@ class Trainer:
         started = time.perf_counter()
         self._window()
         if self.world_size > 1:
-            share_buffers(self.predictor)
+            share_buffers(self.train_step.predictor)
         data, place = self.config.data, (self.rank, self.world_size)
         batches = build_eval_loader(data, self.shards, "val", *place)
         result = evaluate(
-            self.predictor,
+            self.train_step.predictor,
             self.watchdog.each(batches, VALIDATING, self.step),
             self.shards["val"].labels,
             device=self.device,
-            criterion=self.criterion,
+            criterion=self.train_step.criterion,
             reduce=lambda total: self.accelerator.reduce(total, "sum"),
             incomplete=data.on_corrupt == "skip",
         )
@@ -305,11 +205,6 @@ class Trainer:
         )
         self.train_step.throughput.restart()
 
-    @property
-    def predictor(self) -> nn.Module:
-        """What is validated and saved for prediction: the averaged model, or the model itself."""
-        return self.bare if self.average is None else self.average.model
-
     def _agree(self, signal: int) -> int:
         """The largest signal that any rank received, known to all of them at the same step.
 
@@ -333,7 +228,7 @@ class Trainer:
             n_mels=self.shards.manifest.n_mels,
             fingerprint=self.shards.manifest.fingerprint,
             # Of the model itself, outside of any wrapper, whose names the weights would have.
-            weights=self.predictor.state_dict(),
+            weights=self.train_step.predictor.state_dict(),
             training=training,
         )
 
@@ -349,14 +244,15 @@ class Trainer:
         main = self.accelerator.is_main_process
         self.watchdog.enter(SAVING if main else WAITING, self.step)
         if main:
+            averaged = self.train_step.plan.average is not None
             training = gather_training(
                 self.accelerator,
-                self.optimizer,
+                self.train_step.optimizer,
                 self.loader,
                 global_batch=self.global_batch,
                 launchers=self._launchers,
                 meter=list(window),
-                raw=None if self.average is None else self.bare.state_dict(),
+                raw=self.train_step.bare.state_dict() if averaged else None,
             )
             checkpoint = self._checkpoint(training)
             failed = not self._try(lambda: self.checkpoints.save(checkpoint))
@@ -404,31 +300,6 @@ class Trainer:
                 f"{error.file}: {error.what}; the run goes on with the shards that it has open, "
                 "and can be resumed only on the set that it began on",
             )
-
-    def _restore(self, found: Newest) -> Changes:
-        """Continue from a checkpoint; returns the fields that were changed, as they may be."""
-        saved, training = found.checkpoint, found.training
-        check_same_data(self.shards, saved, self.config.data.shards)
-        changed = check_same_run(
-            self.config,
-            saved.config,
-            training,
-            global_batch=self.global_batch,
-            precision=str(self.accelerator.mixed_precision),
-            processes=self.world_size,
-        )
-        load_weights(self.predictor, saved.weights, saved.file)
-        if self.average is not None:
-            load_weights(self.bare, training.raw or {}, saved.file)
-        restore_training(self.accelerator, self.optimizer, self.loader, training, saved.file)
-        # The optimiser has come back with that of the checkpoint; the rate is set in every step.
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.optim.weight_decay
-        self.step, self.best = saved.step, saved.best
-        if self.accelerator.is_main_process:
-            # The sums are those of all ranks: they count once.
-            self.train_step.meter.restore(training.meter)
-        return changed
 
     def close(self) -> None:
         """Finish the trackers, the bar and the process group."""

@@ -1,18 +1,20 @@
-"""From the configuration to the parts of a run: what each process gets of a batch."""
+"""The data of a run: sets that cannot be trained on, and what each process gets of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from shardprep_trainer.config.checks import parse_config
 from shardprep_trainer.config.fields import Config, DataConfig
 from shardprep_trainer.errors import ConfigError
-from shardprep_trainer.learning.build import batch_of_each, build_train_loader
+from shardprep_trainer.run.data import batch_of_each, build_train_loader, open_data
 
 import shardprep
+from shardprep.format.manifest import encode_manifest
 
 ConfigFactory = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -69,3 +71,22 @@ def test_configurations_from_before_there_was_a_global_batch_still_load(
     saved = config.to_dict()
     del saved["data"]["global_batch"]
     assert parse_config(saved) == config
+
+
+def empty(shards: Path, split: str) -> None:
+    """Leave a split in the manifest, without an utterance."""
+    manifest = shardprep.open_shards(shards).manifest
+    info = msgspec.structs.replace(manifest.splits[split], samples=0, frames=0, shards=())
+    splits = {**manifest.splits, split: info}
+    changed = msgspec.structs.replace(manifest, splits=splits)
+    (shards / "manifest.json").write_bytes(encode_manifest(changed))
+
+
+def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
+    empty(shards, "val")
+    with pytest.raises(ConfigError, match=r"no utterances in a val split.*--train\.valid_steps 0"):
+        open_data(DataConfig(str(shards)), validated=True)
+    assert open_data(DataConfig(str(shards)), validated=False).path == shards
+    empty(shards, "train")
+    with pytest.raises(ConfigError, match="no utterances in a train split, only in test;"):
+        open_data(DataConfig(str(shards)), validated=False)

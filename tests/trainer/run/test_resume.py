@@ -1,17 +1,46 @@
-"""What a run continues from: its own checkpoints, and nobody else's unless told to."""
+"""The checkpoint a run continues from: its own, and no other unless told to; the same run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from saved_models import make_checkpoint, make_training
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError
-from shardprep_trainer.run.start import choose_checkpoint
+from shardprep_trainer.run.resume import check_same_run, choose_checkpoint
 
 ConfigFactory = Callable[..., Config]
+LAUNCH: dict[str, Any] = {"global_batch": 8, "precision": "no", "processes": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, {}),
+        ({"precision": "bf16"}, {"mixed precision": ("bf16", "no")}),
+        ({"processes": 4}, {"processes": (4, 2)}),
+    ],
+)
+def test_another_launch_is_told_and_allowed(
+    before: dict[str, Any], expected: dict[str, Any], make_config: ConfigFactory
+) -> None:
+    config = make_config()
+    began = make_training(**{**LAUNCH, **before})
+    assert check_same_run(config, config, began, **LAUNCH) == expected
+
+
+def test_another_global_batch_is_refused_with_the_processes_it_came_from(
+    make_config: ConfigFactory,
+) -> None:
+    config, began = make_config(), make_training(**LAUNCH)
+    with pytest.raises(
+        ConfigError,
+        match=r"found 4 segments.* began with 8 on 2 process\(es\).*--data\.global_batch",
+    ):
+        check_same_run(config, config, began, global_batch=4, precision="no", processes=1)
 
 
 def test_a_model_alone_is_nothing_to_resume_from(make_config: ConfigFactory) -> None:

@@ -1,14 +1,14 @@
-"""What must be right before any work starts: data, and the run that is resumed."""
+"""The checkpoint that a run continues from, and whether this run may continue it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from shardprep import ShardSet, locate
-from shardprep_trainer.checkpoint.open_shards import open_shards_of
+from shardprep import ShardSet
+from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest
 from shardprep_trainer.checkpoint.state import Description, Training
-from shardprep_trainer.config.fields import Config, DataConfig, flatten
+from shardprep_trainer.config.fields import Config, flatten
 from shardprep_trainer.errors import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
@@ -28,40 +28,39 @@ _FIXED = (
 )
 
 
-def open_data(data: DataConfig, *, validated: bool) -> ShardSet:
-    """Open the shards to train on.
+def choose_checkpoint(
+    folder: CheckpointFolder, config: Config, *, resume: bool, launchers: Sequence[str] = ()
+) -> Newest | None:
+    """Load the checkpoint to continue from, or make sure that none would be overwritten.
 
     Args:
-        data: Where they are, and how they are kept.
-        validated: Whether a validation split is needed.
+        folder: Of the run.
+        config: Of the run.
+        resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
+        launchers: Identities of the launchers of this start. A checkpoint that bears one of them
+            is their own, from before they started the run anew, and is continued from without
+            being told to.
 
     Raises:
-        ConfigError: There are no shards, or a split is missing or empty; the message has the
-            remedy.
-        ShardprepError: The shards cannot be read.
+        ConfigError: There are checkpoints and `resume` is not given.
+        CheckpointError: `resume` is given and there is none, or none that is whole.
     """
-    path, place = data.shards, locate(data.shards)
-    if isinstance(place, Path) and not place.is_dir():
+    newest = folder.latest()
+    if newest is None and not resume:
+        return None
+    found = folder.load_newest() if resume or launchers else None
+    if newest is not None and not resume and not (found and _is_own(found, launchers)):
         raise ConfigError(
-            f"data.shards: there is no folder {path}; make it with "
-            f"`shardprep build Dataset/ {path}`, or name another with --data.shards"
+            f"name: the run folder {config.run} already has checkpoints, the newest "
+            f"{newest.name}; continue it with --resume, or start another with --name NAME"
         )
-    shards = open_shards_of(data)
-    filled = [name for name, split in shards.manifest.splits.items() if split.samples]
-    if "train" not in filled:
-        raise ConfigError(
-            f"data.shards: {path} has no utterances in a train split, only in "
-            f"{', '.join(filled) or 'none'}; build it from labelled ones with `shardprep build`"
-        )
-    if validated and "val" not in filled:
-        raise ConfigError(
-            f"data.shards: {path} has no utterances in a val split to validate on; build it with "
-            "`shardprep build --val-fraction 0.1`, or do without: --train.valid_steps 0"
-        )
-    # A set that is replaced later leaves the files of this one to the run.
-    for name in ("train", "val") if validated else ("train",):
-        shards[name].map_all()
-    return shards
+    assert found is not None
+    return found
+
+
+def _is_own(found: Newest, launchers: Sequence[str]) -> bool:
+    """Whether a run that one of these launchers started has saved this."""
+    return not set(launchers).isdisjoint(found.training.launchers)
 
 
 def check_same_run(
