@@ -313,7 +313,7 @@ def test_a_signal_saves_and_gives_its_code(
 def test_ctrl_c_before_training_leaves_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(argv: object) -> None:
+    def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("shardprep_trainer.train.parse_args", interrupted)
@@ -362,7 +362,7 @@ def test_shardprep_train_takes_the_same_arguments_and_trains_in_one_process(
         process = outside(*start, "--help", cwd=tmp_path)
         helps.append(process.communicate(timeout=60))
     assert helps[0] == helps[1]
-    assert "accelerate launch [flags] -m shardprep_trainer.train [--config FILE]" in helps[0][0]
+    assert "accelerate launch [flags] -m shardprep_trainer.train [--config RECIPE]" in helps[0][0]
     options = ("--config", config_file(), "--train.stop_step=2", "--optim.lr", "1e-3")
     process = outside(*command, *options, cwd=tmp_path)
     out, err = process.communicate(timeout=60)

@@ -19,7 +19,12 @@ import click
 from shardprep import ShardprepError, StorageError
 from shardprep_trainer.config.command_line import Invocation, parse_args
 from shardprep_trainer.errors import TrainerError, is_lost_peer, is_out_of_memory
-from shardprep_trainer.processes.launch import check_launch, parent_command, processes_to_start
+from shardprep_trainer.processes.launch import (
+    check_launch,
+    parent_command,
+    processes_to_start,
+    training_program,
+)
 from shardprep_trainer.processes.workers import start_processes
 from shardprep_trainer.run.outcome import summary
 
@@ -39,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal's number.
     """
     try:
-        return _run(parse_args(sys.argv[1:] if argv is None else argv))
+        words = sys.argv[1:] if argv is None else argv
+        return _run(parse_args(words, training_program()))
     except (TrainerError, ShardprepError) as error:
         _report(f"error: {error}")
         return error.exit_code

@@ -14,7 +14,6 @@ import yaml
 from shardprep_trainer.config.checks import parse_config, shorten_warmup
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
-from shardprep_trainer.processes.launch import training_program
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -36,12 +35,13 @@ class Invocation:
     """What was not taken as it was given, for the user to know."""
 
 
-def parse_args(argv: Sequence[str]) -> Invocation:
+def parse_args(argv: Sequence[str], program: str = "-m shardprep_trainer.train") -> Invocation:
     """Read and check a command line.
 
     Args:
         argv: Arguments without the program's name, e.g. `["--config", "best", "--optim.lr",
             "3e-4"]`. Later ones win; without `--config` the boss recipe goes first.
+        program: What a launcher is given to train, as the help shows it.
 
     Returns:
         The checked configuration and what to do with it.
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str]) -> Invocation:
     if not files:
         arguments = ["--config", str(RECIPES / "boss.yaml"), *arguments]
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser(program).parse_args(arguments)
     except (jsonargparse.ArgumentError, OverflowError) as error:
         # Every file has been read on its own by now.
         _refuse(_COMMAND_LINE, error)
@@ -167,10 +167,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser(program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        usage=f"accelerate launch [flags] {training_program()} [--config RECIPE] "
-        "[--FIELD VALUE ...]",
+        usage=f"accelerate launch [flags] {program} [--config RECIPE] [--FIELD VALUE ...]",
         description="Train a speaker classifier on shards. Precision, devices and processes are "
         "flags of `accelerate launch`; all the rest is below.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process has done a "

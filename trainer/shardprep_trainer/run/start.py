@@ -186,12 +186,9 @@ def _check_machines(config: Config, found: Found) -> None:
         {"the fingerprint of data.shards": found.shards.manifest.fingerprint},
         "all machines must read the same set",
     )
+    newest = found.newest.checkpoint.file.name if found.newest else "none"
     check_alike(
-        {
-            "the newest undamaged checkpoint": found.newest.checkpoint.file.name
-            if found.newest
-            else "none"
-        },
+        {"the newest undamaged checkpoint": newest},
         f"{config.run} must be the same folder on all machines, on a disk that they share, or "
         "hold the same checkpoints on each",
     )
