@@ -29,7 +29,7 @@ python -m scripts.synthetic WORK/data --speakers 3 --utterances 8 --test-utteran
 shardprep build WORK/data/Dataset WORK/shards --codec zstd --workers 2
 shardprep build WORK/data/Dataset WORK/ray --engine ray --workers 2
 shardprep verify WORK/shards --deep --against WORK/data/Dataset
-shardprep train --config RECIPES/smoke.yaml --data.shards WORK/shards --train.runs WORK/runs
+shardprep train --config smoke --data.shards WORK/shards --train.runs WORK/runs
 shardprep predict WORK/runs/smoke --out WORK/submission.csv --labels WORK/data/test_labels.csv
 shardprep score WORK/runs/smoke
 shardprep embed WORK/runs/smoke --out WORK/embeddings.npz
@@ -82,9 +82,8 @@ def main() -> None:
         extras = ",".join(EXTRAS)
         install = ("-m", "pip", "install", "--quiet", "-c", constraints)
         run(programs / "python", *install, "-e", f"{CHECKOUT}[{extras}]")
-        recipes = CHECKOUT / "trainer" / "shardprep_trainer" / "recipes"
         for line in COMMANDS.strip().splitlines():
-            program, *words = line.replace("WORK", work).replace("RECIPES", str(recipes)).split()
+            program, *words = line.replace("WORK", work).split()
             run(programs / program, *words)
     print("all commands worked with these versions")
 

@@ -56,9 +56,8 @@ def assert_both_launch_commands_train(
 ) -> None:
     environment.see_packages_of_this()
     launch = ("python", "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu")
-    recipe = checkout / "trainer/shardprep_trainer/recipes/smoke.yaml"
     options = (
-        *("--config", recipe, "--data.shards", shards, "--train.runs", runs),
+        *("--config", "smoke", "--data.shards", shards, "--train.runs", runs),
         *("--train.total_steps", "4", "--train.valid_steps", "4", "--train.save_steps", "4"),
         *("--optim.warmup_steps", "1"),
     )

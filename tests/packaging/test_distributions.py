@@ -26,7 +26,7 @@ def wheel(distribution: Distribution) -> zipfile.ZipFile:
 
 @pytest.fixture
 def metadata(wheel: zipfile.ZipFile) -> Message:
-    return email.message_from_bytes(wheel.read(f"{INFO}/METADATA"))
+    return email.message_from_string(wheel.read(f"{INFO}/METADATA").decode())
 
 
 def files(folder: Path) -> set[str]:
@@ -64,11 +64,12 @@ def test_without_extras_the_wheel_asks_for_a_few_small_packages(metadata: Messag
     assert {"torch", "train"} <= set(metadata.get_all("Provides-Extra", []))
 
 
-def test_metadata_leads_to_the_project(metadata: Message) -> None:
+def test_metadata_leads_to_the_project(metadata: Message, checkout: Path) -> None:
     links = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
     assert {"Homepage", "Documentation", "Changelog", "Issues"} <= set(links)
     assert all(link.startswith("https://") for link in links.values())
     assert metadata["Author"]
+    assert metadata.get_payload() == (checkout / "README.md").read_text()
     assert metadata["License-Expression"] == "MIT"
 
 
