@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from shardprep.cache.shard_cache import CHUNK, DOWNLOADS
+from shardprep.cache.download import CHUNK
+from shardprep.cache.shard_cache import DOWNLOADS
 
 # Part of a process's share of the cache that one reader may want, see `shardprep.read.store_map`.
 ROOM_SHARE = 0.75

@@ -1,10 +1,8 @@
-"""Whole files of stores, kept on this machine's disk; see `shardprep.cache.folder` for how."""
+"""Files of stores, kept whole on this machine's disk; `shardprep.cache.folder` says how."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import logging
 import os
 import sys
@@ -12,13 +10,13 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardprep.cache.download import Download
 from shardprep.cache.folder import ROOM, CacheFolder, Held, NoRoomError
 from shardprep.cache.threads import BackgroundThreads
-from shardprep.errors import CorruptShardError, StorageError
+from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.local import sha256_of, storage_errors
 from shardprep.storage.remote import PATIENCE, Remote
@@ -31,18 +29,11 @@ READERS_VARIABLE = "LOCAL_WORLD_SIZE"
 DOWNLOADS = 8
 """Files that a process fetches at once."""
 
-CHUNK = 8 << 20
-"""Bytes that are asked for at a time."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_SECONDS = 0.05
-# A file may come with other bytes than it should so often.
-_TRIES = 5
-_CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
 
 
 class Borrower(Protocol):
-    """Keeps files of the cache in use that it can do without for a while.
+    """Keeps files of the cache in use, and can give some of them back early.
 
     Attributes:
         in_use: Bytes of these files.
@@ -51,20 +42,20 @@ class Borrower(Protocol):
     in_use: int
 
     def give_back(self, *, urgent: bool) -> None:
-        """Let go of what nobody is going to use soon; if urgent, also of some that is to be."""
+        """Give back files that nobody will use soon; if urgent, also one that somebody will."""
 
     def begin_anew(self) -> None:
-        """Have nothing in use or on its way, in a process that was forked."""
+        """Have nothing in use and nothing on its way; for a process that was just forked."""
 
 
 @dataclass
 class Traffic:
-    """What this process has had of the network.
+    """What this process has fetched.
 
     Attributes:
         files: Files fetched.
         bytes: Bytes that came.
-        waited: Seconds for which readers stood still until what they needed had come.
+        waited: Seconds that readers waited for files to come.
     """
 
     files: int = 0
@@ -76,19 +67,21 @@ class ShardCache:
     """The cache in a folder; any number of processes may have one each.
 
     Args:
-        folder: Where; by default what SHARDPREP_CACHE names, or shardprep/ in the user's folder
-            of caches. On a disk of this machine: locks of network folders are not to be relied on.
+        folder: Its folder; by default the one that SHARDPREP_CACHE names, or shardprep/ in the
+            user's folder of caches. It must lie on a disk of this machine: locks in a network
+            folder are not reliable.
         budget: Most bytes that it keeps; by default SHARDPREP_CACHE_GB (1 GB = 10^9 bytes), or
-            half of what it and the free disk have.
+            half of its own bytes and the free disk together.
         readers: Processes of this machine that share the budget, by default as many as torchrun
-            started here (LOCAL_WORLD_SIZE). Each keeps at most its part in use at a time.
+            started here (LOCAL_WORLD_SIZE). Each has at most its part in use at a time.
         patience: Seconds for which a store may give no answer before that is an error.
 
     Attributes:
-        traffic: What was fetched by this object.
+        folder: The folder and its budget, a `CacheFolder`.
+        traffic: What this object has fetched.
 
     Raises:
-        StorageError: The folder cannot be made, or a variable is no number.
+        StorageError: The folder cannot be made, or a variable is not a positive number.
     """
 
     def __init__(
@@ -111,12 +104,12 @@ class ShardCache:
 
     def _begin(self) -> None:
         self._counting = threading.Lock()
-        # Bytes of files that are being held or fetched for a borrower just now.
+        # Bytes of files that are being opened or fetched for a borrower just now.
         self._arriving = 0
         self._threads: BackgroundThreads | None = None
 
     def begin_anew(self) -> None:
-        """Have nothing on its way, in a process that was forked: its threads stayed behind."""
+        """Have nothing on its way; a process that was just forked has none of the threads."""
         self._begin()
         for borrower in list(self._borrowers):
             borrower.begin_anew()
@@ -139,7 +132,7 @@ class ShardCache:
             return self._threads
 
     def count_wait(self, seconds: float) -> None:
-        """Add to the time for which readers stood still."""
+        """Add to the time that readers waited."""
         with self._counting:
             self.traffic.waited += seconds
 
@@ -155,7 +148,7 @@ class ShardCache:
             borrower.give_back(urgent=urgent)
 
     def hold(self, remote: Remote, info: FileInfo | ShardInfo, *, wait: bool = True) -> Held:
-        """A file of a store, fetched if it is not here, checked by its sha256.
+        """A file of a store, fetched if the cache does not have it, and checked by its sha256.
 
         Args:
             remote: Where it comes from.
@@ -163,8 +156,8 @@ class ShardCache:
             wait: Whether to wait for room.
 
         Raises:
-            NoRoomError: What others hold leaves no room, and `wait` is off.
-            StorageError: The store gave no answer in time, or there is no room for it.
+            NoRoomError: Files in use leave no room, and `wait` is off.
+            StorageError: The store gave no answer in time, or there was no room in time.
             CorruptShardError: The store has no such file, or other bytes.
         """
         self._keep_to_share(info.bytes, wait=wait)
@@ -175,10 +168,10 @@ class ShardCache:
                 self._arriving -= info.bytes
 
     def renew(self, remote: Remote, info: FileInfo | ShardInfo) -> bool:
-        """Fetch a file anew that is not what its name says.
+        """Fetch a damaged file anew.
 
         Returns:
-            False if it is: then it is the store that has such a file.
+            False if the cache has the bytes of the manifest: then these are the ones in the store.
         """
         with contextlib.closing(self.hold(remote, info)) as held:
             if sha256_of(held.path) == info.sha256:
@@ -189,12 +182,12 @@ class ShardCache:
         return True
 
     def _keep_to_share(self, size: int, *, wait: bool) -> None:
-        """Count a file as arriving; what this process has in use is to stay within its share.
+        """Count a file as arriving, and have others given back until the share suffices.
 
-        Else one rank could wait for room that others keep, which wait for it.
+        Without shares, a rank could wait for room that another rank keeps, which waits for it.
 
         Raises:
-            NoRoomError: It would not, and `wait` is off.
+            NoRoomError: The share does not suffice, and `wait` is off.
         """
         with self._counting:
             self._arriving += size
@@ -223,7 +216,7 @@ class ShardCache:
                         return held
                     if (part := self.folder.claim(info)) is not None:
                         return self._fetch(part, remote, info)
-                # Another is fetching it.
+                # Another process or thread is fetching it.
                 full_since = None
                 if (now := self.folder.stored(info)) != come:
                     come, came_at = now, time.monotonic()
@@ -253,86 +246,14 @@ class ShardCache:
             time.sleep(_POLL_SECONDS)
 
     def _fetch(self, part: int, remote: Remote, info: FileInfo | ShardInfo) -> Held:
-        """Fetch what a part lacks, check it, and give it its name.
-
-        Raises:
-            NoRoomError: The disk is full.
-            CorruptShardError: The store has no such file, or other bytes.
-        """
-        try:
-            self._fill(FileIO(part, "r+", closefd=False), remote, info)
-            held = self.folder.name(part, info)
-        except BaseException:
-            self.folder.unclaim(part)
-            raise
+        held = Download(self.folder, part, remote, info, self._count_bytes).run()
         with self._counting:
             self.traffic.files += 1
         return held
 
-    def _fill(self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo) -> None:
-        """Fetch what a part lacks until it has the bytes that it should."""
-        for _ in range(_TRIES):
-            file.seek(0)
-            if os.fstat(file.fileno()).st_size > info.bytes:
-                file.truncate(0)
-            digest = hashlib.sha256()
-            while data := file.read(CHUNK):
-                digest.update(data)
-            if self._complete(file, remote, info, digest) and digest.hexdigest() == info.sha256:
-                return
-            if file.tell() >= info.bytes:
-                file.truncate(0)
-            _log.warning("%s: came with other bytes than it should; fetched again", remote)
-        self.folder.drop(info)
-        raise CorruptShardError(
-            f"its bytes are not those that the manifest names, {_TRIES} times",
-            file=remote,
-            remedy=_CHANGED,
-        )
-
-    def _complete(
-        self, file: FileIO, remote: Remote, info: FileInfo | ShardInfo, digest: Any
-    ) -> bool:
-        """Fetch and write what a part lacks; False if the store has no more before its end."""
-        while (done := file.tell()) < info.bytes:
-            end = min(done + CHUNK, info.bytes)
-            try:
-                data = remote.read(done, end)
-            except FileNotFoundError:
-                raise CorruptShardError("is missing", file=remote, remedy=_CHANGED) from None
-            with self._counting:
-                self.traffic.bytes += len(data)
-            if len(data) > end - done:
-                # A server without ranges sends the whole file.
-                data = data[done : info.bytes]
-            if not data:
-                return False
-            if self._write(file, data, info.bytes - done):
-                digest.update(data)
-        return True
-
-    def _write(self, file: FileIO, data: bytes, lacking: int) -> bool:
-        """Append to a part; if the disk is full, make room on it and return False.
-
-        Raises:
-            NoRoomError: Nothing can be given up for it.
-        """
-        begin, view = file.tell(), memoryview(data)
-        try:
-            while view:
-                view = view[file.write(view) :]
-        except OSError as error:
-            file.seek(begin)
-            file.truncate()
-            if error.errno not in _FULL:
-                raise
-            with self.folder.lock() as lock:
-                freed = self.folder.evict(lock, lacking)
-            if not freed:
-                raise NoRoomError from None
-            _log.warning("%s: the disk is full; %d bytes were given up", self.folder.path, freed)
-            return False
-        return True
+    def _count_bytes(self, count: int) -> None:
+        with self._counting:
+            self.traffic.bytes += count
 
 
 _caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
@@ -347,7 +268,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _loader_workers() -> int:
-    """Workers of the DataLoader that this process is one of, 1 if it is none."""
+    """Workers of the DataLoader if this process is one of them, else 1."""
     data = sys.modules.get("torch.utils.data")
     worker = data.get_worker_info() if data is not None else None
     return 1 if worker is None else int(worker.num_workers)
@@ -364,7 +285,7 @@ def _asked_budget() -> int | None:
 
 
 def _number(variable: str) -> float | None:
-    """What a variable of the environment is set to; None if it is not."""
+    """The number in a variable of the environment; None if the variable is not set."""
     text = os.environ.get(variable)
     if not text:
         return None

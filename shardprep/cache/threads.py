@@ -1,4 +1,4 @@
-"""Threads for work that nobody need wait for: the program may end before it is done."""
+"""Threads for work that nobody has to wait for: a program may end before the work is done."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _Jobs = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]
 
 
 class BackgroundThreads:
-    """Like a ThreadPoolExecutor, whose jobs do not keep a program from ending.
+    """Like a ThreadPoolExecutor, but a program that ends does not wait for the jobs.
 
     Args:
-        count: Threads, started as they are needed.
-        name: Their name.
+        count: Most threads; each is started when it is needed.
+        name: Name of the threads.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -28,7 +28,7 @@ class BackgroundThreads:
         weakref.finalize(self, _end, self._jobs, count).atexit = False
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Have a function called; the future has its result, or its error."""
+        """Have a function called; the future gets its result or its error."""
         future: Future[Any] = Future()
         self._jobs.put((future, work, arguments))
         with self._lock:
@@ -48,7 +48,7 @@ def _serve(jobs: _Jobs) -> None:
                 future.set_result(work(*arguments))
             except BaseException as error:
                 future.set_exception(error)
-        # Nothing is kept alive while there is nothing to do.
+        # The last job is not kept alive while there is nothing to do.
         del job, future, work, arguments
 
 

@@ -139,7 +139,7 @@ def test_a_web_server_without_ranges_will_do(
     local: Path, plain_web: str, cached: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("shardprep.cache.shard_cache.CHUNK", 20_000)
+    monkeypatch.setattr("shardprep.cache.download.CHUNK", 20_000)
     own, other = loader(open_shards(local)["train"]), loader(cached(plain_web)["train"])
     assert samples(own) == samples(other)
 

@@ -1,4 +1,4 @@
-"""The cache: each file fetched once, whole or not at all, and never more than the budget."""
+"""The cache: each file is fetched once, complete or not at all, and never more than the budget."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from shardprep import CorruptShardError, StorageError
+from shardprep.cache import download, ledger
 from shardprep.cache import folder as cachefolder
-from shardprep.cache import shard_cache as cache
 from shardprep.cache.folder import NoRoomError
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.cache.threads import BackgroundThreads
@@ -36,7 +36,7 @@ KB = 1000
 
 
 class Store:
-    """Stands for all stores: its files by name, and which parts of them were asked for."""
+    """Replaces every store: its files by name, and which parts of them were requested."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -62,7 +62,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     """What every `Remote` of the test reads from, 1 kB at a time."""
     store = Store()
     monkeypatch.setattr(Remote, "read", lambda *arguments: store.read(*arguments))
-    monkeypatch.setattr(cache, "CHUNK", KB)
+    monkeypatch.setattr(download, "CHUNK", KB)
     return store
 
 
@@ -137,7 +137,7 @@ def test_a_server_without_ranges_is_asked_once(store: Store, place: Path) -> Non
     assert len(store.asked) == 1
 
 
-def test_an_interrupted_download_goes_on_where_it_ended(store: Store, place: Path) -> None:
+def test_an_interrupted_download_continues_where_it_ended(store: Store, place: Path) -> None:
     remote, info = store.put("a", 3500)
 
     def answer(data: bytes) -> bytes:
@@ -154,7 +154,7 @@ def test_an_interrupted_download_goes_on_where_it_ended(store: Store, place: Pat
     assert store.asked[3:] == [("a", 2000, 3000), ("a", 3000, 3500)]
 
 
-def test_a_part_with_wrong_bytes_is_begun_anew(store: Store, place: Path) -> None:
+def test_a_part_with_wrong_bytes_is_fetched_from_the_start(store: Store, place: Path) -> None:
     remote, info = store.put("a", 2500)
     shards = ShardCache(place, 10 * KB)
     shards.folder.part(info).write_bytes(bytes(2000))
@@ -165,10 +165,10 @@ def test_a_part_with_wrong_bytes_is_begun_anew(store: Store, place: Path) -> Non
 
 
 # A program that fetches from the same store as its test, with the bytes of each file made from its
-# name. `hold(shards, name, size)` holds one; the rest is what comes in place of {program}.
+# name. `hold(shards, name, size)` holds a file; the text of a test replaces {program}.
 OTHER = """
 import hashlib, os, random, sys, time
-from shardprep.cache import shard_cache as cache
+from shardprep.cache import download
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.format.manifest import FileInfo
 from shardprep.storage.remote import Remote
@@ -191,7 +191,7 @@ def hold(shards, name, **options):
     info = FileInfo(name, size, hashlib.sha256(content(name, size)).hexdigest())
     return shards.hold(Remote("fake://store/" + name), info, **options)
 
-Remote.read, cache.CHUNK = read, 1000
+Remote.read, download.CHUNK = read, 1000
 place = sys.argv[1]
 {program}
 """
@@ -264,7 +264,7 @@ def test_the_least_recently_used_goes_first(store: Store, place: Path) -> None:
         assert set(stored(place)) == {files[other][1].sha256 for other in left}
 
 
-def test_what_is_held_stays_and_is_given_up_when_it_is_let_go(store: Store, place: Path) -> None:
+def test_a_held_file_stays_until_it_is_closed(store: Store, place: Path) -> None:
     shards = ShardCache(place, 2 * KB)
     first, second = (shards.hold(*store.put(name, KB)) for name in "ab")
     third = store.put("c", KB)
@@ -276,7 +276,7 @@ def test_what_is_held_stays_and_is_given_up_when_it_is_let_go(store: Store, plac
     assert set(stored(place)) == {second.path.name, third[1].sha256}
 
 
-def test_who_waits_for_room_goes_on_as_soon_as_somebody_lets_go(store: Store, place: Path) -> None:
+def test_a_wait_for_room_ends_when_a_file_is_closed(store: Store, place: Path) -> None:
     shards = ShardCache(place, KB)
     first = shards.hold(*store.put("a", KB))
     with ThreadPoolExecutor(1) as thread:
@@ -287,7 +287,7 @@ def test_who_waits_for_room_goes_on_as_soon_as_somebody_lets_go(store: Store, pl
         assert second.result(timeout=10).path.read_bytes() == store.files["b"]
 
 
-def test_without_room_it_gives_up_and_names_the_remedy(store: Store, place: Path) -> None:
+def test_a_wait_without_room_ends_in_an_error_with_the_remedy(store: Store, place: Path) -> None:
     shards = ShardCache(place, KB, patience=0.3)
     held = shards.hold(*store.put("a", KB))
     began = time.monotonic()
@@ -312,9 +312,7 @@ def test_parts_that_nobody_holds_make_room(store: Store, place: Path) -> None:
     assert set(stored(place)) == {held.path.name}
 
 
-def test_a_part_that_is_being_fetched_counts_with_all_that_is_to_come(
-    store: Store, place: Path
-) -> None:
+def test_a_part_that_is_being_fetched_counts_with_its_full_size(store: Store, place: Path) -> None:
     shards = ShardCache(place, 3 * KB)
     part = shards.folder.claim(store.put("coming", 2 * KB)[1])
     assert part is not None
@@ -324,7 +322,7 @@ def test_a_part_that_is_being_fetched_counts_with_all_that_is_to_come(
     shards.folder.unclaim(part)
 
 
-def test_borrowers_are_asked_to_give_back_before_anybody_waits(store: Store, place: Path) -> None:
+def test_borrowers_are_asked_to_give_back_before_a_reader_waits(store: Store, place: Path) -> None:
     class Keeper:
         def __init__(self) -> None:
             self.loose = [shards.hold(*store.put("a", KB))]
@@ -347,7 +345,7 @@ def test_borrowers_are_asked_to_give_back_before_anybody_waits(store: Store, pla
     assert keeper.wanted[0].path.name not in stored(place)
 
 
-def test_a_process_keeps_to_its_share_though_there_is_room(store: Store, place: Path) -> None:
+def test_a_process_keeps_to_its_share_even_if_there_is_room(store: Store, place: Path) -> None:
     class Keeper:
         in_use = 3 * KB
         asked: list[bool] = []
@@ -370,7 +368,7 @@ def test_a_process_keeps_to_its_share_though_there_is_room(store: Store, place: 
     assert keeper.in_use == 2 * KB
 
 
-# Holds files at random for a second, in some threads, and reports whether all were as they should.
+# Holds random files for a second in some threads, and reports whether all had the right bytes.
 HAMMER = """
 from concurrent.futures import ThreadPoolExecutor
 shards = ShardCache(place, 12_000)
@@ -394,7 +392,7 @@ with ThreadPoolExecutor(3) as threads:
 """
 
 
-def test_the_budget_holds_whatever_processes_and_threads_do(place: Path) -> None:
+def test_processes_and_threads_never_exceed_the_budget(place: Path) -> None:
     runs = [other(HAMMER, place) for _ in range(3)]
     most = 0
     while any(run.poll() is None for run in runs):
@@ -428,7 +426,7 @@ def test_a_disk_that_fills_up_makes_the_cache_smaller(store: Store, small_disk: 
     assert sum(map(len, stored(small_disk / "cache").values())) <= (1 << 20) - taken - 50 * KB
 
 
-def test_a_disk_that_is_full_in_mid_file_costs_other_files(
+def test_a_disk_that_fills_up_during_a_file_costs_other_files(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = ShardCache(place, 10 * KB)
@@ -443,13 +441,13 @@ def test_a_disk_that_is_full_in_mid_file_costs_other_files(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)
 
-    monkeypatch.setattr(cache, "FileIO", Full)
+    monkeypatch.setattr(download, "FileIO", Full)
     remote, info = store.put("a", 3000)
     assert shards.hold(remote, info).path.read_bytes() == store.files["a"]
     assert len(old & set(stored(place))) == 1
 
 
-def test_a_full_disk_with_nothing_to_give_up_is_told_and_asks_the_store_no_more(
+def test_a_full_disk_with_nothing_to_remove_is_an_error_and_requests_no_more(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = ShardCache(place, 10 * KB, patience=0.5)
@@ -460,25 +458,25 @@ def test_a_full_disk_with_nothing_to_give_up_is_told_and_asks_the_store_no_more(
             monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(cache, "FileIO", Full)
+    monkeypatch.setattr(download, "FileIO", Full)
     with pytest.raises(StorageError, match=r"no room for fake://store/a .*or the disk"):
         shards.hold(*store.put("a", KB))
     assert store.asked == [("a", 0, 1000)]
 
 
-def test_after_a_restart_files_are_used_again_if_they_are_whole(
+def test_after_a_restart_undamaged_files_are_used_again(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     good, damaged, short = (store.put(name, 2 * KB) for name in ("good", "damaged", "short"))
     shards = ShardCache(place, 10 * KB)
     for file in (good, damaged, short):
         shards.hold(*file).close()
-    # What a power cut makes of files that were not flushed to the disk.
+    # As a power cut leaves files that were not flushed to the disk.
     (place / damaged[1].sha256).write_bytes(bytes(2 * KB))
     os.truncate(place / short[1].sha256, 1200)
     store.asked.clear()
     (tmp_path / "boot_id").write_text("another start\n")
-    monkeypatch.setattr(cachefolder, "_BOOT_ID", tmp_path / "boot_id")
+    monkeypatch.setattr(ledger, "_BOOT_ID", tmp_path / "boot_id")
     shards = ShardCache(place, 10 * KB)
     for file in (good, damaged, short):
         held = shards.hold(*file)
@@ -489,7 +487,7 @@ def test_after_a_restart_files_are_used_again_if_they_are_whole(
     assert store.asked == []
 
 
-def test_a_file_that_was_cut_short_is_fetched_anew(store: Store, place: Path) -> None:
+def test_a_truncated_file_is_fetched_anew(store: Store, place: Path) -> None:
     shards = ShardCache(place, 10 * KB)
     remote, info = store.put("a", 1500)
     shards.hold(remote, info).close()
@@ -515,7 +513,7 @@ def test_errors_leave_no_file_open_and_no_lock_behind(store: Store, place: Path)
     kept.close()
 
 
-# The process that is forked lives on while its parent goes on with the cache.
+# The forked process stays alive while its parent uses the cache.
 FORKS = """
 import threading
 
@@ -573,7 +571,7 @@ def test_the_environment_names_folder_and_budget(
     assert ShardCache().folder.path == tmp_path / "caches" / "shardprep"
 
 
-def test_without_a_budget_half_of_what_is_free_is_taken(
+def test_without_a_budget_half_of_the_free_disk_is_used(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SHARDPREP_CACHE_GB", raising=False)
@@ -585,7 +583,7 @@ def test_without_a_budget_half_of_what_is_free_is_taken(
 
 @pytest.mark.parametrize("name", ["SHARDPREP_CACHE_GB", "LOCAL_WORLD_SIZE"])
 @pytest.mark.parametrize("text", ["much", "-1", "0", "nan", "inf"])
-def test_a_variable_that_is_no_number_is_refused(
+def test_a_variable_that_is_not_a_positive_number_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
 ) -> None:
     monkeypatch.setenv(name, text)
@@ -599,7 +597,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         ShardCache(tmp_path / "file" / "cache")
 
 
-def test_a_pickled_cache_is_the_same_folder_with_counters_of_its_own(
+def test_a_pickled_cache_has_the_same_folder_and_its_own_counters(
     store: Store, place: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB, readers=4, patience=7)
@@ -613,7 +611,7 @@ def test_a_pickled_cache_is_the_same_folder_with_counters_of_its_own(
     assert len(store.asked) == 1
 
 
-def test_a_link_in_the_place_of_a_file_is_not_followed(
+def test_a_link_in_place_of_a_file_is_not_followed(
     store: Store, place: Path, tmp_path: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB)
@@ -635,7 +633,7 @@ def test_other_files_in_the_folder_are_left_alone(store: Store, place: Path) -> 
     assert (place / "notes.txt").stat().st_size == 5 * KB
 
 
-def test_a_reader_and_one_that_makes_room_never_meet(store: Store, place: Path) -> None:
+def test_a_file_is_never_removed_while_it_is_opened(store: Store, place: Path) -> None:
     """Files that are opened just as they are given up are fetched anew, and are right."""
     shards = ShardCache(place, 2 * KB)
     files = [store.put(name, KB) for name in "abc"]
@@ -660,7 +658,7 @@ def test_a_reader_and_one_that_makes_room_never_meet(store: Store, place: Path) 
     assert len(store.asked) > 3
 
 
-def test_what_was_damaged_in_the_cache_is_fetched_anew_and_what_the_store_has_is_not(
+def test_damage_in_the_cache_is_fetched_anew_and_damage_in_the_store_is_not(
     store: Store, place: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB)
@@ -676,7 +674,7 @@ def test_what_was_damaged_in_the_cache_is_fetched_anew_and_what_the_store_has_is
     assert len(store.asked) == 4
 
 
-def test_another_machines_start_leaves_files_alone_that_are_being_read(
+def test_the_start_of_another_machine_leaves_files_that_are_being_read(
     store: Store, place: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB, patience=2)
@@ -690,7 +688,7 @@ def test_another_machines_start_leaves_files_alone_that_are_being_read(
     assert len(store.asked) == 2
 
 
-def test_a_fetcher_that_does_not_get_on_is_not_waited_for_without_end(
+def test_a_download_without_progress_elsewhere_is_an_error_in_the_end(
     store: Store, place: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB, patience=0.3)
@@ -703,7 +701,7 @@ def test_a_fetcher_that_does_not_get_on_is_not_waited_for_without_end(
     assert shards.hold(remote, info).path.read_bytes() == store.files["a"]
 
 
-def test_files_are_looked_at_only_where_room_is_short(
+def test_files_are_looked_at_only_if_room_is_short(
     store: Store, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cachefolder, "_ON_THEIR_WAY", 0)
@@ -723,15 +721,15 @@ def test_files_are_looked_at_only_where_room_is_short(
     shards.hold(*store.put("one more", KB)).close()
     assert looks
     assert sum(map(len, stored(place).values())) == 10 * KB
-    # What was counted is what there is, also after files went and a fetch failed.
+    # The count is right, also after files were removed and a download failed.
     store.answer = lambda data: bytes(len(data))
     with pytest.raises(CorruptShardError):
         shards.hold(*store.put("wrong", KB))
-    with shards.folder.lock() as lock:
-        assert shards.folder._used(lock) == sum(map(len, stored(place).values()))
+    with shards.folder.lock() as counted_bytes:
+        assert counted_bytes.used == sum(map(len, stored(place).values()))
 
 
-def test_workers_of_a_data_loader_share_what_their_process_may_use(
+def test_workers_of_a_data_loader_divide_the_share_of_their_process(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = ShardCache(place, 12 * KB, readers=2)
@@ -741,7 +739,7 @@ def test_workers_of_a_data_loader_share_what_their_process_may_use(
     assert shards.share == 2 * KB
 
 
-def test_a_program_ends_though_files_are_on_their_way(tmp_path: Path) -> None:
+def test_a_program_ends_while_files_are_on_their_way(tmp_path: Path) -> None:
     program = """
 import sys, threading, time
 from shardprep.cache.threads import BackgroundThreads
@@ -757,7 +755,7 @@ began.wait()
     assert time.monotonic() - begun < 30
 
 
-def test_what_a_job_returns_or_raises_is_the_futures() -> None:
+def test_a_future_has_what_its_job_returns_or_raises() -> None:
     threads = BackgroundThreads(3, "jobs")
     assert [threads.submit(int, text).result() for text in "123"] == [1, 2, 3]
     with pytest.raises(ValueError, match="invalid literal"):
