@@ -1,10 +1,10 @@
 """Every error that shardprep raises on bad input, with the exit code of the command line.
 
 ShardprepError
-├── SourceError        3  the data set to pack is not as it should be
+├── SourceError        3  the data set to pack has a fault
 ├── FormatError        4  not a shard folder, or one of a version that this release cannot read
 ├── CorruptShardError  1  a shard, an index or the manifest is damaged
-├── BuildError         5  the build cannot start or go on
+├── BuildError         5  the build cannot start or continue
 ├── StorageError       6  the disk or a store refused (full, read-only, gone)
 └── MissingExtraError  2  a package is not installed; the message names the extra that brings it
 
@@ -21,19 +21,19 @@ from collections.abc import Iterator
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 REPAIR = (
-    "`shardprep verify DST --deep` names all that is damaged, `shardprep repair DST --source "
-    "Dataset/` puts it right, and with --drop instead of a source what is damaged is left out."
+    "`shardprep verify DST --deep` names all damage, `shardprep repair DST --source Dataset/` "
+    "repairs it, and `shardprep repair DST --drop` leaves damaged utterances out."
 )
-"""Remedy of errors about a damaged set."""
+"""Remedy for a damaged set in a folder."""
 
 REBUILD = (
-    "`shardprep verify URL --deep` names all that is damaged in the store, and `shardprep build "
-    "SRC URL --overwrite` makes it anew."
+    "`shardprep verify URL --deep` names all damage in the store, and `shardprep build SRC URL "
+    "--overwrite` builds the set anew."
 )
-"""The same for a set behind a URL."""
+"""Remedy for a damaged set behind a URL."""
 
 CRC_FAULT = "the stored bytes do not match their crc32"
-"""What is wrong with an utterance whose bytes have changed."""
+"""What is wrong with an utterance whose stored bytes have changed."""
 
 
 class ShardprepError(Exception):
@@ -41,8 +41,8 @@ class ShardprepError(Exception):
 
     Args:
         what: What is wrong, as a clause without a full stop.
-        file: The file or folder concerned.
-        key: The utterance or the field concerned.
+        file: The file or folder that it concerns.
+        key: The utterance or the field that it concerns.
         remedy: What the user can do about it, as a sentence.
     """
 
@@ -65,12 +65,12 @@ class ShardprepError(Exception):
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.key) if part)
         text = f"{where}: {self.what}" if where else self.what
-        # Names come from files, and must not move the cursor of a terminal.
+        # Names come from files. They must not move the cursor of a terminal.
         text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
         return f"{text}. {self.remedy}" if self.remedy else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword arguments must survive the way back from a worker process.
+        # A worker process pickles its errors, and keyword arguments must survive that.
         return _rebuild, (type(self), self.what, self.file, self.key, self.remedy)
 
 
@@ -81,7 +81,7 @@ def _rebuild(
 
 
 class SourceError(ShardprepError):
-    """The data set to pack is not as it should be."""
+    """The data set to pack has a fault."""
 
     exit_code = 3
 
@@ -99,13 +99,13 @@ class CorruptShardError(ShardprepError):
 
 
 class BuildError(ShardprepError):
-    """The build cannot start or go on."""
+    """The build cannot start or continue."""
 
     exit_code = 5
 
 
 class StorageError(ShardprepError):
-    """The disk or the network refused: full, read-only, gone."""
+    """The disk or a store refused: full, read-only, gone."""
 
     exit_code = 6
 

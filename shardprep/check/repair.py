@@ -45,7 +45,7 @@ from shardprep.format.manifest import (
 )
 from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
-from shardprep.read.sidecars import check_whole, legible_rejects
+from shardprep.read.sidecars import check_file, legible_rejects
 from shardprep.read.split import Split
 from shardprep.source.dataset import Source
 from shardprep.storage.local import (
@@ -376,7 +376,7 @@ class _Repair:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            check_whole(path, self.files[path.name])
+            check_file(path, self.files[path.name])
         except (OSError, CorruptShardError):
             return False
         return True

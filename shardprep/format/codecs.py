@@ -1,9 +1,10 @@
-"""How a mel matrix becomes the bytes of a tar member and back, whole or by a range of frames.
+"""How a mel matrix becomes the bytes of a tar member and back, all of it or a range of frames.
 
 `none` stores an ordinary `.npy` file. `zstd` stores the same file as independent zstd frames: one
 for the 128-byte npy header, then one for every `chunk_frames` mel frames, then a seek table in a
 skippable frame, as in the zstd seekable format (facebook/zstd, contrib/seekable_format, 0.1.0).
-Any zstd reader that reads on across frames inflates the whole; a segment inflates what it touches.
+Any zstd reader that reads across frames inflates all of it; a segment inflates only the chunks that
+it has a part of.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from shardprep.format.limits import most_matrix_bytes
 from shardprep.format.manifest import CodecInfo
 
 NPY_HEADER_BYTES = 128
-# What NumPy takes for a header at most; ours has 128 bytes.
+# The longest npy header that is read; ours has 128 bytes.
 _MOST_HEADER_BYTES = 1 << 14
-# The largest window that every zstd reader must grant.
+# A zstd frame names the memory that its reader needs, its window. Every reader must grant the
+# first; the second is the most that zstd grants by default.
 _USUAL_WINDOW_BYTES = 8 << 20
-# The largest that zstd grants unless it is asked to.
 _MOST_WINDOW_BYTES = 128 << 20
 _PIECE_BYTES = 1 << 20
 
@@ -37,7 +38,7 @@ _SEEKABLE_MAGIC = 0x8F92EAB1
 _FOOTER_BYTES = 9
 ENTRY_BYTES = 8
 
-# What NumPy raises on a header that is none; it reads them with Python's own parser.
+# What NumPy raises for a faulty header, which it reads with Python's own parser.
 NPY_FAULTS = (
     ValueError,
     SyntaxError,
@@ -53,7 +54,7 @@ _local = threading.local()
 
 
 def member_suffix(codec: CodecInfo) -> str:
-    """What follows the key in the name of a mel member."""
+    """The end of a mel member's name, after the key."""
     return ".mel.npy.zst" if codec.name == "zstd" else ".mel.npy"
 
 
@@ -77,8 +78,7 @@ def decode(data: bytes | memoryview, codec: CodecInfo, most: int | None = None) 
     Args:
         data: The payload.
         codec: How it is stored.
-        most: Bytes that the matrix may have; by default as many as `limits.most_matrix_bytes`
-            allows for so large a payload.
+        most: Most bytes of the matrix; by default `limits.most_matrix_bytes` of the payload.
 
     Raises:
         ValueError: The payload is not what `encode` writes, or the matrix is larger.
@@ -90,13 +90,13 @@ def decode(data: bytes | memoryview, codec: CodecInfo, most: int | None = None) 
 
 
 def _inflate(data: bytes | memoryview, most: int) -> bytearray:
-    # A frame may also ask for a window, memory that is taken before it is known what it holds.
+    # Memory for the window that a frame asks for is taken before its content is known.
     window = min(max(most, _USUAL_WINDOW_BYTES), _MOST_WINDOW_BYTES)
     plain = bytearray()
     try:
         decompressor = zstandard.ZstdDecompressor(max_window_size=window)
         reader = decompressor.stream_reader(data, read_across_frames=True)
-        # Room is taken for as much as is asked for; mels shrink to no less than half.
+        # A read takes memory for all that it asks for; mels shrink to no less than half.
         while part := reader.read(min(2 * len(data) + _MOST_HEADER_BYTES, _PIECE_BYTES)):
             plain += part
             if len(plain) > most:
@@ -107,7 +107,7 @@ def _inflate(data: bytes | memoryview, most: int) -> bytearray:
 
 
 def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
-    """The matrix of an npy file of format 1 or 2, which is the caller's own."""
+    """The matrix of an npy file of format 1 or 2, in memory of its own."""
     file = io.BytesIO(data[:_MOST_HEADER_BYTES])
     try:
         version = np.lib.format.read_magic(file)
@@ -134,7 +134,7 @@ def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
 def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """The npy 1.0 header of a C-ordered array, padded to NPY_HEADER_BYTES.
 
-    NumPy writes the same bytes today; they are spelled out so that a later NumPy cannot change
+    NumPy writes the same bytes today. They are written here so that a later NumPy cannot change
     where the matrix begins.
     """
     head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -146,10 +146,14 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 def table_bytes_from_end(frames: NDArray[np.int64], chunk_frames: int) -> NDArray[np.int64]:
-    """How many bytes before the end of its member an utterance's seek table begins, (B,).
+    """How many bytes before the end of its member each utterance's seek table begins (B,).
 
-    Entry 0 of the table is the npy header, so that chunk c is entry c + 1; the first four bytes
-    of each entry are the size of its zstd frame.
+    Entry 0 of the table is the npy header, and chunk c is entry c + 1. The first four bytes of
+    each entry are the size of its zstd frame.
+
+    Args:
+        frames: Lengths of the utterances (B,), in mel frames.
+        chunk_frames: Mel frames a chunk.
     """
     distance: NDArray[np.int64] = _FOOTER_BYTES + ENTRY_BYTES * (1 + -(-frames // chunk_frames))
     return distance
@@ -162,20 +166,20 @@ def inflate_many(
     inflated: NDArray[np.int64],
     threads: int = 1,
 ) -> Sequence[Any]:
-    """Inflate independent zstd frames, all in one call that lets other threads run.
+    """Inflate independent zstd frames in one call, during which other threads can run.
 
     Args:
         source: Bytes that hold the frames.
         at: Where each frame begins (N,).
         nbytes: Its size there (N,).
-        inflated: Its size once inflated (N,).
+        inflated: Its size when it is inflated (N,).
         threads: Threads that share the work.
 
     Returns:
         The inflated frames as buffers.
 
     Raises:
-        ValueError: One of them is damaged, or of another size.
+        ValueError: A frame is damaged, or has another size.
     """
     if not len(at):
         return ()

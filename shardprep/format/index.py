@@ -1,4 +1,7 @@
-"""The columns of an index that readers need, taken only if no row leads outside the shards."""
+"""The index of a split: its rows, written by a build and checked by readers.
+
+Readers take the columns only if no row leads outside the shards.
+"""
 
 from __future__ import annotations
 
@@ -14,85 +17,11 @@ from shardprep.format import codecs
 from shardprep.format.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
 from shardprep.format.manifest import Manifest, SplitInfo
 
+NO_LABEL = -1
+# A member's name, the key and ".mel.npy.zst", has at most the 100 bytes of a tar header.
+MAX_KEY_BYTES = 88
 # Index rows that are checked at a time.
 _BLOCK = 1 << 18
-
-
-class Columns(NamedTuple):
-    """Of each utterance of a split, in the order of its index.
-
-    Attributes:
-        labels: Speaker numbers (N,); -1 where unknown.
-        frames: Lengths in mel frames (N,).
-        begin: Where its payload begins (N,), in bytes of the mapped shards.
-    """
-
-    labels: NDArray[np.int32]
-    frames: NDArray[np.int64]
-    begin: NDArray[np.int64]
-
-
-def load_columns(
-    rows: NDArray[Any], split: SplitInfo, manifest: Manifest, begins: NDArray[np.int64]
-) -> Columns:
-    """The columns of an index, by blocks, so that a large one needs no memory twice.
-
-    Args:
-        rows: The index (N,).
-        split: What the manifest says of it.
-        manifest: Of the set.
-        begins: Where each shard begins (shards,), in bytes of the mapped shards.
-
-    Raises:
-        ValueError: It leads outside the shards, or does not fit the manifest: which field.
-    """
-    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
-    count, total = len(rows), 0
-    columns = Columns(
-        np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64)
-    )
-    for at in range(0, count, _BLOCK):
-        block = slice(at, at + _BLOCK)
-        some = rows[block]
-        frames = some["frames"].astype(np.int64)
-        for what, good in _checks(some, frames, sizes, manifest):
-            if not good.all():
-                raise ValueError(what)
-        total += int(frames.sum())
-        columns.frames[block], columns.labels[block] = frames, some["label"]
-        columns.begin[block] = begins[some["shard"]] + some["offset"].astype(np.int64)
-    if count != split.samples:
-        raise ValueError("number of utterances")
-    if total != split.frames:
-        raise ValueError("number of frames")
-    return columns
-
-
-def _checks(
-    rows: NDArray[Any], frames: NDArray[np.int64], sizes: NDArray[np.int64], manifest: Manifest
-) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """What must hold of every row (N,), one after the other."""
-    yield "shard number", rows["shard"] < len(sizes)
-    yield "label", (rows["label"] >= NO_LABEL) & (rows["label"] < len(manifest.speakers))
-    yield "number of frames", frames > 0
-    nbytes, chunk = rows["nbytes"].astype(np.int64), manifest.codec.chunk_frames
-    matrix = frames * manifest.n_mels * manifest.numpy_dtype.itemsize
-    if chunk is None:
-        yield "size", nbytes == codecs.NPY_HEADER_BYTES + matrix
-    else:
-        yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
-        most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
-        yield "number of frames for what is stored", matrix <= most
-    offset = rows["offset"].astype(np.int64)
-    aligned = (offset >= 0) & (offset % 512 == 0)
-    yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)
-
-
-NO_LABEL = -1
-
-
-# A member's name fills at most the 100 bytes of a tar header: the key and ".mel.npy.zst".
-MAX_KEY_BYTES = 88
 
 
 def index_dtype(key_bytes: int) -> np.dtype[Any]:
@@ -146,3 +75,74 @@ def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, table, allow_pickle=False)
     return buffer.getvalue()
+
+
+class Columns(NamedTuple):
+    """The columns of an index that readers need, one value for each utterance.
+
+    Attributes:
+        labels: Speaker numbers (N,); -1 where unknown.
+        frames: Lengths in mel frames (N,).
+        begin: Where its payload begins (N,), in bytes of the mapped shards.
+    """
+
+    labels: NDArray[np.int32]
+    frames: NDArray[np.int64]
+    begin: NDArray[np.int64]
+
+
+def load_columns(
+    rows: NDArray[Any], split: SplitInfo, manifest: Manifest, begins: NDArray[np.int64]
+) -> Columns:
+    """Check an index and take its columns, by blocks, so that a large index needs little memory.
+
+    Args:
+        rows: The index (N,).
+        split: The split in the manifest.
+        manifest: Manifest of the set.
+        begins: Where each shard begins (shards,), in bytes of the mapped shards.
+
+    Raises:
+        ValueError: A row leads outside the shards, or does not fit the manifest; the message is
+            the name of the field.
+    """
+    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
+    count, total = len(rows), 0
+    columns = Columns(
+        np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64)
+    )
+    for at in range(0, count, _BLOCK):
+        block = slice(at, at + _BLOCK)
+        some = rows[block]
+        frames = some["frames"].astype(np.int64)
+        for what, good in _checks(some, frames, sizes, manifest):
+            if not good.all():
+                raise ValueError(what)
+        total += int(frames.sum())
+        columns.frames[block], columns.labels[block] = frames, some["label"]
+        columns.begin[block] = begins[some["shard"]] + some["offset"].astype(np.int64)
+    if count != split.samples:
+        raise ValueError("number of utterances")
+    if total != split.frames:
+        raise ValueError("number of frames")
+    return columns
+
+
+def _checks(
+    rows: NDArray[Any], frames: NDArray[np.int64], sizes: NDArray[np.int64], manifest: Manifest
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """What must hold for every row: the name of a field, and whether it is valid (N,)."""
+    yield "shard number", rows["shard"] < len(sizes)
+    yield "label", (rows["label"] >= NO_LABEL) & (rows["label"] < len(manifest.speakers))
+    yield "number of frames", frames > 0
+    nbytes, chunk = rows["nbytes"].astype(np.int64), manifest.codec.chunk_frames
+    matrix = frames * manifest.n_mels * manifest.numpy_dtype.itemsize
+    if chunk is None:
+        yield "size", nbytes == codecs.NPY_HEADER_BYTES + matrix
+    else:
+        yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
+        most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
+        yield "number of frames for what is stored", matrix <= most
+    offset = rows["offset"].astype(np.int64)
+    aligned = (offset >= 0) & (offset % 512 == 0)
+    yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)

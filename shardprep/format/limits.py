@@ -1,18 +1,13 @@
 """What a reader accepts of a shard set or a data set, whatever the files claim.
 
-Sizes are checked before memory is taken for them, and against what is stored: a few bytes cannot
-ask for gigabytes. FORMAT.md lists the limits, SECURITY.md says what they are for.
+A size is checked before memory is taken for it, and compared with what is stored: a few bytes
+cannot claim gigabytes. FORMAT.md lists the limits, SECURITY.md says what they are for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 MAX_N_MELS = 4096
-# Chunks that are neither so small that seek tables outgrow the mels, nor large to inflate.
+# With smaller chunks, seek tables would outgrow the mels; larger chunks take long to inflate.
 MIN_CHUNK_FRAMES = 16
 MAX_CHUNK_BYTES = 1 << 20
 # A member's size is a uint32 of the index.
@@ -21,11 +16,11 @@ MAX_MEMBER_BYTES = 2**32 - 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MANIFEST_VALUES = 600_000
 MAX_REJECTS_BYTES = 64 << 20
-# Of metadata.json and the others of a data set, enough for four hundred thousand utterances; and
-# what they may have more for every file that is there.
+# Of metadata.json and the other JSON files of a data set: enough for 400,000 utterances, and so
+# much more for every file that the data set has.
 SMALL_JSON_BYTES, JSON_BYTES_A_FILE = 32 << 20, 512
 SMALL_JSON_VALUES, JSON_VALUES_A_FILE = 1_200_000, 4
-# A matrix may be so large whatever is stored of it, and otherwise so many times what is stored.
+# A matrix may have so many bytes in any case, or so many times the bytes that are stored of it.
 SMALL_MATRIX_BYTES = 64 << 20
 MAX_INFLATION = 64
 
@@ -36,18 +31,18 @@ def most_matrix_bytes(stored: int) -> int:
 
 
 def most_json_bytes(files: int) -> int:
-    """The most bytes of a JSON file of a data set that has so many files."""
+    """The most bytes of a JSON file in a data set of so many files."""
     return SMALL_JSON_BYTES + JSON_BYTES_A_FILE * files
 
 
 def json_fits(data: bytes, files: int) -> bool:
-    """Whether the JSON of a data set of so many files is no more than they account for."""
-    # Python keeps text that is not ASCII in two bytes a character or four.
+    """Whether a JSON file is no larger than a data set of so many files needs."""
+    # Python keeps text that is not ASCII in two or four bytes a character.
     size = len(data) if data.isascii() else 2 * len(data)
     values = SMALL_JSON_VALUES + JSON_VALUES_A_FILE * files
     return size <= most_json_bytes(files) and json_values(data) <= values
 
 
 def json_values(data: bytes) -> int:
-    """At least as many values as a JSON text holds; each takes up to a hundred bytes of memory."""
+    """An upper bound of the number of values in a JSON text; each takes up to 100 bytes."""
     return 1 + data.count(b",") + data.count(b"[") + data.count(b"{")

@@ -1,4 +1,4 @@
-"""Shard format, version 1: the names, the manifest and the index row. FORMAT.md is its text."""
+"""Shard format, version 1: the names of its files, and the manifest. FORMAT.md describes it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,26 @@ REJECTS_NAME = "rejects.jsonl"
 WORK_FOLDER = ".shardprep-build"
 REPAIR_FOLDER = ".shardprep-repair"
 
-# Mels of hop 160 at 16 kHz; used for hours of speech in reports, never for data.
+# Of mels with hop 160 at 16 kHz; for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100
 
-_UNKNOWN_REMEDY = "Build the shards again, or read them with the release that made them."
+# Numbers beyond these are refused: far below where sums and products of 64 bits overflow.
+_MAX_COUNT = 2**40
+_MAX_BYTES = 2**56
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+OTHER_RELEASE = "Build the shards again, or read them with the release that made them."
 
 
 class CodecInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How a mel matrix is stored: `none`, or `zstd` with its level and mel frames a chunk."""
+    """How a mel matrix is stored.
+
+    Attributes:
+        name: "none", or "zstd".
+        level: Compression level of zstd.
+        chunk_frames: Mel frames of a chunk, of zstd.
+    """
 
     name: Literal["none", "zstd"]
     level: int | None = None
@@ -53,7 +65,7 @@ class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tar shard: its file and the utterances and mel frames in it."""
+    """A tar shard: its file, and how many utterances and mel frames are in it."""
 
     file: str
     samples: int
@@ -72,7 +84,7 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The choices of a build that decide its bytes."""
+    """The options of a build that decide its bytes."""
 
     seed: int
     val_fraction: float
@@ -81,7 +93,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """manifest.json: what the folder holds. Its presence says that the set is complete.
+    """manifest.json: what the folder holds. If it is there, the set is complete.
 
     Attributes:
         format: Always "shardprep".
@@ -93,9 +105,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         splits: Split name to its contents.
         rejects: rejects.jsonl, where the build skipped anything.
         source_fingerprint: SHA-256 over what was packed: keys, speakers, lengths, file sizes.
-        build: The choices of the build.
-        fingerprint: SHA-256 over all the fields above; it vouches for every file of the set,
-            since the sha256 of each is among them.
+        build: The options of the build.
+        fingerprint: SHA-256 over all fields above. They have the sha256 of every file of the
+            set, so it stands for the contents of all files.
     """
 
     format: str
@@ -126,136 +138,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return found
 
 
-def shard_name(split: str, number: int) -> str:
-    """Name of a shard file, e.g. train-000012.tar."""
-    return f"{split}-{number:06d}.tar"
-
-
-def index_name(split: str) -> str:
-    """Name of a split's index file, e.g. train.index.npy."""
-    return f"{split}.index.npy"
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json, with the fingerprint filled in."""
-    return _dump(msgspec.structs.replace(manifest, fingerprint=_fingerprint(manifest)))
-
-
-def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
-    """Parse the bytes of a manifest; `path` is named in errors. Raises FormatError."""
-    if json_values(data) > MAX_MANIFEST_VALUES:
-        raise FormatError("holds too many values", file=path, remedy=_UNKNOWN_REMEDY)
-    try:
-        head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-        name = msgspec.json.decode(head.get("format", msgspec.Raw(b"null")))
-        version = msgspec.json.decode(head.get("version", msgspec.Raw(b"null")))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(
-            f"is not a manifest ({error})", file=path, remedy=_UNKNOWN_REMEDY
-        ) from None
-    if (name, version) != (FORMAT, VERSION):
-        raise FormatError(
-            f"found format {name!r:.100} version {version!r:.100}, "
-            f"expected {FORMAT!r} version {VERSION}",
-            file=path,
-            remedy=_UNKNOWN_REMEDY,
-        )
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(str(error)[:300], file=path, remedy=_UNKNOWN_REMEDY) from None
-    if manifest.fingerprint != _fingerprint(manifest):
-        raise FormatError(
-            "was altered: its fingerprint does not match its contents",
-            file=path,
-            remedy="Restore the file, or build the shards again with --overwrite.",
-        )
-    _check(manifest, path)
-    return manifest
-
-
-def _check(manifest: Manifest, path: str | os.PathLike[str]) -> None:
-    for name in (*manifest.files(), *manifest.splits):
-        if Path(name).name != name or name.startswith("."):
-            raise FormatError("names a file outside the folder", file=path, key=ascii(name)[:100])
-    for field, what in manifest_faults(manifest):
-        raise FormatError(what, file=path, key=field, remedy=_UNKNOWN_REMEDY)
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    body = msgspec.to_builtins(msgspec.structs.replace(manifest, fingerprint=""))
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _dump(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
-
-
-# Far from where sums and products of 64 bits overflow.
-_MAX_COUNT = 2**40
-
-
-_MAX_BYTES = 2**56
-
-
-_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def manifest_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What a build would never write into a manifest: the field, and what is wrong with it."""
-    if not 1 <= manifest.n_mels <= MAX_N_MELS:
-        yield "n_mels", f"is {manifest.n_mels}, expected 1 to {MAX_N_MELS}"
-    codec = manifest.codec
-    if codec.name == "none" and (codec.level, codec.chunk_frames) != (None, None):
-        yield "codec", "has settings, which codec none has not"
-    if codec.name == "zstd":
-        chunk = codec.chunk_frames or 0
-        size = chunk * manifest.n_mels * manifest.numpy_dtype.itemsize
-        if not 1 <= (codec.level or 0) <= 22:
-            yield "codec.level", f"is {codec.level}, expected 1 to 22"
-        if chunk < MIN_CHUNK_FRAMES or size > MAX_CHUNK_BYTES:
-            yield (
-                "codec.chunk_frames",
-                f"is {codec.chunk_frames}, expected {MIN_CHUNK_FRAMES} or more, and chunks of at "
-                f"most {MAX_CHUNK_BYTES} bytes",
-            )
-    for name, split in manifest.splits.items():
-        yield from _split_faults(name, split)
-    if sum(info.bytes for info in manifest.files().values()) > _MAX_BYTES:
-        yield "splits", "claims more bytes than there are disks for"
-    if manifest.rejects is not None and (
-        manifest.rejects.file != "rejects.jsonl"
-        or manifest.rejects.bytes < 0
-        or not _SHA256.fullmatch(manifest.rejects.sha256)
-    ):
-        yield "rejects", "is not an entry of rejects.jsonl"
-
-
-def _split_faults(name: str, split: SplitInfo) -> Iterator[tuple[str, str]]:
-    field = f"splits.{name[:64]!a}"
-    if not _SPLIT.fullmatch(name):
-        yield field, "is not a name that a split may have"
-        return
-    if split.index.file != f"{name}.index.npy":
-        yield field, f"has an index of the name {split.index.file[:100]!a}"
-    shard = re.compile(re.escape(name) + r"-\d{6,12}\.tar")
-    if any(not shard.fullmatch(info.file) for info in split.shards):
-        yield field, f"has a shard of another name than {name}-NUMBER.tar"
-    if len({info.file for info in split.shards}) < len(split.shards):
-        yield field, "lists a shard twice"
-    entries: tuple[FileInfo | ShardInfo, ...] = (split.index, *split.shards)
-    if not all(0 <= e.bytes <= _MAX_BYTES and _SHA256.fullmatch(e.sha256) for e in entries):
-        yield field, "has a file of an impossible size or sha256"
-    for count in ("samples", "frames"):
-        total, parts = getattr(split, count), [getattr(info, count) for info in split.shards]
-        if not 0 <= total <= _MAX_COUNT or min(parts, default=0) < 0 or sum(parts) != total:
-            yield field, f"has {count} that are not the sum of its shards'"
-
-
 class Reject(msgspec.Struct, frozen=True):
     """An utterance that cannot be packed, and why; a line of rejects.jsonl.
 
@@ -272,3 +154,126 @@ class Reject(msgspec.Struct, frozen=True):
     speaker: str | None
     split: str
     reason: str
+
+
+def shard_name(split: str, number: int) -> str:
+    """Name of a shard file, e.g. train-000012.tar."""
+    return f"{split}-{number:06d}.tar"
+
+
+def index_name(split: str) -> str:
+    """Name of a split's index file, e.g. train.index.npy."""
+    return f"{split}.index.npy"
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, with the fingerprint filled in."""
+    return _dump(msgspec.structs.replace(manifest, fingerprint=_fingerprint(manifest)))
+
+
+def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
+    """Parse and check the bytes of a manifest.
+
+    Args:
+        data: The bytes.
+        path: Named in errors.
+
+    Raises:
+        FormatError: They are not a manifest of this version, or it was altered.
+    """
+    if json_values(data) > MAX_MANIFEST_VALUES:
+        raise FormatError("holds too many values", file=path, remedy=OTHER_RELEASE)
+    try:
+        head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        name = msgspec.json.decode(head.get("format", msgspec.Raw(b"null")))
+        version = msgspec.json.decode(head.get("version", msgspec.Raw(b"null")))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"is not a manifest ({error})", file=path, remedy=OTHER_RELEASE) from None
+    if (name, version) != (FORMAT, VERSION):
+        raise FormatError(
+            f"found format {name!r:.100} version {version!r:.100}, "
+            f"expected {FORMAT!r} version {VERSION}",
+            file=path,
+            remedy=OTHER_RELEASE,
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(str(error)[:300], file=path, remedy=OTHER_RELEASE) from None
+    if manifest.fingerprint != _fingerprint(manifest):
+        raise FormatError(
+            "was altered: its fingerprint does not match its contents",
+            file=path,
+            remedy="Restore the file, or build the shards again with --overwrite.",
+        )
+    _check(manifest, path)
+    return manifest
+
+
+def _check(manifest: Manifest, path: str | os.PathLike[str]) -> None:
+    for name in (*manifest.files(), *manifest.splits):
+        if Path(name).name != name or name.startswith("."):
+            raise FormatError("names a file outside the folder", file=path, key=ascii(name)[:100])
+    for field, what in manifest_faults(manifest):
+        raise FormatError(what, file=path, key=field, remedy=OTHER_RELEASE)
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    body = msgspec.to_builtins(msgspec.structs.replace(manifest, fingerprint=""))
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _dump(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def manifest_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Faults that no build writes into a manifest: a field, and what is wrong with it."""
+    if not 1 <= manifest.n_mels <= MAX_N_MELS:
+        yield "n_mels", f"is {manifest.n_mels}, expected 1 to {MAX_N_MELS}"
+    codec = manifest.codec
+    if codec.name == "none" and (codec.level, codec.chunk_frames) != (None, None):
+        yield "codec", "has settings, but codec none takes none"
+    if codec.name == "zstd":
+        chunk = codec.chunk_frames or 0
+        size = chunk * manifest.n_mels * manifest.numpy_dtype.itemsize
+        if not 1 <= (codec.level or 0) <= 22:
+            yield "codec.level", f"is {codec.level}, expected 1 to 22"
+        if chunk < MIN_CHUNK_FRAMES or size > MAX_CHUNK_BYTES:
+            yield (
+                "codec.chunk_frames",
+                f"is {codec.chunk_frames}, expected {MIN_CHUNK_FRAMES} or more, and chunks of at "
+                f"most {MAX_CHUNK_BYTES} bytes",
+            )
+    for name, split in manifest.splits.items():
+        yield from _split_faults(name, split)
+    if sum(info.bytes for info in manifest.files().values()) > _MAX_BYTES:
+        yield "splits", "claims more bytes than any disk has"
+    if manifest.rejects is not None and (
+        manifest.rejects.file != "rejects.jsonl"
+        or manifest.rejects.bytes < 0
+        or not _SHA256.fullmatch(manifest.rejects.sha256)
+    ):
+        yield "rejects", "is not an entry of rejects.jsonl"
+
+
+def _split_faults(name: str, split: SplitInfo) -> Iterator[tuple[str, str]]:
+    field = f"splits.{name[:64]!a}"
+    if not _SPLIT.fullmatch(name):
+        yield field, "is not a valid name of a split"
+        return
+    if split.index.file != f"{name}.index.npy":
+        yield field, f"has an index of the name {split.index.file[:100]!a}"
+    shard = re.compile(re.escape(name) + r"-\d{6,12}\.tar")
+    if any(not shard.fullmatch(info.file) for info in split.shards):
+        yield field, f"has a shard of another name than {name}-NUMBER.tar"
+    if len({info.file for info in split.shards}) < len(split.shards):
+        yield field, "lists a shard twice"
+    entries: tuple[FileInfo | ShardInfo, ...] = (split.index, *split.shards)
+    if not all(0 <= e.bytes <= _MAX_BYTES and _SHA256.fullmatch(e.sha256) for e in entries):
+        yield field, "has a file of an impossible size or sha256"
+    for count in ("samples", "frames"):
+        total, parts = getattr(split, count), [getattr(info, count) for info in split.shards]
+        if not 0 <= total <= _MAX_COUNT or min(parts, default=0) < 0 or sum(parts) != total:
+            yield field, f"has {count} that are not the sum of its shards'"

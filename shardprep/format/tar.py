@@ -1,7 +1,7 @@
-"""Walks the members of a shard by their headers, and knows no members but plain files.
+"""Writes and reads the tar of a shard, whose members are plain files only.
 
-`tarfile` also follows extended headers, sparse files and links, whose sizes and places are claims
-that cost memory or lead elsewhere. A shard has none of them.
+`tarfile` also follows extended headers, sparse files and links. These may claim sizes that take
+much memory, or lead elsewhere. A shard has none of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,26 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+BLOCK = tarfile.BLOCKSIZE
+# Two empty blocks end a tar; `tar` pads a file to records of 20 blocks.
+RECORD = tarfile.RECORDSIZE
+
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
+# The header of a member without name and content, and where its name, size and checksum go. The
+# checksum is the sum of the header's bytes, with spaces in its own place.
+_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
+_HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
 
 
 class Member(NamedTuple):
-    """A plain file in a shard: its name, and where its content lies in bytes of the shard."""
+    """A plain file in a shard.
+
+    Attributes:
+        name: Its name.
+        offset: Where its content begins, in bytes of the shard.
+        size: Size of its content in bytes.
+    """
 
     name: str
     offset: int
@@ -25,10 +40,10 @@ class Member(NamedTuple):
 
 
 def walk(file: io.BufferedReader, at: int = 0) -> Iterator[Member]:
-    """The members of a shard from the header at byte `at` up to its end, each within the file.
+    """The members of a shard, from the header at byte `at` to the end of the archive.
 
     Raises:
-        tarfile.ReadError: While iterating: it is no whole tar of plain files.
+        tarfile.ReadError: While iterating: the file is not a complete tar of plain files.
     """
     total = os.fstat(file.fileno()).st_size
     while (head := _head(file, at)) != bytes(tarfile.BLOCKSIZE):
@@ -49,7 +64,7 @@ def content(file: io.BufferedReader, member: Member, most: int) -> bytes:
     """The bytes of a member.
 
     Raises:
-        tarfile.ReadError: It has more than `most`.
+        tarfile.ReadError: The member has more than `most` bytes.
     """
     if member.size > most:
         raise tarfile.ReadError(
@@ -67,26 +82,8 @@ def _head(file: io.BufferedReader, at: int) -> bytes:
     return head
 
 
-BLOCK = tarfile.BLOCKSIZE
-
-
-# Two empty blocks end a tar; `tar` pads a file to records of 20 blocks.
-RECORD = tarfile.RECORDSIZE
-
-
-# The header of a member without name and content; where its name, size and checksum go. For the
-# sum of its bytes, the checksum counts as spaces.
-_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-
-
-_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
-
-
-_HEAD_SUM = sum(_HEAD) - sum(_HEAD[148:156]) + 8 * ord(" ") - sum(_HEAD[_SIZE])
-
-
 def _member_head(name: bytes, size: int) -> bytearray:
-    """What `tarfile` puts before a member, in a fraction of the time."""
+    """The header that `tarfile` writes for a member, in a fraction of the time."""
     assert len(name) <= 100
     assert size < 8**11
     digits = b"%011o" % size
@@ -98,7 +95,15 @@ def _member_head(name: bytes, size: int) -> bytearray:
 
 
 class TarWriter:
-    """Appends members to a ustar archive, counting and hashing what it writes."""
+    """Appends members to a ustar archive; counts and hashes what it writes.
+
+    Args:
+        file: Opened for writing.
+
+    Attributes:
+        size: Bytes written so far.
+        sha256: Hash of them.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Fill a batch of segments from a `ShardMap`: one gather, or one call that inflates all chunks.
+"""Fill a batch of segments from a `ShardMap`, by one gather or one call that inflates all chunks.
 
 Axis legend: B batch, T frames, F mel bins.
 """
@@ -16,18 +16,12 @@ from shardprep.read.shard_map import ShardMap
 
 Indices = NDArray[np.int64]
 
-# Seek tables and inflated chunks that are held at once, in bytes; a batch of more goes by halves.
+# Most bytes of seek tables and inflated chunks at a time; a batch that needs more is halved.
 _MOST_HELD = 64 << 20
 
 
 class Gather(Protocol):
-    """Copies segments out of a map.
-
-    Its arguments, each (B,): the utterances' payloads in bytes of the map, `begin` and `end`;
-    their lengths in frames; the first frame of each segment; and how many of its frames are
-    `valid`, the others being padding. `out` (B, T, F) is filled. A DamagedChunk names the row that
-    could not be decoded.
-    """
+    """Copies segments out of a map, for codec "none" or "zstd"."""
 
     def __call__(
         self,
@@ -39,7 +33,20 @@ class Gather(Protocol):
         pad_value: float,
         out: NDArray[Any],
     ) -> None:
-        """Fill `out`."""
+        """Fill `out` with a segment of each utterance.
+
+        Args:
+            begin: Where the payload of each utterance begins in the map (B,), in bytes.
+            end: Where it ends (B,), in bytes.
+            frames: Length of each utterance (B,), in frames.
+            start: First frame of each segment (B,).
+            valid: Frames of each segment that are not padding (B,).
+            pad_value: Fills the padding.
+            out: Segments (B, T, F) of the stored dtype.
+
+        Raises:
+            DamagedChunk: A segment cannot be decoded.
+        """
 
 
 class DamagedChunk(ValueError):
@@ -55,14 +62,19 @@ class DamagedChunk(ValueError):
 
 
 class PlainGather:
-    """Segments of matrices that are stored as they are: overlapping views of the mapped memory."""
+    """Segments of uncompressed matrices, gathered from overlapping views of the mapped memory.
+
+    Args:
+        shards: The mapped shards.
+        dtype: Element type of the matrices.
+    """
 
     def __init__(self, shards: ShardMap, dtype: np.dtype[Any]) -> None:
         with needs("torch"):
             import torch
 
         self._elements = shards.bytes.view(dtype)
-        # Read-only memory seen as writable: PyTorch has no read-only tensors, and warns.
+        # The view claims to be writable: PyTorch has no read-only tensors, and warns of them.
         address = {**shards.bytes.__array_interface__, "strides": None}
         address["data"] = (address["data"][0], False)
         self._memory = torch.from_numpy(np.asarray(_View(address, shards.bytes)).view(dtype))
@@ -86,11 +98,11 @@ class PlainGather:
         rows = out.reshape(-1, size)
         last = len(memory) - size
         if last >= 0:
-            # Where padding is due, a window reaches beyond its utterance; what it brings from
-            # there is overwritten below.
-            windows = memory.as_strided((last + 1, size), (1, 1))
+            # A padded segment is read beyond the end of its utterance. What comes from there is
+            # overwritten below.
+            views = memory.as_strided((last + 1, size), (1, 1))
             at = self._tensor(np.minimum(first, last))
-            self._gather(windows, 0, at, out=self._tensor(rows))
+            self._gather(views, 0, at, out=self._tensor(rows))
         for row in np.flatnonzero(valid < length).tolist():
             count = int(valid[row]) * n_mels
             rows[row, :count] = self._elements[first[row] : first[row] + count]
@@ -104,7 +116,7 @@ class _View:
 
 
 class ZstdGather:
-    """Segments of matrices that are stored in chunks: only the chunks that a segment touches.
+    """Segments of matrices that are stored in chunks; inflates only chunks with a part of one.
 
     Args:
         shards: The mapped shards.
@@ -146,7 +158,7 @@ class ZstdGather:
             chunks = codecs.inflate_many(self._shards.bytes, at, nbytes, inflated, self._threads)
         except ValueError as error:
             raise DamagedChunk(self._find(at, nbytes, inflated, row), str(error)) from None
-        # From here on in bytes: the part of each chunk that its segment wants, and where it goes.
+        # In bytes: the part of each chunk that its segment needs, and where it goes in `out`.
         skip = np.maximum(start[row] - number * chunk, 0) * width
         stop = np.minimum((start + valid)[row] - number * chunk, chunk) * width
         goal = (np.maximum(number * chunk, start[row]) - start[row]) * width
@@ -174,22 +186,22 @@ class ZstdGather:
     def _chunk_spans(
         self, begin: Indices, end: Indices, frames: Indices, first: Indices, last: Indices
     ) -> tuple[Indices, Indices]:
-        """Where the chunks first..last of each utterance lie in the map: begins and sizes."""
+        """Where the chunks first to last of each utterance lie in the map: begins and sizes."""
         table = end - codecs.table_bytes_from_end(frames, self._chunk)
         # Entry 0 is the npy header, so that chunk c is entry c + 1.
         sizes = last + 2
         entry = _ragged(np.zeros_like(sizes), sizes)
         where = np.repeat(table, sizes) + entry * codecs.ENTRY_BYTES
-        windows = np.lib.stride_tricks.sliding_window_view(self._shards.bytes, 4)
-        nbytes = windows[where].view("<u4")[:, 0].astype(np.int64)
+        fields = np.lib.stride_tricks.sliding_window_view(self._shards.bytes, 4)
+        nbytes = fields[where].view("<u4")[:, 0].astype(np.int64)
         ends = np.cumsum(nbytes)
-        # Sums over the entries before this utterance's.
+        # The sums run over all utterances: take away those of the utterances before.
         offsets = np.repeat(begin - (ends - nbytes)[np.cumsum(sizes) - sizes], sizes)
         wanted = entry > np.repeat(first, sizes)
         return (ends - nbytes + offsets)[wanted], nbytes[wanted]
 
     def _find(self, at: Indices, nbytes: Indices, inflated: Indices, row: Indices) -> int:
-        """The row of the first chunk that cannot be inflated, one by one."""
+        """The row of the first chunk that cannot be inflated."""
         for i in range(len(at)):
             one = slice(i, i + 1)
             try:

@@ -1,4 +1,4 @@
-"""manifest.json of a set, here or behind a URL: read, and watched while the set is read."""
+"""manifest.json of a set, in a folder or behind a URL: reads it, and finds out if it changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from shardprep.errors import CorruptShardError, FormatError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
-    _UNKNOWN_REMEDY,
     MANIFEST_NAME,
+    OTHER_RELEASE,
     REPAIR_FOLDER,
     WORK_FOLDER,
     Manifest,
@@ -20,10 +20,10 @@ from shardprep.storage.remote import Location, Remote
 
 
 def load_manifest(folder: Location) -> Manifest:
-    """Read and check the manifest of a shard folder, here or behind a URL.
+    """Read and check the manifest of a shard set, in a folder or behind a URL.
 
     Raises:
-        FormatError: There is none, it is not of this format or version, or it was altered.
+        FormatError: There is no manifest, it is not of this format or version, or it was altered.
         StorageError: The store behind the URL cannot be reached.
     """
     path = folder / MANIFEST_NAME
@@ -35,7 +35,7 @@ def load_manifest(folder: Location) -> Manifest:
     except OSError as error:
         if path.exists():
             raise FormatError(
-                f"cannot be read: {error.strerror}", file=path, remedy=_UNKNOWN_REMEDY
+                f"cannot be read: {error.strerror}", file=path, remedy=OTHER_RELEASE
             ) from None
         what, remedy = "is not a shard folder: no manifest.json", _BUILD_REMEDY
         if (folder / REPAIR_FOLDER / MANIFEST_NAME).exists():
@@ -48,7 +48,7 @@ def load_manifest(folder: Location) -> Manifest:
 
 
 def _fetched_manifest(path: Remote) -> Manifest:
-    """The manifest of a store; what comes the same twice is what the store has."""
+    """The manifest of a store; if it is faulty, it is fetched until it comes the same twice."""
     data = _fetch(path)
     while True:
         try:
@@ -69,7 +69,7 @@ def _fetch(path: Remote) -> bytes:
             remedy=_BUILD_REMEDY,
         ) from None
     if len(data) > MAX_MANIFEST_BYTES:
-        raise FormatError("is too large for a manifest", file=path, remedy=_UNKNOWN_REMEDY)
+        raise FormatError("is too large for a manifest", file=path, remedy=OTHER_RELEASE)
     return data
 
 
@@ -77,11 +77,14 @@ _NONE = "it has no manifest that can be read now"
 
 
 class ManifestWatch:
-    """Compares a set's manifest with the one that was opened; costs a `stat` where it is the same.
+    """Compares a set's manifest with the one that was opened; costs a `stat` if it is the same.
 
     Args:
         folder: The shard folder.
-        fingerprint: Of the set as it was opened.
+        fingerprint: Fingerprint of the set that was opened.
+
+    Attributes:
+        fingerprint: The same.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -93,7 +96,7 @@ class ManifestWatch:
         """Make sure that the folder still holds the set that was opened.
 
         Raises:
-            CorruptShardError: It holds another set, or none.
+            CorruptShardError: The folder holds another set, or none.
         """
         try:
             found = os.stat(self._folder / MANIFEST_NAME)
@@ -112,10 +115,10 @@ class ManifestWatch:
 
 
 def check_fingerprint(place: Location, expected: str) -> None:
-    """Make sure that the set in a place, here or behind a URL, has the fingerprint expected.
+    """Make sure that the set in a folder or behind a URL has the expected fingerprint.
 
     Raises:
-        CorruptShardError: It has another, or there is no set.
+        CorruptShardError: There is another set, or none.
         StorageError: The store behind the URL cannot be reached.
     """
     try:
@@ -130,7 +133,7 @@ def _replaced(place: Location, what: str) -> CorruptShardError:
     return CorruptShardError(
         f"the set was changed while it was being read: {what}",
         file=place,
-        remedy="Start again when the set is complete, or go on with the set that was read.",
+        remedy="Start again when the set is complete, or put the set back that was read.",
     )
 
 

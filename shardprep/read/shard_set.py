@@ -23,8 +23,8 @@ class ShardSet(Mapping[str, Split]):
     """An open shard set: `shard_set["train"]` is a `Split`.
 
     Attributes:
-        path: The folder, or the URL of one.
-        manifest: What manifest.json says.
+        path: Folder or URL.
+        manifest: The contents of manifest.json.
     """
 
     def __init__(self, files: Files, manifest: Manifest) -> None:
@@ -45,19 +45,21 @@ class ShardSet(Mapping[str, Split]):
 
     @functools.cached_property
     def rejects(self) -> tuple[Reject, ...]:
-        """Utterances that the build left out, with the reasons.
+        """Utterances that the build left out, and why.
 
         Raises:
-            CorruptShardError: The list of them is missing or damaged.
+            CorruptShardError: rejects.jsonl is missing or damaged.
         """
         return read_rejects(self._files, self.manifest)
 
     def fetch(self, split: str) -> list[Path]:
-        """The shard files of a split, on this machine; those of a URL are fetched, and stay.
+        """The shard files of a split on this machine, fetched if the set is behind a URL.
+
+        Fetched files stay in the cache as long as this object exists.
 
         Raises:
-            CorruptShardError: A store does not have one as it should be.
-            StorageError: The store cannot be reached, or the cache has no room for them all.
+            CorruptShardError: The store lacks a shard, or has one with other bytes.
+            StorageError: The store cannot be reached, or the cache has no room for all shards.
         """
         shards = self.manifest.splits[split].shards
         self._files.check_room(sum(shard.bytes for shard in shards))
@@ -66,11 +68,11 @@ class ShardSet(Mapping[str, Split]):
 
     @property
     def network_seconds(self) -> float:
-        """How long readers of this process stood still so far for shards to come from a store."""
+        """Seconds that readers of this process waited for shards to come from a store."""
         return self._files.waited
 
     def __getitem__(self, name: str) -> Split:
-        """Open a split; its index and maps are shared by all who ask for it.
+        """Open a split; the next call gives the same object.
 
         Raises:
             FormatError: The set has no such split.
@@ -88,10 +90,10 @@ class ShardSet(Mapping[str, Split]):
         return self._open[name]
 
     def check_unchanged(self) -> None:
-        """Make sure that the set that was opened is still there; costs a `stat`, or a request.
+        """Make sure that the set that was opened is still there; costs a `stat` or a request.
 
         Raises:
-            CorruptShardError: The folder holds another set, or none.
+            CorruptShardError: The place holds another set, or none.
         """
         self._files.check_unchanged(self.manifest)
 
@@ -111,11 +113,11 @@ def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -
 
     Args:
         path: A folder that `shardprep build` made, or the URL of one, such as s3://BUCKET/shards.
-        cache: Where the files of a set behind a URL are kept; by default a `ShardCache` in the
-            folder that SHARDPREP_CACHE names.
+        cache: Keeps the files of a set behind a URL; by default a `ShardCache` in the folder that
+            SHARDPREP_CACHE names.
 
     Raises:
-        FormatError: There is no finished shard set, or one of another version.
+        FormatError: There is no complete shard set, or one of another version.
         StorageError: The store behind the URL cannot be reached.
     """
     files = files_at(locate(path), cache)

@@ -1,4 +1,4 @@
-"""The small files beside the shards, read and written: the index of a split, and the rejects."""
+"""Reads the small files beside the shards: the index of each split, and the list of rejects."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from shardprep.format.manifest import (
 from shardprep.read.files import Files
 from shardprep.storage.local import open_regular, read_at_most
 
-# Index rows whose keys are looked at at once.
+# Index rows whose keys are checked at a time.
 _BLOCK = 1 << 18
 # Bytes of a key: no dot, no control character.
 _ALLOWED = bytes(b for b in range(32, 256) if b not in b".\x7f")
 
 
 def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
-    """The index rows of a split (N,), mapped, and whole by their sha256; FORMAT.md has the fields.
+    """The index rows of a split (N,), mapped, their sha256 checked; FORMAT.md has the fields.
 
     Raises:
         CorruptShardError: The file is missing or damaged.
@@ -41,7 +41,7 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
     path = files.local(split.index)
     try:
         try:
-            check_whole(path, split.index)
+            check_file(path, split.index)
         except CorruptShardError:
             if not files.renew(split.index):
                 raise
@@ -58,19 +58,19 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
 
 
 def _map_index(path: Path) -> NDArray[Any]:
-    # Not by np.load, which would also open pickles and zip files.
+    # Not np.load, which would also open pickles and zip files.
     rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     if not is_index(rows):
         raise CorruptShardError(f"has rows {rows.dtype}"[:300], file=path, remedy=REPAIR)
     return rows
 
 
-def check_whole(path: Path, entry: FileInfo | ShardInfo) -> None:
-    """Make sure that a file is the one that the manifest names, by size and sha256.
+def check_file(path: Path, entry: FileInfo | ShardInfo) -> None:
+    """Make sure that a file has the size and sha256 of the manifest.
 
     Raises:
-        OSError: It cannot be read.
-        CorruptShardError: It is another.
+        OSError: The file cannot be read.
+        CorruptShardError: Its size or sha256 is another.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -85,11 +85,11 @@ def check_whole(path: Path, entry: FileInfo | ShardInfo) -> None:
 
 
 def _check_keys(rows: NDArray[Any]) -> None:
-    """ValueError where a key is none that a build writes; in blocks, by the speed of memory."""
+    """ValueError if a build would not write one of the keys; by blocks, at the speed of memory."""
     for at in range(0, len(rows), _BLOCK):
         keys = rows["key"][at : at + _BLOCK]
         lengths, data = np.char.str_len(keys), keys.tobytes()
-        # What is left should be the zeros that fill the field behind each key, and none within one.
+        # Only the zeros that fill each field after its key may be left, and no zero within a key.
         left = data.translate(None, _ALLOWED)
         padding = len(data) - int(lengths.sum())
         if len(left) != padding or left.strip(b"\0") or not lengths.all():
@@ -99,10 +99,10 @@ def _check_keys(rows: NDArray[Any]) -> None:
 
 
 def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
-    """What the build of a set left out; empty where it left nothing out.
+    """The utterances that the build of a set left out, and why.
 
     Raises:
-        CorruptShardError: rejects.jsonl is missing or not as the build wrote it.
+        CorruptShardError: rejects.jsonl is missing or damaged.
     """
     if manifest.rejects is None:
         return ()
@@ -110,7 +110,7 @@ def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
     try:
         if manifest.rejects.bytes > MAX_REJECTS_BYTES:
             raise ValueError(f"it has more than {MAX_REJECTS_BYTES} bytes")
-        check_whole(path, manifest.rejects)
+        check_file(path, manifest.rejects)
         lines = read_at_most(path, MAX_REJECTS_BYTES).splitlines()
         return tuple(msgspec.json.decode(line, type=Reject) for line in lines)
     except OSError as error:
@@ -125,7 +125,7 @@ def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
 
 
 def legible_rejects(folder: Path, manifest: Manifest) -> list[Reject]:
-    """What a damaged list of rejects says, as far as it can be read."""
+    """The readable lines of a rejects.jsonl that may be damaged."""
     found: list[Reject] = []
     if manifest.rejects is not None:
         with contextlib.suppress(OSError):

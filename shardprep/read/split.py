@@ -34,6 +34,7 @@ class Split:
         fingerprint: Fingerprint of the set.
         labels: Speaker numbers (N,) int32; -1 where unknown.
         frames: Lengths in mel frames (N,) int64.
+        keys: Keys of the utterances (N,), strings.
     """
 
     def __init__(self, files: Files, name: str, manifest: Manifest) -> None:
@@ -62,7 +63,7 @@ class Split:
         return len(self._rows)
 
     def __reduce__(self) -> Any:
-        # Another process opens the files itself; pickled, they would travel byte by byte.
+        # The other process opens the files itself. Pickled maps would send every byte.
         return type(self), (self._files, self.name, self._manifest)
 
     def __repr__(self) -> str:
@@ -79,7 +80,7 @@ class Split:
         return np.char.decode(self._rows["key"], "utf-8")
 
     def read(self, index: int) -> NDArray[Any]:
-        """One whole utterance, its crc32 checked.
+        """One whole utterance; its crc32 is checked.
 
         Args:
             index: Position in the split.
@@ -99,7 +100,7 @@ class Split:
             payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
             if zlib.crc32(payload) == row["crc32"]:
                 return self._decode(index, payload)
-        # What was damaged in a cache is looked at again when it has come anew.
+        # Damaged in a cache: read again when the shard has come anew.
         if not self._map.renew(int(row["shard"])):
             raise self.damaged(index)
         return self.read(index)
@@ -122,14 +123,14 @@ class Split:
         pad_value: float = -20.0,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        """A batch of segments, straight from the memory maps; no crc32 is checked (see `intact`).
+        """A batch of segments from the memory maps; no crc32 is checked (`intact` checks them).
 
         Args:
             indices: Positions in the split (B,).
             starts: First frame of each segment (B,), within its utterance.
             length: Frames T a segment.
-            pad_value: Fills a segment behind the end of its utterance.
-            out: Buffer (B, T, F) of the stored dtype to fill; a new one by default.
+            pad_value: Fills the frames of a segment after the end of its utterance.
+            out: Buffer (B, T, F) of the stored dtype to fill; a new buffer by default.
 
         Returns:
             Matrices (B, T, F) of the stored dtype.
@@ -169,11 +170,11 @@ class Split:
             indices: Positions in the split (B,).
 
         Returns:
-            True for each that is whole (B,).
+            True for each undamaged utterance (B,).
 
         Raises:
             IndexError: There is no such position.
-            CorruptShardError: A shard cannot be read at all.
+            CorruptShardError: A shard is missing or has another size.
         """
         index = np.asarray(indices, np.int64)
         self._check_range(index)
@@ -183,30 +184,30 @@ class Split:
         shards = self._rows["shard"][index]
         with self._map.reading(shards):
             found = [zlib.crc32(memory[a:b]) for a, b in spans]
-        whole: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
+        intact: NDArray[np.bool_] = np.array(found, np.uint32) == self._rows["crc32"][index]
         # As in `read`.
-        for shard in np.unique(shards[~whole]).tolist():
+        for shard in np.unique(shards[~intact]).tolist():
             if self._map.renew(shard):
                 own = shards == shard
-                whole[own] = self.intact(index[own])
-        return whole
+                intact[own] = self.intact(index[own])
+        return intact
 
     def map_all(self) -> None:
-        """Map every shard now, so that later reads are of what is there now, come what may.
+        """Map every shard now, so that a later change of the folder does not matter.
 
-        Those of a set behind a URL are fetched when they are needed all the same.
+        The shards of a set behind a URL are still fetched when they are needed.
 
         Raises:
-            CorruptShardError: A shard is missing, has another size than the manifest says, or the
-                folder holds another set by now.
+            CorruptShardError: A shard is missing or has another size than the manifest says, or
+                the folder holds another set by now.
         """
         self._map.map_all()
 
     def check_sizes(self) -> None:
-        """Make sure that every shard of a folder is there and as large as the manifest says.
+        """Make sure that every shard of a folder has the size that the manifest says.
 
         Raises:
-            CorruptShardError: One is not.
+            CorruptShardError: A shard is missing, or has another size.
         """
         self._map.check_sizes()
 
@@ -217,7 +218,7 @@ class Split:
         return ZstdGather(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
 
     def read_ahead(self, shard: int) -> None:
-        """Have the system read a whole shard into memory, in the background.
+        """Have a whole shard read into memory, or fetched, in the background.
 
         Raises:
             CorruptShardError: The shard is missing, or has another size than the manifest says.
@@ -254,7 +255,7 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Size of all matrices once inflated, in bytes."""
+        """Size of all matrices in bytes, uncompressed."""
         return self._info.frames * self.n_mels * self.dtype.itemsize
 
     def _check_range(self, index: NDArray[np.int64]) -> None:
@@ -262,7 +263,7 @@ class Split:
             raise IndexError(f"indices reach beyond a split of {len(self)}")
 
     def damaged(self, index: int, what: str = CRC_FAULT) -> CorruptShardError:
-        """The error that says what is wrong with an utterance's stored bytes."""
+        """The error about an utterance's stored bytes, with file, key and remedy."""
         row = self._rows[index]
         path = self._files.place / self._info.shards[int(row["shard"])].file
         return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=self._remedy)

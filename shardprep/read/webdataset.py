@@ -1,6 +1,6 @@
-"""The same samples as an ordinary webdataset pipeline: for pipes, URLs and foreign tars.
+"""The same utterances as an ordinary webdataset pipeline: for pipes, URLs and tars of others.
 
-Slower than `SegmentLoader`, which reads by index; here every byte of every shard goes by.
+Slower than `SegmentLoader`, which reads by index: here every byte of every shard is read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shardprep.read.sidecars import load_index
 from shardprep.storage.local import open_regular
 from shardprep.storage.remote import Location, Remote, locate
 
-# What tells a shard, or a pattern of shards, from the URL of a folder.
+# Found in the URL of a shard or in a pattern of shards, and not in the URL of a folder.
 _NO_FOLDER = re.compile(r"\.tar(\.|$)|[{}]|::")
 _CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
 
@@ -49,34 +49,34 @@ def stream(
     """A webdataset pipeline over shards.
 
     Args:
-        source: A shard folder or the URL of one, whose shards come by way of the cache; or
-            whatever `webdataset.WebDataset` takes: the URL of a tar, a brace pattern such as
+        source: A shard folder or its URL, whose shards come by way of the cache; or whatever
+            `webdataset.WebDataset` takes: the URL of a tar, a brace pattern such as
             "shards/train-{000000..000009}.tar", "pipe:...", or a list of those.
         split: Which split of a shard folder.
         shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
-            buffer, the shards too come in random order.
-        seed: Seed of the shuffles. Each iteration of the pipeline has an order of its own; in a
+            buffer, the shards come in random order too.
+        seed: Seed of the shuffles. Each iteration of the pipeline has its own order; in a
             DataLoader with workers, only if its workers are persistent.
         **options: Passed on to `webdataset.WebDataset`. By default every node reads its own part
-            of the shards, and every DataLoader worker its part of these.
+            of the shards, and every DataLoader worker its own part of these.
 
     Returns:
-        A pipeline, to be extended by its methods (`.map`, `.batched`, ...). Its samples are dicts:
-        __key__ str, mel (T, F) array of the stored dtype, label int (-1 unknown), speaker str or
-        None, frames int.
+        A pipeline, which its methods (`.map`, `.batched`, ...) extend. Its utterances are dicts:
+        __key__ str, mel (T, F) array of the stored dtype, label int (-1 if unknown), speaker str
+        or None, frames int.
 
     Raises:
         FormatError: The folder has no such split.
-        CorruptShardError: While iterating: a shard of the folder is no plain tar, lacks an
-            utterance of the index, or has one whose crc32 is another; or a sample cannot be
-            decoded.
+        CorruptShardError: While iterating: a shard of the folder is not a plain tar, lacks an
+            utterance of the index, or has an utterance with another crc32; or an utterance cannot
+            be decoded.
     """
     defaults = {
         "nodesplitter": wds.split_by_node,
-        # More workers than shards is no error: the others have read them.
+        # A worker without a shard is no error: there may be more workers than shards.
         "empty_check": False,
         "shardshuffle": 100 if shuffle else False,
-        # Its other shuffle has one order for all epochs.
+        # webdataset's other shuffle has the same order in all epochs.
         "detshuffle": True,
         "seed": seed,
     }
@@ -97,13 +97,13 @@ def stream(
         pipeline = pipeline.compose(partial(_check_samples, files, info))
     if shuffle:
         pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
-    return pipeline.map(decode_sample).compose(_let_go)
+    return pipeline.map(decode_sample).compose(_release_on_error)
 
 
 def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Decode one webdataset sample: members as bytes, by extension; see `stream`.
+    """Decode one webdataset sample, a dict of members as bytes by extension; see `stream`.
 
-    Only the members that the format names are looked at, and nothing in them is ever unpickled.
+    Only the members that the format names are decoded, and nothing is ever unpickled.
     """
     key, url = sample["__key__"], str(sample.get("__url__", ""))
     found = [name for name in _CODECS if name in sample]
@@ -126,7 +126,7 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
-    """The shard folder that a source is, here or behind a URL; None if it is something else."""
+    """The shard folder that a source names, or its URL; None if the source is something else."""
     if not isinstance(source, str | os.PathLike):
         return None
     place = locate(source)
@@ -148,10 +148,10 @@ def _info(place: Location, split: str) -> SplitInfo:
 def _check_shards(
     files: Files, info: SplitInfo, shards: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Look at the headers of each shard before webdataset opens it, on this machine.
+    """Check the headers of each shard, on this machine, before webdataset opens it.
 
-    webdataset inflates what is no tar, follows extended headers and sparse files, and reads every
-    member whole.
+    webdataset inflates files that are not a tar, follows extended headers and sparse files, and
+    reads every member into memory, however large.
     """
     infos = {str(files.place / shard.file): shard for shard in info.shards}
     for shard in shards:
@@ -165,7 +165,7 @@ def _check_shards(
                 ) from None
             except tarfile.TarError as error:
                 raise CorruptShardError(
-                    f"is not a whole tar: {error}", file=shard["url"], remedy=REPAIR
+                    f"is not a plain, complete tar: {error}", file=shard["url"], remedy=REPAIR
                 ) from None
             yield {**shard, "url": str(path)}
 
@@ -173,9 +173,9 @@ def _check_shards(
 def _check_samples(
     files: Files, info: SplitInfo, samples: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Compare what comes out of the shards of a folder with the index, before it is shuffled."""
+    """Compare the utterances that come from the shards with the index, before the shuffle."""
     rows = load_index(files, info)
-    # In a folder a shard has its own name, in a cache that of its contents.
+    # In a folder a shard has its own name, in a cache its sha256.
     numbers = {shard.file: number for number, shard in enumerate(info.shards)}
     numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}
     url, due = "", dict[bytes, int]()
@@ -197,9 +197,9 @@ def _check_samples(
 
 
 def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Close each shard after use: webdataset leaves its files to the garbage collector.
+    """Close each shard after use: webdataset leaves that to the garbage collector.
 
-    Its pipes close themselves, and wait for their processes.
+    webdataset's pipes close themselves, and wait for their processes.
     """
     for shard in shards:
         file = shard["stream"]
@@ -207,8 +207,8 @@ def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield shard
 
 
-def _let_go(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Have an error keep none of the stages before: who keeps it would keep a shard open."""
+def _release_on_error(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Clear the frames of an error, so that whoever keeps the error does not keep a shard open."""
     try:
         yield from samples
     except Exception as error:
@@ -224,10 +224,10 @@ def _check_complete(path: Location, due: dict[bytes, int]) -> None:
 
 
 def _check_members(file: io.BufferedReader) -> None:
-    # Holes of a file take no room on the disk, but would in memory.
+    # Holes of a sparse file take no room on the disk, but they would in memory.
     most = max(SMALL_MATRIX_BYTES, 512 * os.fstat(file.fileno()).st_blocks)
     names = set()
     for member in walk(file):
         if member.size > most or member.name in names:
-            raise tarfile.ReadError(f"{member.name[:100]!a} is there twice, or holds holes")
+            raise tarfile.ReadError(f"{member.name[:100]!a} is there twice, or has holes")
         names.add(member.name)

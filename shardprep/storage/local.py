@@ -1,4 +1,4 @@
-"""Files reach their final name only when they are whole, and survive a power cut from then on."""
+"""Files of this machine: a file gets its final name only when it is complete and on the disk."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ def storage_errors(path: Path) -> Iterator[None]:
 def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file under a temporary name and rename it to `path` after a clean finish.
 
-    Data are flushed to the disk before the rename, and the folder after it, so that a power cut
-    leaves either no `path` or a whole one.
+    The data are flushed to the disk before the rename, and the folder after it: after a power cut,
+    `path` is complete or does not exist.
 
     Args:
         path: The final name; an existing file is replaced, a missing folder made.
-        scratch: Folder for the temporary name, on the same file system; by default that of `path`.
+        scratch: Folder of the temporary name, on the same file system; by default that of `path`.
+
+    Yields:
+        The file, to write to.
 
     Raises:
-        StorageError: The file cannot be written; nothing is left behind.
+        StorageError: The file cannot be written. Nothing is left behind.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 def fetch(path: str | os.PathLike[str]) -> None:
     """Have the system read a file into its cache, without waiting for it.
 
-    Trouble with the file is left for its reader to find.
+    An error is ignored here: the reader of the file will get it.
     """
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -96,10 +99,10 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading.
 
     Raises:
-        OSError: It cannot be opened, or is a pipe, a device or a folder: such could keep its
-            reader waiting, or never end.
+        OSError: The file cannot be opened, or is a pipe, a device or a folder. Those could keep
+            their reader waiting, or never end.
     """
-    # Without O_NONBLOCK, opening a pipe waits for somebody to write into it.
+    # Without O_NONBLOCK, to open a pipe waits for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -111,7 +114,7 @@ def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:
     """The bytes of a regular file of at most `most` bytes.
 
     Raises:
-        OSError: It cannot be read, is larger, or is not a regular file.
+        OSError: The file cannot be read, is larger, or is not a regular file.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "large chunks": (codec(name="zstd", level=3, chunk_frames=80_000), "chunk_frames: is 80000"),
     "split of another name": (
         lambda content: content["splits"].update({"a b": content["splits"].pop("train")}),
-        "not a name that a split may have",
+        "is not a valid name of a split",
     ),
     "index of another split": (
         lambda content: content["splits"]["train"]["index"].update(file="val.index.npy"),
