@@ -28,7 +28,7 @@ REPAIR = (
 
 REBUILD = (
     "`shardprep verify URL --deep` names all damage in the store, and `shardprep build SRC URL "
-    "--overwrite` builds the set anew."
+    "--overwrite` builds the set again."
 )
 """Remedy for a damaged set behind a URL."""
 

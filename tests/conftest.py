@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: small data sets in the homework's layout, made from a seed."""
+"""Fixtures for all tests: small data sets in the homework's layout, made from a seed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DatasetFactory = Callable[..., Path]
 settings.register_profile("shardprep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shardprep")
 
-# A shell has what it runs in the background ignore Ctrl-C, and that is inherited: programs that
-# tests stop by it would go on.
+# A shell starts background programs with Ctrl-C ignored, and children inherit that: programs that
+# tests stop with Ctrl-C would continue.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -113,7 +113,7 @@ def run_cli(
 
 @contextlib.contextmanager
 def mounted(place: Path, size: str) -> Iterator[Path]:
-    """A file system of a size such as "256k", in a new folder; skips where that is refused."""
+    """A file system of a size such as "256k", in a new folder; skips if the system refuses."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     try:
@@ -127,7 +127,7 @@ def mounted(place: Path, size: str) -> Iterator[Path]:
 
 
 def stored_bytes(cache: Path) -> int:
-    """How much the files of a cache have in sum, which others may change meanwhile."""
+    """Bytes of all files of a cache together, while other processes may change it."""
     total = 0
     for path in cache.iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -118,7 +118,7 @@ def test_every_room_stands_in_the_layers() -> None:
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
     arrows = {name: imported_modules(path) for name, path in NAMES.items()}
-    # Take away what imports nothing that is left; what never goes is in a circle or above one.
+    # Remove modules that import no module that is left. What remains is in a circle or imports one.
     while free := [name for name, others in arrows.items() if not others & arrows.keys()]:
         for name in free:
             del arrows[name]

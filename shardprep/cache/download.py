@@ -23,7 +23,7 @@ CHUNK = 8 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # How often a file may come with wrong bytes.
 _TRIES = 5
-_CHANGED = "If the set was built anew meanwhile, start again; else see `shardprep verify`."
+_CHANGED = "If the set was built again meanwhile, start again; else see `shardprep verify`."
 
 
 class Download:

@@ -169,7 +169,7 @@ class CacheFolder:
             if new and not self._make_room(ledger, info.bytes):
                 raise NoRoomError
             # Counted before the part exists: a process that is killed leaves too much counted,
-            # never too little, and all is counted anew when room is short.
+            # never too little, and all is counted again when room is short.
             ledger.add(info.bytes if new else 0)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:

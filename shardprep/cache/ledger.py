@@ -45,7 +45,7 @@ class Ledger:
         return self._lines()[:1] == [_boot_id()]
 
     def begin(self) -> None:
-        """Note the start of the system; the bytes are to be counted anew."""
+        """Note the start of the system; the bytes are to be counted again."""
         self._write(_boot_id() + b"\n")
 
     def _lines(self) -> list[bytes]:

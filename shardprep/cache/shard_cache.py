@@ -1,4 +1,4 @@
-"""Files of stores, kept whole on this machine's disk; `shardprep.cache.folder` says how."""
+"""Files of stores, kept on this machine's disk; `shardprep.cache.folder` says how."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Borrower(Protocol):
     def give_back(self, *, urgent: bool) -> None:
         """Give back files that nobody will use soon; if urgent, also one that somebody will."""
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have nothing in use and nothing on its way; for a process that was just forked."""
 
 
@@ -108,11 +108,11 @@ class ShardCache:
         self._arriving = 0
         self._threads: BackgroundThreads | None = None
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have nothing on its way; a process that was just forked has none of the threads."""
         self._begin()
         for borrower in list(self._borrowers):
-            borrower.begin_anew()
+            borrower.reset_after_fork()
 
     def __reduce__(self) -> Any:
         # Threads and counters stay behind.
@@ -168,7 +168,7 @@ class ShardCache:
                 self._arriving -= info.bytes
 
     def renew(self, remote: Remote, info: FileInfo | ShardInfo) -> bool:
-        """Fetch a damaged file anew.
+        """Fetch a damaged file again.
 
         Returns:
             False if the cache has the bytes of the manifest: then these are the ones in the store.
@@ -261,7 +261,7 @@ _caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for cache in list(_caches):
-        cache.begin_anew()
+        cache.reset_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

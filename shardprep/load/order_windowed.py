@@ -116,9 +116,9 @@ class WindowedOrder:
         batch, within = np.divmod(positions, self._each * self.lanes)
         lane, place = within // self._each, batch * self._each + within % self._each
         rest = positions - self._full * self.lanes
-        behind = np.flatnonzero(rest >= 0)
-        lane[behind] = np.searchsorted(self._rest, rest[behind], side="right") - 1
-        place[behind] = self._full + rest[behind] - self._rest[lane[behind]]
+        after = np.flatnonzero(rest >= 0)
+        lane[after] = np.searchsorted(self._rest, rest[after], side="right") - 1
+        place[after] = self._full + rest[after] - self._rest[lane[after]]
         return lane, place
 
     def _shuffle(self, lane: Indices, place: Indices, size: Indices, *, across: bool) -> Indices:

@@ -41,7 +41,7 @@ class Files(Protocol):
         """The same, for as long as the context lasts."""
 
     def renew(self, info: FileInfo | ShardInfo) -> bool:
-        """Get a damaged file anew; False if there is no other copy."""
+        """Get a damaged file again; False if there is no other copy."""
 
     def check_room(self, size: int) -> None:
         """Make sure that this machine can keep so many bytes at a time.

@@ -46,7 +46,7 @@ class ShardMap(Protocol):
         """
 
     def renew(self, shard: int) -> bool:
-        """Get a damaged shard anew; False if there is no other copy."""
+        """Get a damaged shard again; False if there is no other copy."""
 
     def check_sizes(self) -> None:
         """Make sure that every shard of a folder has the expected size, without opening it.

@@ -100,7 +100,7 @@ class Split:
             payload = self._map.bytes.data[begin : begin + int(row["nbytes"])]
             if zlib.crc32(payload) == row["crc32"]:
                 return self._decode(index, payload)
-        # Damaged in a cache: read again when the shard has come anew.
+        # Damaged in a cache: read again when the shard has come again.
         if not self._map.renew(int(row["shard"])):
             raise self.damaged(index)
         return self.read(index)

@@ -66,7 +66,7 @@ class StoreMap:
         self._reads: Counter[int] = Counter()
         self._leaving: set[int] = set()
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Have nothing mapped and nothing on its way; for a process that was just forked.
 
         The threads stayed with the parent. A shard that is mapped here too could not leave the
@@ -93,7 +93,7 @@ class StoreMap:
         """Nothing: the shards are known by their sha256, whatever the store has later."""
 
     def renew(self, shard: int) -> bool:
-        """Fetch a shard anew that was damaged in the cache; False if the store has the same."""
+        """Fetch again a shard that was damaged in the cache; False if the store has the same."""
         info = self._infos[shard]
         if not self._cache.renew(self._folder / info.file, info):
             return False

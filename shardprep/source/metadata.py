@@ -153,7 +153,9 @@ def _labels(folder: Location, files: Listing, speakers: dict[str, Any]) -> dict[
     labels: dict[str, int] = mapping["speaker2id"]
     for fault in _mapping_faults(labels, mapping.get("id2speaker")):
         raise SourceError(
-            fault, file=path, remedy="Correct it, or remove it to number the speakers anew."
+            fault,
+            file=path,
+            remedy="Correct it, or remove it to number the speakers in sorted order.",
         )
     return labels
 

@@ -44,7 +44,7 @@ def filesystem(url: str) -> Any:
 
 
 def forget_connections() -> None:
-    """Connect to all stores anew, by the environment as it is then."""
+    """Connect to all stores again, by the environment as it is then."""
     with _lock:
         _filesystems.clear()
 

@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of shardprep, handed out as fixtures."""
+"""Fixtures that the tests of shardprep share."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def edge_set(edge_sets: dict[tuple[str, str], Path]) -> Path:
 
 
 # Kills a program before its first, second, ... call to the operating system that changes a disk,
-# each time in another folder, until it comes to its end. A kill is a SIGKILL: no handler, no
-# clean-up. `act(subject, folder)` is the program, `prepare` what is done before it unharmed, and
-# DEADLY is what it dies before.
+# each time in another folder, until it reaches its end. It is killed by SIGKILL: no handler, no
+# clean-up. `act(subject, folder)` is the program, `prepare` runs before it without a kill, and
+# DEADLY lists the calls.
 KILLS = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -119,7 +119,7 @@ sys.exit(status)
 
 @pytest.fixture
 def killed_at_every_step(tmp_path: Path) -> Callable[[str, Path], list[Path]]:
-    """`killed_at_every_step(program, subject)`: the folders that a program left, kill by kill."""
+    """`killed_at_every_step(program, subject)`: the folder that each kill of a program left."""
 
     def run(program: str, subject: Path) -> list[Path]:
         root = tmp_path / "killed"
@@ -141,7 +141,7 @@ def edge_split(edge_set: Path) -> Split:
 def damaged_split(
     edge_sets: dict[tuple[str, str], Path], tmp_path: Path
 ) -> Callable[..., tuple[Split, list[int]]]:
-    """`damaged_split(indices, codec)`: a copy's split train, a bit of these utterances flipped."""
+    """`damaged_split(indices, codec)`: split train of a copy, a bit flipped in each of these."""
 
     def make(indices: Sequence[int], codec: str = "none") -> tuple[Split, list[int]]:
         folder = Path(shutil.copytree(edge_sets["float16", codec], tmp_path / "damaged_split"))

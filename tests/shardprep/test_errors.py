@@ -1,4 +1,4 @@
-"""Errors name file, key and remedy, carry an exit code, and survive the way between processes."""
+"""Errors name file, key and remedy, have an exit code, and can be pickled."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def test_missing_package_is_an_error_that_names_the_extra() -> None:
 
 
 @pytest.mark.parametrize("name", ["shardprep.load", "shardprep_trainer", None])
-def test_a_module_of_our_own_that_is_missing_is_no_missing_extra(name: str | None) -> None:
+def test_a_missing_module_of_our_own_is_not_a_missing_extra(name: str | None) -> None:
     with pytest.raises(ModuleNotFoundError), errors.needs("train"):
         raise ModuleNotFoundError("No module named ...", name=name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Stands for an environment without these packages: importing them fails.
+# Imitates an environment without these packages: to import them fails.
 _HIDDEN = "import sys; sys.modules.update(torch=None, accelerate=None); "
 _REMEDY = "Run: pip install 'shardprep[torch]'"
 

@@ -487,7 +487,7 @@ def test_after_a_restart_undamaged_files_are_used_again(
     assert store.asked == []
 
 
-def test_a_truncated_file_is_fetched_anew(store: Store, place: Path) -> None:
+def test_a_truncated_file_is_fetched_again(store: Store, place: Path) -> None:
     shards = ShardCache(place, 10 * KB)
     remote, info = store.put("a", 1500)
     shards.hold(remote, info).close()
@@ -634,7 +634,7 @@ def test_other_files_in_the_folder_are_left_alone(store: Store, place: Path) -> 
 
 
 def test_a_file_is_never_removed_while_it_is_opened(store: Store, place: Path) -> None:
-    """Files that are opened just as they are given up are fetched anew, and are right."""
+    """Files that are opened just as they are given up are fetched again, and are right."""
     shards = ShardCache(place, 2 * KB)
     files = [store.put(name, KB) for name in "abc"]
     wrong: list[str] = []
@@ -658,7 +658,7 @@ def test_a_file_is_never_removed_while_it_is_opened(store: Store, place: Path) -
     assert len(store.asked) > 3
 
 
-def test_damage_in_the_cache_is_fetched_anew_and_damage_in_the_store_is_not(
+def test_damage_in_the_cache_is_fetched_again_and_damage_in_the_store_is_not(
     store: Store, place: Path
 ) -> None:
     shards = ShardCache(place, 10 * KB)

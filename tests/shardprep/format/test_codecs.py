@@ -1,4 +1,4 @@
-"""Both codecs give back what they took, in formats that other readers know, and notice damage."""
+"""Both codecs decode what they encoded, in formats that other readers know, and notice damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def matrix(frames: int, mels: int, dtype: str) -> NDArray[Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(frames=st.integers(1, 40), mels=st.integers(1, 9))
 @settings(deadline=None, max_examples=40)
-def test_round_trip_is_exact(codec: CodecInfo, dtype: str, frames: int, mels: int) -> None:
+def test_encoding_and_decoding_is_exact(
+    codec: CodecInfo, dtype: str, frames: int, mels: int
+) -> None:
     mel = matrix(frames, mels, dtype)
     again = codecs.decode(codecs.encode(mel, codec), codec)
     assert again.dtype == mel.dtype
@@ -37,7 +39,7 @@ def test_round_trip_is_exact(codec: CodecInfo, dtype: str, frames: int, mels: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_payload_is_byte_for_byte_what_numpy_saves(dtype: str) -> None:
+def test_uncompressed_payload_has_the_bytes_that_numpy_saves(dtype: str) -> None:
     mel = matrix(11, 3, dtype)
     buffer = io.BytesIO()
     np.save(buffer, mel)
@@ -68,7 +70,7 @@ def frame_spans(member: Any, frames: int, chunk: int) -> tuple[Any, Any]:
 
 @given(frames=st.integers(1, 30), chunk=st.integers(1, 9), data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_chunk_range_inflates_to_just_its_frames(
+def test_a_range_of_chunks_inflates_to_exactly_its_frames(
     frames: int, chunk: int, data: st.DataObject
 ) -> None:
     mel = matrix(frames, 3, "<f2")
@@ -159,7 +161,7 @@ def test_zstd_is_inflated_to_no_more_than_the_limit() -> None:
         ("__import__('os')", "<f2", "."),
     ],
 )
-def test_npy_header_that_lies_is_a_value_error(shape: str, dtype: str, what: str) -> None:
+def test_false_npy_header_is_a_value_error(shape: str, dtype: str, what: str) -> None:
     text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", 182) + text.encode().ljust(181) + b"\n"
     with pytest.raises(ValueError, match=what):

@@ -1,4 +1,4 @@
-"""A manifest that no build would write is refused, field by field, and a true one never is."""
+"""A manifest that no build would write is refused, field by field, and a valid one never is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHA = "0" * 64
 
 
 def forged(manifest: Manifest, edit: Callable[[Any], Any]) -> bytes:
-    """The bytes of an edited manifest, its fingerprint true."""
+    """The bytes of an edited manifest, with the right fingerprint."""
     content = msgspec.to_builtins(manifest)
     edit(content)
     return encode_manifest(msgspec.convert(content, Manifest))
@@ -92,7 +92,7 @@ def test_fault_of_a_field_is_named(edge_set: Path, name: str) -> None:
         decode_manifest(data, Path("manifest.json"))
 
 
-def test_true_manifests_have_no_fault(edge_sets: dict[tuple[str, str], Path]) -> None:
+def test_valid_manifests_have_no_fault(edge_sets: dict[tuple[str, str], Path]) -> None:
     for folder in edge_sets.values():
         assert list(manifest_faults(load_manifest(folder))) == []
 
@@ -107,7 +107,7 @@ def test_widest_mels_fit_the_limit_of_a_chunk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [1, [], [1, 2, [3]], {"a": 1, "b": [{}, {}]}, "text"])
-def test_values_are_never_counted_short(content: Any) -> None:
+def test_json_values_is_never_too_low(content: Any) -> None:
     def count(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value
         return 1 + sum(map(count, inner)) if isinstance(value, list | dict) else 1
@@ -115,7 +115,7 @@ def test_values_are_never_counted_short(content: Any) -> None:
     assert json_values(json.dumps(content).encode()) >= count(content)
 
 
-def test_matrix_that_shrinks_more_than_readers_believe_is_rejected(
+def test_matrix_that_shrinks_more_than_readers_accept_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shardprep.format.limits.SMALL_MATRIX_BYTES", 1000)
@@ -127,7 +127,7 @@ def test_matrix_that_shrinks_more_than_readers_believe_is_rejected(
         build_shards(tmp_path, tmp_path / "zstd", BuildOptions(codec="zstd", workers=1))
 
 
-def test_limit_of_a_matrix_is_one_number_or_a_multiple_of_what_is_stored() -> None:
+def test_limit_of_a_matrix_is_a_number_or_a_multiple_of_the_stored_bytes() -> None:
     assert most_matrix_bytes(0) == 64 << 20
     assert most_matrix_bytes(1 << 20) == 64 << 20
     assert most_matrix_bytes(2 << 20) == 128 << 20

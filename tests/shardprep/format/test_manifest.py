@@ -23,7 +23,7 @@ def manifest(edge_set: Path) -> Manifest:
     return load_manifest(edge_set)
 
 
-def test_manifest_survives_the_way_through_its_bytes(manifest: Manifest) -> None:
+def test_manifest_survives_encoding_and_decoding(manifest: Manifest) -> None:
     assert decode_manifest(encode_manifest(manifest), Path("m")) == manifest
 
 
@@ -68,7 +68,7 @@ def test_every_flipped_bit_is_refused(manifest: Manifest) -> None:
             decode_manifest(bytes(hurt), Path("manifest.json"))
 
 
-def test_edit_by_hand_is_named_as_such(manifest: Manifest) -> None:
+def test_edit_by_hand_is_reported_as_altered(manifest: Manifest) -> None:
     text = encode_manifest(manifest).decode().replace('"ann"', '"eve"')
     with pytest.raises(FormatError, match="was altered"):
         decode_manifest(text.encode(), Path("manifest.json"))
@@ -89,7 +89,7 @@ def test_edit_by_hand_is_named_as_such(manifest: Manifest) -> None:
     ],
     ids=range(9),
 )
-def test_what_is_no_manifest_is_a_format_error(data: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError, match=r"^manifest\.json: "):
         decode_manifest(data, Path("manifest.json"))
 
@@ -130,5 +130,5 @@ def test_index_row_is_packed_as_documented() -> None:
     ],
     ids=["two dimensions", "numbers", "other fields", "signed offset"],
 )
-def test_other_arrays_are_no_index(rows: np.ndarray) -> None:
+def test_other_arrays_are_not_an_index(rows: np.ndarray) -> None:
     assert not is_index(rows)

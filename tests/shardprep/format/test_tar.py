@@ -1,4 +1,4 @@
-"""A shard's members are those that tarfile finds, and nothing but plain files is walked over."""
+"""A shard's members are the ones that tarfile finds, and only plain files are accepted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def members(path: Path) -> list[Member]:
         return list(walk(file))
 
 
-def test_members_are_those_that_tarfile_finds(edge_sets: dict[tuple[str, str], Path]) -> None:
+def test_members_are_the_ones_that_tarfile_finds(edge_sets: dict[tuple[str, str], Path]) -> None:
     for folder in edge_sets.values():
         for path in folder.glob("*.tar"):
             with tarfile.open(path) as tar, open_regular(path) as file:
@@ -30,7 +30,7 @@ def test_members_are_those_that_tarfile_finds(edge_sets: dict[tuple[str, str], P
                     assert content(file, ours, ours.size) == opened.read()
 
 
-def test_content_beyond_what_is_expected_is_refused(edge_set: Path) -> None:
+def test_content_larger_than_expected_is_refused(edge_set: Path) -> None:
     path = edge_set / "train-000000.tar"
     with open_regular(path) as file:
         first = next(walk(file))

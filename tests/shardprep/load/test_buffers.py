@@ -43,7 +43,7 @@ def test_memory_is_used_again_once_it_is_free() -> None:
         lambda array: torch.from_numpy(array).untyped_storage(),
     ],
 )
-def test_memory_that_somebody_looks_at_is_left_alone(view: object) -> None:
+def test_memory_with_a_view_is_not_used_again(view: object) -> None:
     pool = BufferPool(2)
     array = pool.take((4, 5), F2)
     place = address(array)
@@ -57,7 +57,7 @@ def test_memory_that_somebody_looks_at_is_left_alone(view: object) -> None:
     assert place in places
 
 
-def test_a_larger_buffer_is_made_where_the_idle_one_is_too_small() -> None:
+def test_a_larger_buffer_is_made_if_the_unused_one_is_too_small() -> None:
     pool = BufferPool(2)
     pool.take((2,), F2)
     array = pool.take((3000,), F2)
@@ -65,7 +65,7 @@ def test_a_larger_buffer_is_made_where_the_idle_one_is_too_small() -> None:
     assert array.sum() == 3000
 
 
-def test_few_buffers_lie_idle() -> None:
+def test_few_unused_buffers_are_kept() -> None:
     pool = BufferPool(3)
     held = [pool.take((1000,), F2) for _ in range(10)]
     del held

@@ -34,7 +34,7 @@ def test_damage_is_raised_with_file_and_key(
     assert caught.value.file.endswith(f"train-{split.locations[bad]['shard']:06d}.tar")
 
 
-def test_segments_of_a_plain_set_are_not_checked_unless_asked(damaged_split: DamagedSplit) -> None:
+def test_segments_are_not_checked_by_default(damaged_split: DamagedSplit) -> None:
     split, _ = damaged_split([3])
     assert len(list(loader(split))) == 7
 

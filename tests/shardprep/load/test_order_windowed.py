@@ -1,4 +1,4 @@
-"""The windowed order: every utterance once, from shards near by, the same at any world size."""
+"""The windowed order: each utterance once, from few shards at a time, at any world size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def owners(shards: list[int], indices: np.ndarray) -> np.ndarray:
     st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=150)
-def test_every_index_comes_once_however_it_is_sliced(
+def test_every_index_comes_once_in_slices_of_any_size(
     shards: list[int], lanes: int, each: int, window: int, epoch: int
 ) -> None:
     n = sum(shards)
@@ -40,7 +40,7 @@ def test_every_index_comes_once_however_it_is_sliced(
     np.testing.assert_array_equal(np.concatenate(parts), images)
 
 
-def test_positions_draw_from_the_shards_that_are_asked_for() -> None:
+def test_positions_draw_from_the_needed_shards_only() -> None:
     shards = [50] * 60
     own = order(shards, window_shards=3, global_batch=16, lanes=4)
     images = own(np.arange(3000))
@@ -66,7 +66,7 @@ def test_a_batch_takes_equally_many_from_each_lane_and_lanes_share_no_shard_but_
     assert sum(map(len, seen)) <= 32 + 3
 
 
-def test_within_the_window_the_order_is_random_and_epochs_differ() -> None:
+def test_within_the_shuffle_window_the_order_is_random_and_epochs_differ() -> None:
     shards = [100] * 40
     n = 4000
     first, second = (
@@ -75,17 +75,17 @@ def test_within_the_window_the_order_is_random_and_epochs_differ() -> None:
     )
     assert (first == second).mean() < 0.01
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.25
-    # Neighbours lie in different shards about as often as in a window of ten shards at random.
+    # Neighbours come from different shards about as often as with a random order of ten shards.
     same = (np.diff(owners(shards, first)) == 0).mean()
     assert 0.04 < same < 0.2
-    # No border holds an utterance back: some cross the middle of each block.
+    # No border stops all utterances: some cross the middle of each block.
     places = np.argsort(order(shards, lanes=1, global_batch=10, window_shards=10).shards)
     moved = places[owners(shards, first)] - np.arange(n) // 100
     assert moved.min() < -5
     assert moved.max() > 5
 
 
-def test_every_utterance_of_a_window_is_as_likely_at_each_of_its_positions() -> None:
+def test_every_utterance_of_a_shuffle_window_is_equally_likely_at_each_of_its_positions() -> None:
     # One shard that is one block: over epochs, position against index is uniform.
     n, epochs = 12, 3000
     counts = np.zeros((n, n))

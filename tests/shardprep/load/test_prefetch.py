@@ -10,7 +10,7 @@ import pytest
 
 from shardprep.load.buffers import ahead
 
-#: Threads of other tests, which broke a loop off and are kept by the error that they are about.
+#: Threads of other tests that broke a loop off; an error that the test keeps holds them.
 others: set[threading.Thread] = set()
 
 
@@ -32,7 +32,7 @@ def test_every_item_comes_once_and_in_order(items: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_no_more_is_made_ahead_than_was_asked_for(count: int) -> None:
+def test_no_more_items_are_made_ahead_than_asked_for(count: int) -> None:
     made = itertools.count()
     taken = ahead(made, count)
     for _ in range(10):
@@ -54,7 +54,7 @@ def test_an_error_comes_after_the_items_before_it(count: int) -> None:
     assert threads() == []
 
 
-def test_the_next_item_is_made_while_this_one_is_worked_on() -> None:
+def test_the_next_item_is_made_while_this_one_is_used() -> None:
     second = threading.Event()
 
     def items() -> Iterator[int]:
@@ -68,7 +68,7 @@ def test_the_next_item_is_made_while_this_one_is_worked_on() -> None:
     taken.close()
 
 
-def test_breaking_off_ends_the_thread() -> None:
+def test_a_loop_that_is_broken_off_ends_the_thread() -> None:
     for item in (taken := ahead(itertools.count(), 2)):
         if item == 3:
             break

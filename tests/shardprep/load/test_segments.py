@@ -42,7 +42,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def global_batches(split: Split, world_size: int, **options: Any) -> list[Batch]:
-    """The batches of all ranks, put together."""
+    """The batches of all ranks, joined."""
     ranks = [
         list(loader(split, rank=rank, world_size=world_size, **options))
         for rank in range(world_size)
@@ -59,7 +59,7 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 
 
 def indices_of(split: Split, batches: list[Batch]) -> list[int]:
-    """Which utterance each segment comes from, by looking for it in all of them."""
+    """Which utterance each segment comes from, by a search in all of them."""
     found = []
     for mel, length in (
         (m, int(n)) for b in batches for m, n in zip(b["mel"], b["length"], strict=True)
@@ -98,7 +98,7 @@ def test_union_of_the_ranks_is_the_split_each_once(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_last_batch_is_shared_out_evenly_without_drop_last(split: Split, world_size: int) -> None:
+def test_last_batch_is_divided_evenly_without_drop_last(split: Split, world_size: int) -> None:
     last = [
         list(loader(split, batch_size=5, drop_last=False, rank=rank, world_size=world_size))[-1]
         for rank in range(world_size)
@@ -138,7 +138,7 @@ def test_batches_are_the_segments_of_the_epochs_order(split: Split) -> None:
         assert every["label"][row] == split.labels[index]
 
 
-def test_padding_is_minus_twenty_by_default_and_behind_the_speech(split: Split) -> None:
+def test_padding_is_minus_twenty_by_default_and_after_the_speech(split: Split) -> None:
     every = joined(list(loader(split, segment_frames=300, drop_last=False)))
     short = every["length"] < 300
     assert short.any()
@@ -258,7 +258,9 @@ WINDOWED: dict[str, Any] = {"order": "windowed", "lanes": 4, "window_shards": 1}
 
 
 @pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": 3}, {"window_shards": 0}])
-def test_lanes_that_cannot_be_shared_out_are_refused(split: Split, options: dict[str, int]) -> None:
+def test_lanes_that_cannot_be_divided_evenly_are_refused(
+    split: Split, options: dict[str, int]
+) -> None:
     with pytest.raises(ValueError, match="lanes"):
         loader(split, **{**WINDOWED, **options})
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
@@ -269,7 +271,7 @@ def test_lanes_that_cannot_be_shared_out_are_refused(split: Split, options: dict
 @pytest.mark.parametrize("placement", ["host", "device"])
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 @pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "none"), ("float16", "zstd")])
-def test_every_way_to_the_batches_gives_the_same_bits(
+def test_every_placement_and_prefetch_gives_the_same_bits(
     edge_sets: dict[tuple[str, str], Path],
     kind: tuple[str, str],
     prefetch: int,
@@ -339,7 +341,7 @@ def test_position_of_another_order_is_refused(split: Split) -> None:
         loader(split, **WINDOWED, batch_size=8).load_state_dict(state)
 
 
-def test_damage_met_by_the_prefetching_thread_reaches_the_reader(
+def test_damage_found_by_the_prefetching_thread_reaches_the_reader(
     edge_set: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "damaged"
@@ -350,7 +352,7 @@ def test_damage_met_by_the_prefetching_thread_reaches_the_reader(
         list(own)
 
 
-def test_no_thread_is_left_behind(split: Split) -> None:
+def test_no_thread_remains(split: Split) -> None:
     before = set(threading.enumerate())
     own = loader(split, prefetch=3)
     own._read_ahead._warmed = True  # That thread ends by itself.

@@ -1,4 +1,4 @@
-"""Whole utterances: every one once over all ranks, like lengths together, damage never unseen."""
+"""Whole utterances: each once over all ranks, similar lengths together, damage always found."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_whole_utterances_come_once_each_over_all_ranks(
     assert sorted(seen) == list(range(len(split)))
 
 
-def test_utterances_of_like_length_share_a_batch(split: Split) -> None:
+def test_utterances_of_similar_length_share_a_batch(split: Split) -> None:
     padded = sum(b["mel"].shape[0] * b["mel"].shape[1] for b in UtteranceLoader(split))
     assert sum(len(b["index"]) for b in UtteranceLoader(split)) == len(split)
     assert padded >= split.frames.sum()
@@ -69,7 +69,7 @@ def test_damaged_utterance_is_an_error_that_names_it(
     assert caught.value.key == str(split.keys[bad])
 
 
-def test_damaged_utterances_are_left_out_when_asked(
+def test_damaged_utterances_are_skipped_when_asked(
     damaged_split: Callable[..., tuple[Split, list[int]]],
 ) -> None:
     split, bad = damaged_split([0, 5, 6])

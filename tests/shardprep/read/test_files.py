@@ -1,4 +1,4 @@
-"""Sets in a store read like sets in a folder, also where the cache has a file otherwise."""
+"""Sets in a store read like sets in a folder, also if a file of the cache is damaged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ URL = "memory://set"
 
 @pytest.fixture
 def stored(edge_set: Path) -> Iterator[str]:
-    """`edge_set` in a store in memory."""
+    """`edge_set`, in a store in memory."""
     store = fsspec.filesystem("memory")
     for path in edge_set.iterdir():
         store.pipe(f"/set/{path.name}", path.read_bytes())
@@ -47,7 +47,7 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def flip(path: Path, at: int) -> None:
-    """Change a byte of a file, which others may have open, in another file of its name."""
+    """Replace a file, which others may have open, by a copy with one changed byte."""
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.unlink()
@@ -58,7 +58,7 @@ def in_cache(cache: ShardCache, name: str) -> Path:
     return cache.folder.path / load_manifest(Remote(URL)).files()[name].sha256
 
 
-def test_every_utterance_is_that_of_the_folder(
+def test_every_utterance_equals_the_one_of_the_folder(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     far, near = open_shards(stored, cache), open_shards(edge_set)
@@ -71,7 +71,7 @@ def test_every_utterance_is_that_of_the_folder(
     far.check_unchanged()
 
 
-def test_a_shard_that_was_damaged_in_the_cache_comes_anew(
+def test_a_shard_that_was_damaged_in_the_cache_comes_again(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     train = open_shards(stored, cache)["train"]
@@ -84,7 +84,7 @@ def test_a_shard_that_was_damaged_in_the_cache_comes_anew(
     assert in_cache(cache, name).read_bytes() == (edge_set / name).read_bytes()
 
 
-def test_an_index_that_was_damaged_in_the_cache_comes_anew(
+def test_an_index_that_was_damaged_in_the_cache_comes_again(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     keys = open_shards(stored, cache)["val"].keys
@@ -92,7 +92,7 @@ def test_an_index_that_was_damaged_in_the_cache_comes_anew(
     assert (open_shards(stored, cache)["val"].keys == keys).all()
 
 
-def test_what_is_damaged_in_the_store_is_an_error_with_what_to_do(
+def test_damage_in_the_store_is_an_error_with_a_remedy(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     store = fsspec.filesystem("memory")
@@ -102,7 +102,7 @@ def test_what_is_damaged_in_the_store_is_an_error_with_what_to_do(
     with pytest.raises(CorruptShardError, match="times") as caught:
         open_shards(stored, cache)["train"]
     assert caught.value.file == f"{URL}/train.index.npy"
-    # A set whose sha256 are true to a damaged payload: only the crc32 tells.
+    # The sha256 of this set are those of a damaged payload: only its crc32 shows the damage.
     train = open_shards(edge_set)["train"]
     assert "repair DST" in str(train.damaged(0))
     store.pipe("/set/train.index.npy", (edge_set / "train.index.npy").read_bytes())
@@ -145,7 +145,7 @@ def test_a_set_that_is_replaced_is_noticed(
         shards.check_unchanged()
 
 
-def test_an_order_is_planned_as_from_the_disk_where_all_has_room(edge_set: Path) -> None:
+def test_batches_are_planned_as_from_the_disk_if_the_whole_split_has_room(edge_set: Path) -> None:
     train = open_shards(edge_set)["train"]
     size = int(train.shard_bytes.sum())
     assert plan_for_cache(train, "global", 8, 4, size) == PLANNED
@@ -156,7 +156,7 @@ def test_an_order_is_planned_as_from_the_disk_where_all_has_room(edge_set: Path)
         plan_for_cache(train, "windowed", 8, 4, size - 1)
 
 
-def test_the_cache_can_go_while_nobody_reads(
+def test_the_cache_may_be_removed_while_nobody_reads(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     open_shards(stored, cache)["val"].read(0)

@@ -1,4 +1,4 @@
-"""Files side by side in memory: their bytes, zeros between, errors that name the file."""
+"""Files side by side in memory: their bytes, zeros in between, errors that name the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> list[tuple[Path, int]]:
     return [(tmp_path / str(number), size) for number, size in enumerate(SIZES)]
 
 
-def test_each_file_begins_where_it_is_said_and_zeros_follow(files: list[tuple[Path, int]]) -> None:
+def test_each_file_begins_at_begins_and_zeros_follow(files: list[tuple[Path, int]]) -> None:
     shards = FolderMap(files)
     shards.reading(np.array([2, 0, 2, 3, 1]))
     ends = [*shards.begins[1:], len(shards.bytes)]
@@ -85,6 +85,6 @@ def test_memory_is_given_back(files: list[tuple[Path, int]]) -> None:
     assert mappings() == 0
 
 
-def test_want_of_address_space_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_a_lack_of_address_space_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="maps no more memory.*vm.max_map_count"):
         FolderMap([(tmp_path / "huge", 1 << 60)])

@@ -43,7 +43,7 @@ def test_segments_of_any_length_from_utterances_of_any_length(
     options = {"dtype": dtype, "codec": codec, "val_fraction": 0.0, "samples_per_shard": 2}
     build(source_of({"ann": lengths}), tmp_path / "shards", **options)
     split = open_shards(tmp_path / "shards")["train"]
-    # Every utterance, first and last of each shard among them: its start, its middle, its end.
+    # The start, the middle and the end of every utterance, also of the first and last of a shard.
     indices = np.repeat(np.arange(len(split)), 3)
     frames = split.frames[indices]
     starts = np.select([np.arange(len(indices)) % 3 == k for k in (0, 1)], [0, frames // 2])
@@ -87,7 +87,7 @@ def test_damaged_chunk_names_its_file_and_its_utterance(
     assert segments.tobytes() == naive(fresh, others, np.zeros_like(others), 64).tobytes()
 
 
-def test_a_split_keeps_few_bytes_an_utterance(edge_set: Path) -> None:
+def test_a_split_keeps_few_bytes_for_each_utterance(edge_set: Path) -> None:
     split = open_shards(edge_set)["train"]
     held = [value for value in vars(split).values() if isinstance(value, np.ndarray)]
     own = [array for array in held if array.base is None]
@@ -113,7 +113,7 @@ def test_signed_index_with_a_huge_count_is_refused_before_anything_is_mapped(
         open_shards(folder)["train"]
 
 
-def test_batch_that_would_hold_too_much_at_once_goes_by_parts(
+def test_a_batch_that_needs_much_memory_is_read_in_parts(
     edge_sets: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = open_shards(edge_sets["float16", "zstd"])["train"]

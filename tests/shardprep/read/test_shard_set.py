@@ -25,7 +25,7 @@ SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none",
 
 
 def naive(split: Split, indices: Any, starts: Any, length: int, pad: float) -> NDArray[Any]:
-    """Cut segments from whole utterances, one by one."""
+    """Take segments from whole utterances, one by one."""
     segments = []
     for index, start in zip(indices, starts, strict=True):
         segment = split.read(int(index))[start : start + length]
@@ -38,7 +38,7 @@ def naive(split: Split, indices: Any, starts: Any, length: int, pad: float) -> N
 @pytest.mark.parametrize("kind", SETS, ids="-".join)
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
-def test_segments_equal_a_loop_over_read_to_the_bit(
+def test_segments_equal_a_loop_over_read_bit_for_bit(
     edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str], data: st.DataObject
 ) -> None:
     split = open_shards(edge_sets[kind])["train"]
@@ -56,7 +56,7 @@ def test_segments_equal_a_loop_over_read_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", SETS, ids="-".join)
-def test_whole_split_segments_in_one_call(
+def test_the_whole_split_can_be_read_as_segments_in_one_call(
     edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str]
 ) -> None:
     for split in open_shards(edge_sets[kind]).values():
@@ -90,7 +90,7 @@ def test_columns_describe_the_utterances(edge_set: Path) -> None:
             assert len(split.read(index)) == split.frames[index]
 
 
-def test_read_gives_a_copy_of_ones_own(edge_set: Path) -> None:
+def test_read_gives_a_copy(edge_set: Path) -> None:
     split = open_shards(edge_set)["train"]
     before = split.read(0).copy()
     split.read(0)[:] = 0
@@ -220,7 +220,7 @@ def test_missing_file_is_named_on_opening(damaged: Callable[..., Path], name: st
     assert "shardprep repair" in str(caught.value)
 
 
-def test_shard_lost_after_opening_is_refused(damaged: Callable[..., Path]) -> None:
+def test_a_shard_that_is_removed_after_opening_is_refused(damaged: Callable[..., Path]) -> None:
     folder = damaged("none", "train-000001.tar", lambda data: None)
     split = open_shards(folder)["train"]
     index = int(np.flatnonzero(split.locations["shard"] == 1)[0])
@@ -231,7 +231,7 @@ def test_shard_lost_after_opening_is_refused(damaged: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize("opened_before", [True, False])
-def test_set_that_is_replaced_while_it_is_read_is_recognised(
+def test_a_set_that_is_replaced_while_it_is_read_is_noticed(
     damaged: Callable[..., Path], edge_source: Path, build: Callable[..., Any], opened_before: bool
 ) -> None:
     folder = damaged("none", "train-000001.tar", lambda data: None)
@@ -243,7 +243,7 @@ def test_set_that_is_replaced_while_it_is_read_is_recognised(
     with pytest.raises(CorruptShardError, match=f"fingerprint was {split.fingerprint} and is now"):
         shard_set.check_unchanged()
     if opened_before:
-        # Maps keep the files that were there.
+        # Mapped files stay as they were.
         for index, mel in enumerate(before):
             np.testing.assert_array_equal(split.read(index), mel)
     else:
@@ -253,7 +253,7 @@ def test_set_that_is_replaced_while_it_is_read_is_recognised(
             split.segments([0], [0], 1)
 
 
-def test_set_that_is_as_it_was_passes(damaged: Callable[..., Path]) -> None:
+def test_an_unchanged_set_passes(damaged: Callable[..., Path]) -> None:
     folder = damaged("none", "train-000001.tar", lambda data: None)
     shard_set = open_shards(folder)
     shard_set.check_unchanged()
@@ -267,7 +267,7 @@ def test_set_that_is_as_it_was_passes(damaged: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_intact_tells_the_damaged_from_the_whole(
+def test_intact_finds_the_damaged_utterances(
     damaged_split: Callable[..., tuple[Split, list[int]]], codec: str
 ) -> None:
     split, bad = damaged_split([2, 7], codec)
@@ -298,7 +298,7 @@ def test_altered_index_is_refused_on_opening(
 
 
 def sign_index(folder: Path, rows: NDArray[Any]) -> None:
-    """Replace the index of train, and make the manifest vouch for it."""
+    """Replace the index of train, and sign it in the manifest."""
     buffer = io.BytesIO()
     np.save(buffer, rows)
     (folder / "train.index.npy").write_bytes(buffer.getvalue())
@@ -350,7 +350,7 @@ def test_index_of_other_rows_is_refused_even_when_signed(damaged: Callable[..., 
             open_shards(folder)["train"]
 
 
-def test_a_split_travels_to_another_process_without_its_shards(edge_set: Path) -> None:
+def test_a_split_is_pickled_without_its_shards(edge_set: Path) -> None:
     split = open_shards(edge_set)["train"]
     before = len(pickle.dumps(split))
     segments = split.segments(np.arange(len(split)), np.zeros(len(split), int), 30)

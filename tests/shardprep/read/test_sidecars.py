@@ -1,4 +1,4 @@
-"""An index whose keys no build writes is refused, however true its checksum."""
+"""An index whose keys no build writes is refused, even if its checksum is right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def index_of(folder: Path, keys: list[bytes]) -> SplitInfo:
 
 
 @pytest.mark.parametrize("keys", [[b"a"], [b"abcdef"], [b"a", "é".encode(), b"b c/d-"]])
-def test_keys_of_a_build_are_taken(tmp_path: Path, keys: list[bytes]) -> None:
+def test_keys_of_a_build_are_accepted(tmp_path: Path, keys: list[bytes]) -> None:
     assert load_index(FolderFiles(tmp_path), index_of(tmp_path, keys))["key"].tolist() == keys
 
 

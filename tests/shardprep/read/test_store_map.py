@@ -110,7 +110,7 @@ def test_files_are_mapped_as_they_are_read(mapped: Callable[..., StoreMap], stor
     assert sorted(store.asked) == [3, 7]
     assert read(shards, 3) == [content(3)]
     assert sorted(store.asked) == [3, 7]
-    # Between two files, and where none is mapped, there are zeros.
+    # Between two files, and where no file is mapped, there are zeros.
     assert not shards.bytes[SIZE : int(shards.begins[1])].any()
 
 
@@ -136,7 +136,7 @@ def test_a_reader_wants_as_many_of_the_later_files_as_there_is_room_for(
     WantedShards(shards).want([0, 1], range(2, 30))
     wanted = WantedShards(shards)
     wanted.want([0, 1], range(2, 30))
-    # Three quarters of what a process may use.
+    # Three quarters of the share of a process.
     assert eventually(lambda: there(shards) == [0, 1, 2, 3, 4, 5])
     time.sleep(0.05)
     assert len(there(shards)) == 6
@@ -223,7 +223,7 @@ def test_a_file_that_is_being_read_stays_when_it_is_wanted_no_longer(
     with shards.reading(np.array([1])):
         assert eventually(lambda: there(shards) == [1, 2])
         wanted.close()
-        # Each file by itself: other reads keep nothing but what they read.
+        # Each file separately: a read keeps only the files that it reads.
         assert there(shards) == [1]
         assert bytes(shards.bytes[shards.begins[1] :][:SIZE]) == content(1)
     assert there(shards) == []
@@ -233,7 +233,7 @@ def test_only_few_files_stay_mapped_that_nobody_wants(mapped: Callable[..., Stor
     shards = mapped(30, 20)
     for number in range(30):
         assert read(shards, number) == [content(number)]
-    # A fifth of the cache, beside what was read last.
+    # A fifth of the cache, and the file that was read last.
     assert there(shards) == [25, 26, 27, 28, 29]
 
 
@@ -283,7 +283,7 @@ def test_files_that_others_never_give_back_are_an_error_in_the_end(
     assert read(shards, 5, 6) == [content(5), content(6)]
 
 
-def test_values_are_right_whatever_comes_and_goes_meanwhile(
+def test_values_are_right_while_shards_come_and_go(
     mapped: Callable[..., StoreMap], tmp_path: Path
 ) -> None:
     shards = mapped(16, 9)
@@ -400,7 +400,7 @@ def test_time_spent_waiting_is_counted(mapped: Callable[..., StoreMap], store: S
     assert shards._cache.traffic.waited == before
 
 
-def test_mapped_files_take_no_descriptors_and_none_are_lost(
+def test_mapped_files_take_no_descriptors(
     mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(100, 100)
@@ -493,7 +493,7 @@ os.kill(child, 9)
 """
 
 
-def test_a_process_that_is_forked_reads_by_itself(tmp_path: Path) -> None:
+def test_a_forked_process_reads_by_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORKS, str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["b'y'", "True"], done.stderr

@@ -44,7 +44,7 @@ def test_stream_gives_every_split_in_the_order_of_the_index(
         assert_same(list(shardprep.stream(shard_set.path, name)), split, shard_set.speakers)
 
 
-# By itself it leaves it to the garbage collector to close its files.
+# webdataset leaves it to the garbage collector to close its files.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_webdataset_alone_reads_the_shards(
@@ -89,7 +89,7 @@ def test_shuffle_is_seeded_and_loses_nothing(edge_set: Path) -> None:
     assert sorted(order(0)) == sorted(keys)
 
 
-def test_each_iteration_is_shuffled_anew(edge_set: Path) -> None:
+def test_each_iteration_has_another_shuffle(edge_set: Path) -> None:
     pipeline = shardprep.stream(edge_set, shuffle=16)
     epochs = [[sample["__key__"] for sample in pipeline] for _ in range(3)]
     assert len(set(map(tuple, epochs))) == 3
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_named(damaged_split: DamagedSplit, codec: str, shuffle
     assert caught.value.file == split.damaged(bad).file
 
 
-def test_an_utterance_that_is_gone_from_a_shard_is_missed(damaged_split: DamagedSplit) -> None:
+def test_an_utterance_that_is_missing_in_a_shard_is_noticed(damaged_split: DamagedSplit) -> None:
     split, _ = damaged_split([])
     path = Path(split.damaged(3).file or "")
     with tarfile.open(path) as tar:
@@ -118,11 +118,11 @@ def test_an_utterance_that_is_gone_from_a_shard_is_missed(damaged_split: Damaged
             tar.addfile(member, io.BytesIO(data))
     with pytest.raises(CorruptShardError, match="lacks 1 of the utterances in its index"):
         list(shardprep.stream(path.parent))
-    # What a user does not ask for is not missed.
+    # Shards that the user did not select are not missing.
     assert len(list(itertools.islice(shardprep.stream(path.parent), 2))) == 2
 
 
-def test_shards_that_come_again_are_whole_again(edge_set: Path) -> None:
+def test_shards_can_come_more_than_once(edge_set: Path) -> None:
     samples = list(shardprep.stream(edge_set, "val").repeat(3))
     assert len(samples) == 3 * len(open_shards(edge_set)["val"])
 

@@ -1,4 +1,4 @@
-"""Every fault of a data set has its own clear error, and hides none of the good utterances."""
+"""Every fault of a data set has its own clear error, and valid utterances are still packed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def field(**values: Any) -> Callable[[Path, Entry], None]:
 
 
 def moved(name: str) -> Callable[[Path, Entry], None]:
-    """The file exists under the name that the metadata give, so that only the name is wrong."""
+    """The file exists under the name in the metadata: only the name is wrong."""
 
     def edit(root: Path, entry: Entry) -> None:
         target = root / name
@@ -181,7 +181,9 @@ def test_fault_of_an_utterance_is_skipped_listed_and_reported(
     assert os.environ.get(TRIPWIRE) is None
 
 
-def test_malicious_pickle_would_have_tripped_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_malicious_pickle_of_these_tests_does_run_when_unpickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tripped: list[str] = []
     monkeypatch.setattr(os, "putenv", lambda name, value: tripped.append(name))
     Malicious().__reduce__()[0](TRIPWIRE, "tripped")
@@ -196,7 +198,7 @@ def other_entry(split: str) -> Callable[[Entry, Entry], None]:
             "other speaker": metadata["speakers"]["id00001"],
             "test": testdata["utterances"],
         }
-        # Written otherwise, but the same file.
+        # Another spelling of the same file.
         listed[split].append({**first, "feature_path": f".//{first['feature_path']}"})
 
     return edit
@@ -242,7 +244,7 @@ def test_speaker_that_the_mapping_lacks_loses_all_utterances(
 
 
 @pytest.mark.parametrize("outside", [True, False])
-def test_file_counts_as_inside_by_where_its_folder_really_is(
+def test_a_file_is_inside_if_its_real_folder_is(
     source_of: Callable[..., Path], tmp_path: Path, outside: bool
 ) -> None:
     root = source_of({"ann": [3, 4]})
@@ -260,7 +262,7 @@ def test_file_counts_as_inside_by_where_its_folder_really_is(
     }
 
 
-def test_labels_are_the_mappings_or_else_in_sorted_order(
+def test_labels_are_those_of_mapping_json_or_else_in_sorted_order(
     source_of: Callable[..., Path],
 ) -> None:
     root = source_of({"cleo": [3], "ann": [4], "bob": [5]})
@@ -271,7 +273,9 @@ def test_labels_are_the_mappings_or_else_in_sorted_order(
     assert {u.speaker: u.label for u in source.labelled} == {"bob": 0, "cleo": 1, "ann": 2}
 
 
-def test_fingerprint_changes_with_whatever_is_packed(make_dataset: Callable[..., Path]) -> None:
+def test_fingerprint_changes_with_everything_that_is_packed(
+    make_dataset: Callable[..., Path],
+) -> None:
     root = make_dataset(speakers=2, utterances=4)
 
     def fingerprint() -> str:
@@ -289,7 +293,7 @@ def test_fingerprint_changes_with_whatever_is_packed(make_dataset: Callable[...,
     assert len({before, without, fingerprint()}) == 3
 
 
-def test_metadata_may_be_as_large_as_their_files_account_for(
+def test_metadata_may_grow_with_the_number_of_files(
     make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_dataset(speakers=2, utterances=20, test_utterances=0)
@@ -298,7 +302,7 @@ def test_metadata_may_be_as_large_as_their_files_account_for(
     assert size > 1000
     monkeypatch.setattr("shardprep.format.limits.SMALL_JSON_VALUES", 60)
     assert len(scan_dataset(root).labelled) == 40
-    # The same claims with fewer files to show for them.
+    # The same metadata with fewer files.
     for path in sorted(root.glob("*.pt"))[2:]:
         path.unlink()
     with pytest.raises(SourceError, match="larger than its files account for"):

@@ -1,4 +1,4 @@
-"""Features are those of the file or an error: right, of the right shape, finite, undamaged."""
+"""Features are right, of the right shape, finite and undamaged; or there is an error."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_every_truncation_is_a_fault(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["float32", "parameter"])
-def test_wrong_shape_reads_the_same_whoever_finds_it(
+def test_wrong_shape_has_the_same_message_for_every_kind_of_tensor(
     tmp_path: Path, shape: tuple[int, ...], said: str, kind: str
 ) -> None:
     mel = torch.zeros(shape)
@@ -128,14 +128,14 @@ def test_wrong_shape_reads_the_same_whoever_finds_it(
         load_features(tmp_path / "a.pt", n_mels=4, frames=3)
 
 
-def test_view_that_pretends_to_be_large_is_not_copied(tmp_path: Path) -> None:
+def test_a_view_that_claims_a_huge_size_is_not_copied(tmp_path: Path) -> None:
     torch.save(torch.zeros(1, 4).expand(1 << 40, 4), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"has {1 << 40} frames, but mel_len says 3"):
         load_features(tmp_path / "a.pt", n_mels=4, frames=3)
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), MemoryError()])
-def test_trouble_of_the_machine_is_no_fault_of_the_file(
+def test_an_error_of_the_machine_is_not_a_fault_of_the_file(
     make_dataset: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -178,7 +178,7 @@ def test_optional_files_may_be_absent(
     assert "test" not in [row[0] for row in rows if row]
 
 
-def test_set_of_nothing_but_faults_says_so(
+def test_a_data_set_of_faulty_utterances_only_says_so(
     make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
 ) -> None:
     root = make_dataset(speakers=2, utterances=3, test_utterances=0)
@@ -203,7 +203,7 @@ def test_source_is_only_read(
     assert run_cli("verify", tmp_path / "shards", "--deep").returncode == 0
 
 
-def test_no_more_is_read_of_a_store_than_a_file_may_have() -> None:
+def test_no_more_bytes_are_read_of_a_store_than_a_file_may_have() -> None:
     store = fsspec.filesystem("memory")
     store.pipe("/data/metadata.json", b"x" * 100)
     files = StoreListing(Remote("memory://data"))

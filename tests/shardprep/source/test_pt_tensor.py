@@ -27,7 +27,7 @@ def saved(value: Any, *, older: bool = False) -> bytes:
 
 
 def rewritten(data: bytes, edit: Callable[[str, bytes], bytes], method: int = 0) -> bytes:
-    """A zip file with other contents, all its checksums true."""
+    """A zip file with other contents and the right checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
         for name in old.namelist():
@@ -61,7 +61,7 @@ def test_any_dense_tensor_is_what_torch_loads(
     assert found.repeats == (change == "expanded" and frames > 1)
 
 
-def test_negative_bit_is_heeded() -> None:
+def test_negated_views_are_negated() -> None:
     imaginary = torch.randn(3, 4, dtype=torch.complex64).conj().imag
     assert imaginary.is_neg()
     np.testing.assert_array_equal(
@@ -71,7 +71,7 @@ def test_negative_bit_is_heeded() -> None:
 
 @pytest.mark.parametrize("older", [False, True])
 def test_numbers_beyond_the_file_are_never_read(older: bool) -> None:
-    # K\x0f is the count of numbers, K\x03 that of frames.
+    # K\x0f is the count of numbers, K\x03 the count of frames.
     data = saved(torch.zeros(3, 5), older=older)
     for old, new in [
         (b"cpuq\x04K\x0f", b"cpuq\x04K\xff"),
@@ -109,7 +109,7 @@ def test_numbers_beyond_the_file_are_never_read(older: bool) -> None:
     ],
     ids=range(16),
 )
-def test_program_of_something_else_is_refused(program: bytes) -> None:
+def test_a_pickle_of_anything_else_is_refused(program: bytes) -> None:
     forged = rewritten(
         saved(torch.zeros(3, 5)), lambda name, was: program if name.endswith(".pkl") else was
     )
@@ -118,7 +118,7 @@ def test_program_of_something_else_is_refused(program: bytes) -> None:
             read_tensor(data)
 
 
-def test_compressed_records_and_floods_of_records_are_refused() -> None:
+def test_compressed_records_and_too_many_records_are_refused() -> None:
     data = saved(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="is compressed, which torch.save never does"):
         read_tensor(rewritten(data, lambda name, was: was, zipfile.ZIP_DEFLATED))
@@ -130,7 +130,7 @@ def test_compressed_records_and_floods_of_records_are_refused() -> None:
         read_tensor(flood.getvalue())
 
 
-def test_directory_that_lies_is_refused() -> None:
+def test_a_false_directory_is_refused() -> None:
     data = saved(torch.zeros(3, 5))
     for at in range(len(data) - 22, len(data)):
         for value in (0, 1, 255):

@@ -42,7 +42,7 @@ def packed(
     bare: str = "",
     order: Callable[[list[bytes]], list[bytes]] = list,
 ) -> bytes:
-    """A file with these records, laid out as torch.save does, checksums included.
+    """A file with these records, in the layout of torch.save, with the right checksums.
 
     Args:
         records: Name and content of each.
@@ -103,7 +103,7 @@ def test_matrix_is_what_torch_loads(
 @pytest.mark.parametrize(
     "shape", [(1, 1), (255, 1), (256, 1), (1, 256), (65535, 1), (65536, 1), (2, 40_000)]
 )
-def test_sizes_are_read_in_each_of_the_widths_that_pickles_have(shape: tuple[int, int]) -> None:
+def test_sizes_of_every_width_are_read(shape: tuple[int, int]) -> None:
     assert_usual_and_as_loaded(saved(torch.randn(shape)))
 
 

@@ -8,7 +8,7 @@ from shardprep.storage.failures import may_pass
 
 
 def translated(status: int, code: str = "") -> OSError:
-    """What s3fs makes of an answer."""
+    """The error that s3fs raises for an answer."""
     error, cause = OSError(code), Exception(code)
     cause.response = {  # type: ignore[attr-defined]
         "ResponseMetadata": {"HTTPStatusCode": status},

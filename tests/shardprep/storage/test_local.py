@@ -1,4 +1,4 @@
-"""A final name appears only on a whole file, and what is written survives a power cut."""
+"""Only a complete file gets its final name, and what is written survives a power cut."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_name_appears_only_after_the_last_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_failure_keeps_the_old_file_and_leaves_no_litter(
+def test_failure_keeps_the_old_file_and_leaves_nothing_else(
     tmp_path: Path, kind: type[BaseException]
 ) -> None:
     path = tmp_path / "shard.tar"
@@ -106,7 +106,7 @@ def test_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     assert (tmp_path / "shard.tar").stat().st_mode & 0o777 == mode
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_sha256_of_a_file_is_the_sha256_of_its_bytes(tmp_path: Path) -> None:
     data = os.urandom(2_500_000)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
@@ -129,7 +129,7 @@ def test_fetching_reads_ahead_and_leaves_nothing_open(
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_trouble_in_fetching_is_left_to_the_reader(
+def test_an_error_of_fetching_is_left_to_the_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any) -> None:

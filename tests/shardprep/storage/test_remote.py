@@ -1,4 +1,4 @@
-"""Files behind URLs: what they hold, what is tried again, and what every failure is called."""
+"""Files behind URLs: what they hold, what is retried, and what the message of a failure says."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def memory() -> Iterator[Remote]:
         ("simplecache::s3://bucket/x", "simplecache::s3://bucket/x"),
     ],
 )
-def test_what_has_a_protocol_is_behind_a_url(place: str, url: str) -> None:
+def test_a_place_with_a_protocol_is_behind_a_url(place: str, url: str) -> None:
     found = locate(place)
     assert isinstance(found, Remote)
     assert str(found) == os.fspath(found) == url
@@ -68,7 +68,7 @@ def test_what_has_a_protocol_is_behind_a_url(place: str, url: str) -> None:
         (Path("a/b"), "a/b"),
     ],
 )
-def test_what_has_none_is_a_path(place: str | Path, path: str) -> None:
+def test_a_place_without_a_protocol_is_a_path(place: str | Path, path: str) -> None:
     assert locate(place) == Path(path)
 
 
@@ -82,7 +82,7 @@ def test_files_are_read_in_whole_and_in_part(memory: Remote) -> None:
     assert file.exists()
 
 
-def test_what_is_absent_is_told_apart(memory: Remote) -> None:
+def test_an_absent_file_is_not_an_empty_one(memory: Remote) -> None:
     absent = memory / "absent"
     assert not absent.exists()
     assert absent.listing() == {}
@@ -106,7 +106,7 @@ def test_files_are_written_moved_listed_and_removed(memory: Remote) -> None:
     assert set(memory.listing()) == {"sub/file"}
 
 
-def test_a_file_is_sent_when_it_is_whole_and_not_at_all_if_something_is_raised(
+def test_a_file_is_sent_when_it_is_complete_and_not_at_all_after_an_error(
     memory: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -122,7 +122,7 @@ def test_a_file_is_sent_when_it_is_whole_and_not_at_all_if_something_is_raised(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_for_what_is_to_be_sent_is_the_disks_error(
+def test_no_room_for_a_file_to_send_is_an_error_of_the_disk(
     memory: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
@@ -130,13 +130,13 @@ def test_no_room_for_what_is_to_be_sent_is_the_disks_error(
         (memory / "new").write(b"x")
 
 
-def test_a_place_travels_to_other_processes(memory: Remote) -> None:
+def test_a_place_can_be_pickled(memory: Remote) -> None:
     (memory / "sub" / "file").read()
     assert pickle.loads(pickle.dumps(memory)) == memory
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, errors: Iterator[BaseException | None]) -> list[float]:
-    """Have reads of memory:// fail in turn; gives when each was tried."""
+    """Have reads of memory:// fail with these errors in turn; gives the time of each try."""
     tried: list[float] = []
     read = MemoryFileSystem.cat_file
 
@@ -159,7 +159,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
-def test_what_may_pass_is_tried_again(
+def test_a_failure_that_may_pass_is_retried(
     memory: Remote, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     tried = failing(monkeypatch, iter([error, error]))
@@ -179,7 +179,7 @@ FINAL = [
 
 
 @pytest.mark.parametrize("error", FINAL, ids=lambda error: type(error).__name__)
-def test_what_will_not_change_is_an_error_at_once(
+def test_a_failure_that_will_not_pass_is_an_error_at_once(
     memory: Remote, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     tried = failing(monkeypatch, itertools.repeat(error))
@@ -190,14 +190,14 @@ def test_what_will_not_change_is_an_error_at_once(
     assert " for 5 s" not in str(caught.value)
 
 
-def test_ctrl_c_is_not_tried_again(memory: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_not_retried(memory: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = failing(monkeypatch, itertools.repeat(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         memory.read()
     assert len(tried) == 1
 
 
-def test_patience_ends(
+def test_retries_end_when_patience_ends(
     memory: Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried = failing(monkeypatch, itertools.repeat(ConnectionResetError("gone")))
@@ -208,7 +208,7 @@ def test_patience_ends(
         Remote("memory://folder/sub/file", 1.0).read()
     assert 1 <= time.monotonic() - began < 10
     assert len(tried) > 5
-    # Once, when it begins to look like an outage.
+    # Once, after several failures.
     assert [record.message for record in caplog.records] == [
         "memory://folder/sub/file: ConnectionResetError: gone; trying for 1 s"
     ]
@@ -227,7 +227,7 @@ def test_an_unknown_protocol_is_named() -> None:
         Remote("nonsense://x/y").read()
 
 
-def test_stores_say_in_different_words_when_a_file_was_modified() -> None:
+def test_stores_name_the_time_of_modification_differently() -> None:
     noon = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)
     for info in (
         {"LastModified": noon},
@@ -300,7 +300,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     web.close()
 
 
-def test_a_web_server_is_asked_for_ranges_and_may_have_none(web: Web) -> None:
+def test_a_web_server_is_asked_for_ranges_which_it_may_lack(web: Web) -> None:
     assert web.file("/a").read(5, 9) == BODY
     assert web.file("/a").read() == BODY
     assert web.file("/a").info()["size"] == len(BODY)
@@ -312,7 +312,7 @@ def test_a_web_server_is_asked_for_ranges_and_may_have_none(web: Web) -> None:
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_what_a_web_server_does_not_have_is_absent(web: Web, status: int) -> None:
+def test_a_file_that_a_web_server_lacks_is_absent(web: Web, status: int) -> None:
     web.status = {"/a": itertools.repeat(status)}
     if status == 404:
         with pytest.raises(FileNotFoundError):
@@ -321,7 +321,7 @@ def test_what_a_web_server_does_not_have_is_absent(web: Web, status: int) -> Non
 
 
 @pytest.mark.parametrize("status", [401, 403, 400])
-def test_what_a_web_server_refuses_is_an_error_at_once_and_not_absence(
+def test_a_refusal_of_a_web_server_is_an_error_at_once_and_not_absence(
     web: Web, status: int
 ) -> None:
     web.status = {"/a": itertools.repeat(status)}
@@ -334,7 +334,7 @@ def test_what_a_web_server_refuses_is_an_error_at_once_and_not_absence(
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
-def test_what_a_web_server_is_too_busy_for_is_asked_again(web: Web, status: int) -> None:
+def test_a_busy_web_server_is_asked_again(web: Web, status: int) -> None:
     web.status = {"/a": iter([status] * 2), "/b": iter([status] * 4)}
     assert web.file("/a").read() == BODY
     assert web.file("/b").exists()
@@ -344,30 +344,30 @@ def test_what_a_web_server_is_too_busy_for_is_asked_again(web: Web, status: int)
             ask()
 
 
-def test_a_range_behind_the_end_is_empty(web: Web) -> None:
+def test_a_range_after_the_end_is_empty(web: Web) -> None:
     web.status = {"/a": itertools.repeat(416)}
     assert web.file("/a").read(5000, 6000) == b""
     assert len(web.asked) == 1
 
 
-def test_a_server_that_never_answers_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answers_is_an_error(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CALL_SECONDS", 0.3)
     web.status = {"/a": itertools.repeat(0), "/b": iter([0])}
     began = time.monotonic()
     with pytest.raises(StorageError, match="no answer for 1 s"):
         web.file("/a", 1.0).read()
     assert 1 <= time.monotonic() - began < 10
-    # One lost answer costs one time-out.
+    # One missing answer costs one time-out.
     assert web.file("/b").read() == BODY
 
 
-def test_a_server_that_is_not_there_is_given_up(web: Web) -> None:
+def test_a_server_that_does_not_exist_is_an_error(web: Web) -> None:
     web.close()
     with pytest.raises(StorageError, match=r"no answer for 0 s .*Cannot connect"):
         web.file("/a", 0.3).read()
 
 
-def test_a_web_server_is_written_to_by_nobody(web: Web) -> None:
+def test_a_web_server_cannot_be_written_to(web: Web) -> None:
     with pytest.raises(StorageError, match=r"read only. Write to a folder, or to an object store"):
         web.file("/a").write(b"x")
     assert web.asked == []
@@ -391,7 +391,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_a_process_that_is_forked_makes_connections_of_its_own() -> None:
+def test_a_forked_process_makes_its_own_connections() -> None:
     subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
 
 
@@ -407,7 +407,7 @@ def test_an_address_that_no_name_can_follow_is_refused(url: str) -> None:
         (Remote(url) / "manifest.json").read()
 
 
-def test_marks_of_folders_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_of_folders_are_not_files(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["/set/", "/set/within/", "/set/a.tar", "/set/within/b"]
     found = {name: {"size": 1, "type": "file"} for name in names}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *arguments, **options: found)
