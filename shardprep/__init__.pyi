@@ -4,10 +4,10 @@ from .build.options import BuildOptions as BuildOptions
 from .build.writer import BuildReport as BuildReport
 from .build.writer import build_shards as build_shards
 from .cache.shard_cache import ShardCache as ShardCache
-from .check.repair import RepairReport as RepairReport
 from .check.repair import repair_shards as repair_shards
-from .check.verify import Fault as Fault
-from .check.verify import VerifyReport as VerifyReport
+from .check.report import Fault as Fault
+from .check.report import RepairReport as RepairReport
+from .check.report import VerifyReport as VerifyReport
 from .check.verify import verify_shards as verify_shards
 from .errors import BuildError as BuildError
 from .errors import CorruptShardError as CorruptShardError

@@ -142,7 +142,7 @@ class TarTarget(Shards):
     def __call__(self, data: bytes) -> None:
         """See `Target`."""
         from shardprep import ShardprepError, verify_shards
-        from shardprep.check.salvage import index_of_tar
+        from shardprep.check.salvage_index import index_of_tar
 
         self.sign(shard=data)
         verify_shards(self.shards, deep=True)
@@ -285,7 +285,7 @@ def fuzz_one(name: str, seconds: float, found: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["shardprep", "pickletools", "tarfile"]):
-        import shardprep.check.salvage
+        import shardprep.check.salvage_index
         import shardprep.check.verify  # noqa: F401
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         target = TARGETS[name](Path(folder) / "target")

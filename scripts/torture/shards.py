@@ -102,7 +102,7 @@ def flips(case: Case) -> Result:
             else:
                 missed.append([name, path.name, bit])
         flip(path, bit)
-    assert verify_shards(folder, deep=True).whole
+    assert verify_shards(folder, deep=True).intact
     return {"asked": rounds, "found": found, "missed": missed, "bytes": sum(sizes)}
 
 
@@ -175,7 +175,7 @@ def kills(case: Case) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(command, check=True, capture_output=True)
     expected = contents(folder)
-    assert verify_shards(folder, deep=True, against=case.source).whole
+    assert verify_shards(folder, deep=True, against=case.source).intact
     shards = len(list(folder.glob("*.tar")))
     killed, identical, kept = 0, 0, 0
     for _ in bar(range(case.counts["kills"]), "kills"):
@@ -275,7 +275,7 @@ def drops(case: Case) -> Result:
         # What an index and its shard have lost together is listed without keys.
         nameless = any(not reject.key for reject in report.dropped)
         against = None if nameless else case.source
-        consistent += verify_shards(copy, deep=True, against=against).whole
+        consistent += verify_shards(copy, deep=True, against=against).intact
     return {
         "asked": case.counts["drops"],
         "identical_with_source": identical,

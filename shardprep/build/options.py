@@ -1,4 +1,4 @@
-"""The choices of a build, checked as soon as they are made."""
+"""The options of a build, checked as soon as they are given."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class BuildOptions:
 
     Attributes:
         dtype: Element type to store.
-        codec: "none", or "zstd" for about 13 % smaller shards that cost time to read.
-        level: zstd level, 1 to 22; None for 3. Only with that codec.
-        samples_per_shard: Most utterances a shard holds.
+        codec: "none", or "zstd" for shards that are about 13 % smaller but slower to read.
+        level: zstd level, 1 to 22; None for 3. Only with the codec zstd.
+        samples_per_shard: Most utterances in a shard.
         val_fraction: Share of each speaker's utterances for the split val, in [0, 1).
-        seed: Decides split and order.
-        workers: Processes; 0 stands for the number of cores. With Ray, tasks at a time; 0 stands
-            for as many as the cluster has CPUs.
-        on_error: Whether a faulty utterance stops the build or is left out and listed.
+        seed: Seed of the split and of the order.
+        workers: Number of processes; 0 for the number of cores. With Ray, most tasks at a time;
+            0 for as many as the cluster has CPUs.
+        on_error: "fail": a faulty utterance stops the build; "skip": it is left out and listed.
         overwrite: Whether to replace a finished set of other contents.
         dry_run: Read and check everything, write nothing.
         engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
-        address: Of the cluster: "auto" or host:port; None starts Ray on this machine.
+        address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
 
     dtype: Literal["float16", "float32"] = "float16"
@@ -76,15 +76,15 @@ class BuildOptions:
 
     @property
     def record(self) -> BuildRecord:
-        """The choices that decide the bytes, as the manifest states them."""
-        # The manifest's fingerprint tells 0 from 0.0, so both become what its reader makes of them.
+        """The options that decide the bytes, as the manifest states them."""
+        # The types must be those that a reader gets: the fingerprint differs between 0 and 0.0.
         return BuildRecord(
             int(self.seed), float(self.val_fraction), int(self.samples_per_shard), self.on_error
         )
 
 
 def options_of(manifest: Manifest) -> BuildOptions:
-    """The options of the build that made a set, as far as they decide its bytes."""
+    """The options of the build that made a set, if they decide its bytes; else the defaults."""
     build, codec = manifest.build, manifest.codec
     return BuildOptions(
         dtype=manifest.dtype,

@@ -1,28 +1,83 @@
 """Which utterance goes into which shard: pure functions of (utterances, options, seed).
 
-Choices come from a keyed hash of each utterance's key, not from a random generator, so they do
-not depend on the order of the metadata or on NumPy's version. An utterance added later moves at
-most one other of its speaker between train and val, to keep the fraction.
+Random choices come from a keyed hash of each utterance's key, not from a random generator. So they
+do not depend on the order of the metadata, nor on NumPy's version. If a speaker gets one more
+utterance, at most one other utterance of the speaker moves between train and val.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardprep.format.manifest import shard_name
+import msgspec
+
+from shardprep.build.options import BuildOptions
+from shardprep.format.manifest import CodecInfo, shard_name
 from shardprep.source.dataset import Source, Utterance
+from shardprep.storage.remote import Location
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be written: its file name, its split, and its utterances in order."""
+    """One shard to write: its file name, its split, and its utterances in order."""
 
     file: str
     split: str
     utterances: tuple[Utterance, ...]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker must know to write a shard.
+
+    Attributes:
+        plan: File name, split and utterances.
+        root: The data set's folder, or its URL.
+        n_mels: Mel bins F.
+        dtype: "float16" or "float32".
+        codec: How matrices are stored.
+        skip: Whether to leave out faulty utterances; otherwise the first one raises an error.
+    """
+
+    plan: ShardPlan
+    root: Location
+    n_mels: int
+    dtype: str
+    codec: CodecInfo
+    skip: bool
+
+    @property
+    def inputs(self) -> str:
+        """SHA-256 over everything that decides the bytes; of files, their sizes and times."""
+        codec = msgspec.to_builtins(self.codec)
+        listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
+    """The task of every shard that a build with these options has to write, in order."""
+    plans = plan_shards(
+        source,
+        val_fraction=options.val_fraction,
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+    )
+
+    def task(plan: ShardPlan) -> ShardTask:
+        return ShardTask(
+            plan,
+            source.root,
+            source.n_mels,
+            options.dtype,
+            options.codec_info,
+            options.on_error == "skip",
+        )
+
+    return [task(plan) for shards in plans.values() for plan in shards]
 
 
 def plan_shards(
@@ -34,13 +89,13 @@ def plan_shards(
     utterances keep the order of testdata.json.
 
     Args:
-        source: What `scan_dataset` found.
+        source: The data set, from `scan_dataset`.
         val_fraction: Share of each speaker's utterances for val, in [0, 1).
-        samples_per_shard: Most utterances a shard holds.
-        seed: Decides the split and the shuffle.
+        samples_per_shard: Most utterances in a shard.
+        seed: Seed of the split and of the shuffle.
 
     Returns:
-        Split name ("train", "val", "test") to its shards.
+        The shards of each split, by its name ("train", "val", "test").
     """
     train, val = split_validation(source.labelled, val_fraction, seed)
     splits = {
@@ -60,7 +115,7 @@ def split_validation(
 ) -> tuple[list[Utterance], list[Utterance]]:
     """Split into train and val, speaker by speaker.
 
-    A speaker of n utterances gives round(n * fraction) of them to val, yet keeps one in train.
+    Of n utterances of a speaker, round(n * fraction) go to val, but at least one stays in train.
     """
     by_speaker: dict[int, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
@@ -75,16 +130,16 @@ def split_validation(
 
 
 def shuffled(utterances: Sequence[Utterance], seed: int) -> list[Utterance]:
-    """The utterances in a seeded random order, the same for any order of the input."""
+    """The utterances in a seeded random order that does not depend on the order of the input."""
     return sorted(utterances, key=lambda utterance: _draw(seed, "order", utterance.key))
 
 
 def cut_into_shards(
     split: str, utterances: Sequence[Utterance], samples_per_shard: int
 ) -> tuple[ShardPlan, ...]:
-    """Cut a split into as few shards as the limit allows, their sizes differing by at most one.
+    """Cut a split into as few shards as the limit allows, whose sizes differ by at most one.
 
-    Even shards keep readers that hand out whole shards, such as webdataset's, in step.
+    Readers that distribute whole shards, such as webdataset, need shards of equal size.
     """
     total = len(utterances)
     shards = -(-total // samples_per_shard)

@@ -1,4 +1,4 @@
-"""Shard tasks on a Ray cluster: what `pool` does on one machine, on nodes that may go."""
+"""A pool on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,86 +17,92 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from shardprep.build.pool import Advance
+from shardprep.build.pool import Result, Task
+from shardprep.build.shard import Advance
 from shardprep.errors import BuildError, ShardprepError
+from shardprep.storage.remote import Location
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
-# How often a task is begun anew whose node or process is gone.
+# How often a task is started again after its node or its process is lost.
 _RETRIES = 10
-# Enough that no CPU waits for its next task; not so many that they fill the driver's memory.
+# Enough that no CPU waits for its next task, but not so many that they fill our memory.
 _TASKS_PER_CPU = 2
 _POLL_SECONDS = 0.5
 _CONNECT_SECONDS = 10
 _STOP_SECONDS = 30
-# A cluster that grows on demand may take minutes for its first node.
+# A cluster that grows on demand may need minutes to start its first node.
 _NO_CPU_SECONDS = 600
-# Of a Ray that we start: room for tasks and records, which are small.
+# Of a Ray that we start ourselves; tasks and records are small.
 _OBJECT_STORE_BYTES = 1 << 28
 
-_GO_ON = "Run the same command again; finished shards are kept."
+_RUN_AGAIN = "Run the same command again; finished shards are kept."
 
 
-def run_on_ray(
-    work: Callable[[Task, Advance], Result],
-    tasks: Sequence[Task],
-    workers: int,
-    on_progress: Callable[[int, int], None],
-    address: str | None = None,
-    places: tuple[object, object] = (None, None),
-) -> Generator[Result, None, None]:
-    """Run `work` on every task as a task of Ray, and yield results as they come.
+@dataclass(frozen=True)
+class RayPool:
+    """A `Pool` on a Ray cluster, whose nodes may come and go.
 
-    A task whose node is lost runs again on another, so it may run twice. Closing the iterator
-    early, or an error from a task, cancels the others.
-
-    Args:
-        work: It calls its second argument with the bytes of each utterance done.
-        tasks: Its first arguments; each must pickle.
+    Attributes:
         workers: Most tasks at a time; 0 for as many as there are CPUs.
-        on_progress: Called after each task with its utterances and bytes.
-        address: Of a cluster, as `ray.init` takes it; None to start Ray on this machine.
-        places: Where the tasks read, and where they write. Those that are a Path must be folders
-            that every node shares.
-
-    Raises:
-        BuildError: There is no cluster, or it cannot carry out the tasks.
+        address: Address of the cluster, as `ray.init` takes it; None to start Ray on this machine.
+        source: Where the tasks read, if anywhere. A folder must be shared by all nodes.
+        destination: Where the tasks write, if anywhere. A folder must be shared by all nodes.
     """
-    if not tasks:
-        return
-    with _connected(address, workers) as ray, _on_shared(work, *places) as checked:
-        submit = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_one).remote
-        running: dict[Future[Any], Any] = {}
-        try:
-            capacity = _Capacity(ray, workers)
-            for done in _outcomes(partial(submit, checked), tasks, capacity, running):
-                result, utterances, nbytes = done
-                on_progress(utterances, nbytes)
-                if isinstance(result, ShardprepError):
-                    raise result
-                yield result
-        except ray.exceptions.RayError as error:
-            raise _explained(error, ray) from error
-        finally:
-            for ref in running.values():
-                ray.cancel(ref)
-            # Nobody may write in the folder when it is free for the next build.
-            wait(running, _STOP_SECONDS)
+
+    workers: int = 0
+    address: str | None = None
+    source: Location | None = None
+    destination: Location | None = None
+
+    def run(
+        self,
+        work: Callable[[Task, Advance], Result],
+        tasks: Sequence[Task],
+        on_progress: Callable[[int, int], None],
+    ) -> Generator[Result, None, None]:
+        """See `Pool.run`. Progress is reported after each task.
+
+        If a node is lost, its task runs again on another node, so a task may run twice.
+
+        Raises:
+            BuildError: There is no cluster, or it cannot carry out the tasks.
+        """
+        if not tasks:
+            return
+        with (
+            _connected(self.address, self.workers) as ray,
+            _on_shared(work, self.source, self.destination) as checked,
+        ):
+            submit = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_one).remote
+            running: dict[Future[Any], Any] = {}
+            try:
+                capacity = _Capacity(ray, self.workers)
+                for done in _outcomes(partial(submit, checked), tasks, capacity, running):
+                    result, utterances, nbytes = done
+                    on_progress(utterances, nbytes)
+                    if isinstance(result, ShardprepError):
+                        raise result
+                    yield result
+            except ray.exceptions.RayError as error:
+                raise _explained(error, ray) from error
+            finally:
+                for ref in running.values():
+                    ray.cancel(ref)
+                # No task may still write when the folder is free for the next build.
+                wait(running, _STOP_SECONDS)
 
 
 def _run_one(
     work: Callable[[Task, Advance], Result], task: Task
 ) -> tuple[Result | ShardprepError, int, int]:
-    """On a node: the result of a task, or our own error, and the utterances and bytes done."""
+    """Runs on a node: the result of a task, or our own error; and its utterances and bytes."""
     done: list[int] = []
     result: Result | ShardprepError
     try:
         result = work(task, done.append)
     except ShardprepError as error:
-        # As a value; Ray would wrap an exception, and lose its fields.
+        # Returned as a value: Ray would wrap a raised exception, and its fields would be lost.
         result = error
     return result, len(done), sum(done)
 
@@ -107,14 +113,14 @@ def _outcomes(
     capacity: _Capacity,
     running: dict[Future[Any], Any],
 ) -> Iterator[tuple[Any, int, int]]:
-    """What came of each task; no more are in flight than the cluster has use for."""
+    """The result of each task. No more tasks are submitted than the cluster can use."""
     waiting = deque(tasks)
     while waiting or running:
         room = capacity()
         while waiting and len(running) < room:
             ref = submit(waiting.popleft())
             running[ref.future()] = ref
-        # Not `ray.wait`, in which a SIGTERM goes unheard.
+        # Not `ray.wait`, which ignores a SIGTERM while it waits.
         done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
         for future in done:
             del running[future]
@@ -122,7 +128,7 @@ def _outcomes(
 
 
 class _Capacity:
-    """How many tasks the cluster has use for, asked anew as nodes come and go."""
+    """The number of tasks that the cluster can use; it changes as nodes come and go."""
 
     def __init__(self, ray: Any, workers: int) -> None:
         self._ray = ray
@@ -137,16 +143,16 @@ class _Capacity:
         elif now - self._last_seen > _NO_CPU_SECONDS:
             raise BuildError(
                 "no node of the Ray cluster has a CPU",
-                remedy=f"Start nodes. {_GO_ON}",
+                remedy=f"Start nodes. {_RUN_AGAIN}",
             )
-        # At least one, to which a cluster can grow that starts nodes on demand.
+        # At least one: a waiting task makes a cluster on demand start a node.
         return max(1, min(room, self._workers or room))
 
 
 @contextlib.contextmanager
 def _connected(address: str | None, workers: int) -> Iterator[Any]:
-    """The module ray, connected; what was not there before is shut down at the end."""
-    # Ray prints its news of lost nodes and processes to stdout, less what this matches.
+    """The module ray, connected to a cluster; a connection of ours is closed at the end."""
+    # Ray prints messages about lost nodes to stdout, except those that match this pattern.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
     try:
         import ray
@@ -187,7 +193,7 @@ def _start(ray: Any, address: str | None, workers: int) -> None:
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Undo that Ray, as it starts, puts its own handler in the place of the program's."""
+    """Keep the program's SIGTERM handler, which Ray replaces when it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -195,7 +201,7 @@ def _sigterm_kept() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        # What Ray's handler makes of a SIGTERM.
+        # Ray's handler turns a SIGTERM into this.
         signal.signal(signal.SIGTERM, handler)
         signal.raise_signal(signal.SIGTERM)
         raise
@@ -204,7 +210,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """OSError if nobody listens at an address; Ray itself tries for minutes."""
+    """OSError if nothing listens at an address; Ray itself would try for minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
     host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -214,7 +220,7 @@ def _check_answers(address: str) -> None:
 
 def _unreachable(address: str | None, error: Exception) -> BuildError:
     if address is None:
-        return BuildError(f"Ray does not start on this machine ({error})", remedy=_GO_ON)
+        return BuildError(f"Ray does not start on this machine ({error})", remedy=_RUN_AGAIN)
     return BuildError(
         f"cannot connect to a Ray cluster ({error})",
         key=f"address {address}",
@@ -224,9 +230,9 @@ def _unreachable(address: str | None, error: Exception) -> BuildError:
 
 
 def _explained(error: Any, ray: Any) -> Exception:
-    """What a user can do about an error of Ray; the cause itself of one within a task."""
+    """An error that tells the user what to do; or the task's own error, if it has failed."""
     cause = getattr(error, "cause", None)
-    # What a node cannot unpickle is an error of Ray's within the task.
+    # If a node cannot unpickle a task, Ray reports an error within the task.
     unloaded = isinstance(cause, (ImportError, ray.exceptions.RaySystemError))
     if unloaded or "failed to import" in str(error):
         reason = str(error).strip().splitlines()[-1]
@@ -237,20 +243,20 @@ def _explained(error: Any, ray: Any) -> Exception:
     if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
         return cause
     return BuildError(
-        f"the Ray cluster gave up a task ({type(error).__name__}), perhaps for want of memory "
+        f"the Ray cluster gave up a task ({type(error).__name__}), perhaps for lack of memory "
         "or of nodes",
-        remedy=f"{_GO_ON} With nodes of more memory, or fewer CPUs each, if memory is short.",
+        remedy=f"{_RUN_AGAIN} With nodes of more memory, or fewer CPUs each, if memory is short.",
     )
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """Work that is refused on a node that does not see what we see.
+    """Work that refuses to run on a node that does not share our folders.
 
     Attributes:
-        work: What to do there.
-        start: The folder in which relative paths begin.
-        needed: What must be there, and the folder that it stands for.
+        work: What to do on the node.
+        start: The folder that relative paths start from.
+        needed: Paths that must exist, each with the folder to name in an error.
     """
 
     work: Callable[[Any, Advance], Any]
@@ -272,16 +278,18 @@ class _Checked:
 
 @contextlib.contextmanager
 def _on_shared(
-    work: Callable[[Task, Advance], Result], source: object, destination: object
+    work: Callable[[Task, Advance], Result],
+    source: Location | None,
+    destination: Location | None,
 ) -> Iterator[Callable[[Task, Advance], Result]]:
-    """`work`, refused on nodes that do not share the folders."""
+    """`work` that refuses to run on nodes that do not share the folders."""
     folders = [place for place in (source, destination) if isinstance(place, Path)]
     start = os.sep if all(folder.is_absolute() for folder in folders) else os.getcwd()
     needed = [(os.path.abspath(source), str(source))] if isinstance(source, Path) else []
     if not isinstance(destination, Path):
         yield _Checked(work, start, tuple(needed))
         return
-    # A folder of the same name may be another one; one with this file in it is not.
+    # Another machine may have a different folder of the same name, but without this file in it.
     with tempfile.NamedTemporaryFile(prefix="shared.", suffix=".tmp", dir=destination) as token:
         needed.append((os.path.abspath(token.name), str(destination)))
         yield _Checked(work, start, tuple(needed))

@@ -1,12 +1,11 @@
-"""One shard: a plain POSIX tar of the utterances that a plan puts into it.
+"""Write one shard: a plain POSIX tar of the utterances that the plan puts into it.
 
-For each utterance, adjacent: KEY.mel.npy (or .mel.npy.zst), KEY.cls (the label; absent where
-unknown) and KEY.json. Times, owners and modes are fixed, so equal contents are equal bytes.
+The members of an utterance are adjacent: KEY.mel.npy (or .mel.npy.zst), KEY.cls (the label, if it
+is known) and KEY.json. Times, owners and modes are fixed, so equal contents are equal bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -14,14 +13,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
 
-from shardprep.build.plan import ShardPlan
+from shardprep.build.plan import ShardTask
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
@@ -32,21 +30,24 @@ from shardprep.source.features import check_file_size, load_features
 from shardprep.storage.local import fetch
 from shardprep.storage.remote import Location, Remote
 
-# A file of a data set: its path, or its bytes, or why these cannot be used.
+# Called after each utterance, with the bytes read for it.
+Advance: TypeAlias = Callable[[int], None]
+
+# A file of a data set: its path, or its bytes, or why it cannot be used.
 SourceFile: TypeAlias = Path | bytes | ValueError
 
-# Enough to keep a disk or a store busy with many requests at once; a few MB of memory.
+# Enough requests at once to keep a disk or a store busy; they take a few MB of memory.
 _FILES_AHEAD = 32
 
-# From here on a number becomes infinite as it is rounded to float16.
+# Numbers from here on are rounded to infinity in float16.
 _FLOAT16_LIMIT = 65520
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
-    """What came of writing a shard; kept beside an unfinished build to resume from.
+    """The result of writing a shard. An unfinished build keeps it, to be resumed.
 
     Attributes:
-        inputs: SHA-256 over everything that decided the bytes; see `inputs_of`.
+        inputs: SHA-256 over everything that decided the bytes; see `ShardTask.inputs`.
         info: The shard's entry in the manifest.
         rows: Its index rows.
         rejects: Utterances that were left out.
@@ -60,46 +61,18 @@ class ShardRecord(msgspec.Struct, frozen=True):
     source_bytes: int
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """All that a worker needs to write a shard.
-
-    Attributes:
-        plan: File name, split and utterances.
-        root: The data set's folder, or its URL.
-        n_mels: Mel bins F.
-        dtype: "float16" or "float32".
-        codec: How matrices are stored.
-        skip: Whether faulty utterances are left out; otherwise the first one raises.
-    """
-
-    plan: ShardPlan
-    root: Location
-    n_mels: int
-    dtype: str
-    codec: CodecInfo
-    skip: bool
-
-    @property
-    def inputs(self) -> str:
-        """SHA-256 over all that decides the bytes; file contents count by size and time."""
-        codec = msgspec.to_builtins(self.codec)
-        listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 def write_shard(
-    task: ShardTask, file: BinaryIO, advance: Callable[[int], None] = lambda nbytes: None
+    task: ShardTask, file: BinaryIO, advance: Advance = lambda nbytes: None
 ) -> ShardRecord:
     """Load, check and write the utterances of a shard.
 
     Args:
         task: What to write.
-        file: Where to; written in one pass from its beginning.
-        advance: Called after each utterance with the bytes read for it.
+        file: Where to write it, in one pass from the beginning.
+        advance: Called after each utterance, with the bytes read for it.
 
     Raises:
-        SourceError: An utterance is faulty and the task does not skip.
+        SourceError: An utterance is faulty, and the task does not skip such.
     """
     tar = TarWriter(file)
     rows, rejects, source_bytes = [], [], 0
@@ -131,35 +104,35 @@ def write_shard(
 def files_ahead(
     root: Location, utterances: Sequence[Utterance], n_mels: int
 ) -> Iterator[tuple[Utterance, SourceFile]]:
-    """Utterances of the data set at `root` with their files; the next files are on their way."""
+    """The utterances of the data set at `root` with their files; the next files are read ahead."""
     if isinstance(root, Remote):
         with ThreadPoolExecutor(_FILES_AHEAD) as threads:
-            asked = deque[Future[SourceFile]]()
+            requests = deque[Future[SourceFile]]()
             later = iter(utterances)
             for utterance in utterances:
-                for coming in itertools.islice(later, _FILES_AHEAD - len(asked)):
-                    asked.append(threads.submit(fetch_file, root, coming, n_mels))
-                yield utterance, asked.popleft().result()
+                for following in itertools.islice(later, _FILES_AHEAD - len(requests)):
+                    requests.append(threads.submit(fetch_file, root, following, n_mels))
+                yield utterance, requests.popleft().result()
         return
     later = iter(utterances)
     for number, utterance in enumerate(utterances):
-        for coming in itertools.islice(later, 1 if number else _FILES_AHEAD):
-            fetch(os.path.join(root, coming.path))
+        for following in itertools.islice(later, 1 if number else _FILES_AHEAD):
+            fetch(os.path.join(root, following.path))
         yield utterance, root / utterance.path
 
 
 def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:
-    """The file of an utterance: its path, or its bytes, or why these cannot be used.
+    """The file of an utterance: its path, or its bytes from a store, or why it cannot be used.
 
     Raises:
-        StorageError: The store gives no answer.
+        StorageError: The store does not answer.
     """
     path = root / utterance.path
     if not isinstance(path, Remote):
         return path
     try:
         check_file_size(utterance.nbytes, n_mels=n_mels, frames=utterance.frames)
-        # Its size is known, and to read it by range spares the store a question.
+        # The size is known already, so a ranged read saves one request.
         return path.read(0, utterance.nbytes)
     except ValueError as fault:
         return fault
@@ -170,11 +143,18 @@ def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:
 def encode_file(
     file: SourceFile, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo
 ) -> bytes:
-    """Load a `.pt` file, given as by `fetch_file`; returns the payload that a shard stores of it.
+    """Load a `.pt` file and encode it as the payload that a shard stores.
+
+    Args:
+        file: The file, as `fetch_file` gives it.
+        n_mels: Mel bins F.
+        frames: Mel frames T, by the metadata.
+        dtype: Element type to store.
+        codec: How to store the matrix.
 
     Raises:
-        ValueError: What is wrong with the file, in words for `Reject.reason`.
-        StorageError: The machine, not the file, is at fault.
+        ValueError: The file is faulty; the message is meant for `Reject.reason`.
+        StorageError: The file cannot be read, through no fault of its own.
     """
     if isinstance(file, ValueError):
         raise file
@@ -187,14 +167,14 @@ def encode_file(
     payload = codecs.encode(stored, codec)
     if len(payload) > MAX_MEMBER_BYTES or stored.nbytes > most_matrix_bytes(len(payload)):
         raise ValueError(
-            f"shrinks from {stored.nbytes} to {len(payload)} bytes, more than readers believe; "
+            f"shrinks from {stored.nbytes} to {len(payload)} bytes, which readers would refuse; "
             "use --codec none"
         )
     return payload
 
 
 def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
-    """Append the members of an utterance, whose matrix is encoded as `payload`."""
+    """Append the members of an utterance; `payload` is its encoded matrix."""
     offset = tar.add(utterance.key + suffix, payload)
     if utterance.label != NO_LABEL:
         tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
@@ -208,3 +188,9 @@ def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str
         zlib.crc32(payload),
         utterance.key,
     )
+
+
+def check_shard(task: ShardTask, advance: Advance) -> ShardRecord:
+    """The record of a shard, for a dry run: nothing is written."""
+    with open(os.devnull, "wb") as nowhere:
+        return write_shard(task, nowhere, advance)

@@ -1,16 +1,17 @@
-"""An unfinished build, wherever it goes: what it must do, and which files are its own."""
+"""An unfinished build: what it must do wherever it goes, and which files belong to it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from shardprep.build.pool import Advance
-from shardprep.build.shard import ShardRecord, ShardTask
+from shardprep.build.plan import ShardTask
+from shardprep.build.shard import Advance, ShardRecord
 from shardprep.errors import BuildError
 from shardprep.format.index import index_bytes
 from shardprep.format.manifest import (
@@ -25,50 +26,83 @@ from shardprep.format.manifest import (
 )
 from shardprep.storage.remote import Location
 
+# Names of the files of a set, except the manifest.
 _OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
-
-
-# What `storage.publish` appends to the name of a file that is not whole yet.
+# `publish` appends this to the name of a file that is not complete yet.
 _TEMPORARY = re.compile(r"\.[^.]*\.tmp")
-
 
 RECORD_SUFFIX = ".json"
 
 
 class Work(Protocol):
-    """An unfinished build, in a folder or in an object store; pickles, for workers to call."""
+    """An unfinished build, in a folder or in an object store; it pickles, for worker processes.
+
+    Where it can, a build writes into a work folder within its target first.
+    """
 
     @property
     def target(self) -> Location:
-        """Where the set goes."""
+        """The place of the shard set."""
+
+    @property
+    def folder(self) -> Location:
+        """The work folder."""
+
+    @classmethod
+    def claim(cls, target: Any, overwrite: bool) -> contextlib.AbstractContextManager[Work | None]:
+        """Check that a build may write to a place, and keep other builds out if possible.
+
+        Args:
+            target: The place of the shard set; a folder is made if necessary.
+            overwrite: Whether to replace a finished set.
+
+        Yields:
+            The unfinished build; None if `target` holds a finished set and `overwrite` is off.
+
+        Raises:
+            BuildError: Another build is running there, or the place holds something else.
+            StorageError: The place cannot be written to.
+        """
 
     def keep_finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
-        """Records of the shards of an earlier run that still hold, by file name.
+        """Records of the finished shards of earlier runs that this run can use, by file name.
 
-        What else earlier runs left is removed.
+        Everything else that earlier runs have left in the work folder is removed.
         """
 
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
-        """Write the shard of a task, and a record of it; see `shard.write_shard`."""
+        """Write the shard of a task and its record; see `shard.write_shard`."""
 
     def publish(self, name: str, data: bytes) -> None:
         """Write another file of the set."""
 
     def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
-        """Put the complete set in its place, its manifest last."""
+        """Move the complete set to its place, in place of an older set; the manifest comes last.
+
+        If a build is killed here, the next one finds the files where they are and moves the rest.
+
+        Args:
+            files: All files of the set but the manifest, each in the work folder or moved already.
+            manifest: Content of manifest.json.
+        """
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is one that builds write, whole or half."""
+    """Whether builds write files of this name, complete or under a temporary name."""
     stem = _TEMPORARY.sub("", name)
-    return bool(_OURS.fullmatch(stem)) or (stem != name and stem == MANIFEST_NAME)
+    return is_ours_and_complete(stem) or (stem != name and stem == MANIFEST_NAME)
+
+
+def is_ours_and_complete(name: str) -> bool:
+    """Whether builds write files of this name, the manifest aside; no temporary names."""
+    return bool(_OURS.fullmatch(name))
 
 
 def check_manifest_is_ours(path: Location, data: bytes) -> None:
-    """Make sure that what a manifest.json holds is of a shard set, damaged or not.
+    """Make sure that a manifest.json is that of a shard set, even if it is damaged.
 
     Raises:
-        BuildError: It is not: other programs too keep a file of this name.
+        BuildError: It is not: other programs also have files of this name.
     """
     if f'"{FORMAT}"'.encode() not in data:
         raise BuildError(
@@ -79,7 +113,7 @@ def check_manifest_is_ours(path: Location, data: bytes) -> None:
 
 
 def is_of(record: ShardRecord, task: ShardTask) -> bool:
-    """Whether a record can be what came of a task; its file names lead to what is moved."""
+    """Whether a record can be the result of a task. Its file names decide which files are moved."""
     planned = {utterance.key: utterance for utterance in task.plan.utterances}
     keys = [row.key for row in record.rows]
     return (
@@ -99,7 +133,11 @@ def is_of(record: ShardRecord, task: ShardTask) -> bool:
 
 
 def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
-    """Write the index file of every split that has utterances; the manifest's entries of them."""
+    """Write the index file of every split that has utterances.
+
+    Returns:
+        The splits' entries in the manifest, by name.
+    """
     by_split: dict[str, list[ShardRecord]] = {}
     for record in records:
         if record.info.samples:
@@ -116,7 +154,7 @@ def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, Spl
 
 
 def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
-    """Write rejects.jsonl, if there are any; the manifest's entry of it."""
+    """Write rejects.jsonl, if there are rejects; returns its entry in the manifest."""
     if not rejects:
         return None
     lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
@@ -129,5 +167,5 @@ def _publish_file(work: Work, name: str, data: bytes) -> FileInfo:
 
 
 def split_of(record: ShardRecord) -> str:
-    """The split that a shard belongs to, by its file's name."""
+    """The split of a shard, by the name of its file."""
     return record.info.file.rsplit("-", 1)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from shardprep.build.writer import ProgressListener
+from shardprep.build.pool import ProgressListener
 from shardprep.cli.output import progress_bar
 
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import click
 
-from shardprep.check.repair import RepairReport, repair_shards
+from shardprep.check.repair import repair_shards
+from shardprep.check.report import RepairReport
 from shardprep.cli.output import count, print_json
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
@@ -65,10 +66,10 @@ def repair(
         listener=BuildProgress("repair"),
     )
     if as_json:
-        print_json({**dataclasses.asdict(report), "whole": report.whole})
+        print_json({**dataclasses.asdict(report), "intact": report.intact})
     else:
         _print(report, asked=source is not None or drop)
-    context.exit(0 if report.whole else 1)
+    context.exit(0 if report.intact else 1)
 
 
 def _print(report: RepairReport, *, asked: bool) -> None:
@@ -81,12 +82,12 @@ def _print(report: RepairReport, *, asked: bool) -> None:
     _print_some([f"note: {note}" for note in report.notes], "--json has them all")
     for fault in report.faults:
         click.echo(str(fault))
-    state = "whole" if report.whole else f"{count(len(report.faults), 'fault')} left"
+    state = "intact" if report.intact else f"{count(len(report.faults), 'fault')} left"
     click.echo(
         f"{report.path}: {state} ({count(len(report.repaired), 'file')} repaired, "
         f"{count(report.lost, 'utterance')} dropped, {report.seconds:.1f} s)"
     )
-    if not report.whole and not asked:
+    if not report.intact and not asked:
         click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)
 
 

@@ -37,16 +37,16 @@ def verify(
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
         report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
     if as_json:
-        print_json({**dataclasses.asdict(report), "whole": report.whole})
+        print_json({**dataclasses.asdict(report), "intact": report.intact})
     else:
         for fault in report.faults:
             click.echo(str(fault))
         read = f", {report.samples:,} samples read" if report.samples else ""
         click.echo(
-            f"{shards}: {'whole' if report.whole else count(len(report.faults), 'fault')} "
+            f"{shards}: {'intact' if report.intact else count(len(report.faults), 'fault')} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
-    context.exit(0 if report.whole else 1)
+    context.exit(0 if report.intact else 1)
 
 
 def _total(shards: Location, every_sample: bool) -> int:

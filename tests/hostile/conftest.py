@@ -1,4 +1,4 @@
-"""Lets the tests here import the modules beside them."""
+"""Let the tests in this folder import the modules beside them."""
 
 from __future__ import annotations
 

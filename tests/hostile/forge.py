@@ -1,4 +1,4 @@
-"""Small valid sets, and the tools to forge them: every checksum is made true again."""
+"""Small valid sets, and tools that forge them and then correct every checksum."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from shardprep import BuildOptions
+from shardprep.build.plan import shard_tasks
 from shardprep.build.work_folder import FolderWork
-from shardprep.build.writer import shard_tasks
 from shardprep.format import codecs
 from shardprep.format.manifest import CodecInfo
 from shardprep.source.dataset import scan_dataset
@@ -27,7 +27,7 @@ Edit = Callable[[Any], Any]
 
 
 def write_dataset(folder: Path) -> None:
-    """Two speakers of three utterances, and one of the test split, of N_MELS mels."""
+    """A data set of N_MELS mels: two speakers of three utterances, and one test utterance."""
     folder.mkdir(parents=True)
     speakers: dict[str, list[dict[str, Any]]] = {}
     for number in range(6):
@@ -41,12 +41,12 @@ def write_dataset(folder: Path) -> None:
 
 
 def options(**values: Any) -> BuildOptions:
-    """How sets are built here: in this process, three utterances a shard."""
+    """Build options: in this process, three utterances per shard."""
     return BuildOptions(**{"workers": 1, "samples_per_shard": 3, **values})
 
 
 def edit_record(target: Path, edit: Edit) -> None:
-    """Leave one whole shard of an unfinished build of `Dataset` in `target`, its record edited."""
+    """Leave one finished shard of an unfinished build in `target`, with an edited record."""
     work = target / ".shardprep-build"
     work.mkdir()
     task = shard_tasks(scan_dataset(target.parent / "Dataset"), options())[0]
@@ -58,7 +58,7 @@ def edit_record(target: Path, edit: Edit) -> None:
 
 
 def sign(shards: Path, edit: Edit = lambda content: None) -> None:
-    """Make sizes, checksums and fingerprint true, and only then `edit` what the manifest says."""
+    """Correct sizes and checksums in the manifest, `edit` its content, then sign it."""
     path = shards / "manifest.json"
     content = json.loads(path.read_text())
     for split in content["splits"].values():
@@ -76,7 +76,7 @@ def sign(shards: Path, edit: Edit = lambda content: None) -> None:
 
 
 def edit_index(shards: Path, edit: Edit, split: str = "train") -> None:
-    """Let `edit` change the rows of an index, in place or by returning others."""
+    """Let `edit` change the rows of an index, in place or by returning new rows."""
     path = shards / f"{split}.index.npy"
     rows = np.load(path)
     changed = edit(rows)
@@ -85,7 +85,7 @@ def edit_index(shards: Path, edit: Edit, split: str = "train") -> None:
 
 
 def replace_payload(shards: Path, payload: bytes, frames: int | None = None) -> None:
-    """Store other bytes for the only utterance of the test split, index and checksums true."""
+    """Store other bytes for the only test utterance; index and checksums fit them."""
     path = shards / "test-000000.tar"
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
@@ -110,16 +110,16 @@ def replace_payload(shards: Path, payload: bytes, frames: int | None = None) -> 
 
 
 def edit_payload(shards: Path, edit: Callable[[bytes], bytes]) -> None:
-    """Change the stored bytes of the only utterance of the test split."""
+    """Change the stored bytes of the only test utterance."""
     row = np.load(shards / "test.index.npy")[0]
     data = (shards / "test-000000.tar").read_bytes()[row["offset"] :][: row["nbytes"]]
     replace_payload(shards, edit(data))
 
 
 def write_tar(shards: Path, change: Callable[[tarfile.TarInfo, int], bytes | None]) -> None:
-    """Write the shard of the test split anew; `change` may alter each header, or add bytes.
+    """Write the test shard again; `change` may alter each header, and add bytes before it.
 
-    Its payload stays where the index says, if the change permits it.
+    The payload stays where the index says, if the change permits it.
     """
     path = shards / "test-000000.tar"
     with tarfile.open(path) as tar:
@@ -134,19 +134,19 @@ def write_tar(shards: Path, change: Callable[[tarfile.TarInfo, int], bytes | Non
 
 
 def holes(path: Path, size: int) -> None:
-    """Make a file `size` bytes long, all of those that it has not holes."""
+    """Extend a file to `size` bytes, with holes."""
     with open(path, "ab") as file:
         file.truncate(size)
 
 
 def pipe(path: Path) -> None:
-    """Put a named pipe that nobody writes into where the file is."""
+    """Replace a file by a named pipe that nobody writes to."""
     path.unlink()
     os.mkfifo(path)
 
 
 def set_entry(dataset: Path, **values: Any) -> None:
-    """Change what the metadata say of uttr-0.pt."""
+    """Change the entry of uttr-0.pt in the metadata."""
     path = dataset / "metadata.json"
     content = json.loads(path.read_text())
     content["speakers"]["id0"][0].update(values)
@@ -154,5 +154,5 @@ def set_entry(dataset: Path, **values: Any) -> None:
 
 
 def zstd_frames(frames: int) -> bytes:
-    """So many frames of zeros as a shard with codec zstd stores them."""
+    """Frames of zeros, as a shard with codec zstd stores them."""
     return codecs.encode(np.zeros((frames, N_MELS), "<f2"), CodecInfo("zstd", 3, 64))

@@ -1,4 +1,4 @@
-"""Makes kinds of hostile input and has each read in a process of its own; a JSON line for each.
+"""Make kinds of hostile input, and read each in a process of its own; a JSON line for each.
 
 python run_kinds.py FOLDER [KIND ...]
 """
@@ -34,7 +34,7 @@ Report = dict[str, Any]
 
 
 class Outcome:
-    """What came of a kind: errors that it may raise, and others."""
+    """How reading a kind went: errors that are allowed, and others."""
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
@@ -44,9 +44,11 @@ class Outcome:
         try:
             return work(*arguments, **named)
         except ShardprepError as error:
-            # Want of memory is no answer to a hostile file.
-            short = isinstance(error.__cause__, MemoryError) or "no more memory" in str(error)
-            (self.crashes if short else self.refusals).append(str(error))
+            # Running out of memory is no answer to a hostile file.
+            out_of_memory = isinstance(error.__cause__, MemoryError) or "no more memory" in str(
+                error
+            )
+            (self.crashes if out_of_memory else self.refusals).append(str(error))
         except Exception:
             self.crashes.append(traceback.format_exc())
         return None
@@ -84,7 +86,7 @@ def build_from(folder: Path, outcome: Outcome) -> None:
         report = outcome.attempt(shardprep.build_shards, folder, target, options(on_error=on_error))
         if report is not None:
             outcome.refusals.extend(f"{folder}: {reject}" for reject in report.rejects)
-            assert shardprep.verify_shards(target, deep=True).whole
+            assert shardprep.verify_shards(target, deep=True).intact
             shutil.rmtree(target)
 
 
@@ -93,9 +95,9 @@ def build_into(folder: Path, outcome: Outcome) -> None:
     for overwrite in (False, True):
         outcome.attempt(shardprep.build_shards, source, folder, options(overwrite=overwrite))
     if (folder / "manifest.json").is_file():
-        # What was wrong was left aside, and the set is whole.
-        assert shardprep.verify_shards(folder, deep=True).whole
-        outcome.refusals.append(f"{folder}: built anew")
+        # The build has ignored what was wrong, and the set is intact.
+        assert shardprep.verify_shards(folder, deep=True).intact
+        outcome.refusals.append(f"{folder}: built again")
 
 
 ENTRIES = {"plain": read_shards, "zstd": read_shards, "dataset": build_from, "target": build_into}
@@ -119,7 +121,7 @@ def make(place: Path, name: str, pipe: Connection) -> None:
 
 
 def read(place: Path, name: str, pipe: Connection) -> None:
-    # Python's own handler would wait for the end of a system call.
+    # Python's own handler would run only after a system call has ended.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
     os.chdir(place)
@@ -174,7 +176,7 @@ def main(base: Path, names: list[str]) -> None:
     (valid / "target").mkdir()
     for codec, folder in (("none", "plain"), ("zstd", "zstd")):
         shardprep.build_shards(valid / "Dataset", valid / folder, options(codec=codec))
-        # Loads all that is loaded when first needed.
+        # Loads everything that is loaded on first use, so that it does not count below.
         outcome = Outcome()
         read_shards(valid / folder, outcome)
         assert not outcome.refusals + outcome.crashes, outcome.refusals + outcome.crashes

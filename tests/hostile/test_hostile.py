@@ -1,7 +1,8 @@
-"""No file, however made, gets more from us than a clear refusal.
+"""Every hostile file is refused with a clear error, and does nothing else.
 
-Each kind is read in a process of its own, by every entry that may meet it: whole utterances and
-segments, `verify --deep`, `stream` and `repair` for shards, both kinds of build for data sets.
+Each kind is read in a process of its own, by every function that may read such a file: whole
+utterances and segments, `verify --deep`, `stream` and `repair` for shards, both kinds of build for
+data sets.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_hostile_input_is_refused_by_name_and_does_nothing(
     assert report["crashes"] == []
     assert report["refusals"]
     for text in report["refusals"]:
-        # An absolute path is named as the metadata have it.
+        # An absolute path is named as in the metadata.
         assert name in text or text.startswith("/etc/passwd"), "does not name the file"
         assert len(text) < 2000
         # No control character reaches a terminal.
@@ -59,13 +60,15 @@ def test_security_lists_every_kind() -> None:
     assert len(KINDS) >= 40
 
 
-def test_canary_would_have_sung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpickling_the_canary_makes_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Canary()))
     assert (tmp_path / "canary").exists()
 
 
-def test_record_that_is_true_is_believed(tmp_path: Path) -> None:
+def test_a_record_that_is_right_is_accepted(tmp_path: Path) -> None:
     write_dataset(tmp_path / "Dataset")
     (tmp_path / "target").mkdir()
     edit_record(tmp_path / "target", lambda record: None)

@@ -159,7 +159,7 @@ def test_the_old_set_is_whole_until_the_new_one_is(
     killed(source, place, min(after, count - 1), seed=5, overwrite=True)
     old = objects(place)
     assert {name: data for name, data in old.items() if "/" not in name} == files(local)
-    assert verify_shards(place, deep=True).whole
+    assert verify_shards(place, deep=True).intact
     options = BuildOptions(**OPTIONS, seed=5, overwrite=True)
     report = build_shards(source, place, options)
     assert report.shards_kept >= min(after, 3)
@@ -224,7 +224,7 @@ def test_a_large_shard_is_sent_in_parts_and_not_there_before_it_is_whole(
     parts = [x for x in proxy.log if x.method == "PUT" and "partNumber=" in x.path]
     assert len(parts) >= 2
     assert seen == [set()]
-    assert verify_shards(place).whole
+    assert verify_shards(place).intact
 
 
 def test_places_that_hold_something_else_are_refused(

@@ -1,8 +1,8 @@
-"""Every kind of hostile input that is tried, made when it is needed.
+"""Every kind of hostile input, made when it is needed.
 
-A kind is a function that spoils a valid set within its folder, which also holds `outside/`, where
-nothing may change. Its docstring is its line in SECURITY.md. What it tries to run makes a file
-`canary`.
+A kind is a function that forges a valid set in its folder. Beside it is the folder `outside/`,
+where nothing may change. Its docstring is the line in SECURITY.md. A command that a kind tries to
+run makes a file `canary`.
 """
 
 from __future__ import annotations

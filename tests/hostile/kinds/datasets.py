@@ -55,7 +55,7 @@ metadata(
 )
 metadata(
     "metadata_of_faulty_entries",
-    "metadata.json lists a million utterances that are none",
+    "metadata.json lists a million entries that are not utterances",
     lambda text: '{"n_mels": 5, "speakers": {"a": [' + "1," * 1_000_000 + "1]}}",
 )
 metadata(

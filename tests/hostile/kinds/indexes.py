@@ -32,7 +32,7 @@ def index_pickle(folder: Path) -> None:
 
 @kind("plain")
 def index_bare_pickle(folder: Path) -> None:
-    """an index is a bare pickle, which np.load would take too"""
+    """an index is a bare pickle, which np.load would also open"""
     (folder / "train.index.npy").write_bytes(pickle.dumps(Canary()))
     sign(folder)
 
@@ -94,7 +94,7 @@ def index_shard_of_no_file(folder: Path) -> None:
 
 @kind("plain")
 def index_label_of_nobody(folder: Path) -> None:
-    """an index has labels of speakers that there are not, and a shard is cut short"""
+    """an index has labels of speakers that do not exist, and a shard is cut short"""
     edit_index(folder, lambda rows: rows["label"].__setitem__(slice(None), 10**9))
     os.truncate(folder / "train-000000.tar", 2048)
 

@@ -51,7 +51,7 @@ def manifest_pickle(folder: Path) -> None:
 
 @kind("plain")
 def manifest_pipe(folder: Path) -> None:
-    """manifest.json is a named pipe that nobody writes into"""
+    """manifest.json is a named pipe that nobody writes to"""
     pipe(folder / "manifest.json")
 
 
@@ -63,7 +63,7 @@ def manifest_device(folder: Path) -> None:
 
 
 def forged(name: str, sentence: str, edit: Callable[[Any], None], entry: str = "plain") -> None:
-    """Register a manifest whose fingerprint is true, and whose contents `edit` has changed."""
+    """Register a manifest that `edit` has changed, with the right fingerprint."""
     register(name, sentence, lambda folder: sign(folder, edit), entry)
 
 

@@ -22,7 +22,7 @@ from kinds.registry import GB, Canary, register
 
 
 def pt(name: str, sentence: str, data: Callable[[Path], Any], /, **values: Any) -> None:
-    """Register a file uttr-0.pt: what `data` returns as bytes, or saves itself."""
+    """Register a file uttr-0.pt; `data` returns its bytes, or saves it."""
 
     def make(folder: Path) -> None:
         made = data(folder / "uttr-0.pt")
@@ -43,7 +43,7 @@ def saved(value: Any, **options: Any) -> bytes:
 def repacked(
     value: Any, edit: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED
 ) -> bytes:
-    """What torch.save writes, with records that `edit` has changed; the checksums are true."""
+    """A file of torch.save with records that `edit` has changed; the checksums are right."""
     out = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(saved(value))) as old,
@@ -113,7 +113,7 @@ def script(path: Path) -> None:
 
 
 class Tagged(torch.Tensor):
-    """A tensor with a __torch_function__ of its own."""
+    """A subclass of Tensor."""
 
 
 mel = torch.zeros(70, N_MELS)
@@ -158,7 +158,7 @@ pt(
 )
 pt(
     "pt_view_of_one_frame",
-    "a view of one frame pretends to a billion, as the metadata do",
+    "a view of one frame claims a billion frames, and so do the metadata",
     lambda path: saved(torch.zeros(1, N_MELS).expand(10**9, N_MELS)),
     mel_len=10**9,
 )
@@ -215,6 +215,6 @@ pt(
 )
 pt(
     "pt_subclass",
-    "a .pt file holds a tensor of a class of its own",
+    "a .pt file holds a tensor of another class",
     lambda path: program(b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n)R."),
 )

@@ -1,4 +1,4 @@
-"""What a kind of hostile input is, and the list of all."""
+"""The definition of a kind of hostile input, and the list of all kinds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Kind(NamedTuple):
     """A kind of hostile input.
 
     Attributes:
-        entry: What is to read it: "plain" and "zstd" are shard sets, "dataset" a data set,
-            "target" a folder that is to be built into.
-        make: Spoils the valid set in a folder.
+        entry: What it forges: "plain" and "zstd" are shard sets, "dataset" is a data set, "target"
+            is the destination of a build.
+        make: Forges the valid set in a folder.
     """
 
     entry: str
@@ -39,13 +39,13 @@ def kind(entry: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None
 
 
 def register(name: str, sentence: str, make: Callable[[Path], None], entry: str = "plain") -> None:
-    """Make a kind of a function that bears neither its name nor its sentence."""
+    """Register a function as a kind, with this name and sentence."""
     make.__name__, make.__doc__ = name, sentence
     kind(entry)(make)
 
 
 class Canary:
-    """Unpickling it makes a file `canary`."""
+    """Makes a file `canary` when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch canary",)

@@ -1,4 +1,4 @@
-"""Folders that are to be built into, and what an unfinished build left there."""
+"""Destinations of a build, and the files that an unfinished build has left there."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def work(folder: Path) -> Path:
 
 @kind("target")
 def record_leads_outside(folder: Path) -> None:
-    """the record of an unfinished shard, true otherwise, names ../../outside/secret"""
+    """the record of an unfinished shard, otherwise right, names ../../outside/secret"""
     edit_record(folder, lambda record: record["info"].update(file="../../outside/secret"))
 
 
 @kind("target")
 def record_with_other_rows(folder: Path) -> None:
-    """the record of an unfinished shard, true otherwise, has offsets of 2^70"""
+    """the record of an unfinished shard, otherwise right, has offsets of 2^70"""
     edit_record(folder, lambda record: record["rows"][0].__setitem__(0, 2**70))
 
 

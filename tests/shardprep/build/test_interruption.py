@@ -1,4 +1,4 @@
-"""A build that is killed, stopped or refused at any moment goes on to the same bytes."""
+"""A build that is interrupted at any moment continues to the same bytes."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def act(source, folder):
 
 
 def tars_of(folder: Path) -> list[Path]:
-    """Shards under their final names: gathered for the set, or in their places."""
+    """Shards under their final names: in the work folder, or in their places."""
     return [*folder.glob("*.tar"), *folder.glob(f"{WORK_FOLDER}/*.tar")]
 
 
-def assert_final_names_are_whole(folder: Path) -> int:
-    """Check every final name in an unfinished or finished set; returns how many there are."""
+def assert_final_names_are_complete(folder: Path) -> int:
+    """Check every shard under its final name, in an unfinished or finished set; count them."""
     found = 0
     for path in tars_of(folder):
-        # Both end-of-archive blocks are there, and nothing follows but padding.
+        # Both end-of-archive blocks are there, and only padding follows.
         with tarfile.open(path) as tar:
             members = tar.getmembers()
             assert members
@@ -119,7 +119,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 @pytest.fixture
 def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
-    """`interrupted(how) -> stderr`: start or continue the build and stop it when some are done."""
+    """`interrupted(how) -> stderr`: start or continue the build; stop it after some shards."""
     shards = tmp_path / "shards"
 
     def run(how: str) -> str:
@@ -142,7 +142,7 @@ def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
             shutil.copytree(shards, kept)
         build, said = stop()
         while build.returncode == 0:
-            # On a busy machine this process may come too late.
+            # On a busy machine the signal may come too late.
             shutil.rmtree(shards)
             if kept.exists():
                 shutil.copytree(kept, shards)
@@ -160,7 +160,7 @@ def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
     [("kill", "kill the group", "kill"), ("terminate", "Ctrl-C")],
     ids=["killed", "asked to stop"],
 )
-def test_stopped_build_goes_on_to_the_same_bytes(
+def test_stopped_build_continues_to_the_same_bytes(
     source: Path,
     tmp_path: Path,
     reference: dict[str, str],
@@ -185,10 +185,10 @@ def test_stopped_build_goes_on_to_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def reference(source: Path) -> dict[str, str]:
-    """Files of the set, by sha256, from a build that nothing disturbed."""
+    """The sha256 of each file of the set, from an undisturbed build."""
     shards = source.parent / "reference"
     build_shards(source, shards, BuildOptions(**OPTIONS))  # type: ignore[arg-type]
-    assert verify_shards(shards).whole
+    assert verify_shards(shards).intact
     return {path.name: sha256_of(path) for path in shards.iterdir()}
 
 
@@ -202,7 +202,7 @@ def small_source(make_dataset: Callable[..., Path]) -> Path:
 SMALL = {"samples_per_shard": 3, "on_error": "skip"}
 
 
-def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
+def test_build_killed_at_any_step_continues_to_the_same_bytes(
     small_source: Path,
     tmp_path: Path,
     build: Build,
@@ -213,7 +213,7 @@ def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
     build(small_source, tmp_path / "fresh", **SMALL)
     expected = contents(tmp_path / "fresh")
     assert "rejects.jsonl" in expected
-    shards_found = [assert_final_names_are_whole(folder) for folder in folders]
+    shards_found = [assert_final_names_are_complete(folder) for folder in folders]
     assert len(folders) > 40
     assert set(shards_found) == set(range(5))
     kept = [build(small_source, folder, **SMALL).shards_kept for folder in folders]
@@ -223,7 +223,7 @@ def test_build_killed_at_any_step_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "failing"])
-def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
+def test_failing_disk_at_any_step_is_a_storage_error_and_the_build_continues(
     small_source: Path,
     tmp_path: Path,
     build: Build,
@@ -234,18 +234,18 @@ def test_disk_that_refuses_at_any_step_is_a_storage_error_and_the_build_goes_on(
     refused = 0
     for step in itertools.count(1):
         shards = tmp_path / str(step)
-        # Files that hold little back, so that a shard takes many writes.
+        # Files with small buffers, so that a shard takes many writes.
         with injuries.refusing(step, number, 4096):
             fault = storage_fault(build, small_source, shards)
         if fault is not None:
             assert f"{os.strerror(number)}. Check free space" in fault
             refused += 1
             if shards.exists():
-                assert_final_names_are_whole(shards)
+                assert_final_names_are_complete(shards)
         build(small_source, shards, **SMALL)
         assert contents(shards) == contents(tmp_path / "fresh")
         if fault is None and step > refused + 10:
-            # The step lies behind the end; of those before, only clean-up may fail unnoticed.
+            # This step is after the end of the build. Before it, only clean-up may fail unnoticed.
             break
     assert refused > 60
 
@@ -257,7 +257,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def test_build_on_a_full_disk_goes_on_when_there_is_room(
+def test_build_on_a_full_disk_continues_when_there_is_room(
     small_source: Path,
     small_disk: Path,
     tmp_path: Path,
@@ -273,7 +273,7 @@ def test_build_on_a_full_disk_goes_on_when_there_is_room(
     assert "Traceback" not in done.stderr
     assert not (shards / "manifest.json").exists()
     (small_disk / "ballast").unlink()
-    # On a disk that may not be written, nothing changes.
+    # On a read-only disk, nothing changes.
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 6

@@ -1,4 +1,4 @@
-"""Bad combinations are refused when they are made, and the record holds what decides the bytes."""
+"""Bad combinations of options are refused at once; the record holds what decides the bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
     assert str(value) in str(caught.value)
 
 
-def test_where_a_build_runs_does_not_enter_what_the_manifest_says() -> None:
+def test_the_manifest_does_not_say_where_a_build_ran() -> None:
     one = BuildOptions(workers=1)
     two = BuildOptions(workers=2, overwrite=True, engine="ray", address="auto")
     assert (one.record, one.codec_info) == (two.record, two.codec_info)

@@ -1,4 +1,4 @@
-"""Splits are stratified and stable, shards even, and the order is the seed's or testdata.json's."""
+"""Splits are stratified and stable, shards are even, and the order is right."""
 
 from __future__ import annotations
 

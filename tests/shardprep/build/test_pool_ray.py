@@ -1,4 +1,4 @@
-"""A build on a Ray cluster gives the bytes of a local one, whatever becomes of its nodes."""
+"""A build on a Ray cluster gives the bytes of a local build, even if nodes are lost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from shardprep import BuildError, BuildOptions, BuildReport, SourceError
-from shardprep.build import pool_ray as ray_pool
-from shardprep.build.pool_ray import run_on_ray
+from shardprep.build import pool_ray
+from shardprep.build.plan import shard_tasks
+from shardprep.build.pool_ray import RayPool
 from shardprep.build.work_folder import FolderWork
-from shardprep.build.writer import shard_tasks
 from shardprep.format.manifest import WORK_FOLDER
 from shardprep.source.dataset import scan_dataset
 
@@ -43,7 +43,7 @@ WATCHFUL = {
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster that has its head only."""
+    """A cluster with only its head node."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
@@ -79,7 +79,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_build_on_three_nodes_is_the_local_one(
+def test_build_on_three_nodes_equals_the_local_build(
     source: Path,
     tmp_path: Path,
     cluster: Any,
@@ -87,7 +87,7 @@ def test_build_on_three_nodes_is_the_local_one(
     contents: Contents,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A node has a working folder of its own.
+    # Each node has a working folder of its own.
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
     there = build(
@@ -120,7 +120,7 @@ def test_task_of_a_lost_node_runs_again_and_does_no_harm(
             log.write(f"{task.plan.file}\n")
 
         def hold(nbytes: int) -> None:
-            # One task, on another node than the head, stays in the midst of its shard.
+            # One task, on another node than the head, stops in the middle of its shard.
             if (node := ray.get_runtime_context().get_node_id()) != head:
                 with contextlib.suppress(FileExistsError), open(held, "x") as file:
                     file.write(f"{node} {task.plan.file}")
@@ -140,7 +140,7 @@ def test_task_of_a_lost_node_runs_again_and_does_no_harm(
     killer.start()
     seen: list[tuple[int, int]] = []
     report = lambda *done: seen.append(done)  # noqa: E731
-    records = list(run_on_ray(write, tasks, 0, report, cluster.address, (source, work)))
+    records = list(RayPool(0, cluster.address, source, work).run(write, tasks, report))
     killer.join()
 
     victim = held.read_text().split()[1]
@@ -148,19 +148,19 @@ def test_task_of_a_lost_node_runs_again_and_does_no_harm(
     assert sorted(record.info.file for record in records) == files
     assert sorted(runs.read_text().split()) == sorted([*files, victim])
     assert sum(samples for samples, _ in seen) == 29
-    # What the lost node left of the shard.
+    # The part of the shard that the lost node has left.
     assert list(work.glob(f"{victim}.*.tmp"))
     assert build(source, tmp_path / "shards", samples_per_shard=3).shards_kept == len(files)
     build(source, tmp_path / "here", samples_per_shard=3)
     assert contents(tmp_path / "shards") == contents(tmp_path / "here")
 
 
-def test_node_that_comes_is_used_and_tasks_wait_here_until_there_is_room(
+def test_new_node_is_used_and_tasks_wait_here_until_there_is_room(
     nodes: Any, tmp_path: Path
 ) -> None:
     for node in list(nodes.worker_nodes):
         nodes.remove_node(node)
-    # Until it is known that they are gone.
+    # Wait until the cluster knows that they are gone.
     nodes.wait_for_nodes()
     head, elsewhere = nodes.head_node.node_id, tmp_path / "elsewhere"
     sent: list[int] = []
@@ -180,7 +180,7 @@ def test_node_that_comes_is_used_and_tasks_wait_here_until_there_is_room(
             time.sleep(0.02)
         return number
 
-    results = run_on_ray(work, [Task(n) for n in range(20)], 0, ignore, nodes.address)
+    results = RayPool(0, nodes.address).run(work, [Task(n) for n in range(20)], ignore)
     found = [next(results)]
     assert len(sent) <= 2
     nodes.add_node(**STORE)
@@ -215,9 +215,7 @@ class Asked(BaseException):
 
 
 @pytest.mark.parametrize("how", ["error", "SIGTERM"])
-def test_what_stops_a_build_cancels_the_tasks_that_run(
-    tmp_path: Path, cluster: Any, how: str
-) -> None:
+def test_stopping_a_build_cancels_its_running_tasks(tmp_path: Path, cluster: Any, how: str) -> None:
     began = tmp_path / "began"
 
     def work(number: int, advance: Callable[[int], None]) -> None:
@@ -245,7 +243,7 @@ def test_what_stops_a_build_cancels_the_tasks_that_run(
             asking.start()
         tasks = [0, 1] if how == "error" else [0]
         with pytest.raises(BuildError if how == "error" else Asked):
-            list(run_on_ray(work, tasks, 0, ignore, cluster.address))
+            list(RayPool(0, cluster.address).run(work, tasks, ignore))
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "ended").exists()
@@ -256,12 +254,12 @@ def test_folders_that_a_node_does_not_share_are_named_with_the_node(
 ) -> None:
     shards, other = tmp_path / "shards", tmp_path / "other"
     shards.mkdir()
-    results = run_on_ray(int, [1], 0, ignore, cluster.address, (tmp_path / "absent", None))
+    results = RayPool(0, cluster.address, tmp_path / "absent").run(int, [1], ignore)
     with pytest.raises(BuildError, match=rf"absent: .* node {platform.node()}\..*URLs") as caught:
         list(results)
     assert caught.value.exit_code == 5
-    # A folder of the same name, which is another one.
-    with ray_pool._on_shared(lambda task, advance: task, tmp_path, shards) as work:
+    # A different folder of the same name.
+    with pool_ray._on_shared(lambda task, advance: task, tmp_path, shards) as work:
         assert work(1, ignore) == 1  # type: ignore[arg-type]
         shards.rename(other)
         shards.mkdir()
@@ -279,31 +277,31 @@ def test_node_that_cannot_load_a_task_or_loses_its_process_is_a_build_error(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ray_pool, "_RETRIES", 0)
+        patch.setattr(pool_ray, "_RETRIES", 0)
         with pytest.raises(BuildError, match=r"gave up a task.*Run the same command again"):
-            list(run_on_ray(die, [1], 0, ignore, cluster.address))
+            list(RayPool(0, cluster.address).run(die, [1], ignore))
 
-    # Known to this process only.
+    # Only this process has this module.
     module = types.ModuleType("only_here")
     exec("def work(task, advance): pass", module.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", module)
     with pytest.raises(BuildError, match=r"cannot load the tasks.*only_here.*Install"):
-        list(run_on_ray(module.work, [1], 0, ignore, cluster.address))
-    monkeypatch.setattr(ray_pool._run_one, "__module__", "only_here")
-    monkeypatch.setattr(module, "_run_one", ray_pool._run_one, raising=False)
+        list(RayPool(0, cluster.address).run(module.work, [1], ignore))
+    monkeypatch.setattr(pool_ray._run_one, "__module__", "only_here")
+    monkeypatch.setattr(module, "_run_one", pool_ray._run_one, raising=False)
     with pytest.raises(BuildError, match=r"cannot load the tasks.*only_here.*Install"):
-        list(run_on_ray(int, [1], 0, ignore, cluster.address))
+        list(RayPool(0, cluster.address).run(int, [1], ignore))
 
 
-def test_mistake_in_a_task_comes_as_it_is(cluster: Any) -> None:
+def test_another_error_in_a_task_is_raised_unchanged(cluster: Any) -> None:
     def work(number: int, advance: Callable[[int], None]) -> float:
         return 1 / number
 
     with pytest.raises(ZeroDivisionError):
-        list(run_on_ray(work, [0], 0, ignore, cluster.address))
+        list(RayPool(0, cluster.address).run(work, [0], ignore))
 
 
-def test_connection_of_the_caller_is_used_and_left(cluster: Any) -> None:
+def test_connection_of_the_caller_is_used_and_stays_open(cluster: Any) -> None:
     def work(number: int, advance: Callable[[int], None]) -> str:
         advance(number)
         return str(ray.get_runtime_context().gcs_address)
@@ -311,12 +309,12 @@ def test_connection_of_the_caller_is_used_and_left(cluster: Any) -> None:
     ray.init(cluster.address, log_to_driver=False, logging_level="error")
     seen: list[tuple[int, int]] = []
     try:
-        found = list(run_on_ray(work, [5, 6, 7], 1, lambda *done: seen.append(done)))
+        found = list(RayPool(1).run(work, [5, 6, 7], lambda *done: seen.append(done)))
         assert ray.is_initialized()
     finally:
         ray.shutdown()
     assert found == [cluster.address] * 3
-    # One after the other, as there is to be one at a time.
+    # In order, because only one task runs at a time.
     assert seen == [(1, 5), (1, 6), (1, 7)]
 
 
@@ -325,11 +323,11 @@ def test_cluster_without_a_cpu_is_waited_for_but_not_for_ever(
 ) -> None:
     found = {"CPU": 3.0}
     fake = types.SimpleNamespace(cluster_resources=lambda: found)
-    assert [ray_pool._Capacity(fake, workers)() for workers in (0, 1, 9)] == [6, 1, 6]
-    capacity = ray_pool._Capacity(fake, 0)
+    assert [pool_ray._Capacity(fake, workers)() for workers in (0, 1, 9)] == [6, 1, 6]
+    capacity = pool_ray._Capacity(fake, 0)
     found.clear()
     assert capacity() == 1
-    monkeypatch.setattr(ray_pool, "_NO_CPU_SECONDS", 0)
+    monkeypatch.setattr(pool_ray, "_NO_CPU_SECONDS", 0)
     with pytest.raises(BuildError, match="no node of the Ray cluster has a CPU"):
         capacity()
 
@@ -382,7 +380,7 @@ main()
 """
 
 
-def test_terminated_build_goes_on_on_another_cluster(
+def test_terminated_build_continues_on_another_cluster(
     source: Path, tmp_path: Path, cluster: Any, build: Build, contents: Contents
 ) -> None:
     shards = tmp_path / "shards"

@@ -1,4 +1,4 @@
-"""A shard is a plain tar that equal inputs make equal, and that other readers open."""
+"""A shard is a plain tar that other readers open; equal inputs give equal bytes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from shardprep import BuildReport, SourceError, open_shards
 from shardprep.build import shard
-from shardprep.build.plan import ShardPlan, plan_shards
-from shardprep.build.shard import ShardTask, write_shard
+from shardprep.build.plan import ShardPlan, ShardTask, plan_shards
+from shardprep.build.shard import write_shard
 from shardprep.format.manifest import CodecInfo
 from shardprep.source.dataset import scan_dataset
 
@@ -28,7 +28,7 @@ SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none",
 
 
 def plain(data: bytes, suffix: str) -> NDArray[Any]:
-    """Decode a mel member without the package."""
+    """Decode a mel member without shardprep."""
     if suffix == "zst":
         reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
         data = reader.read()
@@ -94,7 +94,7 @@ def test_matrices_are_those_of_the_source(
             np.testing.assert_array_equal(split.read(index), original.astype(kind[0]))
 
 
-def test_members_bear_no_trace_of_time_or_user(edge_set: Path) -> None:
+def test_members_have_no_trace_of_time_or_user(edge_set: Path) -> None:
     with tarfile.open(edge_set / "train-000000.tar") as tar:
         traits = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in tar}
     assert traits == {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
@@ -151,7 +151,7 @@ def test_index_rows_point_at_the_payloads(edge_set: Path) -> None:
         assert row["offset"] % 512 == 0
 
 
-def test_record_says_what_was_written(task: ShardTask) -> None:
+def test_record_describes_the_shard(task: ShardTask) -> None:
     file, read = io.BytesIO(), [0]
     record = write_shard(task, file, read.append)
     again = io.BytesIO()
@@ -186,7 +186,7 @@ def test_inputs_change_with_whatever_decides_the_bytes(task: ShardTask) -> None:
     assert len(inputs | {task.inputs}) == len(changes) + 1
 
 
-def test_fault_raises_or_is_left_out_as_the_task_says(task: ShardTask) -> None:
+def test_faulty_utterance_raises_or_is_left_out_as_the_task_says(task: ShardTask) -> None:
     bad = task.plan.utterances[3]
     (task.root / bad.path).write_bytes(b"garbage")
     with pytest.raises(SourceError, match=bad.path):

@@ -1,4 +1,4 @@
-"""However a build ends, the next one goes on from it to the same bytes, undisturbed by others."""
+"""However a build ends, the next build continues to the same bytes, and keeps others out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardprep import (
     open_shards,
     verify_shards,
 )
-from shardprep.build.work_folder import claim
+from shardprep.build.work_folder import FolderWork
 from shardprep.format.manifest import WORK_FOLDER
 
 Build = Callable[..., BuildReport]
@@ -40,7 +40,7 @@ OPTIONS = {"samples_per_shard": 3, "on_error": "skip"}
 
 @pytest.fixture
 def unfinished(source: Path, tmp_path: Path, build: Build) -> Path:
-    """A build that was broken off after its shards, before its manifest."""
+    """A build that was interrupted after its shards, before its manifest."""
     shards = tmp_path / "shards"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardprep.build.writer._publish_set", interrupt)
@@ -58,7 +58,7 @@ def identity(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tars}
 
 
-def test_whole_shards_are_kept_and_not_written_again(
+def test_undamaged_shards_are_kept_and_not_written_again(
     source: Path, unfinished: Path, build: Build
 ) -> None:
     before = identity(unfinished)
@@ -98,7 +98,7 @@ def test_shard_whose_source_file_changed_is_written_again(
     testdata = json.loads((source / "testdata.json").read_text())
     one, other = (source / entry["feature_path"] for entry in testdata["utterances"])
     before = identity(unfinished)
-    # As long as before, so that only its time tells that it has changed.
+    # As long as before, so that only its time shows the change.
     one.write_bytes(bytes(reversed(one.read_bytes())))
     build(source, unfinished, **OPTIONS)
     changed = {name for name, stat in identity(unfinished).items() if before[name] != stat}
@@ -108,7 +108,7 @@ def test_shard_whose_source_file_changed_is_written_again(
     assert list(open_shards(unfinished)["test"].keys) == [other.stem]
 
 
-def test_other_options_take_over_an_unfinished_build_and_leave_nothing_of_it(
+def test_other_options_replace_an_unfinished_build_without_a_trace(
     source: Path, tmp_path: Path, unfinished: Path, build: Build, contents: Contents
 ) -> None:
     other = {"samples_per_shard": 5, "on_error": "skip", "codec": "zstd", "val_fraction": 0}
@@ -130,8 +130,8 @@ def test_set_that_is_overwritten_stays_in_use_until_the_new_one_is_complete(
         patch.setattr("shardprep.build.writer._publish_set", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(source, shards, overwrite=True, **other)
-    assert verify_shards(shards, deep=True).whole
-    # Asking for either set without --overwrite costs the new one nothing.
+    assert verify_shards(shards, deep=True).intact
+    # Asking for either set without --overwrite leaves the new one as it is.
     assert build(source, shards, **OPTIONS).up_to_date
     with pytest.raises(BuildError, match="finished set"):
         build(source, shards, **other)
@@ -170,10 +170,11 @@ def test_unfinished_set_does_not_open(unfinished: Path) -> None:
 
 @contextlib.contextmanager
 def held(shards: Path) -> Iterator[None]:
-    """Hold the folder in another process, as another build would, until the block ends."""
+    """Lock the folder in another process, as another build would, until the block ends."""
     code = (
-        "import sys; from pathlib import Path; from shardprep.build.work_folder import claim\n"
-        "with claim(Path(sys.argv[1]), True): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from shardprep.build.work_folder import FolderWork\n"
+        "with FolderWork.claim(Path(sys.argv[1]), True):\n"
+        "    print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, shards], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -187,30 +188,30 @@ def held(shards: Path) -> Iterator[None]:
             other.kill()
 
 
-def test_second_build_is_refused_while_the_first_lives(
+def test_second_build_is_refused_while_the_first_runs(
     source: Path, tmp_path: Path, unfinished: Path, build: Build, contents: Contents
 ) -> None:
     before = contents(unfinished)
     with held(unfinished):
         for overwrite in (False, True):
             with pytest.raises(
-                BuildError, match="another build or repair is at work in this folder"
+                BuildError, match="another build or repair is running in this folder"
             ):
                 build(source, unfinished, overwrite=overwrite, **OPTIONS)
         assert contents(unfinished) == before
-    # Its lock died with it.
+    # The lock ended with its process.
     build(source, unfinished, **OPTIONS)
     build(source, tmp_path / "fresh", **OPTIONS)
     assert contents(unfinished) == contents(tmp_path / "fresh")
 
 
-def test_set_finished_by_another_while_we_came_is_left_alone(
+def test_set_that_another_build_finishes_meanwhile_stays_as_it_is(
     source: Path, tmp_path: Path, build: Build, contents: Contents
 ) -> None:
     build(source, tmp_path / "shards", **OPTIONS)
     before = contents(tmp_path / "shards")
     (tmp_path / "shards" / WORK_FOLDER).mkdir()
-    with claim(tmp_path / "shards", overwrite=False) as work:
+    with FolderWork.claim(tmp_path / "shards", overwrite=False) as work:
         assert work is None
     assert contents(tmp_path / "shards") == before
 

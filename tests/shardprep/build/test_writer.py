@@ -1,4 +1,4 @@
-"""The same source, options and seed give the same bytes, and a finished set is left alone."""
+"""The same source, options and seed give the same bytes, and a finished set stays as it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardprep import (
     open_shards,
     verify_shards,
 )
-from shardprep.build.writer import ProgressListener
+from shardprep.build.pool import ProgressListener
 
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]
@@ -53,7 +53,7 @@ def test_order_of_the_metadata_and_times_of_files_do_not_change_the_shards(
         path.touch()
     build(source, tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    # The fingerprint of the source, which the manifest holds, is that of the list as it stands.
+    # The fingerprint of the source in the manifest depends on the order of the metadata.
     del one["manifest.json"], two["manifest.json"]
     assert one == two
 
@@ -85,7 +85,7 @@ def test_report_counts_what_was_packed(source: Path, tmp_path: Path, build: Buil
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_listener_hears_of_every_utterance_and_byte(
+def test_listener_is_told_of_every_utterance_and_byte(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
     class Listener(ProgressListener):
@@ -266,14 +266,14 @@ def test_fault_in_one_file_keeps_the_shards_that_were_finished(
     assert stat.st_size == bad.stat().st_size
 
 
-def test_split_of_rejects_alone_is_absent(source: Path, tmp_path: Path, build: Build) -> None:
+def test_split_with_only_rejects_is_absent(source: Path, tmp_path: Path, build: Build) -> None:
     testdata = json.loads((source / "testdata.json").read_text())
     for entry in testdata["utterances"]:
         (source / entry["feature_path"]).write_bytes(b"garbage")
     build(source, tmp_path / "shards", on_error="skip")
     assert open_shards(tmp_path / "shards").splits == ("train", "val")
     assert not list((tmp_path / "shards").glob("test*"))
-    assert verify_shards(tmp_path / "shards", deep=True, against=source).whole
+    assert verify_shards(tmp_path / "shards", deep=True, against=source).intact
 
 
 def test_seconds_are_measured(source: Path, tmp_path: Path, build: Build) -> None:
@@ -302,7 +302,7 @@ def test_speakers_that_rejects_leave_only_in_val_are_named(
     for key in train.keys[train.labels == 1]:
         (source / f"{key}.pt").write_bytes(b"garbage")
     (note,) = build(source, tmp_path / "second", **options).notes
-    assert note == "in val, but not in train, are the speakers id00001"
+    assert note == "these speakers are in val, but not in train: id00001"
     (note,) = build(source, tmp_path / "third", val_fraction=0.0, on_error="skip").notes
     assert "no val split" in note
 

@@ -1,4 +1,4 @@
-"""Damage of every kind is put right to the byte, or what is lost is left out and listed."""
+"""Every kind of damage is repaired to the original bytes, or the lost parts are listed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardprep import (
     repair_shards,
     verify_shards,
 )
-from shardprep.build.work_folder import hold
+from shardprep.build.lock import locked
 from shardprep.format.manifest import WORK_FOLDER
 
 Build = Callable[..., Any]
@@ -89,7 +89,7 @@ def reformat(folder: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
-# What the set itself has enough to mend, and what takes the source.
+# Damage that the set itself can repair, and damage that needs the source.
 BY_ITSELF: dict[str, Damage] = {
     "tar header": flip(SHARD, lambda folder: 5),
     "label": flip(SHARD, of_member(".cls")),
@@ -124,7 +124,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, edge_source: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def original(request: pytest.FixtureRequest, source: Path) -> Path:
-    """A whole set of two shards a split and more, with a list of rejects; not to be changed."""
+    """An intact set of two or more shards per split, with a list of rejects; do not change it."""
     from shardprep import BuildOptions
 
     shards = source.parent / request.param
@@ -139,13 +139,13 @@ def shards(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [*BY_ITSELF, *BY_SOURCE])
-def test_with_the_source_everything_comes_back_to_the_byte(
+def test_with_the_source_every_byte_is_restored(
     original: Path, shards: Path, source: Path, contents: Contents, name: str
 ) -> None:
     {**BY_ITSELF, **BY_SOURCE}[name](shards)
-    assert not verify_shards(shards).whole
+    assert not verify_shards(shards).intact
     report = repair_shards(shards, source=source, workers=1)
-    assert report.whole
+    assert report.intact
     assert not report.dropped
     assert report.repaired or report.removed
     assert contents(shards) == contents(original)
@@ -159,7 +159,7 @@ def test_damage_beside_the_matrices_needs_no_source(
 ) -> None:
     BY_ITSELF[name](shards)
     report = repair_shards(shards, drop=drop)
-    assert report.whole
+    assert report.intact
     assert not report.dropped
     assert contents(shards) == contents(original)
 
@@ -171,7 +171,7 @@ def test_without_a_source_what_is_lost_stays_as_it_is(
     BY_SOURCE[name](shards)
     before = contents(shards)
     report = repair_shards(shards)
-    assert not report.whole
+    assert not report.intact
     assert {fault.file for fault in report.faults} <= before.keys() | {SHARD}
     after = contents(shards)
     for file, sha256 in after.items():
@@ -199,8 +199,8 @@ def test_dropping_leaves_out_what_is_lost_and_lists_it(
 ) -> None:
     BY_SOURCE[name](shards)
     report = repair_shards(shards, drop=True)
-    assert report.whole
-    assert verify_shards(shards, deep=True).whole
+    assert report.intact
+    assert verify_shards(shards, deep=True).intact
     before, after = values(original), values(shards)
     keys = {f"train/{reject.key}" for reject in report.dropped}
     assert after == {key: mel for key, mel in before.items() if key not in keys}
@@ -213,32 +213,32 @@ def test_dropping_leaves_out_what_is_lost_and_lists_it(
         assert reject.speaker == reject.key.partition("-")[0]
         assert "damaged" in reject.reason
     assert found.manifest.fingerprint == report.fingerprint != was.manifest.fingerprint
-    # All that the source has is packed or listed.
-    assert verify_shards(shards, against=source).whole
+    # Every utterance of the source is packed or listed.
+    assert verify_shards(shards, against=source).intact
     with pytest.raises(BuildError, match="built from another source or with other options"):
         build(source, shards, **OPTIONS, codec=was.manifest.codec.name)
-    # It can still be repaired from the source, to what it is now.
+    # The source can still repair the set, to its state after the drop.
     now = contents(shards)
     flip(OTHER, lambda folder: 1000)(shards)
-    assert repair_shards(shards, source=source).whole
+    assert repair_shards(shards, source=source).intact
     assert contents(shards) == now
     flip(OTHER, lambda folder: 1000)(shards)
     flip(INDEX, lambda folder: -3)(shards)
-    with pytest.raises(SourceError, match="or that was repaired with --drop since"):
+    with pytest.raises(SourceError, match="or the set was repaired with --drop since"):
         repair_shards(shards, source=source)
 
 
-def test_rows_of_a_damaged_index_vouch_for_themselves(original: Path, shards: Path) -> None:
+def test_confirmed_rows_of_a_damaged_index_are_used(original: Path, shards: Path) -> None:
     BY_SOURCE["shard and index"](shards)
     report = repair_shards(shards, drop=True)
-    assert report.whole
+    assert report.intact
     (reject,) = report.dropped
     assert (reject.file, reject.key, report.lost) == (SHARD, "", 1)
     assert reject.reason == "lost with their rows of the index: 1 of its utterances"
     split = open_shards(original)["train"]
     key = split.keys[split.locations["shard"] == 1][0]
-    whole = {k: v for k, v in values(original).items() if k != f"train/{key}"}
-    assert values(shards) == whole
+    rest = {k: v for k, v in values(original).items() if k != f"train/{key}"}
+    assert values(shards) == rest
 
 
 def test_a_shard_without_any_index_is_dropped(original: Path, shards: Path) -> None:
@@ -252,26 +252,24 @@ def test_a_shard_without_any_index_is_dropped(original: Path, shards: Path) -> N
 
 
 @pytest.mark.parametrize("field", ["label", "frames", "crc32", "key", "offset"])
-def test_a_row_that_lies_is_not_believed(original: Path, shards: Path, field: str) -> None:
+def test_a_wrong_row_is_not_used(original: Path, shards: Path, field: str) -> None:
     rows = np.load(shards / INDEX)
     place = int(np.flatnonzero(rows["shard"] == 1)[2])
     rows[field][place] = b"other" if field == "key" else rows[field][place] ^ 1
     np.save(shards / INDEX, rows)
     flip(SHARD, payload(0))(shards)
     report = repair_shards(shards, drop=True)
-    assert report.whole
+    assert report.intact
     assert report.lost == 2
     before, after = values(original), values(shards)
     assert len(after) == len(before) - 2
     assert after.items() <= before.items()
 
 
-def test_a_listing_that_is_damaged_keeps_the_lines_that_can_be_read(
-    original: Path, shards: Path
-) -> None:
+def test_a_damaged_list_of_rejects_keeps_its_readable_lines(original: Path, shards: Path) -> None:
     text = (shards / "rejects.jsonl").read_bytes()
     (shards / "rejects.jsonl").write_bytes(text + b"{nonsense\n")
-    assert repair_shards(shards, drop=True).whole
+    assert repair_shards(shards, drop=True).intact
     assert open_shards(shards).rejects == open_shards(original).rejects
 
 
@@ -279,19 +277,19 @@ def test_nothing_left_is_an_error_and_changes_nothing(shards: Path, contents: Co
     for path in shards.glob("*.tar"):
         path.write_bytes(b"")
     before = contents(shards)
-    with pytest.raises(BuildError, match="no utterance of the set is whole"):
+    with pytest.raises(BuildError, match="no utterance of the set is undamaged"):
         repair_shards(shards, drop=True)
     assert contents(shards) == before
 
 
-def test_source_that_has_changed_is_not_believed(
+def test_source_that_has_changed_is_not_used(
     shards: Path, source: Path, tmp_path: Path, contents: Contents
 ) -> None:
     flip(SHARD, payload(2))(shards)
     key = str(np.load(shards / INDEX)["key"][np.load(shards / INDEX)["shard"] == 1][2].decode())
     before = contents(shards)
     other = Path(shutil.copytree(source, tmp_path / "Other"))
-    # Of the same size, so that only the bytes tell.
+    # Of the same size, so that only the bytes show the change.
     mel = torch.load(other / f"{key}.pt", weights_only=True)
     torch.save(mel + 1, other / f"{key}.pt")
     report = repair_shards(shards, source=other, workers=1)
@@ -299,7 +297,7 @@ def test_source_that_has_changed_is_not_believed(
     assert contents(shards) == before
     (other / f"{key}.pt").unlink()
     report = repair_shards(shards, source=other, workers=1)
-    assert not report.whole
+    assert not report.intact
     assert any(key in note and "not in the data set" in note for note in report.notes)
     assert contents(shards) == before
 
@@ -313,7 +311,7 @@ def test_only_what_is_damaged_is_taken_from_the_source(
     for path in other.glob("*.pt"):
         if path.stem != key:
             path.unlink()
-    assert repair_shards(shards, source=other).whole
+    assert repair_shards(shards, source=other).intact
     assert contents(shards) == contents(original)
 
 
@@ -335,7 +333,7 @@ def test_a_pending_repair_is_finished_before_a_build(
         build(source, shards, **OPTIONS, codec=codec)
     assert contents(shards).items() >= contents(copy).items()
     build(source, shards, **OPTIONS, codec=codec, overwrite=True)
-    assert verify_shards(shards, deep=True, against=source).whole
+    assert verify_shards(shards, deep=True, against=source).intact
     assert not [p for p in shards.iterdir() if p.name.startswith(".")]
 
 
@@ -344,7 +342,7 @@ class Stopped(Exception):
 
 
 def stop_at_shards(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let no shard reach its place any more."""
+    """Stop before a shard is moved to its place."""
 
     def call(source: Any, target: Any) -> None:
         if str(target).endswith((SHARD, INDEX)) and Path(target).parent.name == "shards":
@@ -354,7 +352,7 @@ def stop_at_shards(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def test_an_unfinished_build_outlives_a_repair(
+def test_a_repair_keeps_an_unfinished_build(
     shards: Path, source: Path, build: Build, original: Path, contents: Contents
 ) -> None:
     codec = open_shards(shards).manifest.codec.name
@@ -365,14 +363,14 @@ def test_an_unfinished_build_outlives_a_repair(
     made = contents(shards / WORK_FOLDER)
     assert len(made) > 4
     flip(SHARD, payload(2))(shards)
-    assert repair_shards(shards, source=source).whole
+    assert repair_shards(shards, source=source).intact
     assert contents(shards / WORK_FOLDER) == made
     shutil.rmtree(shards / WORK_FOLDER)
     assert contents(shards) == contents(original)
 
 
 @pytest.mark.parametrize("name", [SHARD, "train-000099.tar", "manifest.json"])
-def test_a_folder_in_the_place_of_a_file_costs_no_set(
+def test_a_folder_in_the_place_of_a_file_does_not_destroy_the_set(
     shards: Path, source: Path, build: Build, name: str
 ) -> None:
     codec = open_shards(shards).manifest.codec.name
@@ -384,7 +382,7 @@ def test_a_folder_in_the_place_of_a_file_costs_no_set(
     if name != "manifest.json":
         assert (shards / "manifest.json").read_bytes() == kept
         (shards / name).rmdir()
-        assert repair_shards(shards, source=source).whole
+        assert repair_shards(shards, source=source).intact
 
 
 def test_what_cannot_be_read_does_not_stop_a_repair(shards: Path, source: Path) -> None:
@@ -413,10 +411,10 @@ def test_files_of_others_are_left_alone_and_named(shards: Path) -> None:
     assert (shards / "notes.txt").read_text() == "mine"
 
 
-def test_whole_set_is_left_as_it_is(original: Path, shards: Path, contents: Contents) -> None:
+def test_intact_set_stays_as_it_is(original: Path, shards: Path, contents: Contents) -> None:
     times = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     report = repair_shards(shards)
-    assert report.whole
+    assert report.intact
     assert not report.repaired
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == times
     assert contents(shards) == contents(original)
@@ -425,7 +423,7 @@ def test_whole_set_is_left_as_it_is(original: Path, shards: Path, contents: Cont
 def test_folder_without_a_set_or_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no manifest"):
         repair_shards(tmp_path / "nowhere")
-    with hold(shards), pytest.raises(BuildError, match="another build or repair is at work"):
+    with locked(shards), pytest.raises(BuildError, match="another build or repair is running"):
         repair_shards(shards)
     (shards / "manifest.json").write_text("{}")
     with pytest.raises(FormatError):
@@ -442,7 +440,7 @@ def act(damaged, folder):
 """
 
 
-def test_repair_killed_at_any_step_goes_on_to_the_same_set(
+def test_repair_killed_at_any_step_continues_to_the_same_set(
     shards: Path, contents: Contents, killed_at_every_step: Callable[[str, Path], list[Path]]
 ) -> None:
     several(flip(SHARD, payload(2)), flip("val.index.npy", lambda folder: -3))(shards)
@@ -453,7 +451,7 @@ def test_repair_killed_at_any_step_goes_on_to_the_same_set(
     assert len(folders) > 25
     for folder in folders:
         report = repair_shards(folder, drop=True)
-        assert report.whole
+        assert report.intact
         assert contents(folder) == expected, folder
 
 
@@ -478,9 +476,7 @@ def test_command_says_what_it_did(
     assert run_cli("verify", copy, "--deep").returncode == 0
 
 
-def test_disk_that_refuses_is_a_storage_error(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_disk_is_a_storage_error(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(SHARD, of_member(".cls"))(shards)
 
     def refuse(*arguments: Any) -> None:
@@ -490,7 +486,7 @@ def test_disk_that_refuses_is_a_storage_error(
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(StorageError, match="No space left"):
             repair_shards(shards)
-    assert repair_shards(shards).whole
+    assert repair_shards(shards).intact
 
 
 def test_command_is_brief_about_many(

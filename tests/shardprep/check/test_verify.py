@@ -1,4 +1,4 @@
-"""Whatever happens to a set, `verify` names the file, the utterance and what is wrong."""
+"""For every kind of damage, `verify` names the file, the utterance and what is wrong."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def faults(report: VerifyReport) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "zstd")], ids="-".join)
-def test_whole_set_has_no_fault(
+def test_intact_set_has_no_fault(
     edge_sets: dict[tuple[str, str], Path], edge_source: Path, kind: tuple[str, str]
 ) -> None:
     read: list[int] = []
     report = verify_shards(edge_sets[kind], deep=True, against=edge_source, advance=read.append)
-    assert report.whole
+    assert report.intact
     assert report.samples == 41
     files = [path for path in edge_sets[kind].iterdir() if path.is_file()]
     assert report.files == len(files)
@@ -69,7 +69,7 @@ def test_every_flipped_bit_is_found(shards: Path, deep: bool) -> None:
         edit(path, flip)
         assert path.name in faults(verify_shards(shards, deep=deep)), (path.name, bit)
         edit(path, flip)
-    assert verify_shards(shards, deep=True).whole
+    assert verify_shards(shards, deep=True).intact
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -107,8 +107,8 @@ def alter_manifest(shards: Path) -> None:
     (shards / "manifest.json").write_text(text.replace('"ann"', '"eve"'))
 
 
-def other_spelling(shards: Path) -> None:
-    # A bit that leaves the meaning of a number as it is.
+def other_bytes(shards: Path) -> None:
+    # A bit that does not change the value of a number.
     text = (shards / "manifest.json").read_text()
     manifest = load_manifest(shards)
     build = msgspec.structs.replace(manifest.build, val_fraction=1e-07)
@@ -136,7 +136,10 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
     "extra shard": (add, {"train-000009.tar": "does not belong to the set"}),
     "stale temporary file": (stale_temporary, {f"{SHARD}.x.tmp": "does not belong to the set"}),
     "altered manifest": (alter_manifest, {"manifest.json": "was altered"}),
-    "manifest spelt otherwise": (other_spelling, {"manifest.json": "in bytes no build wrote"}),
+    "manifest in other bytes": (
+        other_bytes,
+        {"manifest.json": "not the bytes that a build writes"},
+    ),
     "missing index": (lose_index, {"val.index.npy": "is missing"}),
     "index of another split": (other_index, {"train.index.npy": "expected"}),
     "folder in a shard's place": (folder_for_shard, {SHARD: ""}),
@@ -149,9 +152,9 @@ def test_structural_damage_names_the_file(shards: Path, name: str, deep: bool) -
     damage, expected = STRUCTURAL[name]
     damage(shards)
     report = verify_shards(shards, deep=deep)
-    assert not report.whole
+    assert not report.intact
     assert {fault.file for fault in report.faults} == set(expected)
-    # A fault of a whole file is not told again for each utterance in it.
+    # A fault of a file is not repeated for each utterance in it.
     assert len(report.faults) <= 3 * len(expected) or name.startswith("swapped")
     for file, what in expected.items():
         assert any(what in fault.what for fault in report.faults if fault.file == file)
@@ -176,7 +179,7 @@ def test_unfinished_build_is_reported(shards: Path) -> None:
 
 
 def forge(shards: Path, member: str, change: Callable[[bytes], bytes]) -> None:
-    """Rewrite one member's bytes (as many as before) and make the manifest vouch for the tar."""
+    """Rewrite the bytes of a member (as many as before) and correct the sha256 in the manifest."""
     with tarfile.open(shards / SHARD) as tar:
         info = tar.getmember(member)
         file = tar.extractfile(info)
@@ -213,12 +216,12 @@ def key_in(shards: Path) -> str:
     ],
     ids=["mel", "label", "field", "no JSON"],
 )
-def test_deep_names_the_damaged_utterance_that_checksums_vouch_for(
+def test_deep_names_the_damaged_utterance_though_the_checksums_fit(
     shards: Path, member: str, change: Callable[[bytes], bytes], what: str
 ) -> None:
     key = key_in(shards)
     forge(shards, key + member, change)
-    assert verify_shards(shards).whole
+    assert verify_shards(shards).intact
     report = verify_shards(shards, deep=True)
     assert {(fault.file, fault.key) for fault in report.faults} == {(SHARD, key)}
     assert any(what in fault.what for fault in report.faults)
@@ -239,6 +242,6 @@ def test_deep_finds_values_that_are_not_finite(
 
         patch.setattr(shard, "load_features", poisoned)
         build(edge_source, tmp_path / "shards")
-    assert verify_shards(tmp_path / "shards").whole
+    assert verify_shards(tmp_path / "shards").intact
     (fault,) = verify_shards(tmp_path / "shards", deep=True).faults
     assert (fault.key, fault.what) == ("bob-003", "has values that are not finite")

@@ -1,4 +1,4 @@
-"""`verify --against` finds whatever differs between a set and the data set it came from."""
+"""`verify --against` finds every difference between a set and its data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_against_finds_a_changed_value_and_an_utterance_that_is_missing(
 ) -> None:
     root, shards = make_dataset(), tmp_path / "shards"
     build(root, shards, dtype=kind)
-    assert verify_shards(shards, against=root).whole
+    assert verify_shards(shards, against=root).intact
     keys = open_shards(shards)["train"].keys
     changed, invisible, broken, relabelled = (root / f"{key}.pt" for key in keys[:4])
     mel = torch.load(changed)
@@ -48,7 +48,7 @@ def test_against_finds_a_changed_value_and_an_utterance_that_is_missing(
     report = verify_shards(shards, against=root)
     named = {fault.key: fault.what for fault in report.faults}
     assert set(named) - {invisible.stem} == {changed.stem, broken.stem, relabelled.stem, "added"}
-    # A change below the rounding of float16 cannot be seen in float16.
+    # float16 rounds so small a change away.
     assert (invisible.stem in named) == (kind == "float32")
     assert "differs from the source" in named[changed.stem]
     assert "loaded safely" in named[broken.stem]
@@ -60,13 +60,13 @@ def test_against_finds_a_changed_value_and_an_utterance_that_is_missing(
     assert "is not an utterance of" in named[removed]
 
 
-def test_against_knows_the_rejects_and_survives_the_loss_of_their_list(
+def test_against_accepts_the_rejects_and_works_without_their_list(
     make_dataset: Callable[..., Path], tmp_path: Path, build: Callable[..., BuildReport]
 ) -> None:
     root, shards = make_dataset(), tmp_path / "shards"
     next(root.glob("*.pt")).write_bytes(b"garbage")
     build(root, shards, on_error="skip")
-    assert verify_shards(shards, against=root).whole
+    assert verify_shards(shards, against=root).intact
     rejects = (shards / "rejects.jsonl").read_text()
     for text in (rejects[:-9], "[]\n", "\xff", None):
         (shards / "rejects.jsonl").unlink()

@@ -108,7 +108,7 @@ def lost_index(folder: Path) -> None:
         (lost_index, 1, 1, "train.index.npy"),
         (lambda folder: (folder / "train-000001.tar").unlink(), 1, 1, "train-000001.tar"),
     ],
-    ids=["whole", "no manifest", "unfinished", "version", "no index", "no shard"],
+    ids=["intact", "no manifest", "unfinished", "version", "no index", "no shard"],
 )
 def test_exit_codes_of_reading(
     run_cli: Cli,
@@ -128,7 +128,7 @@ def test_exit_codes_of_reading(
     assert done.returncode == verified
     assert message in done.stdout
     assert done.stderr == ""
-    assert ("whole" in done.stdout) == (not verified)
+    assert ("intact" in done.stdout) == (not verified)
 
 
 def test_exit_codes_of_building(run_cli: Cli, source: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_json_is_all_that_is_on_stdout(run_cli: Cli, source: Path, tmp_path: Pat
         name: split["samples"] for name, split in report["splits"].items()
     }
     verified = json.loads(run_cli("verify", shards, "--deep", "--json").stdout)
-    assert (verified["whole"], verified["faults"], verified["samples"]) == (True, [], 11)
+    assert (verified["intact"], verified["faults"], verified["samples"]) == (True, [], 11)
     (shards / "extra").write_text("")
     done = run_cli("verify", shards, "--json")
     verified = json.loads(done.stdout)

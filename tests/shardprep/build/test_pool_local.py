@@ -1,4 +1,4 @@
-"""Tasks give the same results in processes as in this one, and no death or error goes unread."""
+"""Tasks give the same results in worker processes; deaths and errors of workers are reported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from shardprep import BuildError, SourceError
-from shardprep.build.plan import ShardPlan, plan_shards
-from shardprep.build.pool import run_tasks
-from shardprep.build.shard import ShardRecord, ShardTask
+from shardprep.build.plan import ShardPlan, ShardTask, plan_shards
+from shardprep.build.pool_local import LocalPool
+from shardprep.build.shard import ShardRecord
 from shardprep.build.work_folder import FolderWork
 from shardprep.format.manifest import CodecInfo
 from shardprep.source.dataset import scan_dataset
@@ -45,21 +45,21 @@ def test_every_task_gives_its_result_and_its_progress(
     tasks: list[ShardTask], work: FolderWork, workers: int
 ) -> None:
     seen: list[tuple[int, int]] = []
-    results = list(run_tasks(work, tasks, workers, lambda *done: seen.append(done)))
+    results = list(LocalPool(workers).run(work, tasks, lambda *done: seen.append(done)))
     assert {r.info.file for r in results} == {t.plan.file for t in tasks}
     assert sum(samples for samples, _ in seen) == 24
     assert sum(nbytes for _, nbytes in seen) == sum(r.source_bytes for r in results)
 
 
-def test_worker_keeps_pytorch_to_one_thread_by_what_it_reads_at_its_start(
+def test_worker_starts_with_pytorch_limited_to_one_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert list(run_tasks(os.getenv, ["OMP_NUM_THREADS"] * 3, 2, ignore)) == ["1"] * 3
+    assert list(LocalPool(2).run(os.getenv, ["OMP_NUM_THREADS"] * 3, ignore)) == ["1"] * 3
 
 
-def test_no_task_is_no_work(work: FolderWork) -> None:
-    assert list(run_tasks(work, [], 2, ignore)) == []
+def test_without_tasks_nothing_is_done(work: FolderWork) -> None:
+    assert list(LocalPool(2).run(work, [], ignore)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,7 +69,7 @@ def test_error_of_a_task_arrives_with_all_its_fields(
     bad = tasks[5].plan.utterances[1]
     (tasks[5].root / bad.path).write_bytes(b"garbage")
     with pytest.raises(SourceError) as caught:
-        list(run_tasks(work, tasks, workers, ignore))
+        list(LocalPool(workers).run(work, tasks, ignore))
     assert caught.value.file == str(tasks[5].root / bad.path)
     assert caught.value.key == f"speaker {bad.speaker}"
     assert caught.value.remedy
@@ -81,25 +81,25 @@ def test_error_of_a_task_stops_the_others_at_their_next_utterance(
 ) -> None:
     bad, good = tasks[0], tasks[1].plan
     (bad.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
-    # Seconds of work, which the other worker is at when the fault is found.
+    # Seconds of work, so that the other worker is busy when the fault is found.
     endless = ShardPlan(good.file, good.split, good.utterances * 30_000)
     with pytest.raises(SourceError):
-        list(run_tasks(work, [dataclasses.replace(bad, plan=endless), bad], 2, ignore))
-    assert not (work.work.parent / good.file).exists()
-    assert list(work.work.glob("*.tmp")) == []
+        list(LocalPool(2).run(work, [dataclasses.replace(bad, plan=endless), bad], ignore))
+    assert not (work.folder.parent / good.file).exists()
+    assert list(work.folder.glob("*.tmp")) == []
 
 
 def test_closing_early_leaves_no_process_and_no_partial_file(
     tasks: list[ShardTask], work: FolderWork
 ) -> None:
-    results = run_tasks(work, tasks, 2, ignore)
+    results = LocalPool(2).run(work, tasks, ignore)
     first: ShardRecord = next(results)
     results.close()
     assert multiprocessing.active_children() == []
-    for path in work.work.glob("*.tar"):
-        assert (work.work / f"{path.name}.json").exists()
-    assert (work.work / first.info.file).stat().st_size == first.info.bytes
-    assert list(work.work.glob("*.tmp")) == []
+    for path in work.folder.glob("*.tar"):
+        assert (work.folder / f"{path.name}.json").exists()
+    assert (work.folder / first.info.file).stat().st_size == first.info.bytes
+    assert list(work.folder.glob("*.tmp")) == []
 
 
 def test_killed_worker_is_a_build_error_with_a_remedy(
@@ -114,10 +114,10 @@ def test_killed_worker_is_a_build_error_with_a_remedy(
             os.kill(child.pid, signal.SIGKILL)
             killed.append(child.pid)
 
-    # More than can be done before the first report of progress.
+    # More tasks than can be done before the first report of progress.
     many = tasks * 40
     with pytest.raises(BuildError, match=r"worker process died.* Run the same command again"):
-        list(run_tasks(work, many, 2, kill_one))
+        list(LocalPool(2).run(work, many, kill_one))
     assert killed
     assert multiprocessing.active_children() == []
 
@@ -126,16 +126,16 @@ def test_work_runs_in_this_process_when_there_is_one_task(
     tasks: list[ShardTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda name: pytest.fail("a pool"))
-    pids = list(run_tasks(lambda task, advance: os.getpid(), tasks[:1], 8, ignore))
+    pids = list(LocalPool(8).run(lambda task, advance: os.getpid(), tasks[:1], ignore))
     assert pids == [os.getpid()]
-    assert list(run_tasks(lambda task, advance: io.BytesIO(), [], 8, ignore)) == []
+    assert list(LocalPool(8).run(lambda task, advance: io.BytesIO(), [], ignore)) == []
 
 
-def test_workers_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_the_current_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["SHARDPREP_TEST_ONE", "SHARDPREP_TEST_TWO"]
     for name in names:
         monkeypatch.setenv(name, "before")
-    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["before", "before"]
+    assert list(LocalPool(2).run(os.getenv, names, lambda *done: None)) == ["before", "before"]
     monkeypatch.setenv(names[0], "now")
     monkeypatch.setenv(names[1], "now")
-    assert list(run_tasks(os.getenv, names, 2, lambda *done: None)) == ["now", "now"]
+    assert list(LocalPool(2).run(os.getenv, names, lambda *done: None)) == ["now", "now"]

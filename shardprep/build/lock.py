@@ -1,0 +1,56 @@
+"""The work folder in a shard folder, with the lock that lets only one build or repair write."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from shardprep.errors import BuildError
+from shardprep.format.manifest import REPAIR_FOLDER, WORK_FOLDER
+
+_LOCK_NAME = "lock"
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[Path]:
+    """Make the work folder of `target`, if necessary, and hold its lock.
+
+    Yields:
+        The work folder.
+
+    Raises:
+        BuildError: Another build or repair holds the lock, or the work folder is a link.
+    """
+    folder = target / WORK_FOLDER
+    for path in (folder, folder / _LOCK_NAME, target / REPAIR_FOLDER):
+        if path.is_symlink():
+            raise BuildError(
+                "is a link, and nothing is written or removed where it leads",
+                file=path,
+                remedy="Remove it.",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of the operating system: it ends with the process, however the process ends.
+    lock = filelock.FileLock(folder / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BuildError(
+            "another build or repair is running in this folder",
+            file=target,
+            remedy="Wait for it to end.",
+        ) from None
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Remove a work folder that contains nothing but the lock; the caller holds the lock."""
+    if all(path.name == _LOCK_NAME for path in folder.iterdir()):
+        shutil.rmtree(folder)

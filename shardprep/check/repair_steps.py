@@ -1,0 +1,255 @@
+"""The steps of a repair, each of which restores what it can from what the set still has."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.build.options import options_of
+from shardprep.build.plan import shard_tasks
+from shardprep.build.pool import Pool, ProgressListener, run_shards
+from shardprep.build.shard import ShardRecord, check_shard
+from shardprep.build.work import is_ours, publish_indexes, publish_rejects
+from shardprep.build.work_folder import FolderWork
+from shardprep.check.report import RepairReport
+from shardprep.check.salvage_index import confirmed_rows, index_of_tar
+from shardprep.check.salvage_shard import SourcePayloads, rewrite_shard
+from shardprep.errors import BuildError, CorruptShardError, SourceError
+from shardprep.format.index import index_bytes
+from shardprep.format.manifest import (
+    MANIFEST_NAME,
+    REJECTS_NAME,
+    REPAIR_FOLDER,
+    Reject,
+    ShardInfo,
+    encode_manifest,
+)
+from shardprep.read.files import FolderFiles
+from shardprep.read.manifest_file import load_manifest
+from shardprep.read.sidecars import check_file, legible_rejects
+from shardprep.read.split import Split
+from shardprep.source.dataset import Source
+from shardprep.storage.local import publish, publish_bytes, sha256_of, sync_folder
+
+
+class Repair:
+    """One repair; its steps are called in the order in which they are defined.
+
+    Args:
+        folder: The shard folder; the caller holds its lock.
+        report: Records what the repair does.
+    """
+
+    def __init__(self, folder: Path, report: RepairReport) -> None:
+        self.folder = folder
+        self.work = FolderWork(folder / REPAIR_FOLDER)
+        self.work.folder.mkdir(exist_ok=True)
+        self.report = report
+        self.manifest = load_manifest(folder)
+        self.files = self.manifest.files()
+        self.damaged = {name for name in self.files if not self._is_undamaged(folder / name)}
+
+    def restore_manifest(self) -> None:
+        """Write the manifest as a build does, if its content is right but its bytes are not."""
+        data = encode_manifest(self.manifest)
+        if (self.folder / MANIFEST_NAME).read_bytes() != data:
+            publish_bytes(self.folder / MANIFEST_NAME, data, scratch=self.work.folder)
+            self.report.repaired.append(MANIFEST_NAME)
+
+    def restore_names(self) -> None:
+        """Restore files that have got the name of another file."""
+        sizes = {self.files[name].bytes for name in self.damaged}
+        names_by_hash = {self.files[name].sha256: name for name in self.damaged}
+        found = []
+        for path in sorted(self.folder.iterdir()) if names_by_hash else ():
+            # A file that cannot be read is skipped.
+            with contextlib.suppress(OSError):
+                misnamed = path.name in self.damaged or path.name not in self.files
+                if misnamed and path.is_file() and path.stat().st_size in sizes:
+                    found.append((path, names_by_hash.get(sha256_of(path))))
+        # Copy all files before the first is replaced: two may have swapped names.
+        paths = {name: path for path, name in found if name is not None}
+        for name, path in paths.items():
+            with publish(self.work.folder / name) as file, open(path, "rb") as contents:
+                shutil.copyfileobj(contents, file)
+        for name in paths:
+            self._put(name)
+
+    def remove_leftovers(self) -> None:
+        """Remove files that builds write but that do not belong to this set."""
+        for path in sorted(self.folder.iterdir()):
+            known = path.name in self.files or path.name == MANIFEST_NAME
+            if not known and is_ours(path.name) and path.is_file():
+                path.unlink()
+                self.report.removed.append(path.name)
+
+    def rewrite_shards(
+        self, from_source: SourcePayloads | None, listener: ProgressListener
+    ) -> None:
+        """Restore shards by their index, with matrices from the source where theirs are damaged."""
+        damaged = [
+            (shard, rows)
+            for name in self.manifest.splits
+            for shard, rows in self._shards_of(name)
+            if shard.file in self.damaged and rows is not None
+        ]
+        listener.start(sum(shard.samples for shard, _ in damaged), sum(s.bytes for s, _ in damaged))
+        for shard, rows in damaged:
+            self._rewrite(shard, rows, from_source)
+            self._put(shard.file)
+            listener.advance(shard.samples, shard.bytes)
+        listener.close()
+
+    def rebuild(self, scanned: Source, pool: Pool, listener: ProgressListener) -> None:
+        """Build the shards whose index is damaged too, and the list of rejects, again.
+
+        Raises:
+            SourceError: The set was not built from this source.
+        """
+        without_index = {
+            shard.file
+            for split in self.manifest.splits.values()
+            for shard in split.shards
+            if {shard.file, split.index.file} <= self.damaged
+        }
+        if not without_index and REJECTS_NAME not in self.damaged:
+            return
+        if scanned.fingerprint != self.manifest.source_fingerprint:
+            raise SourceError(
+                f"is not as it was when {self.folder} was built, or the set was repaired with "
+                f"--drop since: its fingerprint is {scanned.fingerprint}, expected "
+                f"{self.manifest.source_fingerprint}",
+                file=scanned.root,
+                remedy="Name the source that it was built from, or repair the set with --drop.",
+            )
+        tasks = shard_tasks(scanned, options_of(self.manifest))
+        missing = [task for task in tasks if task.plan.file in without_index]
+        for record in run_shards(missing, self.work, pool, listener):
+            if not self._put(record.info.file):
+                self.report.notes.append(
+                    f"{record.info.file}, built again, has other bytes than before: source files "
+                    "have changed, or it was built by another release of zstandard"
+                )
+        if REJECTS_NAME in self.damaged:
+            # Only reading every file shows what the build has left out.
+            records = run_shards(tasks, check_shard, pool, listener)
+            order = {task.plan.file: number for number, task in enumerate(tasks)}
+            records.sort(key=lambda record: order[record.info.file])
+            found = (reject for record in records for reject in record.rejects)
+            publish_rejects(self.work, [*scanned.rejects, *found])
+            self._put(REJECTS_NAME)
+
+    def restore_indexes(self) -> None:
+        """Make damaged indexes again, where the shards of the split are undamaged."""
+        for split in self.manifest.splits.values():
+            if split.index.file in self.damaged and not self.damaged & {
+                shard.file for shard in split.shards
+            }:
+                rows = [index_of_tar(self.folder / s.file, self.manifest) for s in split.shards]
+                publish_bytes(self.work.folder / split.index.file, index_bytes(rows))
+                self._put(split.index.file)
+
+    def drop(self) -> None:
+        """Make the set again without what is damaged.
+
+        Raises:
+            BuildError: Nothing would be left.
+        """
+        if not self.damaged:
+            return
+        records, lost = self._without_damage()
+        if not any(record.info.samples for record in records):
+            raise BuildError("no utterance of the set is undamaged", file=self.folder)
+        self.report.lost += len(lost)
+        self.report.dropped.extend(lost)
+        rejects = legible_rejects(self.folder, self.manifest)
+        if REJECTS_NAME in self.damaged:
+            self.report.notes.append(f"{REJECTS_NAME} was damaged: its readable lines are kept")
+        origin = self.manifest.source_fingerprint
+        if lost:
+            # The set no longer has all of its source, and a build must not accept it as complete.
+            listed = [origin, *(reject.file for reject in lost)]
+            origin = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+        manifest = msgspec.structs.replace(
+            self.manifest,
+            splits=publish_indexes(self.work, records),
+            rejects=publish_rejects(self.work, [*rejects, *lost]),
+            source_fingerprint=origin,
+        )
+        data = encode_manifest(manifest)
+        # With this file, `finish_repair` can finish a repair that is killed while it moves files.
+        publish_bytes(self.work.folder / MANIFEST_NAME, data)
+        self.work.install(manifest.files(), data)
+
+    def _without_damage(self) -> tuple[list[ShardRecord], list[Reject]]:
+        """Write every damaged shard without its damaged utterances.
+
+        Returns:
+            The records of all shards, and the utterances that are lost.
+        """
+        records: list[ShardRecord] = []
+        lost: list[Reject] = []
+        for name, split in self.manifest.splits.items():
+            for number, (shard, rows) in enumerate(self._shards_of(name)):
+                if shard.file not in self.damaged:
+                    kept = index_of_tar(self.folder / shard.file, self.manifest)
+                    records.append(ShardRecord("", shard, kept, (), 0))
+                    continue
+                if rows is None:
+                    index, path = self.folder / split.index.file, self.folder / shard.file
+                    rows = confirmed_rows(index, split.index.bytes, number, path, self.manifest)
+                if rows is not None:
+                    record = self._rewrite(shard, rows, None)
+                    records.append(record)
+                    lost.extend(record.rejects)
+                if unnamed := shard.samples - (0 if rows is None else len(rows)):
+                    reason = f"lost with their rows of the index: {unnamed} of its utterances"
+                    lost.append(Reject(shard.file, "", None, name, reason))
+                    self.report.lost += unnamed - 1
+        return records, lost
+
+    def _shards_of(self, name: str) -> Iterator[tuple[ShardInfo, NDArray[Any] | None]]:
+        """The shards of a split with their index rows, None where the index is damaged."""
+        split = self.manifest.splits[name]
+        if split.index.file in self.damaged:
+            yield from ((shard, None) for shard in split.shards)
+            return
+        # Checked as for reading: no row points outside its shard.
+        rows = Split(FolderFiles(self.folder), name, self.manifest).locations
+        ends = np.searchsorted(rows["shard"], np.arange(len(split.shards)), side="right")
+        for number, shard in enumerate(split.shards):
+            own = rows[ends[number - 1] if number else 0 : ends[number]]
+            yield shard, own[own["shard"] == number]
+
+    def _rewrite(
+        self, shard: ShardInfo, rows: NDArray[Any], from_source: SourcePayloads | None
+    ) -> ShardRecord:
+        damaged = self.folder / shard.file
+        with publish(self.work.folder / shard.file) as file:
+            return rewrite_shard(damaged, shard, rows, self.manifest, file, from_source)
+
+    def _put(self, name: str) -> bool:
+        """Move a file from the work folder to its place, if it has the sha256 of the manifest."""
+        if not self._is_undamaged(self.work.folder / name):
+            return False
+        os.replace(self.work.folder / name, self.folder / name)
+        sync_folder(self.folder)
+        self.damaged.remove(name)
+        self.report.repaired.append(name)
+        return True
+
+    def _is_undamaged(self, path: Path) -> bool:
+        try:
+            check_file(path, self.files[path.name])
+        except (OSError, CorruptShardError):
+            return False
+        return True

@@ -1,0 +1,117 @@
+"""Recover index rows: from an undamaged shard alone, or from a damaged index and its shard."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.errors import CorruptShardError
+from shardprep.format import codecs
+from shardprep.format.codecs import NPY_FAULTS
+from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL, IndexRow, is_index
+from shardprep.format.manifest import Manifest
+from shardprep.format.tar import BLOCK, content, walk
+from shardprep.storage.local import open_regular, read_at_most
+
+# Bytes; more than a label in decimal text needs.
+_MOST_LABEL = 20
+
+
+def index_of_tar(path: Path, manifest: Manifest) -> tuple[IndexRow, ...]:
+    """The index rows of an undamaged shard, from its own headers.
+
+    Raises:
+        CorruptShardError: It is not a tar that a build writes.
+    """
+    try:
+        with open_regular(path) as tar:
+            return tuple(_rows(tar, manifest))
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise CorruptShardError(f"is not a shard of a build ({error})", file=path) from None
+
+
+def _rows(tar: io.BufferedReader, manifest: Manifest) -> Iterator[IndexRow]:
+    suffix = codecs.member_suffix(manifest.codec)
+    members = walk(tar)
+    for mel in members:
+        key = mel.name.removesuffix(suffix)
+        about = next(members, None)
+        label = NO_LABEL
+        if about is not None and about.name == f"{key}.cls":
+            label, about = int(content(tar, about, _MOST_LABEL)), next(members, None)
+        if key == mel.name or about is None or about.name != f"{key}.json":
+            raise tarfile.ReadError(f"{mel.name!a} is not the first member of an utterance")
+        payload = content(tar, mel, mel.size)
+        frames = len(codecs.decode(payload, manifest.codec))
+        size = len(key.encode())
+        if "." in key or not 0 < size <= MAX_KEY_BYTES or not -1 <= label < len(manifest.speakers):
+            raise tarfile.ReadError(f"{mel.name!a} is not an utterance of this set")
+        yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
+
+
+def confirmed_rows(
+    path: Path, size: int, number: int, shard: Path, manifest: Manifest
+) -> NDArray[Any] | None:
+    """Those rows of a damaged index that the shard confirms; the shard may be damaged too.
+
+    A row is confirmed if its crc32 is that of the bytes that it points to, and if its key, length
+    and label are those of the members there.
+
+    Args:
+        path: The index file.
+        size: Its size, by the manifest.
+        number: The shard's number in its split.
+        shard: The shard's file.
+        manifest: Manifest of the set.
+
+    Returns:
+        The rows, or None where the index cannot be read at all.
+    """
+    try:
+        data = read_at_most(path, size)
+        file = io.BytesIO(data)
+        np.lib.format.read_magic(file)
+        dtype = np.lib.format.read_array_header_1_0(file)[2]
+        count = (len(data) - file.tell()) // dtype.itemsize
+        rows: NDArray[Any] = np.frombuffer(data, dtype, count, file.tell())
+        if not is_index(rows):
+            return None
+    except (OSError, *NPY_FAULTS):
+        return None
+    rows = rows[rows["shard"] == number]
+    confirmed = np.zeros(len(rows), bool)
+    with contextlib.suppress(OSError), open_regular(shard) as tar:
+        for place, row in enumerate(rows):
+            confirmed[place] = _is_confirmed(row, tar, manifest)
+    rows = rows[confirmed]
+    # Each key once, in the order of the shard.
+    rows = rows[np.sort(np.unique(rows["key"], return_index=True)[1])]
+    return rows
+
+
+def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
+    try:
+        key = row["key"].decode()
+        offset, label = int(row["offset"]), int(row["label"])
+        mel, after, *_ = itertools.islice(walk(tar, offset - BLOCK), 2)
+        own_label = NO_LABEL
+        if after.name == f"{key}.cls":
+            own_label = int(content(tar, after, _MOST_LABEL))
+        payload = content(tar, mel, mel.size)
+        return (
+            mel == (key + codecs.member_suffix(manifest.codec), offset, int(row["nbytes"]))
+            and zlib.crc32(payload) == row["crc32"]
+            and len(codecs.decode(payload, manifest.codec)) == row["frames"]
+            and label == own_label < len(manifest.speakers)
+        )
+    except (OSError, tarfile.TarError, ValueError, OverflowError):
+        return False

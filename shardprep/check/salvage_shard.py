@@ -1,0 +1,135 @@
+"""Write a damaged shard again, from its undamaged utterances and from the data set."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
+
+from shardprep.build.shard import ShardRecord, add_sample, encode_file, fetch_file
+from shardprep.format import codecs
+from shardprep.format.index import NO_LABEL, IndexRow
+from shardprep.format.manifest import Manifest, Reject, ShardInfo
+from shardprep.format.tar import TarWriter
+from shardprep.source.dataset import Utterance, scan_dataset
+from shardprep.storage.local import open_regular
+from shardprep.storage.remote import Location
+
+FromSource = Callable[[str, int], bytes | None]
+
+
+def rewrite_shard(
+    damaged: Path,
+    info: ShardInfo,
+    rows: NDArray[Any],
+    manifest: Manifest,
+    file: BinaryIO,
+    from_source: FromSource | None = None,
+) -> ShardRecord:
+    """Write a shard again with those of its utterances whose stored bytes match their crc32.
+
+    Everything between the matrices (headers, labels, JSON members) follows from the index. So a
+    shard that is damaged only there gets its original bytes again.
+
+    Args:
+        damaged: The damaged shard; it may be missing.
+        info: Its entry in the manifest.
+        rows: Its rows of the index, which are known to be right.
+        manifest: Manifest of the set.
+        file: Where to write the new shard.
+        from_source: For a damaged utterance, its stored bytes by key and frames, or None; see
+            `SourcePayloads`.
+
+    Returns:
+        The record of the new shard; its rejects are the lost utterances.
+    """
+    tar = TarWriter(file)
+    suffix = codecs.member_suffix(manifest.codec)
+    kept: list[IndexRow] = []
+    lost: list[Reject] = []
+    for row, stored in zip(rows, _payloads(damaged, rows), strict=True):
+        utterance, payload = _utterance(row, manifest), _if_undamaged(stored, row)
+        if payload is None and from_source is not None:
+            payload = _if_undamaged(from_source(utterance.key, utterance.frames), row)
+        if payload is not None:
+            kept.append(add_sample(tar, utterance, payload, suffix))
+        else:
+            lost.append(_lost(utterance, info.file))
+    tar.close()
+    frames = sum(row.frames for row in kept)
+    new = ShardInfo(info.file, len(kept), frames, tar.size, tar.sha256.hexdigest())
+    return ShardRecord("", new, tuple(kept), tuple(lost), 0)
+
+
+def _if_undamaged(payload: bytes | None, row: Any) -> bytes | None:
+    """Stored bytes, if they are those of the index row; else None."""
+    return payload if payload is not None and zlib.crc32(payload) == row["crc32"] else None
+
+
+def _lost(utterance: Utterance, shard: str) -> Reject:
+    split = "test" if shard.startswith("test-") else "labelled"
+    reason = f"its stored bytes were damaged in {shard}"
+    return Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
+
+
+def _payloads(path: Path, rows: NDArray[Any]) -> Iterator[bytes | None]:
+    """The stored bytes of each row, None where the file cannot be read."""
+    with contextlib.ExitStack() as opened:
+        file: io.BufferedReader | None = None
+        with contextlib.suppress(OSError):
+            file = opened.enter_context(open_regular(path))
+        for row in rows:
+            payload = None
+            # A folder may be in its place, or the disk may fail to read a sector.
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.seek(int(row["offset"]))
+                    payload = file.read(int(row["nbytes"]))
+            yield payload
+
+
+def _utterance(row: Any, manifest: Manifest) -> Utterance:
+    key, label = row["key"].decode(), int(row["label"])
+    speaker = None if label == NO_LABEL else manifest.speakers[label]
+    return Utterance(key, f"{key}.pt", speaker, label, int(row["frames"]), 0, 0)
+
+
+class SourcePayloads:
+    """Gives the stored bytes of utterances, encoded again from their files in the data set.
+
+    Args:
+        source: The data set.
+        manifest: Manifest of the set under repair.
+
+    Attributes:
+        scanned: What is in the data set.
+        notes: The reason for each utterance that it could not give.
+    """
+
+    def __init__(self, source: Location, manifest: Manifest) -> None:
+        self.scanned = scan_dataset(source)
+        self.notes: list[str] = []
+        self._manifest = manifest
+
+    def __call__(self, key: str, frames: int) -> bytes | None:
+        """The bytes that a build would store for an utterance, or None."""
+        utterance = self.scanned.by_key.get(key)
+        path = self.scanned.root / (f"{key}.pt" if utterance is None else utterance.path)
+        try:
+            if utterance is None:
+                raise ValueError("is not in the data set, or is faulty there")
+            return encode_file(
+                fetch_file(self.scanned.root, utterance, self._manifest.n_mels),
+                n_mels=self._manifest.n_mels,
+                frames=frames,
+                dtype=self._manifest.dtype,
+                codec=self._manifest.codec,
+            )
+        except ValueError as error:
+            self.notes.append(f"{path}: {error}")
+            return None
