@@ -1,9 +1,10 @@
-"""Augmentation of log-mel segments on the device that trains: other rooms, channels, noises.
+"""Augmentation of log-mel segments on the training device: other rooms, channels and noises.
 
-A speaker is recorded in few situations and must be known in others, so a segment is moved to
-situations that it was never recorded in. All of it works on the mels as they are stored, natural
-logarithms of power, where a filter of the channel is a sum over bins and two sounds at once are
-`logaddexp`. Randomness comes from torch's generator of the device, which the training step seeds.
+A speaker is recorded in few situations and must be recognised in others. Augmentation makes
+segments sound as if they were recorded elsewhere. It works on the mels as they are stored, natural
+logarithms of power: a channel's filter adds a curve over the bins, and two sounds together are
+`logaddexp`. Random numbers come from torch's generator of the device, which the training step
+seeds.
 
 Axis legend: B batch, T frames, F mel bins. A mask is (B, T) bool, True on valid frames.
 """
@@ -19,23 +20,23 @@ from torch import Tensor, nn
 from shardprep_trainer.model.layers import frame_mask, masked_mean
 
 _NEPERS_PER_DECIBEL = math.log(10.0) / 10.0
-# A log-mel is the log of a mean over few FFT bins; of stationary noise it has about this deviation.
+# Standard deviation of the log-mels of stationary noise, about: a mel is a mean over few FFT bins.
 _NOISE_DEVIATION = 0.8
 _FRAME_SECONDS = 0.01
-# Reverberation beyond this many frames is left out.
+# Length of the reverberation; what comes later is left out.
 _TAIL_FRAMES = 40
 
 
 class Augment(nn.Module):
-    """Changes a batch of segments at random, each by its own draw; the identity if all is 0.
+    """Changes each segment of a batch at random, and nothing if all shares are 0.
 
-    In this order: room, channel, other voices, noise, SpecAugment.
+    The order is: room, channel, other voices, noise, SpecAugment.
 
     Args:
-        reverb: Share of the segments that get a room's tail.
-        reverb_seconds: Shortest and longest time in which the tail falls by 60 dB [s].
+        reverb: Share of the segments that get the reverberation of a room.
+        reverb_seconds: Shortest and longest reverberation time, a fall of 60 dB [s].
         channel: Standard deviation of a smooth curve over mel bins that is added [nepers of power].
-        channel_points: Points that the curve is interpolated between.
+        channel_points: Points between which the curve is interpolated.
         babble: Share of the segments that get the sum of one to three other segments of the batch.
         babble_snr: Lowest and highest ratio of their powers [dB].
         noise: Share of the segments that get noise with a smooth spectrum.
@@ -78,7 +79,7 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Augment a batch; in evaluation mode it comes back as it is.
+        """Augment a batch; in evaluation mode return it unchanged.
 
         Args:
             mel: (B, T, F) float32 natural logs of power; not changed in place.
@@ -104,7 +105,7 @@ class Augment(nn.Module):
         return self._hide(mel, mask) if self.time_masks or self.freq_masks else mel
 
     def _hide(self, mel: Tensor, mask: Tensor | None) -> Tensor:
-        """SpecAugment; what is hidden becomes the mean of its bin, which tells least."""
+        """SpecAugment: hidden values become the mean of their bin, which tells least."""
         hidden = torch.zeros_like(mel, dtype=torch.bool)
         for _ in range(self.time_masks):
             hidden |= _span(mel, 1, self.time_width).unsqueeze(2)
@@ -125,13 +126,13 @@ class Augment(nn.Module):
 
 
 def mix(mel: Tensor, other: Tensor, snr: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Let two sounds be heard at once: their powers add up.
+    """Mix two sounds: their powers add up.
 
     Args:
         mel: (B, T, F) natural logs of power.
-        other: (B, T, F) the sound to add, as loud as may be.
-        snr: (B, 1, 1) ratio of the mean power of mel to that of other as it is added [dB].
-        mask: (B, T) bool, the frames that the powers are measured over; None for all.
+        other: (B, T, F) the sound to add, of any loudness.
+        snr: (B, 1, 1) ratio of the mean powers of mel and of the sound that is added [dB].
+        mask: (B, T) bool, the frames over which the powers are measured; None for all.
 
     Returns:
         (B, T, F).
@@ -141,10 +142,10 @@ def mix(mel: Tensor, other: Tensor, snr: Tensor, mask: Tensor | None = None) -> 
 
 
 def reverberate(mel: Tensor, seconds: Tensor) -> Tensor:
-    """Spread the power of every frame over those that follow, as a room does.
+    """Spread the power of every frame over the following frames, as a room does.
 
-    It falls exponentially with time, as late reverberation does in Polack's model, and is as much
-    in all as before.
+    The power falls exponentially with time, as late reverberation in Polack's model. The sum of
+    the power stays the same.
 
     Args:
         mel: (B, T, F) natural logs of power.
@@ -164,7 +165,7 @@ def reverberate(mel: Tensor, seconds: Tensor) -> Tensor:
 
 
 def smooth_curve(mel: Tensor, points: int) -> Tensor:
-    """A line over mel bins through normal points, for each segment of mel (B, T, F): (B, 1, F)."""
+    """For each segment of mel (B, T, F) a curve through normally distributed points: (B, 1, F)."""
     knots = torch.randn(len(mel), 1, points, device=mel.device, dtype=mel.dtype)
     return F.interpolate(knots, mel.shape[2], mode="linear", align_corners=True)
 
@@ -191,25 +192,25 @@ def _voices(mel: Tensor) -> Tensor:
 
 
 def _others(batch: int, device: torch.device) -> Tensor:
-    """For each of `batch` segments another one (itself where there is no other): (B,) int64."""
+    """For each of `batch` segments the index of another, or its own in a batch of 1: (B,) int64."""
     step = torch.randint(1, max(2, batch), (batch,), device=device)
     return (torch.arange(batch, device=device) + step) % batch
 
 
 def _between(mel: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """One number for each segment, uniform between the bounds: (B, 1, 1)."""
+    """A random number for each segment, uniform between the bounds: (B, 1, 1)."""
     low, high = bounds
     draw = torch.rand(len(mel), 1, 1, device=mel.device, dtype=mel.dtype)
     return low + (high - low) * draw
 
 
 def _chosen(mel: Tensor, share: float) -> Tensor:
-    """Whether each segment is among the share that is changed: (B, 1, 1) bool."""
+    """Choose a share of the segments at random: (B, 1, 1) bool."""
     return torch.rand(len(mel), 1, 1, device=mel.device) < share
 
 
 def _span(mel: Tensor, axis: int, longest: int) -> Tensor:
-    """For each segment a span of 0 to `longest` places along an axis: (B, size) bool."""
+    """For each segment a random span of 0 to `longest` places along an axis: (B, size) bool."""
     size = mel.shape[axis]
     width = torch.randint(0, longest + 1, (len(mel), 1), device=mel.device)
     room = (size - width + 1).clamp(min=1)

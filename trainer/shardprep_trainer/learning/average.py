@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: what is validated and predicted with."""
+"""The exponential moving average of the weights, for validation and prediction."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedModel:
-    """Keeps the moving average of a model's weights (Polyak averaging) beside the model.
+    """The moving average of a model's weights (Polyak averaging).
 
-    Step t keeps the share min(decay, (1 + t) / (10 + t)) of the average, so that the first steps
-    soon count no more. Running statistics are copied, not averaged: those of a short run would lag
-    behind.
+    Step t keeps the share min(decay, (1 + t) / (10 + t)) of the average, so that the average soon
+    forgets the first steps. Running statistics are copied, not averaged: in a short run their
+    average would lag behind.
 
-    The arithmetic is PyTorch's. Its own `swa_utils.AveragedModel` does not fit here: it counts
-    updates in a tensor and moves that to the device in each of them, for which the host waits; and
-    the count would be one more thing to save, where here the step decides.
+    The arithmetic is PyTorch's. PyTorch's class `swa_utils.AveragedModel` does not serve here: it
+    copies its count of updates to the device in every update, for which the host waits, and the
+    count would have to be saved, while here the share depends on the step alone.
 
     Args:
         model: The model itself, outside of any wrapper.
         decay: Share of the average that a step keeps, 0 up to but not including 1.
 
     Attributes:
-        model: A copy with the averaged weights, in evaluation mode.
+        model: A copy of the model that holds the average, in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -69,9 +69,9 @@ def build_plan(config: Config, average: AveragedModel | None, device: torch.devi
 def build_optimizer(
     config: OptimConfig, model: SpeakerModel, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters, or Muon over those that it is for.
+    """AdamW for all weights, or Muon for the matrices and AdamW for the rest.
 
-    The learning rate is set before every step.
+    Every step sets the learning rate.
     """
     lr, decay, fused = config.lr, config.weight_decay, device.type in ("cuda", "cpu")
     if config.name == "muon":

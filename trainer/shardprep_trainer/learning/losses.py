@@ -1,8 +1,8 @@
 """Losses over speakers, each a mean over the batch, computed in float32 at least.
 
-Under autocast logits may arrive in half precision; they are widened first. A batch without
-utterances gives a zero that still reaches every parameter, so that a process whose last batch is
-empty takes part in the gradient exchange of the others.
+Under autocast logits may arrive in half precision; they are converted first. The loss of an empty
+batch is 0 and still has a gradient for every weight, so that a process whose last batch is empty
+takes part in the exchange of gradients.
 
 Axis legend: B batch, S speakers.
 """
@@ -30,24 +30,24 @@ class SoftmaxLoss(nn.Module):
             Scalar, in nats, the mean over the batch; 0 for an empty batch.
 
         Raises:
-            ValueError: Shapes that do not fit, or labels on the CPU that name no speaker.
+            ValueError: Shapes that do not fit, or labels on the CPU that are out of range.
         """
         _check(logits, labels)
-        return _mean_cross_entropy(_widen(logits), labels)
+        return _mean_cross_entropy(_at_least_float32(logits), labels)
 
 
 class AMSoftmaxLoss(nn.Module):
     """Additive margin softmax (Wang et al. 2018, arXiv 1801.05599, equation 6).
 
     Cross-entropy of scale * (cos - margin) for the true speaker and scale * cos for the others.
-    The margin lives here only: predictions are made from plain cosines.
+    Only this loss knows the margin: predictions are made from plain cosines.
 
     Args:
-        margin: Cosine that the true speaker must be ahead by; 0 or more.
+        margin: Cosine by which the true speaker must lead; 0 or more.
         scale: Inverse temperature of the softmax, above 0.
 
     Attributes:
-        margin: May be set anew between steps, as a margin that grows is.
+        margin: May be changed between steps.
 
     Raises:
         ValueError: A negative margin or a scale that is not positive.
@@ -73,10 +73,10 @@ class AMSoftmaxLoss(nn.Module):
             Scalar, in nats, the mean over the batch; 0 for an empty batch.
 
         Raises:
-            ValueError: Shapes that do not fit, or labels on the CPU that name no speaker.
+            ValueError: Shapes that do not fit, or labels on the CPU that are out of range.
         """
         _check(cosines, labels)
-        wide = _widen(cosines)
+        wide = _at_least_float32(cosines)
         return _mean_cross_entropy(self.scale * self._with_margin(wide, labels), labels)
 
     def _with_margin(self, cosines: Tensor, labels: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class AAMSoftmaxLoss(AMSoftmaxLoss):
 
     Cross-entropy of scale * cos(angle + margin) for the true speaker and scale * cos(angle) for the
     others. Beyond angle = pi - margin, where the cosine would rise again, the true speaker gets
-    cos(angle) - margin * sin(margin), as the authors' own program has it.
+    cos(angle) - margin * sin(margin), as in the authors' program.
 
     Args:
-        margin: Angle that the true speaker must be ahead by [rad]; 0 or more.
+        margin: Angle by which the true speaker must lead [rad]; 0 or more.
         scale: Inverse temperature of the softmax, above 0.
 
     Raises:
@@ -101,7 +101,7 @@ class AAMSoftmaxLoss(AMSoftmaxLoss):
 
     def _with_margin(self, cosines: Tensor, labels: Tensor) -> Tensor:
         true = cosines.gather(1, labels.unsqueeze(1))  # (B, 1)
-        # The slope of the sine is endless at cosines of 1 and -1.
+        # The slope of the sine is infinite at cosines of 1 and -1.
         sine = (1.0 - true.square()).clamp(min=1e-12).sqrt()
         moved = true * math.cos(self.margin) - sine * math.sin(self.margin)
         straight = true - self.margin * math.sin(self.margin)
@@ -109,17 +109,17 @@ class AAMSoftmaxLoss(AMSoftmaxLoss):
         return cosines.scatter(1, labels.unsqueeze(1), moved)
 
 
-def _widen(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over no utterance would be 0 / 0, hence the division by at least one."""
+    """The mean over the batch; 0, not 0 / 0, for an empty batch."""
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    """Refuse what can be refused without waiting for a device."""
+    """Check shapes and labels, as far as the host need not wait for a device."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         found = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
         raise ValueError(f"{found} do not fit; pass logits (B, S) and labels (B,)")

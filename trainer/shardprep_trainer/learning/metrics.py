@@ -1,4 +1,7 @@
-"""What is measured while training, without waiting for the device between two log steps."""
+"""What is measured while training: sums on the device, rates on the host.
+
+Nothing here waits for the device between two log steps.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,31 @@ import torch
 from torch import Tensor
 
 
-class Window(NamedTuple):
-    """The places of `Meter.sums`, of one rank or of all."""
+class Sums(NamedTuple):
+    """The elements of `Meter.sums`, of one rank or of all."""
 
     loss: float
-    """Sum of the finite losses, each times its samples."""
+    """Sum of the finite losses, each times its segments."""
     correct: float
-    """Correct answers among these samples."""
+    """Correct answers among these segments."""
     samples: float
-    """Their number."""
+    """Number of these segments."""
     norm: float
     """Sum of the gradient norms of the steps taken."""
     steps: float
-    """Steps taken, which are those whose gradient was finite."""
+    """Steps taken: those whose gradient was finite."""
     skipped: float
     """Steps skipped."""
     in_a_row: float
-    """Steps skipped just now without one between them that was taken; outlives a window."""
+    """Steps skipped in a row, up to the last step; `Meter.reset` keeps this number."""
     diverged: float
-    """First step at which these were too many, 0 for none; outlives a window."""
+    """First step at which these were too many, 0 for none; `Meter.reset` keeps this number."""
 
 
 class Meter:
-    """Sums over the samples of a logging window, kept on the device.
+    """Sums over the steps since the last log step, kept on the device.
 
-    The sums are one float64 vector with the places of `Window`, so that a log step costs one
+    The sums are one float64 vector with the elements of `Sums`, so that a log step costs one
     exchange between the ranks and one copy to the host.
 
     Args:
@@ -45,13 +48,13 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, max_skipped: int) -> None:
-        self.sums = torch.zeros(len(Window._fields), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
         self.max_skipped = max_skipped
 
     def add_batch(self, loss: Tensor, correct: Tensor, samples: int) -> None:
         """Add a micro-batch: its mean loss (), its correct answers () and its size.
 
-        One whose loss is not finite is left out, for it would spoil the mean of the window.
+        A micro-batch whose loss is not finite is left out: the mean would not be finite either.
         """
         usable = loss.isfinite()
         self.sums[0] += torch.where(usable, loss * samples, 0.0)
@@ -69,36 +72,33 @@ class Meter:
         self.sums[7] = torch.where(first, float(step), self.sums[7])
 
     def reset(self) -> None:
-        """Begin a new window."""
+        """Begin new sums."""
         self.sums[:6] = 0
 
-    def restore(self, window: Sequence[float]) -> None:
-        """Continue a window that was cut off, as `combine` gave it."""
-        # Checkpoints from before steps were skipped have the first six places; the sixth is 0.
-        saved = torch.tensor(window, dtype=torch.float64)
-        self.sums[: len(saved)].copy_(saved)
+    def restore(self, sums: Sequence[float]) -> None:
+        """Continue the sums of a checkpoint, as `combine` gave them."""
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
 
-def combine(rows: Tensor) -> Window:
+def combine(rows: Tensor) -> Sums:
     """Join the sums of all ranks.
 
     Args:
         rows: (W, 8) sums of W ranks, as `Meter` keeps them.
 
     Returns:
-        The sums for the whole. What counts steps is rank 0's: the gradient is exchanged, so all
-        ranks have the same norm and skip the same steps.
+        The sums over all ranks. Norms and numbers of steps are those of rank 0: all ranks have
+        the same gradient, so that they have the same norm and skip the same steps.
     """
     table = rows.cpu()
-    return Window(*table[:, :3].sum(0).tolist(), *table[0, 3:].tolist())
+    return Sums(*table[:, :3].sum(0).tolist(), *table[0, 3:].tolist())
 
 
 class Throughput:
     """Rates of the training steps since the last `restart`; time spent elsewhere is left out.
 
     Attributes:
-        network_seconds: Tells how long readers have stood still so far for data to come from
-            elsewhere [s].
+        network_seconds: Returns how long readers have waited so far for data from a store [s].
     """
 
     def __init__(self) -> None:
@@ -106,14 +106,14 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new window now."""
+        """Begin to measure anew."""
         self._start = time.perf_counter()
         self._network = self.network_seconds()
         self._waited = 0.0
         self._samples = 0
 
     def fetch(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Take the next batch, and count its samples and how long it let us wait."""
+        """Take the next batch; count its segments and the time of waiting for it."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
@@ -121,24 +121,24 @@ class Throughput:
         return batch
 
     def rates(self, world_size: int) -> dict[str, float]:
-        """What came of the window.
+        """The rates since the last `restart`.
 
         Returns:
             samples_per_second of all ranks; waiting, the share of time for which this rank waited
-            for data; and network, the most of that which can be due to the network: batches are
-            prepared ahead, so a reader may stand still without letting anybody wait.
+            for data; and network, the largest part of it that the network can have caused. A
+            reader that waits for the network may delay nobody, as batches are prepared ahead.
         """
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        stood = self.network_seconds() - self._network
+        reader_waited = self.network_seconds() - self._network
         return {
             "samples_per_second": self._samples * world_size / elapsed,
             "waiting": self._waited / elapsed,
-            "network": min(self._waited, stood) / elapsed,
+            "network": min(self._waited, reader_waited) / elapsed,
         }
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process held so far: on a CUDA device, else resident [MiB]."""
+    """Largest memory of this process so far: on a CUDA device, else resident [MiB]."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -20,12 +20,12 @@ _SMALLEST_NORM = 1e-7
 class MuonAdamW(torch.optim.Optimizer):
     """Moves matrices by the nearest orthogonal matrix to their momentum, the rest as AdamW does.
 
-    Muon is that of Jordan et al. (2024, https://kellerjordan.github.io/posts/muon), its steps
-    scaled to be as long as AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one
-    learning rate and one weight decay serve both. A kernel of a convolution counts as a matrix of
-    output channels by what each of them sees. PyTorch's own Muon does the same, a matrix at a time
-    and in bfloat16 everywhere, which takes longer than all the rest of a step on a CPU without
-    AVX-512. Devices of different kinds round differently: processes that share a model must run on
+    Muon is from Jordan et al. (2024, https://kellerjordan.github.io/posts/muon). Its steps are
+    scaled to the length of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both
+    share one learning rate and one weight decay. The kernel of a convolution counts as a matrix:
+    one row for each output channel. PyTorch's own Muon does the same, but takes one matrix at a
+    time and always computes in bfloat16: on a CPU without AVX-512 this takes longer than the rest
+    of the step. Devices of different kinds round differently, so all processes of a run must use
     the same kind.
 
     Args:
@@ -33,11 +33,11 @@ class MuonAdamW(torch.optim.Optimizer):
         others: Weights for AdamW.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, per step and unit of learning rate.
-        fused: Whether AdamW runs as one kernel, and both heed `found_inf`.
+        fused: Whether AdamW runs as one kernel, and both obey `found_inf`.
 
     Attributes:
-        found_inf: If it is set, a scalar on the device of the weights; where it is not 0, a step
-            changes nothing. Unlike a branch on it, that need not wait for the device.
+        found_inf: If set, a scalar on the device of the weights. A value other than 0 makes the
+            step change nothing; the host need not wait for the device to know the value.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let AdamW work on this optimiser's own group and moments."""
+        """Let AdamW use the second group and the state of this optimiser."""
         group = self.param_groups[1]
-        # A gradient scaler passes its `found_inf` on rather than waiting for it.
+        # Tells a gradient scaler to set `found_inf` and not to wait for its value.
         self._step_supports_amp_scaling = group["fused"]
         self._adamw = torch.optim.AdamW(group["params"], fused=group["fused"])
         state = {"state": self.state, "param_groups": [group]}
         self._adamw.__setstate__(state)  # type: ignore[no-untyped-call]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients, which a gradient scaler has unscaled."""
+        """Change the weights by their gradients; a gradient scaler must have unscaled these."""
         assert closure is None
         assert getattr(self, "grad_scale", None) is None
         found: Tensor | None = getattr(self, "found_inf", None)
-        # A scaler counts devices, and AdamW heeds 1 alone.
+        # A scaler may set more than 1, one for each device; AdamW skips at 1 only.
         skip = None if found is None else (found != 0).float()
         self._adamw.found_inf = skip  # type: ignore[attr-defined]
         self._adamw.step()
@@ -82,38 +82,39 @@ class MuonAdamW(torch.optim.Optimizer):
     def _move_matrices(self, skip: Tensor | None) -> None:
         group = self.param_groups[0]
         lr = group["lr"]
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for weight in group["params"]:
             if weight.grad is not None:
-                # Not flatten, which copies what is not contiguous: the weight itself would stay.
+                # Not flatten: it may copy, and then the weight itself would not change.
                 matrix = weight.detach().view(len(weight), -1)
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(matrix)
-                parts = matrix, weight.grad.flatten(1), self.state[weight]["momentum_buffer"]
-                alike.setdefault(matrix.shape, []).append(parts)
-        for shape, parts_of in alike.items():
-            matrices, gradients, momenta = (torch.stack(x) for x in zip(*parts_of, strict=True))
+                entry = matrix, weight.grad.flatten(1), self.state[weight]["momentum_buffer"]
+                by_shape.setdefault(matrix.shape, []).append(entry)
+        for shape, entries in by_shape.items():
+            matrices, gradients, momenta = (torch.stack(x) for x in zip(*entries, strict=True))
             momenta.lerp_(gradients, 1 - _MOMENTUM)
-            # Nesterov's, with the momentum that the next step begins with.
+            # Nesterov momentum: the gradient moves on towards the new momentum.
             steps = orthogonalise(gradients.lerp_(momenta, _MOMENTUM)).to(matrices.dtype)
             matrices.mul_(1 - lr * group["weight_decay"])
             matrices.add_(steps, alpha=-lr * 0.2 * math.sqrt(max(shape)))
-            for (matrix, _, momentum), *new in zip(parts_of, matrices, momenta, strict=True):
+            for (matrix, _, momentum), *new in zip(entries, matrices, momenta, strict=True):
                 for old, x in zip((matrix, momentum), new, strict=True):
                     old.copy_(x if skip is None else torch.where(skip == 0, x, old))
 
 
 def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest orthogonal matrices, roughly: singular values come to lie between .7 and 1.2.
+    """The nearest orthogonal matrices, roughly: all singular values end between .7 and 1.2.
 
-    Five Newton-Schulz iterations of Jordan et al. (2024), whose polynomial is steep at 0.
+    Five Newton-Schulz iterations with the polynomial of Jordan et al. (2024), which is steep at 0.
 
     Args:
         x: (N, rows, columns).
-        dtype: To compute in; by default bfloat16, or float32 on a CPU that is slow in that.
+        dtype: The type to compute in; by default bfloat16, or float32 on a CPU where bfloat16
+            is slow.
 
     Returns:
-        (N, rows, columns) of that type.
+        (N, rows, columns) of this type.
     """
     tall = x.shape[1] > x.shape[2]
     if dtype is None:
@@ -127,14 +128,17 @@ def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def split_weights(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Which weights of a model are matrices to Muon, and which are not.
+    """Split the weights of a model into those for Muon and those for AdamW.
 
-    The latter are vectors, the tables of an `nn.Embedding`, the kernels of convolutions in groups,
-    each of which is a vector, and all of the head, whose rows are classes.
+    AdamW gets vectors, the tables of an `nn.Embedding`, the kernels of convolutions in groups
+    (each of them is a vector), and all weights of the head, whose rows are classes.
 
     Args:
-        model: All of it.
+        model: The whole model.
         head: Its last layer.
+
+    Returns:
+        The matrices for Muon, and the other weights.
     """
     apart = set(head.parameters())
     for module in model.modules():

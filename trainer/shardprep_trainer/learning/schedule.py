@@ -1,4 +1,4 @@
-"""What depends on the step alone, so that a resumed run needs no memory of it."""
+"""What depends on the step alone: learning rate, margin and seed. Nothing of it is saved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of an optimiser step: a linear warm-up, then half a cosine down to 0.
+    """Learning rate of an optimiser step: linear warm-up, then half a cosine down to 0.
 
     Args:
         step: Steps taken before this one, 0 to total_steps - 1.
         peak: Learning rate at the end of the warm-up.
-        warmup_steps: Steps of the warm-up; the last of them has the peak.
+        warmup_steps: Steps of the warm-up; its last step has the peak.
         total_steps: Steps of the run, more than warmup_steps.
 
     Returns:
@@ -26,12 +26,12 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def margin(step: int, *, final: float, growth_steps: int) -> float:
-    """Margin of an optimiser step: from 0 up to `final` in a straight line, then constant.
+    """Margin of an optimiser step: rises linearly from 0 to `final`, then stays constant.
 
     Args:
         step: Steps taken before this one.
         final: Margin at the end.
-        growth_steps: Steps that it grows for; 0 for none.
+        growth_steps: Steps until `final`; 0 for no growth.
     """
     return final * min(1.0, step / growth_steps) if growth_steps else final
 
@@ -39,8 +39,8 @@ def margin(step: int, *, final: float, growth_steps: int) -> float:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's generators for one optimiser step on one rank, 0 to 2**63 - 1.
 
-    A hash of its arguments: dropout is then a function of the step, and resuming is exact
-    without saving the state of any generator, at any number of processes.
+    It is a hash of the arguments. Dropout is then a function of the step, and a resumed run is
+    exact although no generator's state is saved, at any number of processes.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

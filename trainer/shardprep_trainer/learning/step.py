@@ -1,16 +1,18 @@
-"""One optimiser step: micro-batches in, weights changed, sums in a meter; nothing waits.
+"""One optimiser step: it takes micro-batches, changes the weights and adds to the meter.
 
-A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
-optimiser and running statistics stay as they were, and the meter counts it. The norm of the
-averaged gradient, one number on all ranks, decides. A loss that is not finite makes it so.
+A step whose loss or gradient is not finite, on any rank, is skipped on all ranks: weights,
+optimiser and running statistics stay as they were, and the meter counts the skipped step. The norm
+of the averaged gradient decides, which is the same on all ranks; a loss that is not finite makes
+this norm not finite.
 
-- With the fused optimiser of a GPU or a CPU the decision stays on the device: its kernel is told
-  by `found_inf`, as a gradient scaler does it, to leave weights, moments and step count alone.
-- With float16 the scaler itself skips the step, in the same way, and lowers its scale.
-- An optimiser that is not fused is simply not called, for which the host waits for the norm.
+- A fused optimiser, on a GPU or a CPU, decides on the device: its kernel reads `found_inf`, which
+  a gradient scaler sets too, and leaves weights, moments and step count alone.
+- With float16 the scaler skips the step in the same way, and lowers its scale.
+- An optimiser that is not fused is not called; for this the host waits for the norm.
 
-Under mixed precision only products are narrow: every softmax, each norm and the loss are computed
-in float32. Fused attention takes narrow queries and keys, and sums their softmax in float32.
+Under mixed precision only matrix products are in 16 bits: every softmax, every normalisation and
+the loss are computed in float32. Fused attention takes queries and keys of 16 bits and sums their
+softmax in float32.
 """
 
 from __future__ import annotations
@@ -33,45 +35,45 @@ from shardprep_trainer.model.build import model_inputs
 Batches = Iterator[dict[str, Tensor]]
 
 
-def _as_it_is(mel: Tensor, lengths: Tensor | None) -> Tensor:
+def _unchanged(mel: Tensor, lengths: Tensor | None) -> Tensor:
     return mel
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a recipe adds to a plain step; functions take the number of steps before it."""
+    """What changes from step to step; the functions take the number of steps before this one."""
 
     rate: Callable[[int], float]
     """Learning rate."""
     margin: Callable[[int], float] | None = None
-    """Margin of the criterion; None leaves it as it is."""
-    augment: Callable[[Tensor, Tensor | None], Tensor] = _as_it_is
-    """Changes segments (B, T, F) with valid frames (B,), or None for all, on the device."""
+    """Margin of the criterion; None never changes the margin."""
+    augment: Callable[[Tensor, Tensor | None], Tensor] = _unchanged
+    """Changes segments (B, T, F), given their valid frames (B,) or None for all frames."""
     average: AveragedModel | None = None
-    """Follows the weights."""
+    """Moving average of the weights, if there is one."""
 
 
 class TrainStep:
-    """Takes optimiser steps with a prepared model, without ever waiting for a GPU.
+    """Takes optimiser steps with a prepared model; never waits for a GPU.
 
-    torch's generators are seeded from (seed, step, rank) before each step, so that dropout does
-    not depend on what was computed before, in this process or another.
+    Each step seeds torch's generators from (seed, step, rank), so that dropout does not depend on
+    what was computed before, in this process or another.
 
     Args:
         accelerator: Has prepared the model and the optimiser.
         model: mel (B, T, F) and lengths (B,) or None to logits (B, S).
-        optimizer: Its learning rate is set anew for every step.
+        optimizer: Every step sets its learning rate.
         criterion: Logits (B, S) and labels (B,) to their mean loss, a scalar.
         plan: What changes from step to step.
         accumulate: Micro-batches of a step; their gradients are averaged.
-        clip_norm: Largest norm of the whole gradient; 0 leaves it as it is.
-        max_skipped: Steps in a row that may be skipped before the meter calls it divergence.
+        clip_norm: Largest norm of the whole gradient; 0 for no limit.
+        max_skipped: Steps in a row that may be skipped; after more the meter says diverged.
         seed: Seed of the run.
 
     Attributes:
         bare: The model itself, outside of any wrapper of the accelerator.
-        meter: Sums since it was last reset.
-        throughput: Rates since they were last restarted.
+        meter: Sums since its last `reset`.
+        throughput: Rates since its last `restart`.
     """
 
     def __init__(
@@ -106,31 +108,31 @@ class TrainStep:
         return self.bare if self.plan.average is None else self.plan.average.model
 
     def __call__(self, batches: Batches, step: int) -> None:
-        """Take the step that follows `step` others, on the next micro-batches."""
+        """Take the next step, after `step` others, on the next micro-batches."""
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(step)
         if self.plan.margin is not None:
             setattr(self.criterion, "margin", self.plan.margin(step))  # noqa: B010
         before = [buffer.clone() for buffer in self._buffers]
-        for part in range(self.accumulate):
+        for micro_batch in range(self.accumulate):
             batch = self.throughput.fetch(batches)
-            exchange = part == self.accumulate - 1
+            exchange = micro_batch == self.accumulate - 1
             with nullcontext() if exchange else self.accelerator.no_sync(self.model):
                 loss = self._forward(batch)
-                # One plus zero, or NaN: the gradient of an infinite loss may well be finite, and
-                # by the gradient alone the other ranks learn of it.
-                spoiler = 1 + 0 * loss.detach()
-                self.accelerator.backward(loss * spoiler / self.accumulate)
+                # An infinite loss can have a finite gradient. Make the gradient NaN too: the other
+                # ranks see nothing else.
+                one_or_nan = 1 + 0 * loss.detach()
+                self.accelerator.backward(loss * one_or_nan / self.accumulate)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.limit)
-        self._move(norm.isfinite(), before)
+        self._change_weights(norm.isfinite(), before)
         if self.plan.average is not None:
             self.plan.average.update(step)
         self.optimizer.zero_grad()
         self.meter.add_step(norm, step + 1)
 
-    def _move(self, finite: Tensor, before: list[Tensor]) -> None:
-        """Change the weights, or put the running statistics back to what they were before."""
+    def _change_weights(self, finite: Tensor, before: list[Tensor]) -> None:
+        """Change the weights, or skip the step and restore the running statistics."""
         bare = self.optimizer.optimizer
         if self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -146,7 +148,7 @@ class TrainStep:
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         device = self.accelerator.device
         mel, lengths = model_inputs(batch, device)
-        # Under autocast the model takes narrow products by itself; powers need all their bits.
+        # The model's products are in 16 bits under autocast; the powers here need all their bits.
         mel = self.plan.augment(mel, lengths)
         logits = self.model(mel, lengths).float()  # (B, T, F) -> (B, S)
         labels = batch["label"].to(device, non_blocking=True)

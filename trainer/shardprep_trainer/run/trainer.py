@@ -20,7 +20,7 @@ from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
 from shardprep_trainer.checkpoint.training import gather_training
 from shardprep_trainer.errors import CheckpointError, DivergedError
 from shardprep_trainer.evaluation.accuracy import evaluate
-from shardprep_trainer.learning.metrics import Window, combine, peak_memory_mib
+from shardprep_trainer.learning.metrics import Sums, combine, peak_memory_mib
 from shardprep_trainer.model.sync_norm import share_buffers
 from shardprep_trainer.processes.interrupt import StopSignals
 from shardprep_trainer.processes.watchdog import (
@@ -117,8 +117,12 @@ class Trainer:
                 yield batch
                 self.watchdog.enter(READING, self.step)
 
-    def _window(self) -> Window:
-        """The meter of all ranks, after making sure that not too many steps were skipped."""
+    def _sums(self) -> Sums:
+        """The meter's sums over all ranks.
+
+        Raises:
+            DivergedError: Too many steps were skipped in a row.
+        """
         sums = combine(self.accelerator.gather(self.train_step.meter.sums.unsqueeze(0)))
         if sums.diverged:
             kept = "no checkpoint was written before"
@@ -133,7 +137,7 @@ class Trainer:
         return sums
 
     def _log_training(self) -> None:
-        sums = self._window()
+        sums = self._sums()
         group = self.train_step.optimizer.param_groups[0]
         record: dict[str, Any] = {
             "event": "train",
@@ -167,7 +171,7 @@ class Trainer:
     def _validate(self) -> None:
         """Validate on whole utterances, and keep the weights if they are the best so far."""
         started = time.perf_counter()
-        self._window()
+        self._sums()
         if self.world_size > 1:
             share_buffers(self.train_step.predictor)
         data, place = self.config.data, (self.rank, self.world_size)
@@ -238,7 +242,7 @@ class Trainer:
         Raises:
             CheckpointError: It was refused, and was the last one.
         """
-        window = self._window()
+        sums = self._sums()
         self._look_at_shards()
         failed = False
         main = self.accelerator.is_main_process
@@ -251,7 +255,7 @@ class Trainer:
                 self.loader,
                 global_batch=self.global_batch,
                 launchers=self._launchers,
-                meter=list(window),
+                meter=list(sums),
                 raw=self.train_step.bare.state_dict() if averaged else None,
             )
             checkpoint = self._checkpoint(training)
