@@ -12,7 +12,12 @@ from shardprep.cache.shard_cache import ShardCache
 from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, Manifest, ShardInfo
 from shardprep.read.folder_map import FolderMap
-from shardprep.read.manifest_file import ManifestWatch, check_fingerprint
+from shardprep.read.manifest_file import (
+    ManifestWatch,
+    check_fingerprint,
+    load_manifest,
+    manifest_state,
+)
 from shardprep.read.shard_map import ShardMap
 from shardprep.read.store_map import StoreMap
 from shardprep.storage.remote import Location, Remote
@@ -28,6 +33,14 @@ class Files(Protocol):
     @property
     def waited(self) -> float:
         """Seconds that readers of this process waited for the network."""
+
+    def load_manifest(self) -> Manifest:
+        """Read and check the manifest.
+
+        Raises:
+            FormatError: There is no complete shard set, or one of another version.
+            StorageError: The store cannot be reached.
+        """
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
         """Path of a file of the set on this machine; the file stays as long as this object.
@@ -72,6 +85,14 @@ class FolderFiles:
 
     def __reduce__(self) -> Any:
         return type(self), (self.place,)
+
+    def load_manifest(self) -> Manifest:
+        """See `Files.load_manifest`."""
+        # Looked at before it is read: a later change is then never missed.
+        seen = manifest_state(self.place)
+        manifest = load_manifest(self.place)
+        self._watch = ManifestWatch(self.place, manifest.fingerprint, seen)
+        return manifest
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
         """See `Files.local`."""
@@ -119,6 +140,10 @@ class StoreFiles:
     def waited(self) -> float:
         """Seconds that readers of this process waited for the network."""
         return self.cache.traffic.waited
+
+    def load_manifest(self) -> Manifest:
+        """See `Files.load_manifest`."""
+        return load_manifest(self.place)
 
     def local(self, info: FileInfo | ShardInfo) -> Path:
         """See `Files.local`; the path lies in the cache."""

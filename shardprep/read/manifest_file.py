@@ -82,15 +82,16 @@ class ManifestWatch:
     Args:
         folder: The shard folder.
         fingerprint: Fingerprint of the set that was opened.
+        seen: The file's state when it had this fingerprint, see `manifest_state`; None if unknown.
 
     Attributes:
-        fingerprint: The same.
+        fingerprint: Fingerprint of the set that was opened.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, seen: tuple[int, ...] | None = None) -> None:
         self._folder = folder
         self.fingerprint = fingerprint
-        self._seen: tuple[int, ...] | None = None
+        self._seen = seen
 
     def check(self) -> None:
         """Make sure that the folder still holds the set that was opened.
@@ -98,20 +99,21 @@ class ManifestWatch:
         Raises:
             CorruptShardError: The folder holds another set, or none.
         """
-        try:
-            found = os.stat(self._folder / MANIFEST_NAME)
-            state = (
-                found.st_dev,
-                found.st_ino,
-                found.st_size,
-                found.st_mtime_ns,
-                found.st_ctime_ns,
-            )
-        except OSError:
-            raise _replaced(self._folder, _NONE) from None
+        state = manifest_state(self._folder)
+        if state is None:
+            raise _replaced(self._folder, _NONE)
         if state != self._seen:
             check_fingerprint(self._folder, self.fingerprint)
             self._seen = state
+
+
+def manifest_state(folder: Path) -> tuple[int, ...] | None:
+    """Numbers that change whenever the manifest of a folder does; None if it cannot be read."""
+    try:
+        found = os.stat(folder / MANIFEST_NAME)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_fingerprint(place: Location, expected: str) -> None:

@@ -13,7 +13,6 @@ from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.errors import FormatError
 from shardprep.format.manifest import Manifest, Reject
 from shardprep.read.files import Files, files_at
-from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
 from shardprep.storage.remote import locate
@@ -121,4 +120,4 @@ def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -
         StorageError: The store behind the URL cannot be reached.
     """
     files = files_at(locate(path), cache)
-    return ShardSet(files, load_manifest(files.place))
+    return ShardSet(files, files.load_manifest())

@@ -28,7 +28,6 @@ from shardprep.format.limits import SMALL_MATRIX_BYTES
 from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, SplitInfo
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
-from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import load_index
 from shardprep.storage.local import open_regular
 from shardprep.storage.remote import Location, Remote, locate
@@ -86,7 +85,7 @@ def stream(
         pipeline = wds.WebDataset(urls, **{**defaults, **options})
     else:
         files = files_at(place)
-        info = _info(place, split)
+        info = _info(files, split)
         urls = [str(place / shard.file) for shard in info.shards]
         pipeline = wds.WebDataset(urls, **{**defaults, **options})
     stages = pipeline.pipeline
@@ -135,12 +134,12 @@ def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
     return place if place.is_dir() else None
 
 
-def _info(place: Location, split: str) -> SplitInfo:
-    manifest = load_manifest(place)
+def _info(files: Files, split: str) -> SplitInfo:
+    manifest = files.load_manifest()
     if split not in manifest.splits:
         raise FormatError(
             f"there is no split {split!r}; the set has {', '.join(manifest.splits)}",
-            file=place / MANIFEST_NAME,
+            file=files.place / MANIFEST_NAME,
         )
     return manifest.splits[split]
 

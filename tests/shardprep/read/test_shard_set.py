@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardprep import CorruptShardError, FormatError, Split, open_shards
-from shardprep.format.manifest import FileInfo, encode_manifest
+from shardprep.format.manifest import FileInfo, Manifest, encode_manifest
+from shardprep.read import manifest_file
 from shardprep.read.manifest_file import load_manifest
 
 SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
@@ -251,6 +252,24 @@ def test_a_set_that_is_replaced_while_it_is_read_is_noticed(
         (folder / "train-000000.tar").write_bytes(bytes(sizes[0]))
         with pytest.raises(CorruptShardError, match="changed while it was being read"):
             split.segments([0], [0], 1)
+
+
+def test_the_manifest_is_read_once_while_it_is_unchanged(
+    edge_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[object] = []
+    original = manifest_file.decode_manifest
+
+    def decode(data: bytes, path: Any) -> Manifest:
+        reads.append(path)
+        return original(data, path)
+
+    monkeypatch.setattr(manifest_file, "decode_manifest", decode)
+    shard_set = open_shards(edge_set)
+    for split in shard_set.values():
+        split.map_all()
+    shard_set.check_unchanged()
+    assert len(reads) == 1
 
 
 def test_an_unchanged_set_passes(damaged: Callable[..., Path]) -> None:
