@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 usage or configuration, 130 after Ctrl-C, 143 after
         SIGTERM, and the codes of `shardprep` for shards that cannot be read and disks that
-        refuse. A run that hangs leaves with 124 by itself; one that a signal kills has 128 and the
+        refuse. A run that hangs exits with 124; a run that a signal kills has 128 plus the
         signal's number.
     """
     try:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        # Trackers, and folders that cannot even be listed.
+        # From trackers, or from folders that cannot be listed.
         what = error.strerror or str(error)
         remedy = "Check free space and permissions, --train.runs and --name."
         _report(f"error: {StorageError(what, file=error.filename, remedy=remedy)}")
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if is_lost_peer(error):
             _report(
-                "error: another process is gone, or the network to it; see what it said last. "
-                "--resume goes on from the newest checkpoint, which torchrun --max-restarts does "
+                "error: another process is gone, or the network to it; see its last message. "
+                "--resume continues from the newest checkpoint, which torchrun --max-restarts does "
                 "by itself; if no step was done, name the network by NCCL_SOCKET_IFNAME or, on "
                 f"CPUs, GLOO_SOCKET_IFNAME ({' '.join(str(error).split())[:200]})"
             )
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         _report(
-            "error: the memory of the device does not suffice; take a smaller --data.batch_size "
-            "(or --data.global_batch) and make up for it by --train.accumulate, a smaller "
+            "error: the memory of the device does not suffice; give a smaller --data.batch_size "
+            "(or --data.global_batch) with a larger --train.accumulate, a smaller "
             "--data.eval_frames, shorter "
             f"--data.segment_frames, or a smaller model ({' '.join(str(error).split())[:200]})"
         )
@@ -91,7 +91,7 @@ def _run(asked: Invocation) -> int:
 
 
 def _train(asked: Invocation) -> int:
-    # The engine brings PyTorch and the model, which --help and a wrong option need not wait for.
+    # These import PyTorch, which takes seconds: --help and errors in options need not wait for it.
     from shardprep_trainer.processes.meeting import parting
     from shardprep_trainer.run.start import prepare
     from shardprep_trainer.run.trainer import Trainer
@@ -111,7 +111,7 @@ def _train(asked: Invocation) -> int:
                     precision=trainer.accelerator.mixed_precision,
                 )
                 print(text, file=sys.stderr, flush=True)
-            # A launcher ends all processes as soon as one has left with a code other than 0.
+            # A launcher ends all processes as soon as one exits with a code other than 0.
             trainer.accelerator.wait_for_everyone()
         finally:
             trainer.close()
@@ -124,10 +124,10 @@ def _note(notes: Sequence[str]) -> None:
 
 
 def _report(message: str) -> None:
-    """Print an error once, though every process of a launch meets it.
+    """Print an error once, although every process of a launch has it.
 
-    The launcher ends the other processes as soon as one has failed, so these leave the first
-    word to the main process, and speak only where it had nothing to say.
+    The launcher ends all processes as soon as one has failed. So the main process prints first; the
+    others wait, and print only if the main process had no error.
     """
     if _rank() != 0:
         time.sleep(_MAIN_PROCESS_FIRST_SECONDS)
@@ -140,12 +140,12 @@ def _rank() -> int:
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """Train as the command line says, and leave with the exit code of `main`."""
-    # A shard that is cut short while it is mapped, or whose disk fails, ends the process by SIGBUS.
+    # A mapped shard that is truncated, or whose disk fails, ends the process by SIGBUS.
     faulthandler.enable()
     code = main(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # All is written and closed. As the interpreter tears the rest down, a thread of gloo now
-        # and then aborts a process that has done all it should.
+        # Everything is written and closed. Do not let the interpreter clean up: a thread of gloo
+        # sometimes aborts the process meanwhile.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

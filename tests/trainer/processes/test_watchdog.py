@@ -18,10 +18,11 @@ from shardprep_trainer.processes.watchdog import (
     READING,
     Report,
     Silence,
-    Stillness,
+    Standstill,
     Watchdog,
     describe,
 )
+from torch.distributed import HashStore
 
 ConfigFactory = Callable[..., Config]
 SCRIPT = str(Path(__file__).resolve().parents[3] / "trainer" / "train.py")
@@ -56,19 +57,19 @@ def computing(ticks: int, count: int = 1) -> Report:
 
 
 def test_the_run_stands_still_only_if_no_process_begins_anything() -> None:
-    still = Stillness()
-    assert still.hear({0: computing(1), 1: computing(1)}, 0.5) == 0
-    assert still.hear({0: computing(2), 1: computing(2)}, 0.5) == 0.5
-    assert still.hear({0: computing(3), 1: computing(3)}, 0.5) == 1.0
-    assert still.hear({0: computing(4), 1: computing(4, count=2)}, 0.5) == 0
-    assert still.hear({0: computing(5), 1: computing(5, count=2)}, 0.5) == 0.5
+    standstill = Standstill()
+    assert standstill.update({0: computing(1), 1: computing(1)}, 0.5) == 0
+    assert standstill.update({0: computing(2), 1: computing(2)}, 0.5) == 0.5
+    assert standstill.update({0: computing(3), 1: computing(3)}, 0.5) == 1.0
+    assert standstill.update({0: computing(4), 1: computing(4, count=2)}, 0.5) == 0
+    assert standstill.update({0: computing(5), 1: computing(5, count=2)}, 0.5) == 0.5
 
 
 def test_a_process_is_silent_if_it_no_longer_says_that_it_runs() -> None:
     silence = Silence(range(3))
     for tick in range(5):
-        # Process 1 stops after its second word, process 2 is never heard of.
-        silence.hear({0: computing(tick), 1: computing(min(tick, 1))}, 0.5)
+        # Process 1 stops after its second report, process 2 never reports.
+        silence.update({0: computing(tick), 1: computing(min(tick, 1))}, 0.5)
     assert silence.beyond(1.5) == [1, 2]
     assert silence.beyond(2.5) == [2]
 
@@ -80,13 +81,13 @@ def test_the_report_names_the_silent_then_those_who_keep_the_others_waiting() ->
     assert "process 1 is stuck in reading data: look at its disks\n" in text
     assert "  process 0: after step 12, computing for 3 s\n" in text
     assert "  process 1: after step 12, reading data for 4 s\n" in text
-    assert text.endswith("--resume goes on from the newest checkpoint")
+    assert text.endswith("--resume continues from the newest checkpoint")
     text = describe({0: computing(9), 1: reading, 2: computing(3)}, [2], 3.0)
     assert "process 2 no longer answers" in text
     assert "computing for 3 s, no answer since" in text
-    assert "process 3: was never heard of" in describe({0: reading}, [3], 3.0)
-    # Without its store, no one hears anyone.
-    assert "or process 0 does" in describe({2: reading}, [0, 1], 3.0)
+    assert "process 3: has never reported" in describe({0: reading}, [3], 3.0)
+    # Without the store of process 0, no process gets the reports of the others.
+    assert "or process 0 hangs" in describe({2: reading}, [0, 1], 3.0)
     assert "all are computing" in describe({0: computing(9), 1: computing(9)}, [], 3.0)
 
 
@@ -98,8 +99,28 @@ def test_the_report_names_the_machines_if_there_are_several() -> None:
     assert "process 1: after" in describe(dict(enumerate(places[1:])), [], 3.0)
 
 
-def test_a_process_that_gets_on_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    # It would end this very process.
+@pytest.mark.parametrize(
+    ("rank", "silent", "reports"),
+    [(0, [1], True), (1, [], False), (1, [0], True), (2, [0], False), (2, [0, 1], True)],
+)
+def test_the_lowest_rank_that_answers_reports(
+    rank: int,
+    silent: list[int],
+    reports: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    watchdog = Watchdog(2, rank=rank, world_size=3, store=HashStore())
+    watchdog._end({number: computing(9) for number in range(3)}, silent)
+    assert codes == [124]
+    assert ("error: no process has begun anything" in capsys.readouterr().err) == reports
+
+
+def test_a_process_that_makes_progress_raises_no_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+    # An alarm would end this very process.
     with Watchdog(0.4) as watchdog:
         for step in watchdog.each(range(12), COMPUTING, 3):
             time.sleep(0.1 if step else 0)
@@ -140,7 +161,8 @@ def test_the_process_whose_data_never_come_is_named(
     process = start(long(make_config), tmp_path, *run, "blocked.py", "1")
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0
-    assert err.count("error: no process has begun anything for 2 s") == 1
+    # On a busy machine the other process may take this one for silent, and report too.
+    assert 1 <= err.count("error: no process has begun anything for 2 s") <= 2
     assert "process 1 is stuck in reading data" in err
     assert "  process 0: after step 2, computing for" in err
 
@@ -157,7 +179,7 @@ def test_a_process_that_never_comes_is_not_waited_for_in_silence(
     process = start(long(make_config), tmp_path, sys.executable, SCRIPT, "--config", "config.yaml")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 124, err
-    assert "not all processes have come" in err
+    assert "some processes have not come" in err
     assert "  process 0: after step 0, meeting the other processes for 2 s" in err
 
 
@@ -173,7 +195,8 @@ def test_a_process_that_was_stopped_is_named(
     finally:
         process.kill()
     assert process.returncode != 0
-    assert err.count("error: no process has begun anything for 2 s") == 1
+    # On a busy machine the other process may take this one for silent, and report too.
+    assert 1 <= err.count("error: no process has begun anything for 2 s") <= 2
     assert f"process {rank} no longer answers" in err
     assert f"  process {1 - rank}: after step" in err
 

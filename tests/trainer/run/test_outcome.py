@@ -1,4 +1,4 @@
-"""The end of a run names the command that goes on from there, for the launch that it had."""
+"""The end of a run names the command that continues it, with the same launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: a resumed run is the run, the best is a copy, and an end is always clean."""
+"""Training: a resumed run equals an uninterrupted one, the best is a copy, each end is clean."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
     err = capsys.readouterr().err
     assert "WARNING: " in err
     assert f"{last}: damaged (" in err
-    assert "; goes on from step 6" in err
+    assert "; continues from step 6" in err
     assert records(parts) == records(whole)
     for name in (BEST, "checkpoints/step-00000012.pt"):
         found, expected = (load(c.run / name) for c in (parts, whole))

@@ -1,1 +1,1 @@
-"""The processes of a launch: start, meet, agree, watch, stop."""
+"""The processes of a launch: they start, meet, agree, watch one another and stop."""

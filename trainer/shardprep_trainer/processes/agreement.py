@@ -1,7 +1,7 @@
-"""What the processes of a launch, which may run on several machines, have to agree on.
+"""Work that the processes of a launch, on one or several machines, must do or fail at together.
 
-A process that fails alone leaves the others waiting for it, on machines whose launcher cannot see
-why. So whatever may fail on one of them is done by all together, and its error is that of all.
+If one process fails alone, the others wait for it, and on other machines even the launcher does not
+know why. So all processes do together what may fail on one of them, and all raise its error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Result = TypeVar("Result")
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Do on every process what each has to do by itself; wait for all.
+    """Do some work on every process, and wait until all have done it.
 
     Raises:
-        TrainerError: The error of this process, or else of the lowest that had one. The same goes
-            for a ShardprepError and an OSError.
+        TrainerError: The error of this process, or else that of the lowest rank with an error. A
+            ShardprepError and an OSError are treated alike.
+        ElsewhereError: Another process had an error, and this one had none.
     """
     result: Result | None = None
     own: TrainerError | ShardprepError | OSError | None = None
@@ -32,17 +33,17 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (TrainerError, ShardprepError, OSError) as error:
         own = error
-    told = exchange(None if own is None else (str(own), getattr(own, "exit_code", 1)))
+    errors = exchange(None if own is None else (str(own), getattr(own, "exit_code", 1)))
     if own is not None:
         raise own
-    for place, fault in told:
-        if fault is not None:
-            raise ElsewhereError(f"{place}: {fault[0]}", fault[1])
+    for place, failure in errors:
+        if failure is not None:
+            raise ElsewhereError(f"{place}: {failure[0]}", failure[1])
     return result  # type: ignore[return-value]
 
 
 def exchange(value: Any) -> list[tuple[str, Any]]:
-    """A value of every process, each with the name of the process and its machine, by rank."""
+    """The values of all processes by rank, each with the name of its process and machine."""
     state = PartialState()
     place = f"process {state.process_index} on {socket.gethostname()}"
     if state.num_processes == 1:
@@ -55,11 +56,11 @@ def check_alike(values: Mapping[str, Any], remedy: str) -> None:
     """Make sure that some values are the same on all processes.
 
     Args:
-        values: What each is called in the message, and what it is on this process.
-        remedy: What to do where they are not.
+        values: The value of this process by its name in the message.
+        remedy: What to do if they differ.
 
     Raises:
-        ConfigError: On every process alike, naming the first two that differ.
+        ConfigError: On every process, naming the first two that differ.
     """
     (first, expected), *others = exchange(dict(values))
     for place, found in others:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step, instead of an abrupt end."""
+"""Ctrl-C and SIGTERM ask a run to stop after the current step, instead of ending it at once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from shardprep_trainer.processes.launch import launched_by_accelerate
 
-# A launcher repeats the terminal's Ctrl-C to its workers at once; a person does so later.
+# A launcher passes the terminal's Ctrl-C on to its workers at once; a person repeats it later.
 _IMPATIENT_SECONDS = 5.0
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are noted in `received` and the program goes on.
+    """While entered, `received` holds the first SIGINT or SIGTERM, and the program continues.
 
-    A further signal that comes more than five seconds after the first raises KeyboardInterrupt,
-    so that a run that no longer reaches the end of a step can still be ended from the keyboard.
+    Another signal, more than five seconds after the first, raises KeyboardInterrupt: a run that is
+    stuck within a step can still be ended from the keyboard.
 
-    The death of a launcher counts as SIGTERM: `accelerate launch` with one process does not pass
-    signals on, and its worker would train on unseen.
+    The death of the launcher counts as SIGTERM: `accelerate launch` with one process does not pass
+    signals on, and its worker would continue to train unnoticed.
     """
 
     def __init__(self) -> None:
@@ -33,21 +33,21 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """Number of the first signal that came, or 0."""
+        """Number of the first signal, or 0."""
         if not self._signal and self._launcher is not None and os.getppid() != self._launcher:
             self._signal = int(signal.SIGTERM)
         return self._signal
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._signal:
             self._signal, self._since = number, now

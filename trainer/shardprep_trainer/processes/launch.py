@@ -1,8 +1,8 @@
-"""What the launcher was asked for, and what it leaves to others to do.
+"""What the user asked the launcher for, and what the launcher leaves to this program.
 
-`accelerate launch --num_processes 2 --cpu` starts one process a machine: for more on CPUs it counts
-on mpirun, and without it says nothing. That one process then starts the rest, in
-`shardprep_trainer.processes.workers`, and waits.
+`accelerate launch --num_processes 2 --cpu` starts one process on each machine: it expects mpirun to
+start several on CPUs, and without mpirun says nothing. This one process then starts the others, in
+`shardprep_trainer.processes.workers`, and waits for them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shardprep_trainer.errors import ConfigError
 
-# torchrun, mpirun and `accelerate launch` on GPUs tell each process its place by one of these.
+# torchrun, mpirun and `accelerate launch` on GPUs tell each process its rank by one of these.
 _PLACED = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -30,7 +30,7 @@ class Share:
     machine: int = 0
     """Number of this machine."""
     machines: int = 1
-    """How many machines there are, each with as many processes."""
+    """Number of machines, each with the same number of processes."""
 
     @property
     def world_size(self) -> int:
@@ -44,19 +44,19 @@ def launched_by_accelerate(environment: Mapping[str, str]) -> bool:
 
 
 def check_launch(environment: dict[str, str], command: list[str]) -> None:
-    """Refuse flags of a launcher that would be passed over in silence, or that cannot work.
+    """Refuse flags of a launcher that would be ignored without a word, or that cannot work.
 
     Args:
         environment: Of this process.
         command: Command line of the parent process, which may be the launcher.
 
     Raises:
-        ConfigError: Naming the flag and what to give in its place.
+        ConfigError: Naming the flag and what to give instead.
     """
     _check_elastic(environment, command)
     if not launched_by_accelerate(environment):
         return
-    # The launcher hands this on to DeepSpeed alone.
+    # The launcher passes this flag on to DeepSpeed only.
     given = re.search(r"__gradient_accumulation_steps[ =](\S+)", _options(command))
     steps = given[1] if given else environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
@@ -67,15 +67,15 @@ def check_launch(environment: dict[str, str], command: list[str]) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ConfigError(
-                f"accelerate launch --use_{name.lower()}: the model is trained whole on every "
-                "process; leave this flag out"
+                f"accelerate launch --use_{name.lower()}: every process trains the complete "
+                "model; leave this flag out"
             )
 
 
 def _check_elastic(environment: Mapping[str, str], command: list[str]) -> None:
     nodes = re.search(r"__nnodes[ =](\d+):(\d+)", _options(command))
     varies = nodes is not None and nodes[1] != nodes[2]
-    # torchrun gives the address of a store that it keeps to those of the first round only.
+    # torchrun tells only the machines of the first round the address of the store that it keeps.
     if varies and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         assert nodes is not None
         raise ConfigError(
@@ -86,12 +86,12 @@ def _check_elastic(environment: Mapping[str, str], command: list[str]) -> None:
 
 
 def training_program() -> str:
-    """What a launcher is given to train, in words that work in the current folder.
+    """What a launcher must be given to train, as it works in the current folder.
 
     Returns:
-        In a checkout the path of its script, else the module, with the flag that says so.
+        The path of the script if it lies below the current folder, else `-m` and the module.
     """
-    # In a wheel there is no such script; a train.py beside the package is somebody else's.
+    # A wheel has no such script; a train.py beside the installed package belongs to another one.
     script, here = Path(__file__).resolve().parents[2] / "train.py", Path.cwd()
     if script.parent.name == "trainer" and script.is_file() and script.is_relative_to(here):
         return shlex.quote(str(script.relative_to(here)))
@@ -109,7 +109,7 @@ def launch_command(*, processes: int, device: str, precision: str) -> str:
     Returns:
         From `accelerate launch` to the program, as a shell takes it in the current folder.
     """
-    # Without a number the launcher takes one process for every GPU.
+    # Without a number the launcher starts one process for every GPU.
     flags = ["--num_processes", str(processes)]
     if device == "cpu":
         flags.append("--cpu")
@@ -119,16 +119,16 @@ def launch_command(*, processes: int, device: str, precision: str) -> str:
 
 
 def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Share | None:
-    """The processes that this one has to start and wait for; None if it is to train itself.
+    """The processes that this one must start and wait for; None if it must train itself.
 
     Args:
         environment: Of this process.
         command: Command line of the parent process, which may be the launcher.
 
     Raises:
-        ConfigError: Several were asked for in a way that cannot be made up for.
+        ConfigError: The launcher should have started several, and their number is not known here.
     """
-    # accelerate sets a port exactly if it was asked for several processes or machines.
+    # accelerate sets a port only if it was asked for several processes or machines.
     if not launched_by_accelerate(environment) or "MASTER_PORT" not in environment:
         return None
     if any(name in environment for name in _PLACED):
@@ -155,13 +155,13 @@ def processes_to_start(environment: Mapping[str, str], command: list[str]) -> Sh
 
 
 def _number(options: str, name: str) -> int | None:
-    """What an option was given, or None; the later one counts, as it does for the launcher."""
+    """The value of an option, or None; the last one counts, as it does for the launcher."""
     found = re.findall(rf"__{name}[ =](\d+)", options)
     return int(found[-1]) if found else None
 
 
 def parent_command() -> list[str]:
-    """Command line of the parent process, empty where the system does not tell."""
+    """Command line of the parent process; empty if the system does not know it."""
     try:
         text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
@@ -170,25 +170,25 @@ def parent_command() -> list[str]:
 
 
 def _options(command: list[str]) -> str:
-    """A command line in which all options are spelt with underscores, as both are allowed."""
+    """A command line with underscores for hyphens: launchers take both in their options."""
     return " ".join(command).replace("-", "_")
 
 
 def launcher_identity(environment: Mapping[str, str]) -> str | None:
-    """What tells the launcher of this process from all others that there are or were.
+    """A name for the launcher of this process, different from that of any other launcher.
 
-    Checkpoints bear it, so that what a launcher starts anew knows those that are its own.
+    Checkpoints contain the name, so that a process that the launcher restarts finds its own ones.
 
     Args:
         environment: Of this process.
 
     Returns:
-        Machine, number and moment of start; None without a launcher that starts processes anew.
+        Machine, process number and time of start; None if the launcher never restarts processes.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     pid = os.getppid()
-    # The 22nd field, counted from behind the name, which may hold anything.
+    # The 22nd field. The second, the program's name, may contain anything: count from behind it.
     began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {pid} {began}"

@@ -1,4 +1,4 @@
-"""How the processes of a launch find one another, every time that they are started."""
+"""How the processes of a launch find one another, each time that they are started."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.processes.watchdog import MEETING, Watchdog
 
 _SCHEME = "trainer"
-_WORDS = "trainer/words"
+_TOKENS = "trainer/tokens"
 _POLL_SECONDS = 0.02
-# The process group counts milliseconds in 32 bits.
+# The process group counts its time-out in milliseconds, in 32 bits.
 _LONGEST_SECONDS = 1e6
 
 
@@ -34,11 +34,11 @@ def join_processes(run: Path, *, trackers: Sequence[str], hang_seconds: float) -
     Args:
         run: The run folder, which gets the files of the trackers.
         trackers: Trackers of accelerate to log to.
-        hang_seconds: Of the configuration; the meeting itself may take no longer [s].
+        hang_seconds: `train.hang_seconds`, also the longest time that the meeting may take [s].
 
     Raises:
-        ConfigError: The flags of the launch do not suit the device, or not all processes can be
-            met: each would train, and write, on its own.
+        ConfigError: The flags of the launch do not suit the device, or accelerate sees fewer
+            processes than were started: each would train, and write, on its own.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     watchdog = Watchdog(hang_seconds, rank=int(os.environ.get("RANK", "0")))
@@ -46,7 +46,7 @@ def join_processes(run: Path, *, trackers: Sequence[str], hang_seconds: float) -
     try:
         with watchdog:
             accelerator = Accelerator(
-                # Unless told so, accelerate does not join processes that have nothing but CPUs.
+                # Without this, accelerate does not join processes that have only CPUs.
                 cpu=started > 1 and not torch.accelerator.is_available(),
                 log_with=list(trackers) or None,
                 # Event files go into the run folder itself: TensorBoard calls the run by its name.
@@ -69,18 +69,18 @@ def join_processes(run: Path, *, trackers: Sequence[str], hang_seconds: float) -
 
 
 def group_options(hang_seconds: float) -> InitProcessGroupKwargs:
-    """How accelerate is to make the process group.
+    """Options for the process group that accelerate makes.
 
     Args:
-        hang_seconds: Of the configuration; the watchdog, which knows more, is to speak before the
-            group's own time-out does. Without one, 0, the latter is PyTorch's [s].
+        hang_seconds: `train.hang_seconds`. The group's own time-out is longer, as the watchdog
+            can say more; it is PyTorch's default if this is 0 [s].
     """
     seconds = min(2 * hang_seconds, _LONGEST_SECONDS) + 300 if hang_seconds else 1800
     return InitProcessGroupKwargs(init_method=f"{_SCHEME}://", timeout=timedelta(seconds=seconds))
 
 
 def meeting_place() -> Store | None:
-    """The store through which the processes of the launch have met; None for one on its own."""
+    """The store through which the processes have met; None for a single process."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     return distributed.distributed_c10d._get_default_store()
@@ -88,7 +88,7 @@ def meeting_place() -> Store | None:
 
 @contextlib.contextmanager
 def parting() -> Iterator[None]:
-    """Leave the others at the end, whatever comes: gloo aborts a process that does not."""
+    """Leave the process group at the end, also after an error: gloo aborts a process otherwise."""
     try:
         yield
     finally:
@@ -97,37 +97,37 @@ def parting() -> Iterator[None]:
 
 
 def _meet(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    # torchrun keeps its store when it restarts a group, and in it the addresses of processes that
-    # are dead: new ones that find those wait for them for ever. Its count of restarts is no help,
-    # as each machine counts for itself.
+    # When torchrun restarts a group it keeps the store, with the addresses of the dead processes,
+    # for which the new ones would wait for ever. So each start uses names with a prefix of its own.
+    # torchrun's number of restarts cannot be the prefix: each machine counts for itself.
     for store, rank, world_size in rendezvous(f"env{url.removeprefix(_SCHEME)}", **options):
-        yield PrefixStore(_watchword(store, rank, world_size), store), rank, world_size
+        yield PrefixStore(_agree_on_prefix(store, rank, world_size), store), rank, world_size
 
 
-def _watchword(store: Store, rank: int, world_size: int) -> str:
-    """A word that the processes of this start have in common, and those of an earlier one had not.
+def _agree_on_prefix(store: Store, rank: int, world_size: int) -> str:
+    """A prefix that all processes of this start have, and no process of an earlier start had.
 
-    Each writes a word of its own. Process 0 publishes them all, with its own as the one to use;
-    the others believe what holds theirs, and say so. It looks for as long as one has not, for what
-    it found first may be from a dead one.
+    Each process writes a token of its own. Process 0 publishes all tokens, its own first, which is
+    the prefix. Another process accepts a list that contains its token. Process 0 repeats this until
+    all have accepted, as the tokens that it found first may be those of dead processes.
     """
     own = uuid.uuid4().hex
     written = [f"trainer/own/{other}" for other in range(world_size)]
-    believed = [f"trainer/believed/{other}" for other in range(world_size)]
+    accepted = [f"trainer/accepted/{other}" for other in range(world_size)]
     store.set(written[rank], own)
     while True:
         if rank == 0:
-            words = [word.decode() for word in store.multi_get(written)]
-            store.set(_WORDS, " ".join(words))
-            store.set(believed[0], own)
-            if store.check(believed) and set(store.multi_get(believed)) == {own.encode()}:
+            tokens = [token.decode() for token in store.multi_get(written)]
+            store.set(_TOKENS, " ".join(tokens))
+            store.set(accepted[0], own)
+            if store.check(accepted) and set(store.multi_get(accepted)) == {own.encode()}:
                 return own
         else:
-            words = store.get(_WORDS).decode().split()
-            # What is left of an earlier start may be of another number of processes.
-            if words[rank:][:1] == [own]:
-                store.set(believed[rank], words[0])
-                return words[0]
+            tokens = store.get(_TOKENS).decode().split()
+            # A list of an earlier start may be shorter.
+            if tokens[rank:][:1] == [own]:
+                store.set(accepted[rank], tokens[0])
+                return tokens[0]
         time.sleep(_POLL_SECONDS)
 
 

@@ -1,9 +1,9 @@
-"""Ends a run that no longer gets on, and says what every process was doing.
+"""Ends a run that no longer makes progress, and says what every process was doing.
 
-A hanging disk, a stopped process or a machine that is gone leave the others waiting in an exchange
-of gradients, in silence. Here a thread in each process tells the others every few seconds how far
-its process has come, through the store by which they met; the training itself only notes what it
-is about to do, and never waits for any of this.
+If a disk hangs, a process is stopped or a machine is gone, the other processes wait in an exchange
+of gradients and say nothing. So a thread in each process tells the others every few seconds how far
+its process is, through the store by which they met. The training only notes what it does next, and
+never waits for the watchdog.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import TypeVar
 
 from torch._C._distributed_c10d import Store
 
-# As `timeout` does, so that it is told from a failure.
+# That of `timeout`, so that scripts can tell a hang from a failure.
 EXIT_CODE = 124
 
 READING, COMPUTING, VALIDATING = "reading data", "computing", "validating"
 MEETING = "meeting the other processes"
 SAVING, WAITING = "saving", "waiting for process 0 to save"
-# What a process does by itself; in all else it may be waiting for another.
+# What a process does without the others; in all other phases it may be waiting for one of them.
 _ALONE = (READING, SAVING)
 
 Item = TypeVar("Item")
@@ -36,33 +36,34 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Report:
-    """How far a process has come, as it says itself."""
+    """How far a process is, as it says itself."""
 
     ticks: int = 0
-    """Rises as long as the process runs at all."""
+    """Rises while the process runs at all."""
     count: int = 0
-    """Rises with whatever the process begins."""
+    """Rises each time that the process begins something."""
     step: int = 0
     """Steps done."""
     phase: str = "starting"
-    """What it does."""
+    """What the process does."""
     seconds: float = 0.0
-    """How long it has been at it."""
+    """For how long it has done this [s]."""
     machine: str = ""
     """Name of its machine."""
 
 
 class Watchdog:
-    """Watches the run while entered; also takes note of what this process does.
+    """Watches the run while entered, and notes what this process does.
 
-    Time is counted while the process runs: one that was stopped and goes on finds no alarm.
+    Only the time in which the process runs is counted: a process that was stopped and continues
+    raises no alarm.
 
     Args:
-        seconds: Time in which no process begins anything, after which all leave with `EXIT_CODE`;
-            0 never does.
+        seconds: If no process begins anything for so long, all leave with `EXIT_CODE` [s]; 0 for
+            never.
         rank: Of this process.
         world_size: Number of processes.
-        store: Where they meet; None for a process that is on its own, or still is.
+        store: Through which they have met; None for a single process, or before the meeting.
     """
 
     def __init__(
@@ -84,11 +85,11 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def enter(self, phase: str, step: int) -> None:
-        """Note what this process does from now on, having done `step` steps."""
+        """Note what this process does from now on, after `step` steps."""
         self._note = (self._note[0] + 1, step, phase)
 
     def each(self, items: Iterable[Item], phase: str, step: int) -> Iterator[Item]:
-        """Pass items on, and note every one."""
+        """Yield the items, and note each of them."""
         for item in items:
             self.enter(phase, step)
             yield item
@@ -104,19 +105,19 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
         for thread in self._threads:
-            # A store that hangs must not keep the process from leaving.
+            # The process must be able to leave even if the store hangs.
             thread.join(timeout=5.0)
 
     def _exchange(self) -> None:
         store = self._store
         assert store is not None
-        # The group's own store is locked while the training waits for something in it; releases
-        # of PyTorch that cannot make another connection to it are slower to tell.
+        # The group's own store is locked while the training waits for something in it, so take
+        # another connection. Old releases of PyTorch cannot, and learn of a hang later.
         if hasattr(store, "clone"):
             store = store.clone()
         keys = [f"trainer/watchdog/{rank}" for rank in range(self.world_size)]
         while not self._stopped.wait(self._interval):
-            # A host that has left, or does not answer, shows by the silence of all.
+            # If the store's host is gone, no process answers any more, which is reported.
             with contextlib.suppress(RuntimeError):
                 store.set(keys[self.rank], json.dumps(astuple(self._reports[self.rank])))
                 rows = store.multi_get(keys)
@@ -125,7 +126,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         known = [self.rank] if self._store is None else range(self.world_size)
-        still, silence = Stillness(), Silence(known)
+        standstill, silence = Standstill(), Silence(known)
         while not self._stopped.wait(self._interval):
             before, (count, step, phase) = self._reports[self.rank], self._note
             seconds = before.seconds + self._interval if count == before.count else 0.0
@@ -133,32 +134,32 @@ class Watchdog:
                 before.ticks + 1, count, step, phase, seconds, socket.gethostname()
             )
             reports = dict(self._reports)
-            silence.hear(reports, self._interval)
-            if still.hear(reports, self._interval) >= self.seconds:
+            silence.update(reports, self._interval)
+            if standstill.update(reports, self._interval) >= self.seconds:
                 self._end(reports, silence.beyond(self.seconds / 2))
                 return
 
     def _end(self, reports: Mapping[int, Report], silent: Sequence[int]) -> None:
-        """Report, unless a lower rank is known to do it, and leave."""
+        """Report, unless a process of lower rank answers and so reports itself; then leave."""
         if self._store is None or set(silent).issuperset(range(self.rank)):
             print(describe(reports, silent, self.seconds), file=sys.stderr, flush=True)
         else:
-            # The launcher ends all as soon as one has left: let the other one speak first.
+            # The launcher ends all processes once one has left: let the other report first.
             time.sleep(1.0 + 3 * self._interval)
         if reports[self.rank].phase in _ALONE:
             faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_CODE)
 
 
-class Stillness:
-    """For how long nothing has begun on any process, as far as one of them hears."""
+class Standstill:
+    """For how long no process has begun anything, by the reports that one process has."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
         self._seconds = 0.0
 
-    def hear(self, reports: Mapping[int, Report], passed: float) -> float:
-        """Take in what is known `passed` seconds after the last time; returns seconds."""
+    def update(self, reports: Mapping[int, Report], passed: float) -> float:
+        """Compare with the reports of `passed` seconds before; returns the duration [s]."""
         counts = {rank: report.count for rank, report in reports.items()}
         self._seconds = self._seconds + passed if counts == self._counts else 0.0
         self._counts = counts
@@ -166,60 +167,60 @@ class Stillness:
 
 
 class Silence:
-    """For how long each process has not been heard of.
+    """For how long each process has sent no report.
 
     Args:
-        ranks: Of the processes to be heard of.
+        ranks: Of the processes that should report.
     """
 
     def __init__(self, ranks: Iterable[int]) -> None:
         self._ticks = dict.fromkeys(ranks, -1)
         self._seconds = dict.fromkeys(self._ticks, 0.0)
 
-    def hear(self, reports: Mapping[int, Report], passed: float) -> None:
-        """Take in what is known `passed` seconds after the last time."""
+    def update(self, reports: Mapping[int, Report], passed: float) -> None:
+        """Compare with the reports of `passed` seconds before."""
         for rank, ticks in self._ticks.items():
             now = reports[rank].ticks if rank in reports else ticks
             self._seconds[rank] = self._seconds[rank] + passed if now == ticks else 0.0
             self._ticks[rank] = now
 
     def beyond(self, seconds: float) -> list[int]:
-        """Ranks that have been silent for at least so long."""
+        """Ranks that have been silent for at least `seconds`."""
         return [rank for rank, silent in self._seconds.items() if silent >= seconds]
 
 
 def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: float) -> str:
-    """What one process says of all, as lines.
+    """The report of one process about all of them, as lines.
 
     Args:
-        reports: The last that was heard of each, by rank; a rank may be missing.
+        reports: The last report of each process by rank; a rank may be missing.
         silent: Ranks that no longer answer.
-        seconds: For how long nothing has begun [s].
+        seconds: For how long no process has begun anything [s].
     """
     phases = {rank: report.phase for rank, report in reports.items() if rank not in silent}
     alone = sorted(rank for rank, phase in phases.items() if phase in _ALONE)
     if silent:
         what = f"{_named(silent)} no longer answers: it was stopped, or its machine hangs"
         if len(silent) > 1 and 0 in silent:
-            what += ", or process 0 does, through which the others are heard"
+            what += ", or process 0 hangs, through which the others report"
     elif MEETING in phases.values():
-        what = "not all processes have come: see what the others say"
+        what = "some processes have not come: see what the others say"
     elif alone:
         doing = " and ".join(sorted({phases[rank] for rank in alone}))
         what = f"{_named(alone)} is stuck in {doing}: look at its disks"
     else:
-        what = "all are computing, or wait for one another"
+        what = "all are computing, or waiting for one another"
     lines = [f"error: no process has begun anything for {seconds:g} s, train.hang_seconds; {what}"]
     several = len({report.machine for report in reports.values()}) > 1
     for rank in sorted({*reports, *silent}):
         last = reports.get(rank)
         place = f" on {last.machine}" if several and last is not None and last.machine else ""
-        tale = "was never heard of"
+        status = "has never reported"
         if last is not None:
-            tale = f"after step {last.step:,}, {last.phase} for {last.seconds:.0f} s"
-            tale += ", no answer since" if rank in silent else ""
-        lines.append(f"  process {rank}{place}: {tale}")
-    return "\n".join([*lines, "--resume goes on from the newest checkpoint"])
+            status = f"after step {last.step:,}, {last.phase} for {last.seconds:.0f} s"
+            status += ", no answer since" if rank in silent else ""
+        lines.append(f"  process {rank}{place}: {status}")
+    return "\n".join([*lines, "--resume continues from the newest checkpoint"])
 
 
 def _named(ranks: Sequence[int]) -> str:

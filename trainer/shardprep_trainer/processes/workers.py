@@ -1,4 +1,4 @@
-"""Processes that this program starts itself, where a launcher does not, and waits for."""
+"""Processes that this program starts itself where the launcher does not; it waits for them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from shardprep_trainer.processes.interrupt import StopSignals
 from shardprep_trainer.processes.launch import Share
 
 _POLL_SECONDS = 0.1
-# Less than the time that train.py lets the main process speak first.
+# Less than the time that the other processes leave the main process to print its error first.
 _GRACE_SECONDS = 3.0
 
 
 def start_processes(share: Share) -> int:
-    """Run this program again as the processes of this machine's share, and wait.
+    """Start this program again, once for each process of this machine's share, and wait.
 
-    They learn of those of other machines by the address and port that this one was given.
-
-    Ctrl-C reaches them from the terminal; SIGTERM, and the death of the launcher, are passed on.
-    A process that the system killed is named on stderr.
+    The processes get the address and port that this one was given, to find the other machines.
+    Ctrl-C reaches them from the terminal; this process passes on SIGTERM and the death of the
+    launcher. It names on stderr a process that a signal has killed.
 
     Returns:
-        The exit code: 0 if all ended well, else that of the first that did not.
+        The exit code: 0 if all succeeded, else that of the first process that failed.
     """
     command = [sys.executable, *sys.orig_argv[1:]]
     workers = [subprocess.Popen(command, env={**os.environ, **place}) for place in _places(share)]
@@ -48,7 +47,7 @@ def _places(share: Share) -> list[dict[str, str]]:
         "GROUP_RANK": str(share.machine),
     }
     if share.machines == 1:
-        # The port that accelerate names may be taken by another run.
+        # Another run may use the port that accelerate names.
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     first = share.machine * share.number
     return [
@@ -65,32 +64,32 @@ def _free_port() -> int:
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals, first: int) -> int:
-    failed, deadline, told = 0, float("inf"), False
+    failed, deadline, terminated = 0, float("inf"), False
     while None in (codes := [worker.poll() for worker in workers]):
         if not failed and any(codes):
-            # The others are stuck in an exchange with it; the main one may still have a word.
+            # The others wait for this one for ever; the main process may still print its error.
             failed, deadline = _first(codes), time.monotonic() + _GRACE_SECONDS
         if time.monotonic() > deadline:
             break
-        if signals.received == signal.SIGTERM and not told:
-            told = True
+        if signals.received == signal.SIGTERM and not terminated:
+            terminated = True
             for worker in workers:
                 worker.terminate()
         time.sleep(_POLL_SECONDS)
     code = failed or _first(codes)
     # A negative code names the signal that killed a worker.
     if code < 0 and not signals.received:
-        print(_obituary(first + codes.index(code), -code), file=sys.stderr, flush=True)
+        print(_describe_death(first + codes.index(code), -code), file=sys.stderr, flush=True)
     return code if code >= 0 else 128 - code
 
 
 def _first(codes: Sequence[int | None]) -> int:
-    """The code that explains the others, which fail when one of them is killed; 0 for none."""
+    """The code of the first failure, 0 for none: a killed process makes the others fail."""
     return min((code for code in codes if code), key=lambda code: code > 0, default=0)
 
 
-def _obituary(rank: int, number: int) -> str:
-    """What to tell of a process that died of signal `number`, and what to do."""
+def _describe_death(rank: int, number: int) -> str:
+    """The message about a process that signal `number` has killed."""
     why: dict[int, str] = {
         signal.SIGKILL: " (out of memory?)",
         signal.SIGBUS: " (a shard was changed or its disk failed while it was mapped; run "
@@ -99,5 +98,5 @@ def _obituary(rank: int, number: int) -> str:
     name, reason = signal.Signals(number).name, why.get(number, "")
     return (
         f"error: process {rank} was killed by {name}{reason}; give the same command with --resume "
-        "to go on from the newest checkpoint"
+        "to continue from the newest checkpoint"
     )

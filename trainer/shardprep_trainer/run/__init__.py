@@ -1,1 +1,1 @@
-"""A run from its start to its outcome."""
+"""A run, from its start to its outcome."""

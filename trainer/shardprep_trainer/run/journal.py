@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, the trackers, and progress on stderr."""
+"""What a run reports: metrics.jsonl, the trackers, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TRACKERS = "the files of train.trackers"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a logging or validation event, each with its `step`.
+    """`metrics.jsonl`: one JSON object for each event, such as a validation, with its `step`.
 
     Args:
-        path: The file; made when the first record comes.
+        path: The file; the first record creates it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,25 +32,25 @@ class MetricsLog:
         self._waiting = b""
 
     def append(self, record: Record) -> None:
-        """Add a record as one line, after those that could not be written before.
+        """Add a record as one line, after the records that could not be written before.
 
         Raises:
-            OSError: The file is as it was; the record is written with the next one.
+            OSError: The file is unchanged; the record is written with the next one.
         """
         self._waiting += json.dumps(record).encode() + b"\n"
         self.write(self._waiting)
         self._waiting = b""
 
     def write(self, data: bytes) -> None:
-        """Add bytes, all or none.
+        """Add all of the bytes, or none.
 
         Raises:
-            OSError: The file is as it was.
+            OSError: The file is unchanged.
         """
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                # A disk that is all but full takes a part, and refuses the rest.
+                # A disk that is almost full takes a part, and refuses the rest.
                 while data:
                     data = data[file.write(data) :]
             except OSError:
@@ -58,10 +58,9 @@ class MetricsLog:
                 raise
 
     def truncate(self, step: int) -> None:
-        """Drop the records after `step`, and lines that are none, as a kill may leave.
+        """Drop the records after `step`, and lines that are no records, as a kill may leave.
 
-        A resumed run writes them again, so that the file reads like that of a run that was never
-        interrupted.
+        A resumed run writes these records again, so that the file is that of an uninterrupted run.
         """
         if not self.path.exists():
             return
@@ -79,7 +78,7 @@ class MetricsLog:
 
 
 def _on_terminal() -> bool:
-    """Whether stderr can show a bar; a terminal that knows no width, as some CI has, cannot."""
+    """Whether stderr can show a bar; some terminals of CI systems have no width and cannot."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except OSError:
@@ -87,12 +86,12 @@ def _on_terminal() -> bool:
 
 
 class Progress:
-    """Progress on stderr: a bar on a terminal, else a line a logging event.
+    """Progress on stderr: a bar on a terminal, else a line for each log step.
 
     Args:
         total: Steps of the run.
         step: Steps done before.
-        enabled: False silences it, for the ranks beside the main one.
+        enabled: False prints nothing, for all ranks but the main one.
     """
 
     def __init__(self, total: int, step: int, *, enabled: bool) -> None:
@@ -131,17 +130,17 @@ class Progress:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 
 class Journal:
-    """All that a run writes about itself, by its main process; silent on the others.
+    """All reports of a run, written by the main process; the other processes write nothing.
 
     Args:
         accelerator: Of the run; has the trackers.
-        run: The run folder, whose name the trackers show.
-        step: Steps done before; what was recorded after them is dropped.
+        run: The run folder; the trackers show its name.
+        step: Steps done before; records of later steps are dropped.
         total: Steps of the run.
     """
 
@@ -164,32 +163,32 @@ class Journal:
             for key, value in record.items()
             if key not in ("event", "step")
         }
-        # A tracker that has failed once may hang the next time.
+        # A tracker that failed once may hang the next time.
         if _TRACKERS not in self._refused:
-            with self._forgiving(_TRACKERS, "no more is written there"):
+            with self._tolerating(_TRACKERS, "no more is written there"):
                 self._accelerator.log(values, step=record["step"])
 
     def warn(self, step: int, text: str) -> None:
-        """Say loudly that something has failed, on stderr and in metrics.jsonl."""
+        """Warn of a failure, on stderr and in metrics.jsonl."""
         self.progress.say(f"WARNING: {text}")
         self._append({"event": "warning", "step": step, "text": text})
 
     def close(self) -> None:
-        """Leave the bar as it stands, and finish the trackers."""
+        """Leave the bar as it is, and finish the trackers."""
         self.progress.close()
         for tracker in self._accelerator.trackers:
-            with self._forgiving(_TRACKERS, "the end of the curves may be missing"):
+            with self._tolerating(_TRACKERS, "the end of the curves may be missing"):
                 tracker.finish()
         self._accelerator.trackers = []
 
     def _append(self, record: Record) -> None:
         if self._main:
-            with self._forgiving("metrics.jsonl", "what is missing is written once there is room"):
+            with self._tolerating("metrics.jsonl", "what is missing is written once there is room"):
                 self._log.append(record)
 
     @contextlib.contextmanager
-    def _forgiving(self, what: str, outcome: str) -> Iterator[None]:
-        """Training goes on where it cannot be told of; that is said once."""
+    def _tolerating(self, what: str, outcome: str) -> Iterator[None]:
+        """Continue if a report cannot be written; say so once."""
         try:
             yield
         except OSError as error:

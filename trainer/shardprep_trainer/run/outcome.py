@@ -1,4 +1,4 @@
-"""How a run ended, and the command that goes on from there."""
+"""How a run ended, and the command that continues it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Outcome:
 def summary(
     config: Config, outcome: Outcome, *, processes: int, device: str, precision: str
 ) -> str:
-    """What was done, and the command that continues from here.
+    """What the run has done, and the command that continues it.
 
     Args:
         config: Of the run.

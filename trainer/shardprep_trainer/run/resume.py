@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from, and whether this run may continue it."""
+"""The checkpoint from which a run continues, and whether the run may continue from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardprep_trainer.errors import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
 
-# What a resumed run may not change: it would be another run, on other data, with other weights.
+# What a resumed run may not change: it would be another run, with other data or other weights.
 _FIXED_PARTS = ("model.", "augment.", "loss.")
 _FIXED = (
     "data.segment_frames",
@@ -37,13 +37,12 @@ def choose_checkpoint(
         folder: Of the run.
         config: Of the run.
         resume: Continue from the newest checkpoint, or from the one before it if that is damaged.
-        launchers: Identities of the launchers of this start. A checkpoint that bears one of them
-            is their own, from before they started the run anew, and is continued from without
-            being told to.
+        launchers: Identities of the launchers of this start. A checkpoint that contains one of
+            them is from before this launcher restarted the run, and needs no `resume`.
 
     Raises:
         ConfigError: There are checkpoints and `resume` is not given.
-        CheckpointError: `resume` is given and there is none, or none that is whole.
+        CheckpointError: `resume` is given and there is none, or none that is undamaged.
     """
     newest = folder.latest()
     if newest is None and not resume:
@@ -59,7 +58,7 @@ def choose_checkpoint(
 
 
 def _is_own(found: Newest, launchers: Sequence[str]) -> bool:
-    """Whether a run that one of these launchers started has saved this."""
+    """Whether a run that one of these launchers started has saved this checkpoint."""
     return not set(launchers).isdisjoint(found.training.launchers)
 
 

@@ -1,8 +1,7 @@
 """The training loop: steps, logging, validation, checkpoints, and a clean end.
 
-A step is an optimiser step. Everything random in it is a function of (seed, step, rank) and
-everything read a function of (seed, position), so a resumed run continues like one that was never
-interrupted. Axis legend: B batch, T frames, F mel bins, S speakers.
+A step is an optimiser step. Its random numbers are a function of (seed, step, rank), and its data a
+function of (seed, position), so a resumed run is the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from shardprep_trainer.run.start import Prepared
 
 
 class Trainer:
-    """Trains a run that is prepared: steps, logging, validation, checkpoints.
+    """Takes the steps of a run; logs, validates and saves in between.
 
     In training, BatchNorm sees the batch of its own rank, or with `train.sync_batchnorm` those of
-    all; rank 0's running statistics are the ones that are validated and saved, on every rank.
+    all ranks. All ranks validate, and rank 0 saves, with the running statistics of rank 0.
 
     Args:
-        run: The run, of which nobody else makes use.
+        run: The prepared run.
 
     Attributes:
         step: Steps done.
@@ -72,11 +71,11 @@ class Trainer:
         """Train to the last step, to `train.stop_step`, or until a signal comes.
 
         Returns:
-            How the run ended; a checkpoint of that step has been written.
+            How the run ended; a checkpoint of its last step is saved.
 
         Raises:
             DivergedError: The loss or the gradient was not a finite number for too many steps.
-            CheckpointError: The last checkpoint cannot be written.
+            CheckpointError: The last checkpoint cannot be saved.
         """
         train = self.config.train
         batches = self._batches()
@@ -169,7 +168,7 @@ class Trainer:
         return int(self.accelerator.gather(found).sum())
 
     def _validate(self) -> None:
-        """Validate on whole utterances, and keep the weights if they are the best so far."""
+        """Validate on whole utterances, and save the model if it is the best so far."""
         started = time.perf_counter()
         self._sums()
         if self.world_size > 1:
@@ -195,11 +194,12 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
         self.journal.record(record)
-        # Of equals the later: it has learnt more than a few validation utterances can show.
+        # A later model of equal accuracy replaces the best: it has been trained for longer.
         better = self.best.accuracy is None or result.accuracy >= self.best.accuracy
         if better:
             before, self.best = self.best, Best(result.accuracy, self.step)
-            # The best is what is on the disk: one that is not can still be surpassed, and saved.
+            # If the disk refuses, the model that was saved before stays the best: a later model
+            # need only be better than that one.
             if self.accelerator.is_main_process and not self._try(self._save_best):
                 self.best = before
         self.progress.say(
@@ -210,17 +210,17 @@ class Trainer:
         self.train_step.throughput.restart()
 
     def _agree(self, signal: int) -> int:
-        """The largest signal that any rank received, known to all of them at the same step.
+        """The largest signal that any rank received; all ranks learn of it at the same step.
 
-        On an accelerator the ranks ask one another at log steps only, for asking makes the host
-        wait for the device.
+        On an accelerator the ranks exchange signals at log steps only: the host must wait for the
+        device to do so.
         """
         if self.world_size == 1:
             return signal
         if self.device.type != "cpu" and self.step % self.config.train.log_steps:
             return 0
-        asked = torch.tensor([signal], device=self.device)
-        return int(self.accelerator.gather(asked).max())
+        own = torch.tensor([signal], device=self.device)
+        return int(self.accelerator.gather(own).max())
 
     def _checkpoint(self, training: Training | None = None) -> Checkpoint:
         """What predicting takes, and what continuing takes if it is given."""
@@ -231,19 +231,19 @@ class Trainer:
             speakers=tuple(self.shards.speakers),
             n_mels=self.shards.manifest.n_mels,
             fingerprint=self.shards.manifest.fingerprint,
-            # Of the model itself, outside of any wrapper, whose names the weights would have.
+            # Of the model itself: a wrapper would change the names of the weights.
             weights=self.train_step.predictor.state_dict(),
             training=training,
         )
 
     def _save(self, *, last: bool) -> None:
-        """Write a checkpoint; every rank waits until it is on the disk, or has been refused.
+        """Write a checkpoint; every rank waits until it is on the disk or the disk has refused.
 
         Raises:
-            CheckpointError: It was refused, and was the last one.
+            CheckpointError: The disk refused the last checkpoint of the run.
         """
         sums = self._sums()
-        self._look_at_shards()
+        self._check_shards()
         failed = False
         main = self.accelerator.is_main_process
         self.watchdog.enter(SAVING if main else WAITING, self.step)
@@ -260,8 +260,8 @@ class Trainer:
             )
             checkpoint = self._checkpoint(training)
             failed = not self._try(lambda: self.checkpoints.save(checkpoint))
-        told = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
-        if last and bool(told.any()):
+        failures = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
+        if last and bool(failures.any()):
             newest = self.checkpoints.newest or "the beginning"
             raise CheckpointError(
                 f"step {self.step:,}, at which the run ends, is not saved: see the warning above; "
@@ -288,10 +288,10 @@ class Trainer:
             return False
         return True
 
-    def _look_at_shards(self) -> None:
-        """Warn, once, if the folder holds another set than the one that is trained on.
+    def _check_shards(self) -> None:
+        """Warn once if another set has replaced the one that is trained on.
 
-        What is open already is that of the run; a shard that is not yet would be an error.
+        The run has its shards open and continues; opening one more would be an error.
         """
         if self._shards_changed or not self.accelerator.is_main_process:
             return
@@ -301,7 +301,7 @@ class Trainer:
             self._shards_changed = True
             self.journal.warn(
                 self.step,
-                f"{error.file}: {error.what}; the run goes on with the shards that it has open, "
+                f"{error.file}: {error.what}; the run continues with the shards that it has open, "
                 "and can be resumed only on the set that it began on",
             )
 
