@@ -159,10 +159,17 @@ class SegmentLoader:
         self._resident = None
         if placement == "device":
             self._resident = ResidentSplit(split, self._device, self._guard)
-        self._orders: dict[int, WindowedOrder] = {}
+        self._orders = _Orders(
+            split,
+            order,
+            seed,
+            global_batch=self._global_batch,
+            lanes=lanes,
+            window_shards=window_shards,
+        )
         own = lanes // world_size
         own_lanes = range(rank * own, (rank + 1) * own)
-        self._read_ahead = ReadAhead(split, self._epoch_order, self._end, own_lanes, lanes)
+        self._read_ahead = ReadAhead(split, self._orders, self._end, own_lanes, lanes)
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
@@ -230,7 +237,7 @@ class SegmentLoader:
 
     def _segments(self, epoch: int, position: int) -> Iterator[Planned]:
         """Segments of this rank's batches on the host."""
-        order = self._epoch_order(epoch)
+        order = self._orders(epoch)
         step = self._global_batch
         # Order and segments of many batches at once: NumPy's calls cost more than their work.
         stride = max(1, self._stride // step) * step
@@ -273,25 +280,6 @@ class SegmentLoader:
         frames = self.split.frames[indices]
         return indices, segment_starts(indices, frames, length, seed=self._seed, epoch=epoch)
 
-    def _epoch_order(self, epoch: int) -> EpochOrder:
-        if self._order == "global":
-            return epoch_order(len(self.split), self._seed, epoch)
-        return self._windowed_order(epoch)
-
-    def _windowed_order(self, epoch: int) -> WindowedOrder:
-        if epoch not in self._orders:
-            # The end of an epoch looks at the next one already. Other epochs are needed no longer.
-            self._orders = {n: order for n, order in self._orders.items() if abs(n - epoch) == 1}
-            self._orders[epoch] = WindowedOrder(
-                self.split.shard_samples,
-                self._seed,
-                epoch,
-                global_batch=self._global_batch,
-                lanes=self._lanes,
-                window_shards=self._window_shards,
-            )
-        return self._orders[epoch]
-
     def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
         """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.
 
@@ -321,3 +309,38 @@ class SegmentLoader:
         # Converted on the device, after the copy: fewer bytes are copied.
         mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
         return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
+
+
+class _Orders:
+    """The order of each epoch; remembers those of the windowed order while they are needed."""
+
+    def __init__(
+        self,
+        split: Split,
+        order: Order,
+        seed: int,
+        *,
+        global_batch: int,
+        lanes: int,
+        window_shards: int,
+    ) -> None:
+        self._split = split
+        self._order = order
+        self._seed = seed
+        self._options = {
+            "global_batch": global_batch,
+            "lanes": lanes,
+            "window_shards": window_shards,
+        }
+        self._windowed: dict[int, WindowedOrder] = {}
+
+    def __call__(self, epoch: int) -> EpochOrder:
+        if self._order == "global":
+            return epoch_order(len(self._split), self._seed, epoch)
+        if epoch not in self._windowed:
+            # The end of an epoch looks at the next one already. Other epochs are needed no longer.
+            kept = {n: order for n, order in self._windowed.items() if abs(n - epoch) == 1}
+            shards = self._split.shard_samples
+            kept[epoch] = WindowedOrder(shards, self._seed, epoch, **self._options)
+            self._windowed = kept
+        return self._windowed[epoch]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,20 @@ def test_damage_found_by_the_prefetching_thread_reaches_the_reader(
     (folder / "train-000001.tar").unlink()
     with pytest.raises(CorruptShardError, match=r"train-000001\.tar.*cannot be read"):
         list(own)
+
+
+@pytest.mark.parametrize("order", ["global", "windowed"])
+def test_a_dropped_loader_is_freed_at_once(split: Split, order: str) -> None:
+    # It wants shards of a store for as long as it lives: no cycle may keep it.
+    own = loader(split, order=order, lanes=2)
+    next(iter(own))
+    freed = weakref.ref(own)
+    gc.disable()
+    try:
+        del own
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_no_thread_remains(split: Split) -> None:
