@@ -29,7 +29,7 @@ def chain(data: Path, work: Path, steps: int, *overrides: str) -> dict[str, floa
     """Build, verify, train in two processes, predict; returns the accuracies by split."""
     shards, runs = work / "shards", work / "runs"
     run("shardprep", "build", data / "Dataset", shards)
-    assert ": whole (" in run("shardprep", "verify", shards, "--against", data / "Dataset")
+    assert ": intact (" in run("shardprep", "verify", shards, "--against", data / "Dataset")
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "trainer/train.py")
     recipe = (
         "--config",

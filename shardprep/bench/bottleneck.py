@@ -1,4 +1,4 @@
-"""What limits our loader: the time of each part of a batch, and whether the disk is waited for."""
+"""What limits our loader: the time of each part of a batch, and waiting for the disk."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def write_shard(
                 raise source_error(reject, task.root) from None
             rejects.append(reject)
         else:
-            rows.append(add_sample(tar, utterance, payload, codecs.member_suffix(task.codec)))
+            rows.append(add_utterance(tar, utterance, payload, codecs.member_suffix(task.codec)))
         source_bytes += utterance.nbytes
         advance(utterance.nbytes)
     tar.close()
@@ -173,7 +173,7 @@ def encode_file(
     return payload
 
 
-def add_sample(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
+def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
     """Append the members of an utterance; `payload` is its encoded matrix."""
     offset = tar.add(utterance.key + suffix, payload)
     if utterance.label != NO_LABEL:

@@ -37,7 +37,7 @@ RECORD_SUFFIX = ".json"
 class Work(Protocol):
     """An unfinished build, in a folder or in an object store; it pickles, for worker processes.
 
-    Where it can, a build writes into a work folder within its target first.
+    A build writes to a work folder within its target first, where that is possible.
     """
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from shardprep.build.shard import ShardRecord, add_sample, encode_file, fetch_file
+from shardprep.build.shard import ShardRecord, add_utterance, encode_file, fetch_file
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
@@ -57,7 +57,7 @@ def rewrite_shard(
         if payload is None and from_source is not None:
             payload = _if_undamaged(from_source(utterance.key, utterance.frames), row)
         if payload is not None:
-            kept.append(add_sample(tar, utterance, payload, suffix))
+            kept.append(add_utterance(tar, utterance, payload, suffix))
         else:
             lost.append(_lost(utterance, info.file))
     tar.close()

@@ -50,7 +50,7 @@ def repair(
     What can be had from DST itself needs no more: an index from its shards, and a shard from its
     index, unless the matrices in it are damaged. Those come from --source, to the same bytes as
     before; or --drop makes the set anew without them, which is then another set to runs that are
-    to be resumed. Exits with 0 if DST is whole now, with 1 if damage is left.
+    to be resumed. Exits with 0 if DST is intact now, with 1 if damage is left.
     """
     if source is not None and drop:
         raise click.UsageError("give --source or --drop, not both")

@@ -14,7 +14,7 @@ from shardprep.read.manifest_file import load_manifest
 from shardprep.storage.remote import Location
 
 
-@click.command(short_help="Check that the shard set DST is whole.")
+@click.command(short_help="Check the integrity of the shard set DST.")
 @click.argument("shards", type=Place(), metavar="DST")
 @click.option("--deep", is_flag=True, help="Also walk every tar and read every sample.")
 @click.option(
@@ -28,11 +28,11 @@ from shardprep.storage.remote import Location
 def verify(
     context: click.Context, shards: Location, deep: bool, against: Location | None, as_json: bool
 ) -> None:
-    """Check that the shard set DST is whole: sizes and sha256 of all files.
+    """Check the integrity of the shard set DST: sizes and sha256 of all files.
 
     A set behind a URL is fetched for it, into a folder for temporary files.
 
-    Exits with 0 if it is whole and with 1 if anything is wrong; each fault is named on stdout.
+    Exits with 0 if it is intact and with 1 if anything is wrong; each fault is named on stdout.
     """
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
         report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
