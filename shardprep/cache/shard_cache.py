@@ -222,7 +222,7 @@ class ShardCache:
                     come, came_at = now, time.monotonic()
                 elif time.monotonic() - came_at > self.patience:
                     raise StorageError(
-                        f"another process is fetching it, of which nothing has come for "
+                        f"another process is fetching it, and nothing has come for "
                         f"{self.patience:.0f} s",
                         file=remote,
                         remedy=f"See which process has {self.folder.part(info)} open, and end it.",

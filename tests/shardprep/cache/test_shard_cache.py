@@ -27,7 +27,6 @@ from shardprep.cache import download, ledger
 from shardprep.cache import folder as cachefolder
 from shardprep.cache.folder import NoRoomError
 from shardprep.cache.shard_cache import ShardCache
-from shardprep.cache.threads import BackgroundThreads
 from shardprep.format.manifest import FileInfo
 from shardprep.storage.remote import Remote
 from tests.conftest import mounted, stored_bytes
@@ -737,26 +736,3 @@ def test_workers_of_a_data_loader_divide_the_share_of_their_process(
     worker = SimpleNamespace(num_workers=3)
     monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: worker)
     assert shards.share == 2 * KB
-
-
-def test_a_program_ends_while_files_are_on_their_way(tmp_path: Path) -> None:
-    program = """
-import sys, threading, time
-from shardprep.cache.threads import BackgroundThreads
-threads = BackgroundThreads(2, "slow")
-began = threading.Event()
-for _ in range(5):
-    threads.submit(lambda: (began.set(), time.sleep(60)))
-assert threads.submit(print).cancel()
-began.wait()
-"""
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
-    assert time.monotonic() - begun < 30
-
-
-def test_a_future_has_what_its_job_returns_or_raises() -> None:
-    threads = BackgroundThreads(3, "jobs")
-    assert [threads.submit(int, text).result() for text in "123"] == [1, 2, 3]
-    with pytest.raises(ValueError, match="invalid literal"):
-        threads.submit(int, "x").result()

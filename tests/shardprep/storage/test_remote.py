@@ -8,8 +8,6 @@ import http.server
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,19 +212,6 @@ def test_retries_end_when_patience_ends(
     ]
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    connections.forget_connections()
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    with pytest.raises(StorageError, match=r"not installed .*pip install 'shardprep\[s3\]'"):
-        Remote("s3://bucket/x").read()
-
-
-def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(StorageError, match=r"nonsense://x/y: is no URL that fsspec knows"):
-        Remote("nonsense://x/y").read()
-
-
 def test_stores_name_the_time_of_modification_differently() -> None:
     noon = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)
     for info in (
@@ -373,38 +358,10 @@ def test_a_web_server_cannot_be_written_to(web: Web) -> None:
     assert web.asked == []
 
 
-# Exits in a process that was forked while a thread of its parent had the lock.
-FORKS = """
-import os, faulthandler, fsspec
-from shardprep.storage import connections
-from shardprep.storage.remote import Remote
-
-fsspec.filesystem("memory").pipe("/folder/file", b"x")
-file = Remote("memory://folder/file")
-file.read()
-with connections._lock:
-    child = os.fork()
-    if not child:
-        faulthandler.dump_traceback_later(10, exit=True)
-        os._exit(0 if file.read() == b"x" else 1)
-os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_forked_process_makes_its_own_connections() -> None:
-    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
-
-
 def test_names_are_quoted_in_web_addresses_only() -> None:
     name = "a b/50%#1?.pt"
     assert (Remote("https://x.org/d") / name).url == "https://x.org/d/a%20b/50%25%231%3F.pt"
     assert (Remote("s3://x/d") / name).url == f"s3://x/d/{name}"
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/d?key=1", "http://127.0.0.1:1/d#part"])
-def test_an_address_that_no_name_can_follow_is_refused(url: str) -> None:
-    with pytest.raises(StorageError, match=r"has a query or a fragment.*folder alone"):
-        (Remote(url) / "manifest.json").read()
 
 
 def test_marks_of_folders_are_not_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,19 +369,3 @@ def test_marks_of_folders_are_not_files(monkeypatch: pytest.MonkeyPatch) -> None
     found = {name: {"size": 1, "type": "file"} for name in names}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *arguments, **options: found)
     assert set(Remote("memory://set").listing()) == {"a.tar", "within/b"}
-
-
-def test_the_users_configuration_of_fsspec_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-
-    def connect(url: str, **options: Any) -> tuple[Any, str]:
-        given.append(options["config_kwargs"])
-        raise ValueError("seen")
-
-    monkeypatch.setattr(fsspec.core, "url_to_fs", connect)
-    own = {"s3": {"addressing_style": "path"}, "read_timeout": 7}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": own})
-    connections.forget_connections()
-    with pytest.raises(StorageError, match="seen"):
-        Remote("s3://bucket/x").read()
-    assert given == [{**connections._S3["config_kwargs"], **own}]
