@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from shardprep_trainer.evaluation.trials import draw_trials, possible_trials, read_trials
-from shardprep_trainer.score import verify
+from shardprep_trainer.evaluation.verification import score_trials
 
 from shardprep import publish
 
@@ -57,5 +57,5 @@ def verify_embeddings(file: Path, trials: Path) -> dict[str, float]:
     """
     with np.load(file) as kept:
         keys, embeddings = [str(key) for key in kept["key"]], kept["embedding"]
-    found = verify(embeddings, read_trials(trials, keys), None, 0)
+    found = score_trials(embeddings, read_trials(trials, keys), None, 0)
     return {"eer": found.eer, "min_dcf": found.min_dcf}

@@ -114,7 +114,7 @@ def test_an_onnx_file_is_valid_whole_and_says_what_its_axes_are() -> None:
         ("embedding", "tensor(float)", ["B", 16]),
         ("logits", "tensor(float)", ["B", 3]),
     ]
-    # Where it was made is nobody's business.
+    # A file does not tell where it was made.
     assert str(Path(export.__file__).parent).encode() not in data
 
 

@@ -1,4 +1,4 @@
-"""The score of a run, against each utterance heard alone and a loop over thresholds."""
+"""The score of a run, against each utterance embedded alone and a loop over thresholds."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_backend_recognises_by_the_training_utterances(run: Path, shards: Path
     by_head, found = score_json(run, "--as-norm"), score_json(run, "--as-norm", "--backend", "wccn")
     assert (found["backend"], found["accuracy"]) == ("wccn", right)
     assert (by_head["backend"], by_head["accuracy"] != right) == ("head", True)
-    # Trials compare embeddings, whatever names speakers.
+    # Trials compare embeddings, and do not depend on the backend.
     same = ("eer", "min_dcf", "trials", "cohort")
     assert [found[key] for key in same] == [by_head[key] for key in same]
 

@@ -1,4 +1,4 @@
-"""What the commands predict, score, embed and export have in common: options, notes, errors."""
+"""What the commands predict, score, embed and export share: options, notes, errors."""
 
 from __future__ import annotations
 
@@ -65,9 +65,14 @@ backend_option = click.option(
 )
 
 
+def tell(text: str) -> None:
+    """Show a line on stderr: stdout is for results."""
+    click.echo(text, err=True)
+
+
 def note(text: str) -> None:
-    """Say something on stderr that is no error."""
-    click.echo(f"note: {text}", err=True)
+    """Show something on stderr that the user should know and that is no error."""
+    tell(f"note: {text}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from shardprep import publish
-from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors
+from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors, tell
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 
@@ -72,7 +72,7 @@ def write_embeddings(inference: Inference, split: str, path: Path) -> tuple[int,
 def main(out: Path, **options: Any) -> None:
     """The command; its help is above."""
     with reported_errors():
-        inference = open_inference(ModelOptions(**options))
+        inference = open_inference(ModelOptions(**options), tell)
         count, width = write_embeddings(inference, options["split"], out)
     note(f"{count:,} embeddings of width {width} -> {out}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
@@ -15,7 +15,6 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.checkpoint.weights import load_model
-from shardprep_trainer.commands import note
 from shardprep_trainer.config.fields import Backend
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.accuracy import Collected, Labels, collect, grade
@@ -147,8 +146,12 @@ class Inference:
         return Collected(found.embeddings, grade(enrolled.scores, found.embeddings, numbers))
 
 
-def open_inference(options: ModelOptions) -> Inference:
-    """Load the model, open the shards, and say on stderr what a user should know of them.
+def open_inference(options: ModelOptions, tell: Callable[[str], None]) -> Inference:
+    """Load the model, open the shards, and tell what a user should know of them.
+
+    Args:
+        options: What to open.
+        tell: Shows a line of text to the user.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, or its parts do not fit together.
@@ -159,7 +162,7 @@ def open_inference(options: ModelOptions) -> Inference:
     config = checkpoint.config
     shards = open_shards_of(config.data, options.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    click.echo(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}", err=True)
+    tell(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}")
     n_mels, expected = shards.manifest.n_mels, checkpoint.n_mels
     if n_mels != expected:
         raise PredictionError(
@@ -168,7 +171,7 @@ def open_inference(options: ModelOptions) -> Inference:
         )
     left_out = read_left_out(shards)
     for line in left_out.notes(options.split) if left_out else ():
-        note(line)
+        tell(f"note: {line}")
     frames = options.tta_frames or config.data.segment_frames
     inference = Inference(
         file=checkpoint.file,
@@ -185,7 +188,10 @@ def open_inference(options: ModelOptions) -> Inference:
     inference.split(options.split)
     if inference.backend != "head":
         who = f"those of the train split of {shards.path}, which is embedded first"
-        note(f"speakers are named by --backend {inference.backend}: {who}")
+        tell(f"note: speakers are named by --backend {inference.backend}: {who}")
         if options.split == "train":
-            note("the accuracy on train says nothing: speakers are known by these very utterances")
+            tell(
+                "note: the accuracy on train says nothing: speakers are known by these very "
+                "utterances"
+            )
     return inference

@@ -17,6 +17,7 @@ from shardprep_trainer.commands import (
     model_options,
     note,
     reported_errors,
+    tell,
 )
 from shardprep_trainer.evaluation.labels import HEADER, LeftOut, missing_rows, read_labels
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
@@ -75,7 +76,7 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
 
 
 def _predict(options: ModelOptions, out: Path) -> LeftOut | None:
-    inference = open_inference(options)
+    inference = open_inference(options, tell)
     shards, split, part = inference.shards, options.split, inference.split(options.split)
     names = predict_names(inference, part)
     write_submission(out, part.keys, names)

@@ -1,7 +1,7 @@
 """Measure how good a model is: `shardprep score RUN`.
 
-Accuracy asks which of the known speakers an utterance is from; verification asks whether two
-utterances have one speaker, known to the model or not. Axis legend: N utterances, K trials.
+Accuracy asks which of the known speakers an utterance is from; speaker verification asks whether
+two utterances have one speaker, known to the model or not. Axis legend: N utterances, K trials.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from shardprep_trainer.commands import (
     model_options,
     note,
     reported_errors,
+    tell,
 )
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import missing_rows, read_labels
@@ -33,16 +34,9 @@ from shardprep_trainer.evaluation.trials import (
     possible_trials,
     read_trials,
 )
-from shardprep_trainer.evaluation.verification import (
-    as_norm,
-    cosine_scores,
-    equal_error_rate,
-    min_dcf,
-    speaker_means,
-)
+from shardprep_trainer.evaluation.verification import P_TARGET, score_trials, speaker_means
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
-P_TARGET = 0.01
 # Trials drawn of each kind where no number is given, and where there are so many.
 _DRAWN = 50_000
 
@@ -168,18 +162,6 @@ def choose_trials(
         ) from error
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What trials tell of a model."""
-
-    trials: int
-    target_trials: int
-    eer: float
-    """Equal error rate, 0 to 1."""
-    min_dcf: float
-    """At a prior of P_TARGET, normalised."""
-
-
 def find_cohort(inference: Inference) -> NDArray[np.float64]:
     """The mean embeddings (C, D) of the training speakers of the shards.
 
@@ -195,28 +177,10 @@ def find_cohort(inference: Inference) -> NDArray[np.float64]:
     return cohort
 
 
-def verify(
-    embeddings: NDArray[np.float32],
-    trials: Trials,
-    cohort: NDArray[np.float64] | None,
-    cohort_size: int,
-) -> Verified:
-    """Score trials between embeddings (N, D), and the scores."""
-    scores = cosine_scores(embeddings, trials)
-    if cohort is not None:
-        scores = as_norm(scores, embeddings, trials, cohort, cohort_size)
-    return Verified(
-        trials=len(trials),
-        target_trials=int(trials.target.sum()),
-        eer=equal_error_rate(scores, trials.target),
-        min_dcf=min_dcf(scores, trials.target, p_target=P_TARGET),
-    )
-
-
 def score(
     inference: Inference, part: Split, names: Sequence[str | None], options: TrialOptions
 ) -> Score:
-    """Hear a split and measure accuracy and verification.
+    """Embed a split, and measure accuracy and speaker verification.
 
     Args:
         inference: The model and the shards.
@@ -244,9 +208,9 @@ def score(
     size = options.cohort_size
     cohort = None if trials is None or size is None else find_cohort(inference)
     found = inference.recognise(part, classes) if labelled else inference.embed(part)
-    verified = None
+    result = None
     if trials is not None:
-        verified = verify(found.embeddings, trials, cohort, size or 0)
+        result = score_trials(found.embeddings, trials, cohort, size or 0)
     source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
     return Score(
         checkpoint=str(inference.file),
@@ -259,11 +223,11 @@ def score(
         backend=inference.backend,
         accuracy=found.evaluation.correct / labelled if labelled else None,
         top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
-        trials=verified.trials if verified else 0,
-        target_trials=verified.target_trials if verified else 0,
-        trials_from=source if verified else None,
-        eer=verified.eer if verified else None,
-        min_dcf=verified.min_dcf if verified else None,
+        trials=result.trials if result else 0,
+        target_trials=result.target_trials if result else 0,
+        trials_from=source if result else None,
+        eer=result.eer if result else None,
+        min_dcf=result.min_dcf if result else None,
         p_target=P_TARGET,
         cohort=None if cohort is None else len(cohort),
         cohort_size=None if cohort is None else min(len(cohort), size or 0),
@@ -327,7 +291,7 @@ def main(
         raise click.UsageError("--pairs 1: a target and a non-target trial make at least 2")
     wanted = TrialOptions(trials, pairs, seed, cohort_size if normalized else None)
     with reported_errors():
-        inference = open_inference(ModelOptions(**options))
+        inference = open_inference(ModelOptions(**options), tell)
         part = inference.split(options["split"])
         result = score(inference, part, true_names(inference, part, labels), wanted)
     click.echo(json.dumps(asdict(result)) if as_json else "\n".join(result.lines()))

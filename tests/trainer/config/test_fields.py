@@ -38,7 +38,7 @@ def test_without_arguments_the_boss_recipe_is_read_from_anywhere(
         ("boss", ("conformer", 512, 1, 8, "self_attentive", "cosine", "am_softmax")),
     ],
 )
-def test_recipes_are_the_rungs_of_the_course(recipe: str, expected: tuple[object, ...]) -> None:
+def test_recipes_are_the_models_of_the_homework(recipe: str, expected: tuple[object, ...]) -> None:
     config = parse_args(["--config", str(RECIPES / f"{recipe}.yaml")]).config
     m = config.model
     found = (m.encoder, m.dim, m.layers, m.heads, m.pooling, m.classifier, config.loss.name)
@@ -206,7 +206,7 @@ def test_bytes_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
         parse_args(["--config", str(tmp_path)])
 
 
-def test_an_option_can_mend_a_file_and_bears_its_own_faults(tmp_path: Path) -> None:
+def test_an_option_can_correct_a_file_and_its_own_faults_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("optim: {lr: -1}")
     assert parse_args(["--config", str(path), "--optim.lr", "1"]).config.optim.lr == 1

@@ -1,4 +1,4 @@
-"""What a build left out is read as it was written, and told to those whom it concerns."""
+"""What a build left out is read as it was written, and said where it matters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_was_left_out_is_counted_and_named(
     assert found.ids >= {*labelled, *hidden}
 
 
-def test_a_whole_data_set_has_nothing_left_out(shards: Path) -> None:
+def test_a_complete_data_set_has_nothing_left_out(shards: Path) -> None:
     assert read_left_out(shardprep.open_shards(shards)) is None
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_list_is_refused_by_name(
         read_left_out(shardprep.open_shards(folder))
 
 
-def test_only_those_who_predict_the_test_hear_of_its_rows() -> None:
+def test_notes_on_test_rows_come_only_when_the_test_split_is_predicted() -> None:
     test = tuple(f"uttr-{n}.pt" for n in range(5))
     left_out = LeftOut(Path("x/rejects.jsonl"), 1234, test, frozenset(test))
     first, second = left_out.notes("test")

@@ -376,7 +376,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
         assert list(map(torch.equal, tensors(found), tensors(expected))).count(False) == 0
 
 
-def test_without_a_whole_checkpoint_the_remedy_is_told(make_config: ConfigFactory) -> None:
+def test_without_an_undamaged_checkpoint_the_remedy_is_told(make_config: ConfigFactory) -> None:
     config = make_config()
     train(config)
     for path in (config.run / "checkpoints").glob("step-*.pt"):
@@ -479,7 +479,7 @@ def test_the_run_folder_holds_what_it_should(make_config: ConfigFactory) -> None
     names = sorted(path.name for path in config.run.iterdir())
     assert names[:2] == ["checkpoints", "config.yaml"]
     assert names[2].startswith("events.out.tfevents")
-    assert names[3:] == ["metrics.jsonl"]
+    assert names[3:] == ["metrics.jsonl", "model"]
     assert (config.run / "config.yaml").read_text() == config.to_yaml()
 
 

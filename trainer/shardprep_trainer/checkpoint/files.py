@@ -38,7 +38,7 @@ _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint or a model onto the CPU, whoever it is from.
+    """Read a checkpoint or a model, which may come from a stranger, onto the CPU.
 
     No code in it is run, and the memory taken is in proportion to its size.
 

@@ -4,8 +4,8 @@
     RUN/model/config.json         the same description, for people and for other tools
 
 Weights and description are one file, and a rename publishes it: a kill at any moment leaves the
-model before or the new one, and nobody reads weights with the description of others. The metadata
-also has a checksum of all this, which safetensors has not. config.json is never read here.
+model before or the new one, and no reader gets weights with the description of others. The metadata
+also has a checksum of both, which safetensors itself lacks. config.json is never read here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_model(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_model(path: Path) -> Checkpoint:
-    """Read a model file, whoever it is from; `training` is None.
+    """Read a model file, which may come from a stranger; `training` is None.
 
     The memory taken is in proportion to the size of the file.
 
@@ -80,7 +80,8 @@ def read_model(path: Path) -> Checkpoint:
         data = header + file.read()
     try:
         metadata = msgspec.json.decode(header[8:], type=_Header).metadata
-        weights = safetensors.torch.load(data)
+        # safetensors gives them in an order that differs from one reading to the next.
+        weights = dict(sorted(safetensors.torch.load(data).items()))
         text = metadata.get("description")
         intact = text is None or metadata.get("sha256") == _sha256(text, weights)
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:

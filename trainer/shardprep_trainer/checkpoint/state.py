@@ -1,6 +1,6 @@
 """A checkpoint as one value: what its model is, the weights, and what continuing the run takes.
 
-Whatever reads a checkpoint parses and checks it here, once.
+Each reader of a checkpoint parses and checks it here, once.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Tally:
-    """The answers to a split, gathered by position, whatever the order and number of batches."""
+    """The answers to a split, gathered by position, in any order and number of batches."""
 
     def __init__(self, labels: Labels, device: torch.device) -> None:
         self._labels = labels
@@ -210,7 +210,7 @@ def _place(logits: Tensor, truth: Tensor) -> Tensor:
     truth = truth.clamp(min=0).unsqueeze(1)
     own = logits.gather(1, truth)
     classes = torch.arange(logits.shape[1], device=logits.device)
-    # Not `>`: whatever is not a number is ahead of, and behind, everything.
+    # Not `>`: a score that is not a number counts as ahead of the truth, and never as correct.
     ahead = ~(logits <= own) | ((logits == own) & (classes < truth))
     return ahead.sum(1)
 

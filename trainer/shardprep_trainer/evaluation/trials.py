@@ -40,8 +40,8 @@ class Trials:
 class _Pairs:
     """All unordered pairs of different utterances of labelled speakers, numbered, none stored.
 
-    Utterances stand in a row, speaker by speaker. The one at position b makes target pairs with
-    those of its group before it, and non-target pairs with all those before its group.
+    The utterances are sorted by speaker. The utterance at position b makes target pairs with the
+    earlier utterances of its speaker, and non-target pairs with those of all earlier speakers.
     """
 
     def __init__(self, speakers: Ints) -> None:
@@ -124,14 +124,14 @@ def _draw_distinct(rng: np.random.Generator, total: int, count: int) -> Ints:
     drawn = np.empty(0, np.int64)
     while True:
         drawn = np.concatenate((drawn, rng.integers(0, total, count + 16)))
-        # The first `count` different ones in the order they came; a later repeat is passed over.
+        # The first `count` different ones in the order they came; a later repeat is left out.
         _, came = np.unique(drawn, return_index=True)
         if len(came) >= count:
             return np.sort(drawn[np.sort(came)[:count]])
 
 
 def positions_of(keys: Iterable[str]) -> dict[str, int]:
-    """Where utterances stand in a split, by both names that lists give them: KEY and KEY.pt."""
+    """Positions of utterances in a split, by both names that lists give them: KEY and KEY.pt."""
     found: dict[str, int] = {}
     for position, key in enumerate(keys):
         found[str(key)] = found[f"{key}.pt"] = position
@@ -142,7 +142,7 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
     """Read a list of trials as VoxCeleb has them: `1 ENROLL TEST` or `0 ENROLL TEST` a line.
 
     Args:
-        path: The list. 1 says that the speaker is the same; blank lines are passed over.
+        path: The list. 1 says that the speaker is the same; blank lines are ignored.
         keys: Keys of the split's utterances, in its order; a list may append `.pt` to them.
         left_out: What the build of the shards left out.
 

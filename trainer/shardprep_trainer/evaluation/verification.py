@@ -9,6 +9,7 @@ Axis legend: N utterances, K trials, C cohort, D embedding width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from shardprep_trainer.evaluation.trials import Bools, Ints, Trials
 
 Floats = NDArray[np.floating[Any]]
+
+P_TARGET = 0.01
+"""Prior probability of a target trial, for minDCF."""
 
 # Rows that are multiplied at a time: 4096 of width 512 are 8 MiB in float32, which a cache holds.
 _BLOCK = 4096
@@ -203,3 +207,40 @@ def as_norm(
     enroll, test = places.reshape(2, -1)
     sides = [(scores - mean[side]) / deviation[side] for side in (enroll, test)]
     return np.asarray((sides[0] + sides[1]) / 2)
+
+
+@dataclass(frozen=True)
+class TrialScores:
+    """What trials tell of a model."""
+
+    trials: int
+    target_trials: int
+    eer: float
+    """Equal error rate, 0 to 1."""
+    min_dcf: float
+    """At a prior of P_TARGET, normalised."""
+
+
+def score_trials(
+    embeddings: NDArray[np.float32],
+    trials: Trials,
+    cohort: NDArray[np.float64] | None,
+    cohort_size: int,
+) -> TrialScores:
+    """Score trials between embeddings (N, D), and say how well the scores tell speakers apart.
+
+    Args:
+        embeddings: (N, D).
+        trials: The trials.
+        cohort: (C, D) mean embeddings that AS-norm compares with; None for plain cosines.
+        cohort_size: How many of them count for each side of a trial.
+    """
+    scores = cosine_scores(embeddings, trials)
+    if cohort is not None:
+        scores = as_norm(scores, embeddings, trials, cohort, cohort_size)
+    return TrialScores(
+        trials=len(trials),
+        target_trials=int(trials.target.sum()),
+        eer=equal_error_rate(scores, trials.target),
+        min_dcf=min_dcf(scores, trials.target, p_target=P_TARGET),
+    )

@@ -1,4 +1,4 @@
-"""Hear an utterance whole and in segments, and take the mean (test-time augmentation).
+"""Embed whole utterances and segments of them, and take the mean (test-time augmentation).
 
 Axis legend: B batch, T frames, F mel bins, D embedding width, S speakers, W frames of a segment.
 """
