@@ -27,17 +27,17 @@ Exit codes, of every command:
   0    success
   1    damage found in a shard set; training, prediction or export failed
   2    wrong usage of the command, or a package is not installed
-  3    the data set to pack is not as it should be
-  4    not a shard folder, or of a version that cannot be read
-  5    the build cannot start or go on
-  6    the disk refused (full, read-only, gone), or a store gave no answer
+  3    the data set to pack is faulty
+  4    not a shard folder, or one of a version that cannot be read
+  5    the build cannot start or continue
+  6    the disk failed (full, read-only, gone), or a store did not answer
   124  training stood still for train.hang_seconds
   130  Ctrl-C      143  SIGTERM
 """
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised where the main thread is, so that what is open gets closed."""
+    """SIGTERM, raised in the main thread, so that open files get closed."""
 
 
 class _Commands(click.Group):
@@ -96,10 +96,10 @@ def main() -> NoReturn:
         click.echo(f"shardprep: error: {error}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("shardprep: interrupted; run the same command again to go on", err=True)
+        click.echo("shardprep: interrupted; run the same command again to continue", err=True)
         sys.exit(130)
     except _Terminated:
-        click.echo("shardprep: terminated; run the same command again to go on", err=True)
+        click.echo("shardprep: terminated; run the same command again to continue", err=True)
         sys.exit(143)
 
 

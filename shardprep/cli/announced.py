@@ -27,7 +27,7 @@ def announced_commands() -> dict[str, click.Command]:
 
 
 class AnnouncedCommand(click.Command):
-    """Stands in the list of commands, and hands its arguments to the command when it is run."""
+    """An entry in the list of commands; it imports the command only to run it."""
 
     def __init__(self, entry: EntryPoint) -> None:
         self._entry = entry

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="SRC",
-    help="Also measure the files that they were built from.",
+    help="Also measure the files that DST was built from.",
 )
 @click.option("--split", default="train", show_default=True, help="Split to read.")
 @click.option(
@@ -29,37 +29,37 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Segments a batch.",
+    help="Segments in a batch.",
 )
 @click.option(
     "--segment-frames",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Mel frames a segment.",
+    help="Mel frames in a segment.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Turns of each loader; medians count.",
+    help="Measurements of each loader; the median counts.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=2.0,
     show_default=True,
-    help="Length of a turn, after half as much of warming up.",
+    help="Length of a measurement, after a warm-up of half that time.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def bench(shards: tuple[Location, ...], source: Path | None, as_json: bool, **options: Any) -> None:
     """Measure how fast the shard sets DST can be read on this machine.
 
-    Random segments a second from a warm page cache: by webdataset, by SegmentLoader and, with
-    --source, from the files themselves; beside them the limit, a gather of as many bytes from
-    memory. Then it says what holds SegmentLoader back. Give several DST to compare codecs; they
-    must hold the same utterances. Sets behind URLs are fetched into the cache first.
+    The figure is random segments a second from a warm page cache, read by webdataset, by
+    SegmentLoader and, with --source, from the files themselves. The limit is a gather of as many
+    bytes from memory. The report ends with the bottleneck of SegmentLoader. Several DST compare
+    codecs; they must hold the same utterances. Sets behind URLs are copied into the cache first.
     """
     # Slow to import, and no other command needs all of it.
     from shardprep.bench.report import BenchOptions, bench_shards
@@ -75,7 +75,7 @@ def bench(shards: tuple[Location, ...], source: Path | None, as_json: bool, **op
 
 
 class _Progress:
-    """A bar of turns, which comes into being with the first of them."""
+    """A bar of measurements; it appears with the first of them."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -89,7 +89,7 @@ class _Progress:
 
     def advance(self, name: str, expected: int) -> None:
         if self._bar is None:
-            self._bar = progress_bar(expected, "turn", "bench")
+            self._bar = progress_bar(expected, "measurement", "bench")
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update()
 

@@ -37,7 +37,7 @@ Examples:
     type=click.Choice(["none", "zstd"]),
     default="none",
     show_default=True,
-    help=f"Compression, by chunks of {CHUNK_FRAMES} mel frames. Saves about 13 %, reads slower.",
+    help=f"Compress in chunks of {CHUNK_FRAMES} mel frames: about 13 % smaller, slower to read.",
 )
 @click.option(
     "--level",
@@ -50,14 +50,14 @@ Examples:
     type=click.IntRange(min=1),
     default=1000,
     show_default=True,
-    help="Most utterances a shard holds.",
+    help="Most utterances in a shard.",
 )
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.1,
     show_default=True,
-    help="Share of each speaker's utterances for the split val; one stays in train.",
+    help="Share of each speaker's utterances for the split val; train keeps at least one.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Decides the val split and the order."
@@ -67,20 +67,20 @@ Examples:
     type=click.IntRange(min=0),
     default=0,
     show_default="the cores",
-    help="Processes, or tasks at a time on Ray (default: its CPUs). Does not change the bytes.",
+    help="Processes; on Ray, tasks at a time (default: its CPUs). The bytes stay the same.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Processes of this machine, or tasks on Ray. Does not change the bytes.",
+    help="Processes of this machine, or tasks on Ray. The bytes stay the same.",
 )
 @click.option(
     "--address",
     metavar="ADDRESS",
-    help="Ray cluster to build on, whose nodes must share SRC and DST: auto for that of this "
-    "machine, or HOST:PORT. By default, Ray is started here.",
+    help="Ray cluster to build on: auto for the one of this machine, or HOST:PORT. Its nodes must "
+    "share SRC and DST. By default, Ray is started here.",
 )
 @click.option(
     "--on-error",
@@ -92,8 +92,8 @@ Examples:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Build anew; the set there before stays in use until the new one is complete, in a store "
-    "until it is copied to its place.",
+    help="Replace the set in DST. Readers use the old set until the new one is complete; in a "
+    "store, until it is copied.",
 )
 @click.option("--dry-run", is_flag=True, help="Read and check every file, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -102,8 +102,8 @@ def build(source: Location, destination: Location, as_json: bool, **options: Any
 
     SRC has the layout of the NTU homework 4: metadata.json, optionally mapping.json and
     testdata.json, and the .pt files that they name. The same SRC, options and seed give the same
-    bytes. A build that was interrupted goes on when the same command is run again. Both may be
-    URLs that fsspec knows, such as s3://BUCKET/shards; a web server's, for SRC only.
+    bytes. To continue an interrupted build, run the same command again. SRC and DST may be URLs
+    that fsspec knows, such as s3://BUCKET/shards; a URL of a web server, SRC only.
     """
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
@@ -121,7 +121,7 @@ def build(source: Location, destination: Location, as_json: bool, **options: Any
 
 
 def _print_summary(report: BuildReport) -> None:
-    done = "checked, nothing written" if report.dry_run else "whole"
+    done = "checked, nothing written" if report.dry_run else "complete"
     state = "up to date, nothing to do" if report.up_to_date else done
     click.echo(f"{report.destination}: {state}")
     click.echo(

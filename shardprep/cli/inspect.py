@@ -23,12 +23,12 @@ _HISTOGRAM_BINS = 40
 _PICTURE_COLUMNS, _PICTURE_ROWS = 72, 10
 
 
-@click.command(short_help="Say what the shard set DST holds.")
+@click.command(short_help="Show what the shard set DST holds.")
 @click.argument("shards", type=Place(), metavar="DST")
 @click.option("--sample", "key", metavar="KEY", help="Show one utterance.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(shards: Location, key: str | None, as_json: bool) -> None:
-    """Say what the shard set DST holds: splits, speakers, lengths, dtype, codec, sizes."""
+    """Show what the shard set DST holds: splits, speakers, lengths, dtype, codec, sizes."""
     shard_set = open_shards(shards)
     if key is not None:
         split, index = _find(shard_set, key)

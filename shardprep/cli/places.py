@@ -12,7 +12,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     """A folder or a URL, as `shardprep.storage.remote.locate` gives it.
 
     Args:
-        exists: Whether a folder must be there; what lies behind a URL is seen when it is read.
+        exists: Whether a folder must exist. A URL is not checked before it is read.
     """
 
     name = "folder"
@@ -23,7 +23,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> Location:
-        """Check a folder; a URL is taken as it is."""
+        """Check a folder; leave a URL unchecked."""
         place = locate(str(value))
         if not isinstance(place, Remote):
             self._path.convert(str(place), param, ctx)

@@ -20,12 +20,12 @@ class BuildProgress(ProgressListener):
         self._began, self._nbytes = time.monotonic(), 0
 
     def advance(self, utterances: int, nbytes: int) -> None:
-        """Move it on."""
+        """Advance the bar."""
         self._nbytes += nbytes
         rate = self._nbytes / 1e6 / max(time.monotonic() - self._began, 1e-9)
         self._bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
         self._bar.update(utterances)
 
     def close(self) -> None:
-        """Leave it as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()

@@ -17,13 +17,13 @@ from shardprep.storage.remote import Location, Remote
 _MOST_LINES = 20
 
 
-@click.command(short_help="Put the damaged shard set DST right.")
+@click.command(short_help="Repair the damaged shard set DST.")
 @click.argument("shards", type=Place(), metavar="DST")
 @click.option(
     "--source",
     type=Place(),
     metavar="SRC",
-    help="Take what is damaged from the data set that DST was built from.",
+    help="Data set that DST was built from, to take damaged utterances from.",
 )
 @click.option(
     "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
@@ -33,7 +33,7 @@ _MOST_LINES = 20
     type=click.IntRange(min=0),
     default=0,
     show_default="the cores",
-    help="Processes that build shards whose index is damaged too.",
+    help="Processes that build the shards whose index is damaged too.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @click.pass_context
@@ -45,12 +45,13 @@ def repair(
     workers: int,
     as_json: bool,
 ) -> None:
-    """Put the damaged shard set DST right.
+    """Repair the damaged shard set DST.
 
-    What can be had from DST itself needs no more: an index from its shards, and a shard from its
-    index, unless the matrices in it are damaged. Those come from --source, to the same bytes as
-    before; or --drop makes the set anew without them, which is then another set to runs that are
-    to be resumed. Exits with 0 if DST is intact now, with 1 if damage is left.
+    DST alone suffices to restore an index from its shards, and a shard from its index if the
+    matrices in it are undamaged. Damaged matrices come from --source, and every file gets the bytes
+    that it had. With --drop, the set is built again without them; it is then another set, and
+    runs that were trained on the old one cannot be resumed on it. The exit code is 0 for an intact
+    set and 1 if damage is left.
     """
     if source is not None and drop:
         raise click.UsageError("give --source or --drop, not both")
@@ -74,9 +75,9 @@ def repair(
 
 def _print(report: RepairReport, *, asked: bool) -> None:
     for name in report.repaired:
-        click.echo(f"{name}: as it was built again")
+        click.echo(f"{name}: restored")
     for name in report.removed:
-        click.echo(f"{name}: removed, was left over")
+        click.echo(f"{name}: removed, belongs to no set")
     dropped = [f"{one.key or one.file}: dropped, {one.reason}" for one in report.dropped]
     _print_some(dropped, f"{REJECTS_NAME} lists them all")
     _print_some([f"note: {note}" for note in report.notes], "--json has them all")
@@ -88,7 +89,7 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         f"{count(report.lost, 'utterance')} dropped, {report.seconds:.1f} s)"
     )
     if not report.intact and not asked:
-        click.echo("shardprep: note: give --source SRC, or --drop to do without", err=True)
+        click.echo("shardprep: note: give --source SRC, or --drop to leave damage out", err=True)
 
 
 def _print_some(lines: list[str], where: str) -> None:

@@ -16,12 +16,12 @@ from shardprep.storage.remote import Location
 
 @click.command(short_help="Check the integrity of the shard set DST.")
 @click.argument("shards", type=Place(), metavar="DST")
-@click.option("--deep", is_flag=True, help="Also walk every tar and read every sample.")
+@click.option("--deep", is_flag=True, help="Also walk every tar and read every utterance.")
 @click.option(
     "--against",
     type=Place(),
     metavar="SRC",
-    help="Also compare every sample with the data set it was built from.",
+    help="Also compare every utterance with the data set that DST was built from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
@@ -30,9 +30,9 @@ def verify(
 ) -> None:
     """Check the integrity of the shard set DST: sizes and sha256 of all files.
 
-    A set behind a URL is fetched for it, into a folder for temporary files.
+    A set behind a URL is first copied into a temporary folder.
 
-    Exits with 0 if it is intact and with 1 if anything is wrong; each fault is named on stdout.
+    The exit code is 0 for an intact set and 1 for faults; stdout names each fault.
     """
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
         report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
@@ -41,7 +41,7 @@ def verify(
     else:
         for fault in report.faults:
             click.echo(str(fault))
-        read = f", {report.samples:,} samples read" if report.samples else ""
+        read = f", {report.samples:,} utterances read" if report.samples else ""
         click.echo(
             f"{shards}: {'intact' if report.intact else count(len(report.faults), 'fault')} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
@@ -49,10 +49,10 @@ def verify(
     context.exit(0 if report.intact else 1)
 
 
-def _total(shards: Location, every_sample: bool) -> int:
+def _total(shards: Location, every_utterance: bool) -> int:
     try:
         manifest = load_manifest(shards)
     except FormatError:
         return 0
     tars = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
-    return sum(info.bytes for info in manifest.files().values()) + (tars if every_sample else 0)
+    return sum(info.bytes for info in manifest.files().values()) + (tars if every_utterance else 0)

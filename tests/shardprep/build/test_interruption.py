@@ -173,7 +173,7 @@ def test_stopped_build_continues_to_the_same_bytes(
     for how in hows:
         said = interrupted(how)
         if how in ("terminate", "Ctrl-C"):
-            assert "run the same command again to go on" in said
+            assert "run the same command again to continue" in said
             assert "Traceback" not in said
         final = {path.name: sha256_of(path) for path in tars_of(shards)}
         assert final.items() <= reference.items()

@@ -468,7 +468,7 @@ def test_command_says_what_it_did(
     copy = Path(shutil.copytree(shards, shards.parent / "copy"))
     done = run_cli("repair", shards, "--source", source, "--workers", 1)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{SHARD}: as it was built again" in done.stdout
+    assert f"{SHARD}: restored" in done.stdout
     done = run_cli("repair", copy, "--drop")
     assert done.returncode == 0
     assert f"{key}: dropped, its stored bytes were damaged in {SHARD}" in done.stdout
