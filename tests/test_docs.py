@@ -121,6 +121,12 @@ def test_paths_and_modules_that_a_page_names_exist(page: str) -> None:
             assert list(ROOT.glob(f"[!.]*/**/{name}")), f"{page}: {code}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_names_in_files_are_in_these_files(page: str) -> None:
+    for name, path in re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", PAGES[page]):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{page}: {name} in {path}"
+
+
 def _is_there(name: str) -> bool:
     """Whether a dotted name is a module, or something that a module has."""
     parts = name.split(".")
