@@ -41,7 +41,7 @@ def test_every_error_has_the_documented_exit_code() -> None:
         ({}, "broken"),
         ({"file": Path("a.tar")}, "a.tar: broken"),
         ({"key": "k"}, "k: broken"),
-        ({"file": "a.tar", "key": "k", "remedy": "Mend it."}, "a.tar: k: broken. Mend it."),
+        ({"file": "a.tar", "key": "k", "remedy": "Repair it."}, "a.tar: k: broken. Repair it."),
     ],
 )
 def test_message_is_file_key_fault_and_remedy(fields: dict[str, str], text: str) -> None:
@@ -50,7 +50,7 @@ def test_message_is_file_key_fault_and_remedy(fields: dict[str, str], text: str)
 
 @pytest.mark.parametrize("kind", EXIT_CODES)
 def test_pickle_keeps_the_kind_and_every_field(kind: type[errors.ShardprepError]) -> None:
-    error = kind("broken", file="a.tar", key="k", remedy="Mend it.")
+    error = kind("broken", file="a.tar", key="k", remedy="Repair it.")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert (str(again), again.file, again.key) == (str(error), "a.tar", "k")

@@ -23,6 +23,7 @@ import pytest
 import torch
 from fsspec.implementations.http import HTTPFileSystem
 
+from scripts.servers import object_store as servers
 from shardprep import (
     BuildOptions,
     CorruptShardError,
@@ -314,7 +315,6 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_is_true(
 def test_an_epoch_is_exact_through_faults_and_an_outage(
     local: Path, tmp_path: Path, cached: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    servers = sys.modules["servers"]
     with (
         servers.object_store(tmp_path / "store") as store,
         servers.fault_proxy(*store.endpoint) as proxy,

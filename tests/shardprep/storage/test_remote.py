@@ -231,7 +231,7 @@ class Web:
     """A web server.
 
     Attributes:
-        status: What it answers by path, in turn, before it answers as it should.
+        status: What it answers by path, in turn, before it answers normally.
         asked: Method, path and range of each request.
         holds: Set to let the answers go that the status 0 withholds.
     """
