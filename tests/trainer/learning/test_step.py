@@ -160,7 +160,7 @@ def test_a_step_reads_nothing_back_from_the_device(
 ) -> None:
     """As far as a CPU can tell: `item`, `bool`, `nonzero` and the like are one of these."""
     # These look at what lies on the host even where the model is on a GPU, or not at all then.
-    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.pays", lambda x: False)
+    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.applies_to", lambda x: False)
     monkeypatch.setattr("shardprep_trainer.learning.losses._check", lambda logits, labels: None)
     monkeypatch.setattr(
         "shardprep_trainer.learning.step.model_inputs",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from shardprep_trainer.model.cpu_kernels import drop, multiply, pays
+from shardprep_trainer.model.cpu_kernels import applies_to, drop, multiply
 from shardprep_trainer.model.layers import (
     Dropout,
     Linear,
@@ -108,7 +108,7 @@ def test_products_equal_pytorch_with_gradients(
     torch.manual_seed(0)
     layer = Linear(24, 10, bias=biased)
     x = torch.randn(shape, requires_grad=True)
-    assert pays(x)
+    assert applies_to(x)
     results = []
     for out in (layer(x), F.linear(x, layer.weight, layer.bias)):
         assert out.shape == (*shape[:-1], 10)
@@ -122,7 +122,7 @@ def test_products_equal_pytorch_with_gradients(
 def test_padding_is_zeroed_with_its_gradient(lengths: list[int]) -> None:
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    assert pays(x)
+    assert applies_to(x)
     assert torch.equal(zero_padding(x, mask), torch.where(mask[:, :, None], x, 0.0))
     assert not zero_padding(torch.full_like(x, torch.nan), ~mask)[mask].any()
     assert torch.autograd.gradcheck(lambda x: zero_padding(x, mask), (x,))
@@ -157,7 +157,7 @@ def test_autocast_narrows_what_it_narrows_in_pytorch() -> None:
 def test_without_gradients_nothing_is_other_than_pytorchs() -> None:
     x, layer = torch.randn(3, 50, 24), Linear(24, 10)
     with torch.no_grad():
-        assert not pays(x)
+        assert not applies_to(x)
         assert torch.equal(multiply(x, layer.weight, layer.bias), nn.Linear.forward(layer, x))
 
 

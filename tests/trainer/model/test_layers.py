@@ -19,7 +19,7 @@ def mask_of(lengths: list[int]) -> Tensor:
 @pytest.fixture(params=[True, False], ids=["by rows", "by masks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """BatchNorm as a CPU trains with it, and as a GPU does."""
-    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.pays", lambda x: request.param)
+    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.applies_to", lambda x: request.param)
 
 
 @pytest.mark.usefixtures("way")
@@ -82,7 +82,7 @@ def test_batch_norm_sums_half_precision_in_float32(
     on_cpu: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # PyTorch's own, which a CPU trains with, adds one frame to the other: 70,000 roundings.
-    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.pays", lambda x: on_cpu)
+    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.applies_to", lambda x: on_cpu)
     norm = MaskedBatchNorm1d(1)
     # 70,000 frames around 60: a float16 sum overflows, a bfloat16 sum stalls.
     x = (torch.randn(1, 1, 70_000) + 60).half()

@@ -232,7 +232,7 @@ def test_no_value_is_read_from_the_device(
     name: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What a CPU does in its own way may look: there is no device to wait for.
-    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.pays", lambda x: False)
+    monkeypatch.setattr("shardprep_trainer.model.cpu_kernels.applies_to", lambda x: False)
     model = build(name).train(training)
     mel, lengths = padded([torch.randn(300, 40), torch.randn(9, 40)])
     with NoHostReads():

@@ -1,9 +1,9 @@
-"""Encoder blocks: frames in, frames out, with a mask that keeps padding and batch-mates out.
+"""Encoder blocks: they map frames to frames, and a mask excludes padding.
 
-`ConformerBlock` is the block of the `conformer` package with the same weights, initialisation and
-state_dict keys, but batch-first masks that reach attention, the depthwise convolution and
-BatchNorm, and relative positions whose memory does not grow with T * T * d. `TransformerBlock` is
-PyTorch's own layer behind the same `forward(x, mask)`.
+`ConformerBlock` is the block of the `conformer` package, with the same weights, initialisation and
+state_dict keys. Unlike there, the mask applies to attention, the depthwise convolution and
+BatchNorm, and the memory of relative positions does not grow with T * T * d. `TransformerBlock` is
+PyTorch's own layer with the same `forward(x, mask)`.
 
 Axis legend: B batch, T frames, D model width, H heads. A mask is (B, T) bool, True on the frames
 that are speech; None says that every frame is.
@@ -27,8 +27,8 @@ from shardprep_trainer.model.layers import (
     zero_padding,
 )
 
-# Queries attended at once. It bounds the relative scores to (B, H, QUERY_BLOCK, T + QUERY_BLOCK),
-# and a training segment of 128 frames still takes a single pass.
+# Number of queries in one pass of attention. It bounds the relative scores to (B, H, QUERY_BLOCK,
+# T + QUERY_BLOCK); a training segment of 128 frames needs one pass only.
 QUERY_BLOCK = 256
 
 
@@ -42,7 +42,7 @@ def distance_rows(table: nn.Embedding, start: int, queries: int, keys: int) -> T
         keys: Number of keys; they start at frame 0.
 
     Returns:
-        (queries + keys, d): the distances descend from start + queries - 1, as `skew` wants them.
+        (queries + keys, d): the distances descend from start + queries - 1, as `skew` needs them.
     """
     reach = table.num_embeddings // 2
     last = start + queries - 1
@@ -56,8 +56,8 @@ def skew(scores: Tensor, keys: int) -> Tensor:
 
     Args:
         scores: (..., n, n + keys), contiguous; the distance falls by one from column to column, so
-            that key j of row a stands in column n - 1 - a + j. The last column is never read: it
-            is there so that rows one element shorter still tile the storage.
+            that key j of row a is in column n - 1 - a + j. The last column is never read; with it,
+            rows that are one element shorter still fit into the storage.
         keys: Number of keys.
 
     Returns:
@@ -71,9 +71,9 @@ def skew(scores: Tensor, keys: int) -> Tensor:
 class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
     """The `conformer` package's block, batch-first and masked (Gulati et al. 2020, 2005.08100).
 
-    Submodules, initial weights and state_dict keys are the package's, so weights travel both ways.
-    Relative positions after Shaw et al. 2018 (arXiv 1803.02155) as the package has them, a table
-    clamped at 512 frames, are added to the scores of a fused attention.
+    Submodules, initial weights and state_dict keys are the package's, so that weights can be
+    exchanged. The relative positions are the package's too (Shaw et al. 2018, arXiv 1803.02155; a
+    table clamped at 512 frames), added to the scores of a fused attention.
 
     Args:
         dim: Model width D.
@@ -81,8 +81,8 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
         heads: Attention heads H.
         ff_mult: Feed-forward width in multiples of dim.
         conv_expansion_factor: Width of the convolution in multiples of dim.
-        conv_kernel_size: Frames the depthwise convolution sees; odd, so that it looks equally far
-            to both sides.
+        conv_kernel_size: Length of the depthwise convolution [frames], odd, so that it reaches
+            equally far to both sides.
         attn_dropout: Dropout after attention.
         ff_dropout: Dropout in both feed-forward modules.
         conv_dropout: Dropout after the convolution.
@@ -142,7 +142,7 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
         # (B, T, H * d) -> (B, H, T, d)
         q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in projected)
         frames = x.shape[1]
-        parts = []
+        outputs = []
         for start in range(0, frames, QUERY_BLOCK):
             queries = q[:, :, start : start + QUERY_BLOCK]
             rows = distance_rows(attention.rel_pos_emb, start, queries.shape[2], frames)
@@ -151,16 +151,16 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
                 # A finite floor, not -inf: an utterance without any frame must not become NaN.
                 floor = torch.finfo(bias.dtype).min
                 bias = bias.masked_fill(~mask[:, None, None, :], floor)
-            parts.append(attend(queries, k, v, bias))
-        joined = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)  # -> (B, T, H * d)
+            outputs.append(attend(queries, k, v, bias))
+        joined = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)  # -> (B, T, H * d)
         out: Tensor = attention.dropout(attention.to_out(joined))
         return out
 
     def _convolve(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Convolution module: (B, T, D) -> (B, T, D), frames by channels all along."""
+        """Convolution module: (B, T, D) -> (B, T, D); channels always come last."""
         norm, _, expand, _, depthwise, batch_norm, activation, project, _, dropout = self.conv.net
         x = F.glu(convolve_pointwise(norm(x), expand), dim=-1)  # (B, T, D) -> (B, T, C)
-        # Beyond the end of an utterance must be the zeros that it sees when it is not padded.
+        # The convolution pads with zeros: put zeros beyond the end of an utterance too.
         x = convolve_depthwise(zero_padding(x, mask), depthwise.conv)
         x = batch_norm(x.transpose(1, 2), mask).transpose(1, 2)
         out: Tensor = dropout(convolve_pointwise(activation(x), project))
@@ -168,7 +168,7 @@ class ConformerBlock(conformer.ConformerBlock):  # type: ignore[misc]
 
 
 def _ours(layer: nn.Module) -> nn.Module:
-    """What stands in for a layer of the package: the same function, masked or faster."""
+    """Replace a layer of the package: the same function, masked or faster."""
     if isinstance(layer, nn.BatchNorm1d):
         return MaskedBatchNorm1d(layer.num_features, layer.eps, layer.momentum)
     if isinstance(layer, conformer.conformer.Swish):
@@ -184,19 +184,19 @@ def _ours(layer: nn.Module) -> nn.Module:
 class TransformerBlock(nn.Module):
     """PyTorch's Transformer encoder layer (Vaswani et al. 2017, 1706.03762), masked.
 
-    Post-norm with ReLU; it has no notion of the order of frames.
+    Post-norm with ReLU; it knows nothing of the order of frames.
 
     Args:
         dim: Model width D.
         heads: Attention heads H; they divide dim.
         ff_dim: Feed-forward width.
-        dropout: Dropout on attention weights and after each part.
+        dropout: Dropout on attention weights and after each sublayer.
     """
 
     def __init__(self, *, dim: int, heads: int, ff_dim: int, dropout: float = 0.1) -> None:
         super().__init__()
-        # torch.relu is what F.relu computes, but only F.relu sends inference down PyTorch's "fast
-        # path", which holds all (B, H, T, T) scores and, on a CPU, is several times slower.
+        # Not F.relu, which computes the same but makes inference use PyTorch's "fast path". That
+        # keeps all (B, H, T, T) scores in memory and is several times slower on a CPU.
         self.layer = nn.TransformerEncoderLayer(
             dim,
             heads,
@@ -220,8 +220,8 @@ class TransformerBlock(nn.Module):
             (B, T, D), zero on padded frames.
         """
         padding = None
-        # The attention inside has a fast path of its own, closed to it by any padding mask. A mask
-        # without elements is one that it cannot reshape.
+        # The attention has a fast path too, which any padding mask switches off. It cannot reshape
+        # a mask without elements.
         if len(x):
             padding = x.new_zeros(x.shape[:2], dtype=torch.bool) if mask is None else ~mask
         return zero_padding(self.layer(zero_padding(x, mask), src_key_padding_mask=padding), mask)

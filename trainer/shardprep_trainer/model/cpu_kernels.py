@@ -1,6 +1,6 @@
-"""Training on a CPU where PyTorch's own kernels are slow: the same results, in less time.
+"""Faster ways to train on a CPU where PyTorch's own kernels are slow; the results are the same.
 
-Figures are of two cores of an AMD EPYC with AVX-512, float32, batches of 32 x 128 frames.
+Figures: two cores of an AMD EPYC with AVX-512, float32, batches of 32 x 128 frames.
 
 Axis legend: B batch, T frames, D width, C channels, K width of a kernel in frames.
 """
@@ -16,41 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Frames whose products with a window of K - 1 more are taken at once, in `_kernel_gradient`.
+# Frames in a block of `_kernel_gradient`; a block is multiplied with itself and K - 1 more frames.
 _BLOCK = 32
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-# What PyTorch calls x86 without AVX-512.
+# PyTorch's names for x86 CPUs without AVX-512.
 _NARROW = ("NO AVX", "AVX2")
 SLOW_BFLOAT16 = (
-    "this CPU has no AVX-512, without which bfloat16 takes 8 to 60 times as long as float32; "
-    "leave bf16 out"
+    "this CPU has no AVX-512, and without it bfloat16 takes 8 to 60 times as long as float32; "
+    "leave out --mixed_precision bf16"
 )
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
-def pays(x: Tensor) -> bool:
-    """Whether a tensor is one to train on in the ways of this module."""
+def applies_to(x: Tensor) -> bool:
+    """Whether this module's ways apply to a tensor: on a CPU, with gradients, not compiled."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def is_slow_in_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 many times slower than float32, as x86 without AVX-512.
+    """Whether this CPU multiplies bfloat16 many times slower than float32: x86 without AVX-512.
 
-    oneDNN has no kernels for it there, and PyTorch's own take 8 (matrices) to 60 times as long
-    (convolutions).
+    oneDNN has no kernels for bfloat16 there, and PyTorch's own take 8 (matrices) to 60 times
+    (convolutions) as long as those for float32.
     """
     return torch.backends.cpu.get_cpu_capability() in _NARROW
 
 
 def keep_memory() -> None:
-    """Have freed memory stay with this process, to be used again by the next step.
+    """Keep freed memory in this process, for the next step to use.
 
-    glibc maps every tensor of more than 32 MiB anew, and gives memory on top of its heap back: the
-    kernel then zeroes the same pages in every step, for 4 to 8 % of its time. On segments of one
-    length the peak is about the same. Batches of many lengths, as in validation, leave holes that
-    others do not fit in: their peak is a third higher or, with rising lengths, twice as high, and
-    stays with the process. Elsewhere than with glibc nothing happens.
+    glibc maps each tensor of more than 32 MiB anew, and returns memory at the top of its heap. The
+    kernel then zeroes the same pages in every step, which takes 4 to 8 % of the step. On segments
+    of one length the peak of memory is about the same. Batches of many lengths, as in validation,
+    leave gaps that other tensors do not fit into: the peak is a third higher, or twice as high if
+    the lengths rise, and the process keeps the memory. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -60,10 +60,10 @@ def keep_memory() -> None:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; in training on a CPU in float32 by oneDNN where that is faster than MKL.
+    """`F.linear`; when training on a CPU in float32 by oneDNN, if that is faster than MKL.
 
-    That is a tenth on AMD with AVX-512; with AVX2 it is slower by a seventh. To oneDNN it is a
-    convolution of width 1.
+    On AMD with AVX-512 it is faster by a tenth, with AVX2 slower by a seventh. oneDNN computes it
+    as a convolution of width 1.
 
     Args:
         x: (B, T, D), or any shape that `F.linear` takes.
@@ -74,7 +74,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (B, T, N).
     """
     wide = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (pays(x) and wide and x.ndim == 3 and x.numel() and _prefers_onednn()):
+    if not (applies_to(x) and wide and x.ndim == 3 and x.numel() and _prefers_onednn()):
         return F.linear(x, weight, bias)
     out = F.conv2d(_as_row(x), weight[:, :, None, None], bias)
     return _as_frames(out)
@@ -85,10 +85,10 @@ def _prefers_onednn() -> bool:
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout in a third of the time of PyTorch's kernel, which draws value after value.
+    """Dropout in a third of the time of PyTorch's kernel, which draws a number for each value.
 
-    A 64-bit number of NumPy's SFC64, seeded by PyTorch's generator, serves four values of 16 bits,
-    so that p is kept to within 2**-16; nothing is drawn where nothing is left to chance.
+    Here a 64-bit number serves four values with 16 bits each, so that p is exact to 2**-16. The
+    numbers are from NumPy's SFC64, seeded by PyTorch's generator. If p is 0 or 1 none are drawn.
     """
     if p == 0:
         return x
@@ -98,7 +98,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     source = np.random.SFC64(torch.randint(2**63 - 1, (1,)).numpy())
     draws = torch.from_numpy(source.random_raw((x.numel() + 3) // 4).view(np.int16))
     kept = draws[: x.numel()].view(x.shape).ge_(limit - 2**15)
-    # One multiplication each way; the mask alone would be multiplied twice.
+    # Scale the mask: forward and backward then need one multiplication each.
     return x * kept.to(x.dtype).mul_(1.0 / (1.0 - limit / 2**16))
 
 
@@ -113,7 +113,7 @@ def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, T, C).
     """
-    if not pays(x) or not x.numel():
+    if not applies_to(x) or not x.numel():
         return _depthwise(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -123,7 +123,7 @@ def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Depthwise(torch.autograd.Function):
-    """With gradients by products: 27 ms in place of oneDNN's 82, for 1,024 channels."""
+    """Computes gradients by matrix products: 27 ms for 1,024 channels, oneDNN takes 82 ms."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _Depthwise(torch.autograd.Function):
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`convolve_depthwise` as a two-dimensional convolution of one row.
 
-    oneDNN has no fast one-dimensional kernel for channels that lie next to one another.
+    oneDNN has no fast one-dimensional kernel for data whose channels are adjacent in memory.
     """
     reach, groups = weight.shape[2] // 2, weight.shape[0]
     out = F.conv2d(_as_row(x), weight.unsqueeze(2), bias, padding=(0, reach), groups=groups)
@@ -151,14 +151,16 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _kernel_gradient(grad: Tensor, x: Tensor, width: int) -> Tensor:
     """Sums over batch and frames of grad[b, t, c] * x[b, t + k - width // 2, c]: (C, width).
 
-    Blocks of frames are multiplied with the windows that they see, a matrix product a channel. What
-    belongs to one k lies on a diagonal of the result.
+    For each channel, a matrix product multiplies blocks of frames with their surroundings. The
+    products for one k are on a diagonal of the result.
     """
     beyond, reach = -x.shape[1] % _BLOCK, width // 2
     padded = F.pad(_channels_first(x), (reach, reach + beyond))
-    windows = padded.unfold(2, _BLOCK + width - 1, _BLOCK).flatten(1, 2)  # (C, B * blocks, window)
-    blocks = F.pad(_channels_first(grad), (0, beyond)).view(len(windows), -1, _BLOCK)
-    products = blocks.mT @ windows  # (C, _BLOCK, window)
+    surroundings = padded.unfold(2, _BLOCK + width - 1, _BLOCK).flatten(
+        1, 2
+    )  # (C, B * blocks, row)
+    blocks = F.pad(_channels_first(grad), (0, beyond)).view(len(surroundings), -1, _BLOCK)
+    products = blocks.mT @ surroundings  # (C, _BLOCK, row)
     row = _BLOCK + width - 1
     return products.as_strided((len(products), _BLOCK, width), (_BLOCK * row, row + 1, 1)).sum(1)
 

@@ -1,6 +1,6 @@
-"""Layers of the encoder blocks: PyTorch's, but masked where they mix frames, or faster on a CPU.
+"""Layers of the encoder blocks: PyTorch's, but masked where they mix frames, or faster on CPUs.
 
-Parameters and state_dict keys are those of the layers that they stand in for.
+Parameters and state_dict keys are those of the layers that they replace.
 
 Axis legend: B batch, T frames, D model width, C channels, H heads, d head width. A mask is (B, T)
 bool, True on the frames that are speech; None says that every frame is.
@@ -18,13 +18,13 @@ from shardprep_trainer.model import cpu_kernels as cpu
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Replace the padded frames of x (B, T, D) by zeros, whatever they held, NaN included.
+    """Replace the padded frames of x (B, T, D) by zeros, NaN included.
 
-    Filling differs from multiplying by the mask: 0 * NaN would stay NaN.
+    To multiply by the mask would not do: 0 * NaN is NaN.
     """
     if mask is None:
         return x
-    if cpu.pays(x):
+    if cpu.applies_to(x):
         # A third to a sixth of the time of `masked_fill`.
         rows = (~mask).flatten().nonzero().squeeze(1)
         return x.flatten(0, 1).index_fill(0, rows, 0.0).view(x.shape)
@@ -39,7 +39,7 @@ def frame_mask(lengths: Tensor | None, frames: int) -> Tensor | None:
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over valid frames of x (B, T, D): (B, 1, D), zeros where there is no frame."""
+    """The mean over valid frames of x (B, T, D): (B, 1, D), zeros if there is no valid frame."""
     if mask is None:
         return x.mean(1, keepdim=True)
     return zero_padding(x, mask).sum(1, keepdim=True) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
@@ -58,7 +58,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero values of x, any shape, with probability p and scale up the others; in training."""
-        if not self.training or not cpu.pays(x):
+        if not self.training or not cpu.applies_to(x):
             return super().forward(x)
         return cpu.drop(x, self.p)
 
@@ -67,9 +67,9 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over (B, C, T) whose statistics count valid frames only.
 
     Same parameters, buffers and state_dict keys as `nn.BatchNorm1d` (Ioffe and Szegedy 2015, arXiv
-    1502.03167), and the same result where no frame is padded. Statistics are at least float32
-    whatever the input. Fewer than two valid frames give no variance: such a batch leaves the
-    running statistics and `num_batches_tracked` as they were, so that an empty batch does no harm.
+    1502.03167), and the same result if no frame is padded. Statistics are in float32 at least,
+    whatever the dtype of the input. Fewer than two valid frames have no variance: such a batch, an
+    empty one for example, changes neither running statistics nor `num_batches_tracked`.
 
     Under data parallelism each process normalises by the statistics of its own part of the batch.
     """
@@ -91,9 +91,9 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             ValueError: In training with mask None, when B * T is 1.
         """
         if not self.training or (mask is None and x.numel()):
-            # Frames in rows: twice as fast where channels lie next to one another in memory.
+            # Frames as rows: twice as fast if the channels of a frame are adjacent in memory.
             return _as_channels(super().forward(_as_rows(x)), x)
-        if mask is not None and cpu.pays(x):
+        if mask is not None and cpu.applies_to(x):
             valid = mask.flatten().nonzero().squeeze(1)
             if len(valid) > 1:
                 rows = _as_rows(x)
@@ -102,7 +102,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         return self.normalise(x, mask)
 
     def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`forward` in training, by sums over valid frames that `total` may add to.
+        """`forward` in training, from the sums over valid frames that `total` returns.
 
         Padded frames become the bias.
         """
@@ -122,13 +122,13 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         return torch.addcmul(self.bias.unsqueeze(-1), centred, gain.unsqueeze(-1)).to(x.dtype)
 
     def total(self, sums: Tensor) -> Tensor:
-        """What sums over this process's frames are part of: here, all there is."""
+        """The sums over all frames, from those over this process's frames: here the same."""
         return sums
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards mean and variance (C,), of `count` frames (scalar).
 
-        All decisions stay on the device: reading `count` on the host would wait for it.
+        All decisions stay on the device: the host would have to wait to read `count`.
         """
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -166,9 +166,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, H, n, d).
     """
-    # PyTorch's fused kernel for CPUs gives no gradient to a bias; what it falls back on then takes
-    # 1.1 (float32) to 2 times (bfloat16) as long as this. Nor does any fused kernel hand the bias
-    # of an empty batch the gradient that data parallel training waits for.
+    # PyTorch's fused kernel for CPUs computes no gradient of a bias; its fallback takes 1.1
+    # (float32) to 2 times (bfloat16) as long as these lines. And for an empty batch no fused kernel
+    # computes a gradient of the bias, for which data parallel training would wait.
     if not len(q) or (q.device.type == "cpu" and torch.is_grad_enabled()):
         scores = q @ k.transpose(-1, -2) + bias
         weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32))
@@ -177,10 +177,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """PyTorch's self-attention, which on a CPU trains in half the time.
+    """PyTorch's self-attention, in half the time when training on a CPU.
 
-    There PyTorch has no fused kernel with dropout, and draws one number for each of the (B, H, T,
-    T) weights. The result differs in these draws alone.
+    On CPUs PyTorch has no fused kernel with dropout, and draws a number for each of the (B, H, T,
+    T) weights. Here the draws are others, and faster; nothing else differs.
     """
 
     def forward(  # type: ignore[override]
@@ -192,13 +192,13 @@ class SelfAttention(nn.MultiheadAttention):
             query: (B, T, D); key and value are the same tensor.
             key: See query.
             value: See query.
-            options: `key_padding_mask` (B, T), added to the scores, and others, which are those of
-                `nn.TransformerEncoderLayer`.
+            options: `key_padding_mask` (B, T), added to the scores, and the other options that
+                `nn.TransformerEncoderLayer` passes.
 
         Returns:
             (B, T, D), and None.
         """
-        if not self.training or not cpu.pays(query) or not len(query):
+        if not self.training or not cpu.applies_to(query) or not len(query):
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
         joined = cpu.multiply(query, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 * D)
@@ -227,5 +227,5 @@ def convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def convolve_pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A convolution of width 1, as the matrix product that it is: (B, T, in) -> (B, T, out)."""
+    """A convolution of width 1, computed as a matrix product: (B, T, in) -> (B, T, out)."""
     return cpu.multiply(x, conv.weight.squeeze(-1), conv.bias)

@@ -1,8 +1,8 @@
-"""The speaker model: mel frames -> encoder -> pooling -> embedding -> one score a speaker.
+"""The speaker model: mel frames -> encoder -> pooling -> embedding -> a score for each speaker.
 
-Whatever the classifier, the speaker it names is the argmax of `SpeakerModel.forward`. Padding
-never counts: an utterance has the same embedding alone, padded, or beside any batch-mates (in
-training, BatchNorm lets batch-mates be seen, their padding never).
+With every classifier, the predicted speaker is the argmax of `SpeakerModel.forward`. Padding never
+counts: an utterance has the same embedding alone, padded, or beside others in a batch. (In
+training, BatchNorm sees the other utterances of the batch, but not their padding.)
 
 Axis legend: B batch, T frames, F mel bins, D model width, E embedding width (D unless the recipe
 says otherwise), H heads, S speakers, L blocks.
@@ -33,10 +33,10 @@ CLASSIFIERS = ("linear", "mlp", "cosine")
 
 
 class CosineClassifier(nn.Module):
-    """Cosine of an embedding with one learned direction a speaker (arXiv 1801.05599, section 3).
+    """Cosines of an embedding with a learned direction for each speaker (arXiv 1801.05599, sec. 3).
 
-    No bias, no scale and no margin: those belong to the loss. Computed in float32 at least,
-    autocast or TensorFloat-32 or not, because half precision cannot tell apart cosines closer than
+    It has no bias, scale or margin: those belong to the loss. It computes in float32 at least, also
+    under autocast or with TensorFloat-32: half precision cannot distinguish cosines closer than
     5e-4.
 
     Args:
@@ -50,22 +50,22 @@ class CosineClassifier(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Map embeddings (B, D) of any length to cosines (B, S) in -1..1."""
+        """Map embeddings (B, D) of any norm to cosines (B, S) in -1..1."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(embedding.device.type, enabled=False):
             features = F.normalize(embedding.to(dtype), dim=1)
             directions = F.normalize(self.weight.to(dtype), dim=1)
-            # Only there is a product of float32 matrices ever computed from less.
+            # Only CUDA may compute products of float32 matrices in a lower precision.
             if features.is_cuda:
                 return exact_product(features, directions)
             return features @ directions.T
 
 
 class Embedding(nn.Module):
-    """From what was pooled to an embedding of another width: BatchNorm, then one matrix.
+    """From the output of pooling to an embedding of another width: BatchNorm, then one matrix.
 
     Args:
-        pooled: Width of what was pooled, P.
+        pooled: Width P of the output of pooling.
         dim: Embedding width E.
     """
 
@@ -76,10 +76,10 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, P) to (B, E), float32 at least, autocast or not."""
-        # With a mask, a batch of one utterance has a result as well.
-        everyone = x.new_ones((len(x), 1), dtype=torch.bool)
+        # BatchNorm accepts a batch of one utterance only with a mask.
+        all_valid = x.new_ones((len(x), 1), dtype=torch.bool)
         with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = self.linear(self.norm(x.unsqueeze(2), everyone).squeeze(2))
+            out: Tensor = self.linear(self.norm(x.unsqueeze(2), all_valid).squeeze(2))
             return out
 
 
@@ -96,18 +96,18 @@ class SpeakerModel(nn.Module):
         head_dim: Width of one head; None for dim / heads. A Transformer allows no other.
         ff_dim: Feed-forward width of each block; for a Conformer a multiple of dim.
         conv_expansion: Width of the convolution in multiples of dim; Conformer only.
-        kernel_size: Frames the depthwise convolution sees, odd; Conformer only.
+        kernel_size: Length of the depthwise convolution [frames], odd; Conformer only.
         dropout: Probability of every dropout in the encoder.
         pooling: "mean", "self_attentive" or "attentive_statistics".
         center: Subtract the mean frame of each utterance: a fixed filter of the channel.
         subsampling: 1, or 2 for a front end that halves the rate of the frames.
         stem_channels: Channels of the convolutions of a `ConvolutionalStem`; 0 for a matrix alone.
         concat: Pool the outputs of all blocks side by side (MFA-Conformer, arXiv 2203.15249).
-        embedding_dim: Width of the embedding; None for that of what is pooled.
+        embedding_dim: Width of the embedding; None for the width of the pooling's output.
         classifier: "linear", "mlp" (Linear, ReLU, Linear) or "cosine" (for AM-softmax).
 
     Raises:
-        ValueError: An unknown name, or sizes that do not fit; says what was found and is allowed.
+        ValueError: An unknown name, or sizes that do not fit; it says what is allowed.
     """
 
     def __init__(
@@ -177,8 +177,9 @@ class SpeakerModel(nn.Module):
         Args:
             mel: (B, T, F) log-mels of any floating dtype. Padded frames may hold anything.
             lengths: (B,) valid frames of each utterance, at least 1; the rest is padding. None
-                says that all T are valid, and saves the work of masking. Lengths that happen to
-                be all T give the same embedding: no one looks, for that would wait for the device.
+                means that all T are valid, and saves the work of masking. Lengths that are all T
+                give the same embedding, but save nothing: the host would have to wait for the
+                device to look at them.
 
         Returns:
             (B, E) embedding, float32 (float64 if the model is).
@@ -186,11 +187,11 @@ class SpeakerModel(nn.Module):
         if lengths is not None:
             lengths = lengths.to(mel.device, non_blocking=True)
         mask = frame_mask(lengths, mel.shape[1])  # (B, T)
-        # Padding goes before the first product, for NaN times a zero gradient is NaN.
+        # Zero the padding before the first product: NaN times a gradient of zero is NaN.
         mel = zero_padding(mel.to(next(self.parameters()).dtype), mask)
         if self.center:
             mel = zero_padding(mel - masked_mean(mel, mask), mask)
-        # Under autocast the sum of all blocks stays in the wider dtype; only products are narrow.
+        # Under autocast only products are in 16 bits; the sum over the blocks stays in float32.
         x = self.prenet(mel, mask).to(torch.promote_types(mel.dtype, torch.float32))
         mask = None if mask is None else mask[:, :: self.subsampling]
         outputs = []

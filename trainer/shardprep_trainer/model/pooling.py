@@ -1,4 +1,4 @@
-"""Pooling layers: the frames of an utterance become one embedding, padding left out.
+"""Pooling layers: they map the frames of an utterance to one embedding, without the padding.
 
 Axis legend: B batch, T frames, D embedding width. A mask is (B, T) bool, True on the frames that
 are speech; None says that every frame is.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shardprep_trainer.model.layers import Linear, masked_mean, zero_padding
 
-# The slope of a square root is endless at 0.
+# The slope of a square root is infinite at 0.
 _LEAST_VARIANCE = 1e-6
 
 
@@ -65,7 +65,7 @@ class SelfAttentivePooling(nn.Module):
             return (weights.unsqueeze(1) @ x.to(weights.dtype)).squeeze(1)  # (B, 1, T) @ (B, T, D)
 
     def weigh(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The weight of every frame of x (B, T, D): (B, T), float32 at least, sums of 1."""
+        """The weight of every frame of x (B, T, D): (B, T) float32 at least; rows sum to 1."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = self.score(torch.tanh(self.hidden(x))).squeeze(-1).to(wide)  # (B, T)
         if mask is not None:
@@ -96,7 +96,7 @@ class AttentiveStatisticsPooling(SelfAttentivePooling):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(weights.dtype)
             mean = weights @ wide  # (B, 1, D)
-            # About the mean, not the difference of two squares: that would cancel in float32.
+            # Not the difference of two squares: float32 would lose most digits of it.
             variance = (weights @ (wide - mean).square()).squeeze(1)
             deviation = variance.clamp(min=_LEAST_VARIANCE).sqrt()
             return torch.cat((mean.squeeze(1), deviation), dim=1)

@@ -1,8 +1,9 @@
-"""Products of float32 matrices on a GPU: in TensorFloat-32, but for those of the cosine head.
+"""Products of float32 matrices on a GPU: in TensorFloat-32, except for those of the cosine head.
 
-TensorFloat-32 keeps 10 bits of a fraction, as float16 does, and multiplies several times as fast.
-Cosines closer than 5e-4 it cannot tell apart. The setting is the whole process's, and a compiled
-run without mixed precision is given it by `accelerate`, so the head turns it off for itself.
+TensorFloat-32 keeps 10 bits of the fraction, as float16 does, and is several times as fast. It
+cannot distinguish cosines closer than 5e-4. The setting applies to the whole process, and
+`accelerate` sets it for compiled runs without mixed precision. So the head switches it off for its
+own products.
 
 Axis legend: B batch, D embedding width, S speakers.
 """
@@ -25,15 +26,15 @@ def allow_tensor_float32() -> None:
 
 
 def exact_product(features: Tensor, directions: Tensor) -> Tensor:
-    """Features (B, D) times directions (S, D), float32 to the last bit, gradients too: (B, S)."""
+    """Features (B, D) times directions (S, D) in full float32, also the gradients: (B, S)."""
     out: Tensor = _uncompiled()(features, directions)
     return out
 
 
 @functools.cache
 def _uncompiled() -> Callable[..., Tensor]:
-    # What is compiled would take the setting of the moment when it was. Asked for when it is first
-    # needed, for it brings the whole compiler, which takes a second.
+    # Compiled code would keep the setting of the moment of compilation. Called on first use, as it
+    # imports the whole compiler, which takes a second.
     product: Callable[..., Tensor] = torch.compiler.disable(_ExactProduct.apply)  # type: ignore[no-untyped-call]
     return product
 

@@ -1,8 +1,8 @@
-"""Front ends: mel frames become frames of the model's width, at the full rate or at half of it.
+"""Front ends: they map mel frames to frames of the model's width, at the full or half the rate.
 
 Axis legend: B batch, T frames, F mel bins, D model width, C channels. A mask is (B, T) bool, True
-on the frames that are speech; None says that every frame is. `mask[:, ::stride]` is that of what
-comes out.
+on the frames that are speech; None says that every frame is. The mask of the output is
+`mask[:, ::stride]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KERNEL = 3
 
 
 class LinearStem(Linear):
-    """One matrix; at half the rate, over each second frame with the one before and after it.
+    """One matrix; at half the rate it sees every second frame and its two neighbours.
 
     Args:
         n_mels: Mel bins F.
@@ -37,9 +37,9 @@ class LinearStem(Linear):
 class ConvolutionalStem(nn.Module):
     """Three convolutions of 3 frames by 3 bins with SiLU, LayerNorm over each frame, one matrix.
 
-    A pattern of the spectrum is recognised wherever in frequency it stands, as in the front ends of
-    MFA-Conformer (arXiv 2203.15249) and ECAPA CNN-TDNN (arXiv 2104.02370). The second and the third
-    halve the number of bins, the second the rate of the frames as well if that is wanted.
+    It recognises a pattern of the spectrum at any frequency, as the front ends of MFA-Conformer
+    (arXiv 2203.15249) and ECAPA CNN-TDNN (arXiv 2104.02370). The second and the third convolution
+    halve the number of bins; with stride 2 the second also halves the rate of the frames.
 
     Args:
         n_mels: Mel bins F.
@@ -72,21 +72,21 @@ class ConvolutionalStem(nn.Module):
             channels = convolution.out_channels
             if mask is not None:
                 mask = mask[:, :: convolution.stride[0]]
-            # Beyond the end of an utterance must be the zeros that it sees when it is not padded.
+            # The convolutions pad with zeros: put zeros beyond the end of an utterance too.
             rows = zero_padding(image.permute(0, 2, 3, 1).flatten(2), mask)  # -> (B, T, F * C)
         out: Tensor = self.linear(self.norm(rows))
         return out
 
 
 def build_stem(n_mels: int, dim: int, channels: int, stride: int) -> nn.Module:
-    """A ConvolutionalStem of so many channels, or with 0 a LinearStem."""
+    """A ConvolutionalStem, or a LinearStem if channels is 0."""
     if channels:
         return ConvolutionalStem(n_mels, dim, channels, stride)
     return LinearStem(n_mels, dim, stride)
 
 
 def join_neighbours(mel: Tensor) -> Tensor:
-    """Every second frame with the one before and the one after it, zeros beyond the ends.
+    """Every second frame joined with its two neighbours; zeros beyond the ends.
 
     Args:
         mel: (B, T, F), zero where it is padded.

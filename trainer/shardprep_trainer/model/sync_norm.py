@@ -15,15 +15,15 @@ from shardprep_trainer.model.layers import MaskedBatchNorm1d
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; the gradient is summed over them just so.
+    """The sum of a tensor over all ranks; the gradient is summed over all ranks too.
 
-    Each rank's loss depends on what every rank put in. Data parallelism then averages over the
-    ranks, which makes it the gradient of the mean of their losses.
+    The loss of each rank depends on the tensors of all ranks. Data parallelism then averages the
+    gradients over the ranks, which gives the gradient of the mean of their losses.
     """
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
-        total = mine.clone()
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
         dist.all_reduce(total)
         return total
 
@@ -37,8 +37,8 @@ class _SumOverRanks(torch.autograd.Function):
 class SyncedBatchNorm1d(MaskedBatchNorm1d):
     """`MaskedBatchNorm1d` whose statistics in training are those of all ranks together.
 
-    All ranks must call it equally often, be it with a batch without utterances. A call costs two
-    exchanges of C numbers forward and two backward.
+    All ranks must call it equally often, if need be with an empty batch. A call costs two exchanges
+    of C numbers forward and two backward.
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -57,15 +57,15 @@ class SyncedBatchNorm1d(MaskedBatchNorm1d):
         return self.normalise(frames, mask).view_as(x)
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sums over the frames of all ranks, of those over the frames of this one."""
+        """The sums over the frames of all ranks, from those over the frames of this rank."""
         summed: Tensor = _SumOverRanks.apply(sums)  # type: ignore[no-untyped-call]
         return summed
 
 
 def synchronise(model: nn.Module) -> None:
-    """Let every BatchNorm1d of a model see the batches of all ranks.
+    """Make every BatchNorm1d of a model use the batches of all ranks.
 
-    The layers are replaced by ones with the same parameters, buffers and state_dict keys.
+    The new layers have the parameters, buffers and state_dict keys of the old ones.
     """
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
@@ -78,6 +78,6 @@ def synchronise(model: nn.Module) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank the running statistics of rank 0, so that all validate one model."""
+    """Give every rank the running statistics of rank 0, so that all validate the same model."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)

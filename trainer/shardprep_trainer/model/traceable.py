@@ -1,10 +1,10 @@
-"""A SpeakerModel in a form that `torch.export` and `torch.jit.trace` take for any B and T.
+"""A SpeakerModel in a form that `torch.export` and `torch.jit.trace` can record for any B and T.
 
-What they record is the work of one example, so nothing may loop over frames or turn a size into a
-Python number. What does so is computed another way here; the rest is the model's own code.
+They record the computation of one example, so the model must not loop over frames or turn a size
+into a Python number. Layers that do so compute in another way here; all else is the model's code.
 
 Axis legend: B batch, T frames, F mel bins, D model width, H heads, d width of a head, P width of
-what was pooled, E embedding width, S speakers.
+the output of pooling, E embedding width, S speakers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardprep_trainer.model.model import Embedding, SpeakerModel
 
 
 class TraceableConformerBlock(ConformerBlock):
-    """A ConformerBlock that attends all queries in one pass, for a trace cannot hold a loop."""
+    """A ConformerBlock whose attention takes all queries in one pass: a trace has no loops."""
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention with relative positions: (B, T, D) -> (B, T, D)."""
@@ -32,9 +32,9 @@ class TraceableConformerBlock(ConformerBlock):
         )
         table = attention.rel_pos_emb
         reach = table.num_embeddings // 2
-        # What `blocks.skew` views is here sliced: (B, H, T, 2T) by distance -> (B, H, T, T) by key.
+        # Slices where `blocks.skew` makes a view: (B, H, T, 2T) by distance -> (B, H, T, T) by key.
         distance = frames - 1 - torch.arange(2 * frames, device=x.device)
-        # Not table(...): its result would be named "embedding", which is an output's name in ONNX.
+        # Not table(...): ONNX would name the result "embedding", the name of an output.
         rows = table.weight.index_select(0, distance.clamp(-reach, reach) + reach)  # (2T, d)
         flat = (queries @ rows.T).flatten(2)[:, :, frames - 1 : -1]
         bias = flat.unflatten(2, (frames, 2 * frames - 1))[..., :frames]
@@ -44,7 +44,7 @@ class TraceableConformerBlock(ConformerBlock):
 
 
 class TraceableTransformerBlock(TransformerBlock):
-    """A TransformerBlock by its formula, for PyTorch's layer takes sizes for constants."""
+    """A TransformerBlock by its formula: PyTorch's layer would record sizes as constants."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode frames in their context: (B, T, D) -> (B, T, D); see `TransformerBlock`."""
@@ -93,7 +93,7 @@ class Traceable(nn.Module):
     """(mel, lengths) -> (embedding, logits), computed once for both, in eval mode.
 
     Args:
-        model: Is copied, and left as it is.
+        model: Is copied; the model itself does not change.
     """
 
     def __init__(self, model: SpeakerModel) -> None:
@@ -101,7 +101,7 @@ class Traceable(nn.Module):
         self.model = copy.deepcopy(model)
         for module in self.model.modules():
             if type(module) in _TRACEABLE:
-                # Same parameters, another way to compute: nothing to build or to copy.
+                # The same parameters, another way to compute: nothing needs to be built.
                 module.__class__ = _TRACEABLE[type(module)]
         self.eval()
 
