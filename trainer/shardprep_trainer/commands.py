@@ -25,7 +25,7 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
             "--shards", default=None, help="Folder of the shards, or its URL.  [default: the run's]"
         ),
         click.option("--split", default=split, help="Split to read, in its own order."),
-        click.option("--checkpoint", default="best", help="best, last, or a file."),
+        click.option("--checkpoint", default="best", help="best, last, or a path as RUN is."),
         click.option(
             "--max-frames",
             type=click.IntRange(min=1),

@@ -59,8 +59,9 @@ def write_embeddings(inference: Inference, split: str, path: Path) -> tuple[int,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help=f"""Write the embedding of every whole utterance of a split with the model of RUN.
 
-    The file holds embeddings (N, D) float32, keys, labels, speakers and where they come from;
-    numpy.load reads it with allow_pickle=False. {EXIT_CODES}""",
+    RUN is a run folder, a model folder or a checkpoint. The file holds embeddings (N, D) float32,
+    keys, labels, speakers and where they come from; numpy.load reads it with allow_pickle=False.
+    {EXIT_CODES}""",
 )
 @model_options(split="val")
 @click.option(

@@ -310,13 +310,13 @@ def _export(run: Path, out: Path, form: str, choice: str) -> None:
     default=None,
     help="Format, where the ending does not tell.",
 )
-@click.option("--checkpoint", default="best", help="best, last, or a file.")
+@click.option("--checkpoint", default="best", help="best, last, or a path as RUN is.")
 def main(run: Path, out: Path, form: str | None, checkpoint: str) -> None:
-    """Write the model of RUN, a run folder, as ONNX or TorchScript.
+    """Write the model of RUN as ONNX or TorchScript.
 
-    The file is compared with the model first, by onnxruntime or by PyTorch, and not written if
-    they differ. ONNX needs `pip install 'shardprep[export]'`. Exit codes: 0 done, 1 failed, 2
-    usage, else those of shardprep.
+    RUN is a run folder, a model folder or a checkpoint. The file is compared with the model first,
+    by onnxruntime or by PyTorch, and not written if they differ. ONNX needs `pip install
+    'shardprep[export]'`. Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep.
     """
     with reported_errors():
         _export(run, out, choose_format(out, form), checkpoint)

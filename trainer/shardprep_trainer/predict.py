@@ -97,10 +97,10 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    help=f"""Name the speaker of every utterance of a split with the model of RUN, a run folder.
+    help=f"""Name the speaker of every utterance of a split with the model of RUN.
 
-    Whole utterances are embedded, in batches of like length. The accuracy is printed where the
-    labels are known. {EXIT_CODES}""",
+    RUN is a run folder, a model folder or a checkpoint. Whole utterances are embedded, in batches
+    of like length. The accuracy is printed where the labels are known. {EXIT_CODES}""",
 )
 @model_options(split="test")
 @backend_option

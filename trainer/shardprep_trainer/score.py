@@ -238,11 +238,12 @@ def score(
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    help=f"""Measure the model of RUN, a run folder, on a split of whole utterances.
+    help=f"""Measure the model of RUN on a split of whole utterances.
 
-    Prints top-1 and top-5 accuracy, and for trials, pairs of utterances scored by the cosine of
-    their embeddings, the equal error rate and the normalised minimum detection cost. Results go
-    to stdout, all else to stderr. {EXIT_CODES}""",
+    RUN is a run folder, a model folder or a checkpoint. Prints top-1 and top-5 accuracy, and for
+    trials, pairs of utterances scored by the cosine of their embeddings, the equal error rate and
+    the normalised minimum detection cost. Results go to stdout, all else to stderr.
+    {EXIT_CODES}""",
 )
 @model_options(split="val")
 @backend_option
