@@ -8,8 +8,10 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from hypothesis import HealthCheck, settings
 from shardprep.cli import main
 
 N_MELS = 40
+# Seconds to wait for anything: no machine is that slow, and the time limit of a test is longer.
+PATIENCE = 500.0
 DatasetFactory = Callable[..., Path]
 
 # No test may depend on how busy the machine is.
@@ -109,6 +113,20 @@ def run_cli(
         return subprocess.CompletedProcess(words, stop.value.code, said.out, said.err)
 
     return run
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[Any] | None = None
+) -> None:
+    """Wait for what another thread or process does, however long a busy machine takes for it.
+
+    The end of `process` ends a wait in vain, and so does PATIENCE.
+    """
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert process is None or process.poll() is None or condition(), "the process has ended"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager

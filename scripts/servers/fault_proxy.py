@@ -133,11 +133,13 @@ class FaultProxy:
     Attributes:
         faults: What is done at the moment; may be set at any time.
         log: Every request, in the order in which they came.
+        unreached: How often the server could not be connected to.
     """
 
     def __init__(self, host: str, port: int, faults: Faults, seed: int) -> None:
         self.faults = faults
         self.log: list[Exchange] = []
+        self.unreached = 0
         self._target = (host, port)
         self._random = random.Random(seed)
         self._bodies = 0
@@ -164,7 +166,7 @@ class FaultProxy:
     def clear(self) -> None:
         """Have no faults, an empty log, and the next body as the first."""
         with self._lock:
-            self.faults, self.log, self._bodies = Faults(), [], 0
+            self.faults, self.log, self._bodies, self.unreached = Faults(), [], 0, 0
 
     def count(self, method: str = "", path: str = "") -> int:
         """Requests in the log with this method, whose path contains `path`."""
@@ -234,14 +236,21 @@ class FaultProxy:
                         # What the server has to say unasked is that it is gone.
                         if server is None or select.select([server], [], [], 0)[0]:
                             stack.close()
-                            fresh = socket.create_connection(self._target)
-                            server = stack.enter_context(self._kept(fresh))
+                            server = stack.enter_context(self._kept(self._connect()))
                             answers = stack.enter_context(server.makefile("rb", BLOCK))
                         if not self._exchange(client, reader, head, server, answers):
                             return
             except (OSError, EOFError, ValueError):
                 # One side has gone, or is to be told that the other has.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    def _connect(self) -> socket.socket:
+        try:
+            return socket.create_connection(self._target)
+        except OSError:
+            with self._lock:
+                self.unreached += 1
+            raise
 
     def _exchange(
         self,

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 class ObjectStore:
@@ -49,6 +50,7 @@ class ObjectStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
         (folder / "data").mkdir(parents=True, exist_ok=True)
         credentials = [{"accessKey": ACCESS, "secretKey": SECRET}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -104,11 +106,15 @@ class ObjectStore:
         return self._process and self._process.pid
 
     def start(self) -> None:
-        """Start the server, and wait until it serves.
+        """Start the server, and wait until it serves; it ends with the thread that calls this.
 
         Raises:
             RuntimeError: It does not.
         """
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
         assert self._process is None
         ports = {f"-{part}.port": self._port(part) for part in PARTS}
         grpc = {f"-{part}.port.grpc": self._port(part, grpc=True) for part in PARTS}
@@ -141,13 +147,20 @@ class ObjectStore:
         end = time.monotonic() + PATIENCE
         while not self._serves():
             if self._process.poll() is not None or time.monotonic() > end:
-                self.stop()
+                self._stop()
                 said = (self.folder / "log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the object store does not start\n{said}")
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """Kill the server; its objects and its ports remain for the next start."""
+        """Kill the server; its objects and its ports remain for the next start.
+
+        Where a thread is starting the server, this waits for that thread first.
+        """
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):

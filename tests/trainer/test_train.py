@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main
 from torch import distributed
+
+from tests.conftest import PATIENCE, wait_until
 
 ConfigFactory = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,14 +58,6 @@ def outside(*command: str, cwd: Path, **environment: str) -> subprocess.Popen[st
 def losses(run: Path) -> list[tuple[int, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows]
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_no_module_hides_one_of_the_standard_library_or_of_a_dependency() -> None:
@@ -179,7 +172,7 @@ def test_the_launcher_s_accumulation_is_refused_before_any_work(
 ) -> None:
     command = [*ACCELERATE, "--gradient_accumulation_steps", "4", SCRIPT]
     process = outside(*command, "--config", config_file(), cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "error: accelerate launch --gradient_accumulation_steps: found 4" in err
     assert "--train.accumulate 4" in err
@@ -328,9 +321,9 @@ def test_sigterm_to_a_real_process_and_resume_give_the_uninterrupted_run(
     cut = config_file(name="cut", **steps)
     process = outside(sys.executable, SCRIPT, "--config", cut, cwd=tmp_path)
     run = tmp_path / "runs" / "cut"
-    wait_for(run / "metrics.jsonl", process)
+    wait_until((run / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, err
     assert "stopped by SIGTERM: saved step" in err
     assert "Traceback" not in err
@@ -345,9 +338,9 @@ def test_a_shard_that_is_lost_under_a_map_leaves_a_trace(
 ) -> None:
     path = config_file(**{"train.total_steps": 100_000, "train.save_steps": 100_000})
     process = outside(sys.executable, SCRIPT, "--config", path, cwd=tmp_path)
-    wait_for(tmp_path / "runs" / "smoke" / "metrics.jsonl", process)
+    wait_until((tmp_path / "runs" / "smoke" / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGBUS)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in err
     assert "shardprep_trainer/run/trainer.py" in err
@@ -360,12 +353,12 @@ def test_shardprep_train_takes_the_same_arguments_and_trains_in_one_process(
     helps = []
     for start in (command, [sys.executable, "-m", "shardprep_trainer.train"]):
         process = outside(*start, "--help", cwd=tmp_path)
-        helps.append(process.communicate(timeout=60))
+        helps.append(process.communicate(timeout=PATIENCE))
     assert helps[0] == helps[1]
     assert "accelerate launch [flags] -m shardprep_trainer.train [--config RECIPE]" in helps[0][0]
     options = ("--config", config_file(), "--train.stop_step=2", "--optim.lr", "1e-3")
     process = outside(*command, *options, cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, ""), err
     assert "1 process(es) on cpu" in err
     assert "saved step 2 of 12" in err
@@ -387,7 +380,7 @@ def test_two_processes_of_the_module_train_like_one_and_the_script_can_take_over
     pair = config_file(name="pair", **plain, **{"train.stop_step": 4})
     module = ["-m", "shardprep_trainer.train", "--config", pair, "--data.batch_size", "2"]
     process = outside(*ACCELERATE, "--num_processes", "2", *module, cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "2 process(es) on cpu" in err
     assert err.count("step 4/12") == 1
@@ -396,14 +389,14 @@ def test_two_processes_of_the_module_train_like_one_and_the_script_can_take_over
     (printed,) = [x for x in err.splitlines() if x.startswith("continue with: accelerate launch ")]
     command = [*ACCELERATE[:-1], *shlex.split(printed)[4:], "--train.stop_step", "8"]
     process = outside(*command, cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "2 process(es) on cpu" in err
     assert "saved step 8 of 12" in err
     run = tmp_path / "runs" / "pair"
     rest = ["trainer/train.py", "--config", config_file(name="pair", **plain), "--resume"]
     process = outside(*ACCELERATE, "--num_processes", "1", *rest, cwd=ROOT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert main(["--config", config_file(name="single", **plain)]) == 0
     both, single = losses(run), losses(tmp_path / "runs" / "single")
@@ -418,9 +411,9 @@ def test_the_death_of_the_launcher_saves_what_two_processes_have_learnt(
     command = [*ACCELERATE, "--num_processes", "2", SCRIPT, "--config", config_file(**steps)]
     process = outside(*command, cwd=tmp_path)
     run = tmp_path / "runs" / "smoke"
-    wait_for(run / "metrics.jsonl", process)
+    wait_until((run / "metrics.jsonl").exists, process)
     process.kill()
     # The pipe closes when the last worker has gone.
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert "stopped by SIGTERM: saved step" in err
     assert len(list((run / "checkpoints").glob("step-*.pt"))) == 1

@@ -20,6 +20,7 @@ import s3fs
 from botocore.exceptions import FlexibleChecksumError
 
 from scripts.servers import object_store as servers
+from tests.conftest import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +38,7 @@ def known(store: Any) -> str:
 
 @contextmanager
 def connected(proxy: Any) -> Iterator[http.client.HTTPConnection]:
-    with closing(http.client.HTTPConnection(*proxy.endpoint, timeout=1)) as connection:
+    with closing(http.client.HTTPConnection(*proxy.endpoint)) as connection:
         yield connection
 
 
@@ -128,9 +129,10 @@ def test_the_store_ends_with_its_process(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from scripts.servers import object_store as servers
+from tests.conftest import wait_until
 with servers.object_store() as store:
     print(store.process, *store.sockets, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     command = [sys.executable, "-c", program]
     # What a program that is killed cannot clear away comes under this folder.
@@ -140,10 +142,7 @@ with servers.object_store() as store:
         number, *sockets = run.stdout.readline().split()
         assert "weed" in Path(f"/proc/{number}/stat").read_text()
         os.kill(run.pid, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while Path(f"/proc/{number}").exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not Path(f"/proc/{number}").exists())
     for path in sockets:
         Path(path).unlink(missing_ok=True)
 
@@ -216,7 +215,7 @@ def test_delay_comes_before_each_answer(get: Callable[..., bytes], http_proxy: A
     with http_proxy.faulty(delay=0.2):
         began = time.monotonic()
         assert get() == BODY
-        assert 0.2 <= time.monotonic() - began < 1
+        assert time.monotonic() - began >= 0.2
 
 
 @pytest.mark.parametrize("kind", ["bandwidth", "stream_bandwidth"])
@@ -224,7 +223,7 @@ def test_bandwidth_is_kept(get: Callable[..., bytes], http_proxy: Any, kind: str
     with http_proxy.faulty(**{kind: 1_000_000}):
         began = time.monotonic()
         assert get() == BODY
-        assert 0.29 <= time.monotonic() - began < 1
+        assert time.monotonic() - began >= 0.29
 
 
 def test_busy_is_a_share_of_the_requests(get: Callable[..., bytes], http_proxy: Any) -> None:
@@ -268,9 +267,12 @@ def test_refused_connections_are_reset(get: Callable[..., bytes], http_proxy: An
     assert get() == BODY
 
 
-def test_a_black_hole_never_answers(get: Callable[..., bytes], http_proxy: Any) -> None:
-    with http_proxy.faulty(blackhole=True), pytest.raises(TimeoutError):
-        get()
+def test_a_black_hole_never_answers(get: Callable[..., bytes], http_proxy: Any, known: str) -> None:
+    with http_proxy.faulty(blackhole=True), connected(http_proxy) as connection:
+        connection.timeout = 0.5
+        connection.request("GET", f"/{known}")
+        with pytest.raises(TimeoutError):
+            connection.getresponse()
     assert get() == BODY
 
 

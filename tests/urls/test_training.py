@@ -45,7 +45,7 @@ def run(place: str, runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 def start(module: str, *words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def records(runs: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 from scripts.bench_remote import faults as remote_faults
 
 
+@pytest.mark.slow
 @pytest.mark.remote
 def test_it_runs_and_adds_to_what_it_wrote_before(tmp_path: Path) -> None:
     out = tmp_path / "remote.json"

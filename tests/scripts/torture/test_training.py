@@ -32,13 +32,10 @@ def test_outcomes_are_compared_to_the_bit() -> None:
     assert not kills.equal([{"loss": 0.1}], [{"loss": 0.1 + 2e-17 + 1e-16}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "count"),
-    [
-        (2, 1),
-        pytest.param(1, 3, marks=pytest.mark.slow),
-        pytest.param(2, 3, marks=pytest.mark.slow),
-    ],
+    [(2, 1), (1, 3), (2, 3)],
 )
 def test_a_killed_run_goes_on_and_ends_to_the_bit(
     processes: int, count: int, tmp_path: Path

@@ -25,6 +25,7 @@ from shardprep.bench.measure import (
     measure_in_rounds,
     warm,
 )
+from tests.conftest import wait_until
 
 Batches = Iterator[tuple[Any, Any]]
 
@@ -82,21 +83,23 @@ def test_no_process_is_left_behind(tmp_path: Path, hangs: bool) -> None:
             time.sleep(1)
 
     if hangs:
-        with pytest.raises(TimeoutError, match="no result within 2 s"):
-            in_own_process(task, 2)
+        # A busy machine may not have got as far as the note when the time is over.
+        for limit in (2, 20, 200):
+            with pytest.raises(TimeoutError, match=f"no result within {limit} s"):
+                in_own_process(task, limit)
+            if note.exists() and note.read_text():
+                break
     else:
         in_own_process(task, 60)
-    assert ended(int(note.read_text()))
+    wait_until(lambda: ended(int(note.read_text())))
 
 
 def ended(pid: int) -> bool:
     """Whether a process has ended; it may be a zombie that nobody has waited for."""
-    for _ in range(500):
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z"):
-            return True
-        time.sleep(0.01)
-    return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_measurement_counts_what_was_delivered_and_closes_the_loader(

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from shardprep import (
 )
 from shardprep.format.manifest import WORK_FOLDER
 from shardprep.storage.local import sha256_of
-from tests.conftest import mounted
+from tests.conftest import mounted, wait_until
 
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]
@@ -110,11 +109,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
+# Builds, but waits in its own process, the parent of the workers, once there is a new shard: a busy
+# machine may be late to stop it.
+WAITING = """
+import sys
+from pathlib import Path
+from shardprep.cli import main
+from shardprep.cli.progress import BuildProgress
+
+def shards():
+    return len([*Path(sys.argv[3]).glob("**/*.tar")])
+
+def wait(*arguments):
+    if shards() > before:
+        sys.stdin.read()
+
+before, BuildProgress.advance = shards(), wait
+main()
+"""
 
 
 @pytest.fixture
@@ -125,30 +137,16 @@ def interrupted(source: Path, tmp_path: Path) -> Callable[[str], str]:
     def run(how: str) -> str:
         number, whole_group, expected = SIGNALS[how]
         before = set(tars_of(shards))
-        command = [sys.executable, "-m", "shardprep", "build", source, shards, *WORDS]
-
-        def stop() -> tuple[subprocess.Popen[bytes], str]:
-            build = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-            with build:
-                until(lambda: bool(set(tars_of(shards)) - before) or build.poll() is not None)
-                time.sleep(random.uniform(0, 0.15))
-                (os.killpg if whole_group else os.kill)(build.pid, number)
-                assert build.stderr is not None
-                return build, build.stderr.read().decode()
-
-        kept = tmp_path / "kept"
-        shutil.rmtree(kept, ignore_errors=True)
-        if shards.exists():
-            shutil.copytree(shards, kept)
-        build, said = stop()
-        while build.returncode == 0:
-            # On a busy machine the signal may come too late.
-            shutil.rmtree(shards)
-            if kept.exists():
-                shutil.copytree(kept, shards)
-            build, said = stop()
+        command = [sys.executable, "-c", WAITING, "build", source, shards, *WORDS]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stderr=pipe, start_new_session=True) as build:
+            wait_until(lambda: set(tars_of(shards)) - before, build)
+            time.sleep(random.uniform(0, 0.15))
+            (os.killpg if whole_group else os.kill)(build.pid, number)
+            assert build.stderr is not None
+            said = build.stderr.read().decode()
         assert build.returncode == expected, said
-        until(lambda: not injuries.group(build.pid))
+        wait_until(lambda: not injuries.group(build.pid))
         assert not (shards / "manifest.json").exists()
         return said
 

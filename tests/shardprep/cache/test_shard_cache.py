@@ -29,7 +29,7 @@ from shardprep.cache.folder import NoRoomError
 from shardprep.cache.shard_cache import ShardCache
 from shardprep.format.manifest import FileInfo
 from shardprep.storage.remote import Remote
-from tests.conftest import mounted, stored_bytes
+from tests.conftest import PATIENCE, mounted, stored_bytes
 
 KB = 1000
 
@@ -208,7 +208,7 @@ def test_a_process_that_is_killed_leaves_a_part_that_the_next_one_completes(
 def answer(data):
     if len(asked) == 3:
         print("half", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     return data
 hold(ShardCache(place, 10_000), "a-3500")
 """
@@ -232,7 +232,7 @@ held = hold(ShardCache(place, 10_000), "a-5000")
 print(len(asked), os.pread(held.handle, 9999, 0) == content("a-5000", 5000))
 """
     runs = [other(program, place) for _ in range(3)]
-    said = [run.communicate(timeout=60)[0].split() for run in runs]
+    said = [run.communicate(timeout=PATIENCE)[0].split() for run in runs]
     assert sorted(said) == [["0", "True"], ["0", "True"], ["5", "True"]]
 
 
@@ -283,7 +283,7 @@ def test_a_wait_for_room_ends_when_a_file_is_closed(store: Store, place: Path) -
         time.sleep(0.2)
         assert not second.done()
         first.close()
-        assert second.result(timeout=10).path.read_bytes() == store.files["b"]
+        assert second.result().path.read_bytes() == store.files["b"]
 
 
 def test_a_wait_without_room_ends_in_an_error_with_the_remedy(store: Store, place: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_wait_without_room_ends_in_an_error_with_the_remedy(store: Store, plac
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"no room for fake://store/b .*SHARDPREP_CACHE_GB"):
         shards.hold(*store.put("b", KB))
-    assert 0.3 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.3
     assert set(stored(place)) == {held.path.name}
 
 
@@ -367,15 +367,14 @@ def test_a_process_keeps_to_its_share_even_if_there_is_room(store: Store, place:
     assert keeper.in_use == 2 * KB
 
 
-# Holds random files for a second in some threads, and reports whether all had the right bytes.
+# Holds random files in some threads, and reports whether all had the right bytes.
 HAMMER = """
 from concurrent.futures import ThreadPoolExecutor
 shards = ShardCache(place, 12_000)
-end = time.monotonic() + 1.5
 
 def work(seed):
-    draw, good, done = random.Random(seed), True, 0
-    while time.monotonic() < end:
+    draw, good = random.Random(seed), True
+    for _ in range(60):
         size = draw.choice([500, 1500, 3000])
         name = f"{draw.randrange(12)}-{size}"
         held = hold(shards, name)
@@ -383,8 +382,7 @@ def work(seed):
         if draw.random() < 0.3:
             time.sleep(0.002)
         held.close()
-        done += 1
-    return good and done > 0
+    return good
 
 with ThreadPoolExecutor(3) as threads:
     print(all(threads.map(work, [os.getpid() * 10 + n for n in range(3)])))
@@ -530,7 +528,7 @@ def fork():
     global child
     child = os.fork()
     if not child:
-        time.sleep(60)
+        time.sleep(600)
 
 parent, child = os.getpid(), 0
 shards = ShardCache(place, 10_000, patience=2)
@@ -548,7 +546,7 @@ os.kill(child, 9)
 def test_a_process_that_is_forked_keeps_no_lock(place: Path, inside: bool) -> None:
     with other(FORKS.replace("{inside}", str(inside)), place) as run:
         try:
-            assert run.communicate(timeout=20)[0].split() == ["StorageError", "True"]
+            assert run.communicate(timeout=PATIENCE)[0].split() == ["StorageError", "True"]
         except subprocess.TimeoutExpired:
             run.kill()
             raise
@@ -637,11 +635,10 @@ def test_a_file_is_never_removed_while_it_is_opened(store: Store, place: Path) -
     shards = ShardCache(place, 2 * KB)
     files = [store.put(name, KB) for name in "abc"]
     wrong: list[str] = []
-    end = time.monotonic() + 1
 
     def work(seed: int) -> None:
         draw = random.Random(seed)
-        while time.monotonic() < end:
+        for _ in range(200):
             remote, info = draw.choice(files)
             held = shards.hold(remote, info)
             if os.pread(held.handle, 9999, 0) != store.files[info.file]:

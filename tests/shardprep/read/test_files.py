@@ -114,10 +114,8 @@ def test_more_than_the_cache_keeps_is_refused_before_it_is_fetched(
     stored: str, tmp_path: Path
 ) -> None:
     small = ShardCache(tmp_path / "small", 30_000, patience=60)
-    began = time.monotonic()
     with pytest.raises(StorageError, match=r"takes \d+ bytes, and the cache keeps at most 30000"):
         open_shards(stored, small).fetch("train")
-    assert time.monotonic() - began < 30
     assert small.traffic.bytes == 0
 
 

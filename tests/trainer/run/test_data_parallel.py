@@ -48,9 +48,7 @@ def tell(rank, value):
 
 def run(*command: str, cwd: Path) -> None:
     """Run a program to its end, which must be a good one."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -80,7 +78,11 @@ def losses(config: Config) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("model", "differs"),
-    [(TRANSFORMER, False), ({"train.sync_batchnorm": True}, False), ({}, True)],
+    [
+        pytest.param(TRANSFORMER, False, marks=pytest.mark.slow),
+        ({"train.sync_batchnorm": True}, False),
+        pytest.param({}, True, marks=pytest.mark.slow),
+    ],
     ids=["transformer", "conformer, BatchNorm synchronised", "conformer"],
 )
 def test_two_processes_learn_what_one_does_with_batches_twice_the_size(
@@ -100,6 +102,7 @@ def test_two_processes_learn_what_one_does_with_batches_twice_the_size(
     assert one[steps] < one[1] - 0.2 or differs
 
 
+@pytest.mark.slow
 def test_a_run_changes_from_one_process_to_two_and_back(make_config: ConfigFactory) -> None:
     options = {**PLAIN, "train.sync_batchnorm": True, "train.total_steps": 30}
     whole = make_config(name="whole", **options, **{"data.batch_size": 8})
@@ -208,7 +211,7 @@ def reference(mels: list[Tensor], masks: list[Tensor]) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("sizes", [(2, 3), (4, 0)])
+@pytest.mark.parametrize("sizes", [(2, 3), pytest.param((4, 0), marks=pytest.mark.slow)])
 def test_synchronised_batch_norm_is_that_of_all_batches_together(
     sizes: tuple[int, int], tmp_path: Path
 ) -> None:

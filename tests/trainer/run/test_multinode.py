@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from shardprep_trainer.train import main
 from torch.distributed import TCPStore
 
 import shardprep
+from tests.conftest import PATIENCE, wait_until
 
 ConfigFactory = Callable[..., Config]
 SCRIPT = Path(__file__).resolve().parents[3] / "trainer" / "train.py"
@@ -35,7 +35,6 @@ OPTIONS = {
     "train.log_steps": 1,
     "train.valid_steps": 0,
 }
-PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ class Machine:
 
     def ends_well(self) -> None:
         """Wait for the launcher, which must end with code 0."""
-        assert self.process.wait(PATIENCE_SECONDS) == 0, self.said.read_text()
+        assert self.process.wait(PATIENCE) == 0, self.said.read_text()
 
     def kill(self) -> None:
         """End everything at once, the launcher last, as a power cut would."""
@@ -126,6 +125,7 @@ def losses(config: Config) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 @pytest.mark.remote
 def test_two_machines_learn_what_one_does_and_one_process_with_twice_the_batch(
     make_config: ConfigFactory, start: Callable[..., Machine], tmp_path: Path
@@ -150,6 +150,7 @@ def test_two_machines_learn_what_one_does_and_one_process_with_twice_the_batch(
         assert losses(config(name)) == pytest.approx(expected, abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.remote
 def test_a_machine_that_dies_and_one_that_joins_cost_no_utterance_and_change_no_step(
     make_dataset: Callable[..., Path],
@@ -197,11 +198,10 @@ def test_a_machine_that_dies_and_one_that_joins_cost_no_utterance_and_change_no_
 
 def wait_for(condition: Callable[[], bool], machine: Machine) -> None:
     """Wait until something is so, as long as a launcher runs."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert machine.process.poll() is None, machine.said.read_text()
-        assert time.monotonic() < deadline, machine.said.read_text()
-        time.sleep(0.05)
+    try:
+        wait_until(condition, machine.process)
+    except AssertionError:
+        raise AssertionError(machine.said.read_text()) from None
 
 
 def rows_of(record: Path) -> list[dict[str, Any]]:

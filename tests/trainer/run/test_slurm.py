@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "slurm_train.sh"
@@ -35,9 +36,9 @@ exit 0
 # Stands for a training that saves on SIGTERM; all else is the interpreter's.
 PYTHON = """#!/bin/bash
 if [ "$2" != torch.distributed.run ]; then exec "$REAL" "$@"; fi
-echo "torchrun cache=$SHARDPREP_CACHE share=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >> "$LOG"
 mkdir -p "$SHARDPREP_CACHE"
 trap 'echo saved >> "$LOG"; exit 1' TERM
+echo "torchrun cache=$SHARDPREP_CACHE share=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >> "$LOG"
 for _ in $(seq "${TENTHS:-0}"); do sleep 0.1; done
 exit "${CODE:-0}"
 """
@@ -83,7 +84,7 @@ def test_the_script_is_bash() -> None:
 def test_every_node_gets_one_launcher_for_its_gpus_and_the_arguments_as_they_are(
     job: Path, tmp_path: Path
 ) -> None:
-    assert submit("--name", "a b", "--data.shards", "s3://x/y").wait(60) == 0
+    assert submit("--name", "a b", "--data.shards", "s3://x/y").wait(PATIENCE) == 0
     told = job.read_text().splitlines()
     assert told[0] == "scontrol show hostnames node[7-8]"
     words = told[1].split()
@@ -107,7 +108,7 @@ def test_a_cache_that_is_named_is_kept_and_a_failure_is_the_job_s(
 ) -> None:
     monkeypatch.setenv("SHARDPREP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CODE", "3")
-    assert submit().wait(60) == 3
+    assert submit().wait(PATIENCE) == 3
     assert (tmp_path / "cache").is_dir()
     assert "requeue" not in job.read_text()
 
@@ -116,16 +117,11 @@ def test_a_cache_that_is_named_is_kept_and_a_failure_is_the_job_s(
 def test_a_warning_of_slurm_s_saves_and_queues_the_job_again(
     number: signal.Signals, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TENTHS", "300")
+    monkeypatch.setenv("TENTHS", "6000")
     process = submit()
-    deadline = time.monotonic() + 60
-    while not job.exists() or job.read_text().count("torchrun cache") < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    # The trap of the stub comes right behind what it has said.
-    time.sleep(0.3)
+    wait_until(lambda: job.exists() and job.read_text().count("torchrun cache") == 2, process)
     process.send_signal(number)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     told = job.read_text().splitlines()
     assert told.count("saved") == 2
     assert told[-1] == "scontrol requeue 4321"
@@ -142,7 +138,7 @@ def test_a_job_that_was_queued_again_resumes_if_there_is_a_checkpoint(
         folder = job.parent / "my runs" / "big" / "checkpoints"
         folder.mkdir(parents=True)
         (folder / "step-00000007.pt").touch()
-    assert submit("--name", "big", "--train.runs", "my runs").wait(60) == 0
+    assert submit("--name", "big", "--train.runs", "my runs").wait(PATIENCE) == 0
     launch = job.read_text().splitlines()[1]
     assert launch.endswith("my runs --resume" if resumes else "my runs")
     assert f"--rdzv-id 4321-{restarts}" in launch
