@@ -34,20 +34,20 @@ step "shardprep verify --deep --against"
 
 step "accelerate launch trainer/train.py, two processes on the CPU"
 "$BIN/accelerate" launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
-  --dynamo_backend no trainer/train.py --config trainer/shardprep_trainer/recipes/demo.yaml \
+  --dynamo_backend no trainer/train.py --config demo \
   --data.shards "$work/shards" --train.runs "$work/runs"
 
-step "python -m shardprep_trainer.predict"
-"$BIN/python" -m shardprep_trainer.predict "$work/runs/demo" --shards "$work/shards" --split val \
+step "shardprep predict"
+"$BIN/shardprep" predict "$work/runs/demo" --shards "$work/shards" --split val \
   --out "$work/val.csv"
 if [ ! -f "$dataset/testdata.json" ]; then
   step "Done: there is no testdata.json, so no submission; the run is in $work/runs/demo"
   exit
 elif [ -f "$labels" ]; then
-  "$BIN/python" -m shardprep_trainer.predict "$work/runs/demo" --shards "$work/shards" \
+  "$BIN/shardprep" predict "$work/runs/demo" --shards "$work/shards" \
     --out "$work/submission.csv" --labels "$labels"
 else
-  "$BIN/python" -m shardprep_trainer.predict "$work/runs/demo" --shards "$work/shards" \
+  "$BIN/shardprep" predict "$work/runs/demo" --shards "$work/shards" \
     --out "$work/submission.csv"
 fi
 step "Done: $work/submission.csv, and the run in $work/runs/demo"

@@ -26,7 +26,7 @@ def start(height: float) -> tuple[Any, Any]:
 
 
 def finish(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, and let it go."""
+    """Write a figure as PNG, and close it."""
     from matplotlib import pyplot
 
     figure.savefig(path, bbox_inches="tight", facecolor="white")

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on several nodes under SLURM: one torchrun on each, a process for every GPU.
 #
-#   sbatch --nodes 2 --gpus-per-node 4 scripts/slurm_train.sh --config trainer/shardprep_trainer/recipes/best.yaml \
+#   sbatch --nodes 2 --gpus-per-node 4 scripts/slurm_train.sh --config best \
 #     --data.shards /shared/shards --train.runs /shared/runs --name big
 #
 # Arguments go to trainer/train.py, and so does --resume when SLURM has requeued the job. What

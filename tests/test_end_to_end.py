@@ -33,13 +33,13 @@ def chain(data: Path, work: Path, steps: int, *overrides: str) -> dict[str, floa
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "trainer/train.py")
     recipe = (
         "--config",
-        "trainer/shardprep_trainer/recipes/demo.yaml",
+        "demo",
         "--train.total_steps",
         str(steps),
     )
     places = ("--data.shards", shards, "--train.runs", runs)
     run(*launch, *recipe, *places, "--train.valid_steps", str(steps), *overrides)
-    predict = ("python", "-m", "shardprep_trainer.predict", runs / "demo", "--shards", shards)
+    predict = ("shardprep", "predict", runs / "demo", "--shards", shards)
     out = run(*predict, "--split", "val", "--out", work / "val.csv")
     out += run(*predict, "--out", work / "submission.csv", "--labels", data / "test_labels.csv")
     val, test = map(float, re.findall(r"accuracy on .*?: (\d\.\d+)", out))
@@ -54,7 +54,7 @@ def test_the_whole_chain_learns_to_tell_synthetic_speakers_apart(tmp_path: Path)
     short = ("--model.ff_dim", "128", "--optim.warmup_steps", "20")
     accuracy = chain(data, tmp_path, 120, *narrow, *short)
     assert accuracy["val"] > 3 / 6
-    # Test recordings come from sessions that training never hears; chance is 1/6.
+    # Test recordings come from sessions that training has not seen; chance is 1/6.
     assert 2 / 6 < accuracy["test"] < 1
 
 

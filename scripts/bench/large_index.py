@@ -7,8 +7,8 @@
 - Index: the set's train split is given an index of so many utterances, which point again and again
   into the same shards, and one of 50,000; samples/s of both in turns, and the memory that a process
   holds beyond the mapped pages.
-- Shuffle: how much oftener than by chance two utterances of a batch meet again in the next epoch of
-  the windowed order, for several numbers of lanes and sizes of window.
+- Shuffle: pairs of utterances that share a batch in two epochs in a row of the windowed order,
+  relative to chance, for several numbers of lanes and sizes of the shuffle window.
 - Checking: two epochs with each `verify_reads`, the shards in memory, in turns.
 - Cold start (needs root, to drop the page cache): an epoch in windowed and in global order, against
   `cat` of the same shards.

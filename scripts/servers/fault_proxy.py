@@ -1,4 +1,4 @@
-"""A proxy between an HTTP client and its server that delays, throttles and spoils answers.
+"""A proxy between an HTTP client and its server that delays, throttles and damages answers.
 
 It changes no header of a request, so that signatures hold: a client signs with the proxy's host and
 port. A client's connection has a thread and a connection to the server of its own.
@@ -277,7 +277,7 @@ class FaultProxy:
         if not busy:
             server.sendall(head.encoded())
         if not expects:
-            # A server that has heard enough answers before the end.
+            # A server may answer before it has read the whole body.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._body(reader, head, None if busy else server)
         if busy:
@@ -302,7 +302,7 @@ class FaultProxy:
     def _answer(
         self, faults: Faults, answer: Head, answers: io.BufferedReader, sent: _Sent, bare: bool
     ) -> None:
-        """Pass on an answer, spoilt as its turn has it."""
+        """Pass on an answer, with the damage that its turn brings."""
         size = int(answer.fields.get("content-length", 0))
         if bare or answer.status >= 300 or not size:
             sent.head(answer.status, answer.encoded())
@@ -398,7 +398,7 @@ def fault_proxy(
         target_host: Where the server is.
         target_port: The server's port.
         plan: Faults to begin with.
-        seed: Decides which requests find the server busy, and where bodies are spoilt.
+        seed: Decides which requests find the server busy, and where bodies are damaged.
     """
     proxy = FaultProxy(target_host, target_port, plan or Faults(), seed)
     try:

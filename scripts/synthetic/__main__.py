@@ -8,7 +8,7 @@ made by `voice.py`: speech-like babble with no words in it, recorded from nobody
 for trying the tools and for measuring their speed; an accuracy reached on it says nothing about
 real speech.
 
-Test utterances come from recording sessions that training never hears, so expect the test accuracy
+Test utterances come from recording sessions that training never sees, so expect the test accuracy
 to lie below the validation accuracy of a random split.
 
 The same arguments give the same bytes on the same machine, whatever the number of workers. Exit
