@@ -1,21 +1,23 @@
-# make demo             the whole chain on a synthesised sample; DATA=folder for real data
-# make test             lint, type-check and test, JOBS (2) tests at a time; make test-all adds the
-#                       slow and GPU tests, one at a time
-# make check            lint and type-check only
-# make bench            measure the loaders against their peers, from an environment of its own, and
-#                       write scripts/results/; DATA=folder for real data
-# make bench-train      measure training against the course's code, and ways to attend, and write
+# make demo             the whole chain on a small synthetic set; DATA=folder for real data
+# make test             lint, check types and run the quick tests, JOBS (2) at a time
+# make test-slow        the slow tests alone, one at a time
+# make test-all         all tests, those for GPUs too, one at a time
+# make check            lint and check types only
+# make lowest           try the lowest versions of all dependencies, in a temporary environment
+# make bench            measure the loaders beside other libraries, in an environment of its own,
+#                       and write scripts/results/; DATA=folder for real data
+# make bench-train      measure training beside the homework's code, and ways to attend, and write
 #                       scripts/results/{train,attention}.json; DATA=folder of a data set,
 #                       ARGS='--batch 32 --batch 2048' and other options of scripts.bench_train
-# make bench-remote     measure shards behind a network, and what comes of its faults, with a real
-#                       S3 server on this machine, and write scripts/results/remote.json
+# make bench-remote     measure shards behind a network with faults, from a real S3 server on this
+#                       machine, and write scripts/results/remote.json
 # make ladder           train every rung on the data set in DATA=folder, which holds Dataset/ and
-#                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' to
-#                       do it on CPUs
-# make torture          injure sets and builds in every way, kill and resume training, soak for MINUTES
-#                       (10), and write scripts/results/{torture,kills,soak}.json; half an hour
-# make fuzz             fuzz every reader of foreign files for SECONDS (600) each, from an environment
-#                       of its own; findings go to fuzz-found/, figures to scripts/results/fuzz.json
+#                       test_labels.csv, and write scripts/results/ladder.*; ARGS='--width 144' for
+#                       CPUs
+# make torture          damage sets and builds in every way, kill and resume training, train for
+#                       MINUTES (10), and write scripts/results/{torture,kills,soak}.json; half an hour
+# make fuzz             fuzz every reader of foreign files for SECONDS (600) each, in an environment of
+#                       its own; findings go to fuzz-found/, figures to scripts/results/fuzz.json
 # make clean            remove what these made (not the data)
 
 PYTHON ?= python3
