@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Set
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,7 @@ WIDTH, ROW, BOX, GAP = 500, 76, (92, 36), 80
 MARGIN = 20
 
 Layers = Mapping[str, Set[str]]
+Place = tuple[float, float]
 
 
 def layers() -> dict[str, Layers]:
@@ -34,12 +36,17 @@ def layers() -> dict[str, Layers]:
 
 
 def levels(rooms: Layers) -> dict[str, int]:
-    """The row of each room: one above the highest that it may import."""
+    """The row of each room: above all that it may import, and near to what imports it."""
     found: dict[str, int] = {}
     while len(found) < len(rooms):
         for room, below in rooms.items():
             if room not in found and below <= found.keys():
                 found[room] = 1 + max((found[other] for other in below), default=-1)
+    pairs = arrows(rooms)
+    for room in found:
+        above = [found[other] for other, below in pairs if below == room]
+        if len(above) > len([below for other, below in pairs if other == room]):
+            found[room] = min(above) - 1
     return found
 
 
@@ -78,14 +85,13 @@ def draw(packages: Mapping[str, Layers]) -> str:
 
 def _package(rooms: Layers, left: float, height: float) -> list[str]:
     rows = levels(rooms)
-    places: dict[str, tuple[float, float]] = {}
+    places: dict[str, Place] = {}
     for level in sorted(set(rows.values())):
         row = [room for room in rooms if rows[room] == level]
         for n, room in enumerate(row):
             places[room] = (left + WIDTH * (n + 0.5) / len(row), height - 20 - ROW * level)
     lines = [
-        f'<line x1="{places[room][0]:.0f}" y1="{places[room][1] + BOX[1] / 2:.0f}" '
-        f'x2="{places[other][0]:.0f}" y2="{places[other][1] - BOX[1] / 2 - 2:.0f}" '
+        f'<polyline points="{_route(room, other, places, (left, left + WIDTH))}" fill="none" '
         'stroke="#555" marker-end="url(#head)"/>'
         for room, other in arrows(rooms)
     ]
@@ -96,6 +102,25 @@ def _package(rooms: Layers, left: float, height: float) -> list[str]:
         for room, (x, y) in places.items()
     ]
     return lines + boxes
+
+
+def _route(room: str, other: str, places: Mapping[str, Place], sides: tuple[float, float]) -> str:
+    """The points of an arrow; it passes the rows between its ends beside their boxes."""
+    (x, y), (end_x, end_y) = places[room], places[other]
+    points = [(x, y + BOX[1] / 2), (end_x, end_y - BOX[1] / 2 - 2)]
+    passed = [place for place in places.values() if y < place[1] < end_y]
+    if passed:
+        borders = sorted([*sides, *(place[0] for place in passed)])
+        middles = [(one + two) / 2 for one, two in pairwise(borders)]
+        free = [
+            column
+            for column in (*middles, x, end_x)
+            if all(abs(column - place[0]) > BOX[0] / 2 + 6 for place in passed)
+        ]
+        column = min(free, key=lambda column: abs(column - (x + end_x) / 2))
+        rows = [place[1] for place in passed]
+        points[1:1] = [(column, min(rows) - BOX[1] / 2), (column, max(rows) + BOX[1] / 2)]
+    return " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
 
 
 def _between(height: float) -> str:
