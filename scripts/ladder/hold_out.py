@@ -14,8 +14,8 @@ than a third would be left to train on, nothing is held out. The test split of t
 out. Files are linked, or copied where that is not possible.
 
 The groups are guesses: some utterances of a held-out situation stay in training, so the new split
-is easier than situations that training never saw. The data set is checked as `shardprep build` checks
-it. Exit codes: 0 done, 2 usage, else those of shardprep.
+is easier than situations that training never saw. The data set is checked as `shardprep build`
+checks it. Exit codes: 0 done, 2 usage, else those of shardprep.
 
 Axis legend: N utterances of a speaker, T frames, F mel bins.
 """
