@@ -1,4 +1,4 @@
-"""The entry: exit codes, one message, signals, and the launches that users type."""
+"""The entry of training: exit codes, one message for each error, signals, and launches."""
 
 from __future__ import annotations
 

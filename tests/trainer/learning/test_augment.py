@@ -105,7 +105,7 @@ def test_valid_frames_do_not_depend_on_what_padding_holds(options: dict[str, Any
         torch.manual_seed(1)
         results.append(augment(mel, lengths)[valid])
     if "babble" in options:
-        # Another segment's padding may be heard: silence, as it is stored.
+        # The padding of another segment may be mixed in: silence, as it is stored.
         assert results[0].isfinite().all()
     else:
         torch.testing.assert_close(*results, atol=1e-5, rtol=0)

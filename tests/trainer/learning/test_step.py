@@ -43,23 +43,23 @@ def make_trainer(
     return lambda **changes: Trainer(prepare(make_config(**changes)))
 
 
-class Spoiled(nn.Module):
-    """A criterion of which some calls, counted from 0, are spoiled."""
+class Faulty(nn.Module):
+    """A criterion of which some calls, counted from 0, fail."""
 
     def __init__(self, criterion: nn.Module, how: str, bad: set[int]) -> None:
         super().__init__()
         self.criterion, self.how, self.bad, self.calls = criterion, how, bad, 0
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        spoil = self.calls in self.bad
+        fails = self.calls in self.bad
         self.calls += 1
-        if spoil and self.how == "gradient":
+        if fails and self.how == "gradient":
             logits.register_hook(lambda gradient: gradient * math.inf)
         loss: Tensor = self.criterion(logits, labels)
-        if spoil and self.how == "nan":
+        if fails and self.how == "nan":
             return loss * math.nan
         # The gradient of an infinite loss is finite here.
-        return loss + math.inf if spoil and self.how == "inf" else loss
+        return loss + math.inf if fails and self.how == "inf" else loss
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -93,18 +93,18 @@ def test_a_skipped_step_is_as_if_it_had_never_been(
     make_trainer: Callable[..., Trainer], how: str, accumulate: int
 ) -> None:
     changes = {"train.accumulate": accumulate, "data.batch_size": 4 // accumulate}
-    spoiled, plain = (make_trainer(name=name, **changes) for name in ("spoiled", "plain"))
+    faulty, plain = (make_trainer(name=name, **changes) for name in ("faulty", "plain"))
     batches = some_batches(plain, 5)
-    criterion = spoiled.train_step.criterion
+    criterion = faulty.train_step.criterion
     # The first step, before there are moments; then one amid others, its last micro-batch only.
     bad = {0, 3 * accumulate - 1}
-    spoiled.train_step.criterion = Spoiled(criterion, how, bad)
-    take(spoiled, [0, 1, 2, 3, 4], batches)
+    faulty.train_step.criterion = Faulty(criterion, how, bad)
+    take(faulty, [0, 1, 2, 3, 4], batches)
     take(plain, [1, 3, 4], batches)
-    assert equal(state(spoiled), state(plain))
-    assert spoiled.train_step.meter.sums[4:7].tolist() == [3, 2, 0]
+    assert equal(state(faulty), state(plain))
+    assert faulty.train_step.meter.sums[4:7].tolist() == [3, 2, 0]
     take(plain, [2], batches)
-    assert not equal(state(spoiled), state(plain))
+    assert not equal(state(faulty), state(plain))
 
 
 def test_features_that_are_not_finite_do_not_reach_the_running_statistics(
@@ -168,7 +168,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     )
     trainer = Trainer(prepare(make_config(**RICH, **{"model.encoder": encoder})))
     criterion = trainer.train_step.criterion
-    trainer.train_step.criterion = Spoiled(criterion, "nan", {1, 2} if bad else set())
+    trainer.train_step.criterion = Faulty(criterion, "nan", {1, 2} if bad else set())
     batches = some_batches(trainer, 4)
     take(trainer, [0], batches)
     with Operations() as operations:
@@ -189,7 +189,7 @@ def test_a_skipped_step_waits_for_the_device_as_little_as_another(
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     trainer = Trainer(prepare(make_config(**RICH)))
-    trainer.train_step.criterion = Spoiled(trainer.train_step.criterion, "nan", {1, 2})
+    trainer.train_step.criterion = Faulty(trainer.train_step.criterion, "nan", {1, 2})
     batches = some_batches(trainer, 5)
     take(trainer, [0], batches)
     before = state(trainer)

@@ -1,4 +1,4 @@
-"""What one process of a launch cannot do, all leave; what they begin from is the same."""
+"""If one process of a launch fails, all fail; all start from the same step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals become a wish to stop, and a way out remains."""
+"""A signal asks a run to stop after its step, and a second one ends it at once."""
 
 from __future__ import annotations
 

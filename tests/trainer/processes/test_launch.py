@@ -1,4 +1,4 @@
-"""What `accelerate launch` passes over, and the processes that it leaves to us."""
+"""Flags that `accelerate launch` ignores, and processes that it leaves to us."""
 
 from __future__ import annotations
 

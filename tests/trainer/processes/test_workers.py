@@ -1,4 +1,4 @@
-"""Processes that are started here: each knows its place, and one failure is that of all."""
+"""Processes that are started here: each knows its rank, and one failure ends all."""
 
 from __future__ import annotations
 

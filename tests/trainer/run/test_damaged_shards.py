@@ -1,4 +1,4 @@
-"""A flipped bit, or another set in the place of the one that is trained on, is never unseen."""
+"""A flipped bit, and a set that replaces the one that is trained on, are always noticed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records(config: Config, event: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["event"] == event]
 
 
-def spoil(shards: Path, name: str, index: int) -> str:
+def damage(shards: Path, name: str, index: int) -> str:
     """Flip a bit in an utterance of a split of one shard; returns its key."""
     split = shardprep.open_shards(shards)[name]
     row = split.locations[index]
@@ -49,7 +49,7 @@ def spoil(shards: Path, name: str, index: int) -> str:
 def test_damage_ends_the_run_and_is_named(
     make_config: ConfigFactory, shards: Path, name: str
 ) -> None:
-    key = spoil(shards, name, 2)
+    key = damage(shards, name, 2)
     with pytest.raises(CorruptShardError) as caught:
         train(make_config())
     assert caught.value.key == key
@@ -58,7 +58,7 @@ def test_damage_ends_the_run_and_is_named(
 def test_skipped_damage_is_counted_and_the_run_ends_well(
     make_config: ConfigFactory, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = {spoil(shards, "train", 2), spoil(shards, "train", 5), spoil(shards, "val", 0)}
+    keys = {damage(shards, "train", 2), damage(shards, "train", 5), damage(shards, "val", 0)}
     config = make_config(**SKIP)
     assert train(config).finished
     rows = records(config, "train")
@@ -76,7 +76,7 @@ def test_undamaged_shards_count_nothing(make_config: ConfigFactory) -> None:
 
 
 def test_a_resumed_run_skips_the_same(make_config: ConfigFactory, shards: Path) -> None:
-    spoil(shards, "train", 2)
+    damage(shards, "train", 2)
     whole = make_config(name="whole", **SKIP)
     train(whole)
     train(make_config(name="parts", **SKIP, **{"train.stop_step": 4}))
@@ -91,7 +91,7 @@ def test_a_resumed_run_skips_the_same(make_config: ConfigFactory, shards: Path) 
 
 def test_too_much_damage_ends_the_run(make_config: ConfigFactory, shards: Path) -> None:
     for index in range(3):
-        spoil(shards, "train", index)
+        damage(shards, "train", index)
     with pytest.raises(CorruptShardError, match="3 utterances are damaged, and max_corrupt is 2"):
         train(make_config(**SKIP, **{"data.max_corrupt": 2}))
 

@@ -1,4 +1,4 @@
-"""Data parallelism, with real processes: their number changes speed, not what is learnt."""
+"""Data parallelism with real processes: their number changes the speed, not the result."""
 
 from __future__ import annotations
 
@@ -169,12 +169,12 @@ from shardprep_trainer.config.command_line import parse_args
 trainer = Trainer(prepare(parse_args(["--config", "pair.yaml"]).config))
 criterion, steps = trainer.train_step.criterion, iter(range(1, 9))
 
-class Spoiled(type(criterion)):
+class Faulty(type(criterion)):
     def forward(self, logits, labels):
         loss = criterion(logits, labels)
         return loss + math.inf if next(steps) == 3 and trainer.rank == 1 else loss
 
-trainer.train_step.criterion = Spoiled()
+trainer.train_step.criterion = Faulty()
 trainer.fit()
 weights = sum(float(weight.double().abs().sum()) for weight in trainer.train_step.bare.parameters())
 states = trainer.train_step.optimizer.state_dict()["state"].values()

@@ -188,7 +188,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
     assert "No space left on device" in err
     assert names(config) == ["step-00000004.pt"]
     assert load(config.run / "checkpoints" / "step-00000004.pt").step == 4
-    # With room again, the run goes on as if nothing had been.
+    # With room again, the run continues as if nothing had happened.
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     again = Trainer(prepare(config, resume=True))
     assert again.fit().finished

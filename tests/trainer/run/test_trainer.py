@@ -77,7 +77,7 @@ def newest(config: Config) -> Checkpoint:
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     make_config: ConfigFactory, changes: dict[str, Any]
 ) -> None:
-    # 24 utterances in steps of 4: step 5 lies within an epoch and within a logging window.
+    # 24 utterances in steps of 4: step 5 lies within an epoch and between two log steps.
     whole = make_config(name="whole", **changes)
     outcome = train(whole)
     assert (outcome.step, outcome.finished, outcome.signal) == (12, True, 0)
@@ -218,16 +218,16 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert newest(config).step == 7
 
 
-def spoil(trainer: Trainer, bad: set[int]) -> None:
+def make_faulty(trainer: Trainer, bad: set[int]) -> None:
     """Make the losses of some steps, counted from 1, NaN."""
     criterion, steps = trainer.train_step.criterion, iter(range(trainer.step + 1, 100))
 
-    class Spoiled(torch.nn.Module):
+    class Faulty(torch.nn.Module):
         def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
             loss: Tensor = criterion(logits, labels)
             return loss * math.nan if next(steps) in bad else loss
 
-    trainer.train_step.criterion = Spoiled()
+    trainer.train_step.criterion = Faulty()
 
 
 @pytest.mark.parametrize("log_steps", [1, 4, 100])
@@ -244,7 +244,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_step(
     )
     trainer = Trainer(prepare(config))
     # Steps 1 and 2 are as many as may be.
-    spoil(trainer, {1, 2, 5, 6, 7})
+    make_faulty(trainer, {1, 2, 5, 6, 7})
     told = r"^step 7: .*max_skipped allows 2 .*step-00000006\.pt is from before.*--optim"
     with pytest.raises(DivergedError, match=told):
         trainer.fit()
@@ -255,7 +255,7 @@ def test_skipped_steps_are_recorded_and_leave_no_trace_in_the_means(
     make_config: ConfigFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = Trainer(prepare(config := make_config(**{"train.valid_steps": 0})))
-    spoil(trainer, {3, 4, 6})
+    make_faulty(trainer, {3, 4, 6})
     trainer.fit()
     trainer.close()
     rows = records(config, "train")
@@ -272,15 +272,15 @@ def test_skipped_steps_are_recorded_and_leave_no_trace_in_the_means(
 def test_steps_skipped_in_a_row_are_counted_over_a_resumption(
     make_config: ConfigFactory, cut: int
 ) -> None:
-    # Steps are logged at 2, 4, 6: the cut falls within a window and at the end of one.
+    # Steps are logged at 2, 4, 6: the cut falls between two of these, and at one.
     limits = {"train.max_skipped": 3, "train.save_steps": 100, "train.valid_steps": 0}
     bad = {4, 5, 6, 7}
     trainer = Trainer(prepare(make_config(**limits, **{"train.stop_step": cut})))
-    spoil(trainer, bad)
+    make_faulty(trainer, bad)
     trainer.fit()
     trainer.close()
     trainer = Trainer(prepare(make_config(**limits), resume=True))
-    spoil(trainer, bad)
+    make_faulty(trainer, bad)
     with pytest.raises(DivergedError, match="^step 7: "):
         trainer.fit()
 
