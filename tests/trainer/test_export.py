@@ -338,6 +338,6 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 def test_a_checkpoint_is_never_overwritten(run: Path) -> None:
     for file in (run / BEST, *sorted((run / "checkpoints").iterdir())):
         before = file.read_bytes()
-        result = run_export(run, file)
+        result = run_export(run, file, "--format", "torchscript")
         assert (result.exit_code, "is a checkpoint" in result.stderr) == (2, True)
         assert file.read_bytes() == before
