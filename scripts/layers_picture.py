@@ -1,4 +1,6 @@
-"""Draw the layers of both packages as docs/layers.svg: `python -m scripts.layers_picture`.
+"""Draw the layers of both packages.
+
+    python -m scripts.layers_picture        writes docs/layers.svg
 
 The layers are those that tests/test_architecture.py holds the code to. An arrow leads from a room
 to what it imports; arrows that follow from others are left out.
@@ -10,6 +12,8 @@ import importlib.util
 from collections.abc import Mapping, Set
 from itertools import pairwise
 from pathlib import Path
+
+import click
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "layers.svg"
@@ -134,8 +138,9 @@ def _between(height: float) -> str:
     )
 
 
+@click.command()
 def main() -> None:
-    """Write the picture."""
+    """Write docs/layers.svg."""
     PICTURE.write_text(draw(layers()))
 
 
