@@ -307,7 +307,7 @@ def test_multinode_launches_run(
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     lines = commands("docs/multinode.md")
-    found = [line for line in lines if line.startswith(launcher) and "1:2" not in line]
+    found = [line for line in lines if line.startswith(launcher) and "--nnodes 1:2" not in line]
     machines = found * 2 if launcher == "torchrun" else found
     assert len(machines) == 2
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
