@@ -276,6 +276,7 @@ LEFT_OUT = ("pip install", "python -m scripts.simulate --measure")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", WHOLE_PAGES)
 def test_pages_run_as_they_are_typed(
     page: str, tmp_path: Path, make_dataset: Callable[..., Path]
