@@ -26,7 +26,6 @@ READ = {*BASE, "format", "storage", "cache", "read", "load"}
 BUILD = {*BASE, "format", "storage", "source", "build", "read"}
 LEARN = {*BASE, "config", "processes", "model"}
 USE = {*LEARN, "checkpoint", "evaluation"}
-COMMANDS = ("predict", "score", "embed", "export")
 MAY_IMPORT: dict[str, dict[str, set[str]]] = {
     "shardprep": {
         "errors": set(),
@@ -54,7 +53,9 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "inference": USE,
         "train": USE | {"learning", "run"},
         "commands": {*BASE, "config"},
-        **{command: USE | {"inference", "commands"} for command in COMMANDS},
+        "convert": {*BASE, "model"},
+        **{command: USE | {"inference", "commands"} for command in ("predict", "score", "embed")},
+        "export": {*BASE, "checkpoint", "model", "convert", "commands"},
     },
 }
 
