@@ -31,11 +31,13 @@ from shardprep_trainer.run.outcome import summary
 _MAIN_PROCESS_FIRST_SECONDS = 5.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Train as the command line says.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        program: The command that the arguments follow, as the help shows it; `accelerate launch`
+            with this program by default.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 usage or configuration, 130 after Ctrl-C, 143 after
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         words = sys.argv[1:] if argv is None else argv
-        return _run(parse_args(words, training_program()))
+        command = program or f"accelerate launch [flags] {training_program()}"
+        return _run(parse_args(words, command))
     except (TrainerError, ShardprepError) as error:
         _report(f"error: {error}")
         return error.exit_code
@@ -138,11 +141,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def command(argv: Sequence[str] | None = None) -> NoReturn:
-    """Train as the command line says, and leave with the exit code of `main`."""
+def command(argv: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
+    """Train as the command line says, and exit with the code of `main`."""
     # A mapped shard that is truncated, or whose disk fails, ends the process by SIGBUS.
     faulthandler.enable()
-    code = main(argv)
+    code = main(argv, program)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Everything is written and closed. Do not let the interpreter clean up: a thread of gloo
         # sometimes aborts the process meanwhile.
@@ -154,9 +157,10 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
 
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def train_command(words: tuple[str, ...]) -> NoReturn:
+@click.pass_context
+def train_command(context: click.Context, words: tuple[str, ...]) -> NoReturn:
     """Train a speaker model; `shardprep train`."""
-    command(words)
+    command(words, context.command_path)
 
 
 if __name__ == "__main__":

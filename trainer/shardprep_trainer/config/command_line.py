@@ -35,13 +35,13 @@ class Invocation:
     """What was not taken as it was given, for the user to know."""
 
 
-def parse_args(argv: Sequence[str], program: str = "-m shardprep_trainer.train") -> Invocation:
+def parse_args(argv: Sequence[str], program: str = "shardprep train") -> Invocation:
     """Read and check a command line.
 
     Args:
         argv: Arguments without the program's name, e.g. `["--config", "best", "--optim.lr",
             "3e-4"]`. Later ones win; without `--config` the boss recipe goes first.
-        program: What a launcher is given to train, as the help shows it.
+        program: The command that these arguments follow, as the help shows it.
 
     Returns:
         The checked configuration and what to do with it.
@@ -169,9 +169,9 @@ def _one_line(error: Exception) -> str:
 
 def _parser(program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        usage=f"accelerate launch [flags] {program} [--config RECIPE] [--FIELD VALUE ...]",
-        description="Train a speaker classifier on shards. Precision, devices and processes are "
-        "flags of `accelerate launch`; all the rest is below.",
+        usage=f"{program} [--config NAME|FILE] [--FIELD VALUE ...]",
+        description="Train a speaker model on shards. Precision, devices and processes are flags "
+        "of `accelerate launch`; everything else is below.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 124 no process has done a "
         "step for train.hang_seconds, 130 Ctrl-C and 143 SIGTERM (both after saving); errors of "
         "the shards have those of `shardprep`. These are the codes of the process itself: "
