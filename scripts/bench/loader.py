@@ -6,7 +6,7 @@
 All loaders give batches of 256 random float16 segments of 128 frames, short utterances padded with
 -20, in shuffled order, from the same utterances on a warm page cache, with 0 and with 2 workers:
 
-- a .pt file a sample, as the course's own Dataset and DataLoader do it;
+- a .pt file a sample, as the homework's own Dataset and DataLoader do it;
 - the libraries of `peers.py`, each from its own format;
 - `shardprep.SegmentLoader` in one process, for shards of both codecs;
 - the limit: a gather of as many bytes at random positions of an array in memory.

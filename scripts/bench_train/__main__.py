@@ -3,17 +3,20 @@
     python -m scripts.bench_train [--dataset Dataset/] [--batch N]... [--precision no|bf16]...
         [--out scripts/results/train.json]
 
-- course, files: the course's loop, loader and .pt files, its model from the `conformer` package on
-  the right axis, float32, with 0 and with 2 workers;
-- course, shards: the same loop and model, fed by `SegmentLoader`;
-- ours: the trainer as it is, end to end, with its metrics and its log;
-- ours, one batch: the same, fed with one batch for ever: the limit that computing sets.
+- homework, files: the homework's training loop, loader and .pt files. The model comes from the
+  `conformer` package, with the axes in the right order, in float32. Measured with 0 and 2 workers.
+- homework, shards: the same loop and model, but the batches come from `SegmentLoader`.
+- ours: the trainer as it is, with its metrics and its log.
+- ours, one batch: the trainer, but it gets the same batch again and again. Nothing is loaded, so
+  this is the upper limit.
 
-All train on as many segments of 128 frames and take turns, round by round, each in a process of its
-own; a third of the steps warm up apart, and the table shows medians over the rounds. The share of
-the peak is the model's arithmetic (counted, not timed) over what a large matrix product reaches on
-the same device, with the same precision and threads, in the same run. On a machine with a GPU the
-same command measures that. Without --dataset one is synthesised by `scripts.synthetic`.
+Each way trains on the same number of segments of 128 frames. In each round, every way is measured
+once, in a process of its own. The first third of the steps is warm-up and does not count. The table
+shows medians over the rounds.
+
+The share of the peak is the number of arithmetic operations a second (counted, not timed), divided
+by what a large matrix product reaches on the same device with the same precision and threads. On a
+machine with a GPU the command measures the GPU. Without --dataset, `scripts.synthetic` makes one.
 """
 
 from __future__ import annotations
@@ -35,24 +38,24 @@ import torch
 
 import shardprep
 from scripts.bench_train.arithmetic import COUNTED, DTYPES, worthwhile_precisions
+from scripts.bench_train.measurement import FRAMES, MEASURED, WARM, Spec
 from scripts.bench_train.summary import ratios, summarise, table
-from scripts.bench_train.turns import FRAMES, MEASURED, WARM, Turn
 from shardprep.bench.machine import machine, usable_cores
 
 WORKERS = (0, 2)
 SPEAKERS = 100
-# Segments in the measured part of a turn.
+# Segments in the measured part of a measurement.
 CPU_SEGMENTS, GPU_SEGMENTS = 1024, 131_072
-TURN_SECONDS = 3600.0
+LONGEST_SECONDS = 3600.0
 
 
-def contenders(base: Turn, precisions: Sequence[str], compiled: Sequence[bool]) -> dict[str, Turn]:
+def contenders(base: Spec, precisions: Sequence[str], compiled: Sequence[bool]) -> dict[str, Spec]:
     """The ways to train that are measured, by name."""
     found = {
-        f"course, files, {workers} workers": replace(base, kind="course files", workers=workers)
+        f"homework, files, {workers} workers": replace(base, kind="homework files", workers=workers)
         for workers in WORKERS
     }
-    found["course, shards"] = replace(base, kind="course shards")
+    found["homework, shards"] = replace(base, kind="homework shards")
     for precision in precisions:
         for compile_model in compiled:
             how = {"no": "float32", "bf16": "bfloat16"}[precision]
@@ -63,8 +66,8 @@ def contenders(base: Turn, precisions: Sequence[str], compiled: Sequence[bool]) 
     return found
 
 
-def take_turn(turn: Turn, threads: int) -> dict[str, Any]:
-    """Make a measurement in a process of its own.
+def measure_apart(spec: Spec, threads: int) -> dict[str, Any]:
+    """Measure in a process of its own.
 
     Raises:
         RuntimeError: The process failed; the message ends with the end of its stderr.
@@ -72,17 +75,17 @@ def take_turn(turn: Turn, threads: int) -> dict[str, Any]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        "ACCELERATE_MIXED_PRECISION": turn.precision,
-        "ACCELERATE_USE_CPU": str(turn.cpu).lower(),
+        "ACCELERATE_MIXED_PRECISION": spec.precision,
+        "ACCELERATE_USE_CPU": str(spec.cpu).lower(),
         # What `accelerate launch --dynamo_backend inductor` sets.
-        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if turn.compile else "NO",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if spec.compile else "NO",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench_train.turns", json.dumps(asdict(turn))],
+        [sys.executable, "-m", "scripts.bench_train.measurement", json.dumps(asdict(spec))],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=TURN_SECONDS,
+        timeout=LONGEST_SECONDS,
     )
     if done.returncode:
         last = " ".join(done.stderr.strip().splitlines()[-3:])
@@ -92,28 +95,28 @@ def take_turn(turn: Turn, threads: int) -> dict[str, Any]:
 
 
 def measure_batch(
-    ways: dict[str, Turn], rounds: int, threads: int, failed: dict[str, str]
+    ways: dict[str, Spec], rounds: int, threads: int, failed: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """All ways in turns, round by round; one that fails is left out from then on."""
+    """Measure all ways, round by round; a way that fails is left out of later rounds."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(rounds):
-        for name, turn in ways.items():
+        for name, spec in ways.items():
             if name not in found:
                 continue
             try:
-                found[name].append(take_turn(turn, threads))
+                found[name].append(measure_apart(spec, threads))
             except (RuntimeError, subprocess.TimeoutExpired) as error:
-                failed[f"batch {turn.batch}: {name}"] = str(error)
+                failed[f"batch {spec.batch}: {name}"] = str(error)
                 del found[name]
-                click.echo(f"batch {turn.batch}: {name}: failed: {error}", err=True)
+                click.echo(f"batch {spec.batch}: {name}: failed: {error}", err=True)
             else:
                 rate = found[name][-1]["samples_per_s"]
-                click.echo(f"batch {turn.batch}: {name}: {rate:,.1f}/s", err=True)
+                click.echo(f"batch {spec.batch}: {name}: {rate:,.1f}/s", err=True)
     return found
 
 
 def prepare(dataset: Path | None, work: Path, utterances: int) -> tuple[Path, Path]:
-    """The data set, synthesised if none is given, and the shards of it: all in one split."""
+    """The data set, synthesised if none is given, and its shards, with all data in one split."""
     if dataset is None:
         root = work / "synthetic"
         if not (root / "Dataset" / "metadata.json").exists():
@@ -132,7 +135,7 @@ def prepare(dataset: Path | None, work: Path, utterances: int) -> tuple[Path, Pa
 
 
 def measure_all(
-    base: Turn,
+    base: Spec,
     batches: Sequence[int],
     precisions: Sequence[str],
     compiled: Sequence[bool],
@@ -142,31 +145,31 @@ def measure_all(
     threads: int,
     whole_frames: int,
 ) -> dict[str, Any]:
-    """Everything but the description of the machine."""
+    """All of the result except the description of the machine."""
     failed: dict[str, str] = {}
     peaks = {
-        precision: take_turn(replace(base, kind="peak", precision=precision), threads)
+        precision: measure_apart(replace(base, kind="peak", precision=precision), threads)
         for precision in dict.fromkeys(("no", *precisions))
     }
-    flops = take_turn(replace(base, kind="flops"), threads)["flops_per_sample"]
+    flops = measure_apart(replace(base, kind="flops"), threads)["flops_per_sample"]
     found = []
     for batch in batches:
-        window = max(1, segments // (MEASURED * batch))
-        ways = contenders(replace(base, batch=batch, window=window), precisions, compiled)
+        block_steps = max(1, segments // (MEASURED * batch))
+        ways = contenders(replace(base, batch=batch, block_steps=block_steps), precisions, compiled)
         rows = summarise(measure_batch(ways, rounds, threads, failed), ways, flops, peaks)
-        steps = {"warm_steps": WARM * window, "measured_steps": MEASURED * window}
+        steps = {"warm_steps": WARM * block_steps, "measured_steps": MEASURED * block_steps}
         found.append({"batch": batch, **steps, "ways": rows, "ratios": ratios(rows)})
     whole = None
     if whole_frames:
-        turn = replace(base, kind="whole", cpu=True, frames=whole_frames)
-        whole = take_turn(turn, threads)
+        spec = replace(base, kind="whole", cpu=True, frames=whole_frames)
+        whole = measure_apart(spec, threads)
     arithmetic = {"flops_per_sample": flops, "counted": COUNTED, "peak": peaks}
     return {"batches": found, "arithmetic": arithmetic, "whole": whole, "failed": failed}
 
 
 @contextmanager
 def work_folder(kept: Path | None) -> Iterator[Path]:
-    """The given folder, or one that goes away."""
+    """The given folder, or a temporary one."""
     if kept is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -182,7 +185,9 @@ _COUNT = click.IntRange(min=1)
 
 @click.command(context_settings={"show_default": True})
 @click.option("--dataset", type=_FOLDER, help="Data to train on.")
-@click.option("--utterances", type=_COUNT, default=4000, help="Files to synthesise, if none.")
+@click.option(
+    "--utterances", type=_COUNT, default=4000, help="Files to synthesise without --dataset."
+)
 @click.option(
     "--batch", "batches", multiple=True, type=_COUNT, default=(32,), help="Segments a step."
 )
@@ -200,13 +205,11 @@ _COUNT = click.IntRange(min=1)
     default=None,
     help="Measure compiled models too.  [default: on a GPU]",
 )
-@click.option(
-    "--segments", type=_COUNT, help="Segments measured in a turn.  [default: by the device]"
-)
+@click.option("--segments", type=_COUNT, help="Segments to measure.  [default: by the device]")
 @click.option("--rounds", type=_COUNT, default=3)
 @click.option("--threads", type=_COUNT, default=usable_cores, show_default="the cores")
-@click.option("--whole-frames", type=click.IntRange(0), default=7193, help="0 leaves it out.")
-@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+@click.option("--whole-frames", type=click.IntRange(0), default=7193, help="0: do not measure.")
+@click.option("--cpu", is_flag=True, help="Do not use a GPU.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the data here.")
 @click.option("--out", type=_NEW, help="Result file to write (JSON).")
 def main(
@@ -225,7 +228,7 @@ def main(
     work: Path | None,
     out: Path | None,
 ) -> None:
-    """Measure all ways to train boss and print tables."""
+    """Measure all ways to train the boss recipe, and print tables."""
     on_gpu = torch.cuda.is_available() and not cpu
     compiled = (False, True) if (on_gpu if with_compiled is None else with_compiled) else (False,)
     precision = precision or worthwhile_precisions(on_gpu=on_gpu)
@@ -236,7 +239,7 @@ def main(
         if max(batches) > number:
             raise click.UsageError(f"--batch {max(batches)} exceeds the {number} utterances")
         sizes = {"dim": width, "heads": heads, "head_dim": width // heads}
-        base = Turn("ours", str(given), str(shards), **sizes, cpu=not on_gpu)  # type: ignore[arg-type]
+        base = Spec("ours", str(given), str(shards), **sizes, cpu=not on_gpu)  # type: ignore[arg-type]
         found = measure_all(
             base,
             batches,

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step takes, and how much the device can do at most.
+"""How many operations a training step takes, and how many a second the device can do at most.
 
 Axis legend: B batch, T frames, F mel bins, D width, S speakers.
 """
@@ -19,11 +19,12 @@ COUNTED = (
     "its pooling and classifier (a multiplication and an addition are 2), times 3 for the backward "
     "pass; no elementwise operation, normalisation, softmax or optimiser"
 )
-# A gradient by the input and one by the weights for each product.
+# The backward pass of a product is two products: the gradients of its input and of its weights.
 FORWARD_AND_BACKWARD = 3
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
-# Dense, without sparsity, in 1e12 a second, from the vendor's data sheets. Longer names go first.
+# Dense, without sparsity, in 1e12 a second, from the vendor's data sheets. The first match counts,
+# so longer names come first.
 NOMINAL: dict[str, dict[str, float]] = {
     "H100 PCIe": {"no": 51.0, "bf16": 756.0},
     "H100 NVL": {"no": 60.0, "bf16": 835.0},
@@ -34,7 +35,7 @@ NOMINAL: dict[str, dict[str, float]] = {
 
 
 def worthwhile_precisions(*, on_gpu: bool) -> tuple[str, ...]:
-    """Those to measure unless told otherwise: without bf16 where it takes many times as long."""
+    """The precisions to measure by default: without bf16 where it takes many times as long."""
     narrow = on_gpu or not is_slow_in_bfloat16()
     return tuple(DTYPES) if narrow else ("no",)
 
@@ -43,7 +44,7 @@ def train_flops(model: nn.Module, batch: Tensor) -> float:
     """Floating-point operations of a forward and a backward pass, per sample.
 
     Args:
-        model: Takes the batch alone; with nothing fused, so that the counter sees its products.
+        model: Takes the batch only. Its operations are not fused, so that the counter sees them.
         batch: (B, ...).
     """
     model.eval()
@@ -54,7 +55,7 @@ def train_flops(model: nn.Module, batch: Tensor) -> float:
 
 
 def utilisation(samples_per_s: float, flops: float, peak: float) -> float:
-    """Share of the device's peak that the counted arithmetic comes to.
+    """The counted operations a second as a share of the device's peak.
 
     Args:
         samples_per_s: Samples a second.
@@ -67,7 +68,7 @@ def utilisation(samples_per_s: float, flops: float, peak: float) -> float:
 def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int = 5) -> float:
     """Operations a second of one large square matrix product, the median of some trials."""
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    # Enough products a trial that a GPU's clock and launch do not matter.
+    # A GPU does many products a trial, so that the time to launch them does not matter.
     repeats = 20 if device.type == "cuda" else 1
     rates = []
     for _ in range(trials + 1):
@@ -81,7 +82,7 @@ def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int 
 
 
 def nominal_peak(name: str, precision: str) -> float | None:
-    """Operations a second that the vendor names for a GPU; None for one that is not listed."""
+    """Operations a second that the vendor states for a GPU; None if the GPU is not listed."""
     for known, peaks in NOMINAL.items():
         if all(word in name for word in known.split()):
             return peaks[precision] * 1e12
@@ -89,7 +90,7 @@ def nominal_peak(name: str, precision: str) -> float | None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
+    """Wait until a GPU has done all its work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

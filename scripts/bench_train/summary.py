@@ -1,4 +1,4 @@
-"""What the measurements of `scripts.bench_train` came to: medians, ratios, a table."""
+"""The results of `scripts.bench_train`: medians, ratios, a table."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from scripts.bench_train.arithmetic import utilisation
-from scripts.bench_train.turns import Turn
+from scripts.bench_train.measurement import Spec
 
 
 def summarise(
     found: dict[str, list[dict[str, Any]]],
-    ways: dict[str, Turn],
+    ways: dict[str, Spec],
     flops: float,
     peaks: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Medians over the rounds, and shares of the peak.
 
     Args:
-        found: Measurements by way.
-        ways: Ways by name.
-        flops: Operations a segment.
+        found: Measurements of each way.
+        ways: All ways by name.
+        flops: Operations for each segment.
         peaks: Peaks of the device by precision.
     """
     rows = []
-    for name, turns in found.items():
-        rate = statistics.median(turn["samples_per_s"] for turn in turns)
+    for name, measured in found.items():
+        rate = statistics.median(one["samples_per_s"] for one in measured)
         peak = peaks[ways[name].precision]
         nominal = peak["nominal"]
         rows.append(
@@ -36,9 +36,9 @@ def summarise(
                 "precision": ways[name].precision,
                 "compile": ways[name].compile,
                 "samples_per_s": rate,
-                "rounds": [turn["samples_per_s"] for turn in turns],
-                "waiting": statistics.median(turn["waiting"] for turn in turns),
-                "peak_memory_mib": max(turn["peak_memory_mib"] for turn in turns),
+                "rounds": [one["samples_per_s"] for one in measured],
+                "waiting": statistics.median(one["waiting"] for one in measured),
+                "peak_memory_mib": max(one["peak_memory_mib"] for one in measured),
                 "share_of_peak": utilisation(rate, flops, peak["measured"]),
                 "share_of_nominal_peak": nominal and utilisation(rate, flops, nominal),
             }
@@ -47,14 +47,14 @@ def summarise(
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How each of our ways compares; None where the other was not measured."""
+    """The speed of each of our ways relative to others; None where those were not measured."""
     rates = {row["name"]: row["samples_per_s"] for row in rows}
-    files = max((row["samples_per_s"] for row in rows if row["kind"] == "course files"), default=0)
+    files = [row["samples_per_s"] for row in rows if row["kind"] == "homework files"]
     return [
         {
             "name": row["name"],
-            "to_course": row["samples_per_s"] / files if files else None,
-            "to_course_on_shards": _ratio(row["samples_per_s"], rates.get("course, shards")),
+            "to_homework": _ratio(row["samples_per_s"], max(files, default=None)),
+            "to_homework_on_shards": _ratio(row["samples_per_s"], rates.get("homework, shards")),
             "to_one_batch": _ratio(row["samples_per_s"], rates.get(f"{row['name']}, one batch")),
         }
         for row in rows
@@ -67,20 +67,20 @@ def _ratio(rate: float, other: float | None) -> float | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The measurements as Markdown tables, one a batch size."""
+    """The measurements as Markdown tables, one for each batch size."""
     lines = []
     for batch in result["batches"]:
         lines += [
             f"Batches of {batch['batch']}:",
             "",
-            "| way | samples/s | to the course's | waiting | MiB | of the peak |",
+            "| way | samples/s | relative to the homework's | waiting | MiB | of the peak |",
             "|---|---|---|---|---|---|",
         ]
-        files = [row["samples_per_s"] for row in batch["ways"] if row["kind"] == "course files"]
+        files = [row["samples_per_s"] for row in batch["ways"] if row["kind"] == "homework files"]
         for row in batch["ways"]:
-            to_course = f"{row['samples_per_s'] / max(files):.2f}x" if files else "-"
+            to_homework = f"{row['samples_per_s'] / max(files):.2f}x" if files else "-"
             lines.append(
-                f"| {row['name']} | {row['samples_per_s']:,.1f} | {to_course} | "
+                f"| {row['name']} | {row['samples_per_s']:,.1f} | {to_homework} | "
                 f"{row['waiting']:.1%} | {row['peak_memory_mib']:,.0f} | "
                 f"{row['share_of_peak']:.1%} |"
             )

@@ -1,21 +1,23 @@
-"""Train every rung of the course's ladder on one data set, and see whether each is above the last.
+"""Train every rung of the homework's ladder on one data set, and compare them.
 
     python -m scripts.ladder --data FOLDER [--segments 48000] [--rung NAME]... [--seed N]...
         [--width 144] [--jobs 2] [--override RECIPE.FIELD=VALUE] [--dry-run]
 
-FOLDER holds Dataset/ in the homework's layout and test_labels.csv, the truth about the test
-utterances, which is used for scoring only. The rungs are the course's code as published
-(`course_baseline.py`), then our recipes simple, medium, strong, boss and best, each trained by the
-command that a user would give. All get the same number of training segments: steps are --segments
-through the segments of a step. Checkpoints are chosen by validation accuracy, which is by the head;
-test accuracy is that of whole utterances, named by the recipe's backend, EER that of pairs of test
-utterances, drawn once, the same for all.
+FOLDER holds Dataset/ in the homework's layout, and test_labels.csv with the true speakers of the
+test utterances. These labels are used for scoring only.
 
-A run that is done is a file in the work folder and is not made again; one that was interrupted goes
-on from its newest checkpoint. With --width the Conformers of course, strong and boss are narrowed
-alike (4 heads, feed-forward 4 x width), to do it on CPUs; `best` is narrowed by --override. Without
-it the same command runs at full width, on a GPU where there is one. Exit codes: 0 all runs done,
-1 a run failed, 2 usage, 130 Ctrl-C.
+The rungs are the homework's code as published (`homework_baseline.py`), then our recipes simple,
+medium, strong, boss and best. Each recipe is trained by the command that a user would give. All
+runs get the same number of training segments: a run has --segments divided by the segments of a
+step as its number of steps. The best checkpoint is the one with the highest validation accuracy, by
+the model's head. Test accuracy is measured on whole utterances with the recipe's backend. The EER
+is measured on pairs of test utterances, the same pairs for all runs.
+
+The work folder keeps the result of each finished run, and such a run is not repeated. An
+interrupted run continues from its newest checkpoint. --width makes the Conformers of homework,
+strong and boss equally narrow (4 heads, feed-forward 4 x width), so that CPUs suffice; use
+--override to make `best` narrow. Without --width the models have their full width. A GPU is used
+where there is one. Exit codes: 0 all runs done, 1 a run failed, 2 usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -47,24 +49,24 @@ from shardprep.bench.machine import machine
 def plan(
     rungs: Sequence[str], seeds: Sequence[int], settings: Settings, places: Places
 ) -> list[Job]:
-    """All runs, seed after seed, so that an interrupted ladder has whole seeds to show."""
+    """All runs, seed after seed: an interrupted ladder then has complete seeds to compare."""
     digest = data_digest(places.dataset)
     return [plan_job(rung, seed, settings, places, digest) for seed in seeds for rung in rungs]
 
 
-def climb(
+def run_all(
     jobs: Sequence[Job], places: Places, *, parallel: int, threads: int
 ) -> tuple[list[Run], dict[str, str]]:
-    """Carry out all runs, several at a time.
+    """Train and measure all runs, several at a time.
 
     Args:
         jobs: The runs.
         places: Where files are.
         parallel: Runs at a time.
-        threads: Threads that each may compute with.
+        threads: Threads that each run may compute with.
 
     Returns:
-        The runs that are done, in the order of the jobs, and why others failed, by name.
+        The finished runs in the order of the jobs, and the reasons why others failed, by name.
     """
     stop, runs, failed = Event(), {}, {}
     with ThreadPoolExecutor(parallel) as pool:
@@ -105,12 +107,12 @@ def _check(rungs: Sequence[str], settings: Settings) -> None:
     for override in settings.overrides:
         name, _, rest = override.partition(".")
         field, equals, _ = rest.partition("=")
-        if name not in RUNGS or name == "course" or not field or not equals:
+        if name not in RUNGS or name == "homework" or not field or not equals:
             raise click.UsageError(
                 f"--override {override}: write RECIPE.FIELD=VALUE, such as best.model.dim=96"
             )
     for rung in rungs:
-        if rung != "course" and not (RECIPES / f"{rung}.yaml").exists():
+        if rung != "homework" and not (RECIPES / f"{rung}.yaml").exists():
             raise click.UsageError(f"there is no recipe {rung}.yaml; name the rungs with --rung")
 
 
@@ -123,19 +125,19 @@ _COUNT = click.IntRange(min=1)
 @click.option("--data", type=_FOLDER, required=True, help="Holds Dataset/ and test_labels.csv.")
 @click.option("--rung", "rungs", multiple=True, type=click.Choice(RUNGS), default=RUNGS)
 @click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(0, 1, 2))
-@click.option("--segments", type=_COUNT, default=48000, help="Training segments of a run.")
-@click.option("--width", type=_COUNT, help="Narrow course, strong and boss to this width.")
+@click.option("--segments", type=_COUNT, default=48000, help="Training segments in each run.")
+@click.option("--width", type=_COUNT, help="Narrow homework, strong and boss to this width.")
 @click.option("--override", "overrides", multiple=True, help="RECIPE.FIELD=VALUE, repeatable.")
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no")
 @click.option("--warmup-share", type=click.FloatRange(0, 1), default=0.1)
-@click.option("--validations", type=_COUNT, default=15, help="Validations of a run.")
-@click.option("--jobs", "parallel", type=_COUNT, default=1, help="Runs at a time.")
-@click.option("--threads", type=_COUNT, default=1, help="Threads a run computes with on a CPU.")
-@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+@click.option("--validations", type=_COUNT, default=15, help="Validations in each run.")
+@click.option("--jobs", "parallel", type=_COUNT, default=1, help="Runs to do at the same time.")
+@click.option("--threads", type=_COUNT, default=1, help="CPU threads of each run.")
+@click.option("--cpu", is_flag=True, help="Do not use a GPU.")
 @click.option("--work", type=click.Path(path_type=Path), default="runs/ladder", help="Work folder.")
 @click.option("--out", type=_NEW, help="Result file to write (JSON).")
-@click.option("--plot", type=_NEW, help="Picture of it to write (PNG); needs matplotlib.")
-@click.option("--dry-run", is_flag=True, help="Print the commands and do nothing.")
+@click.option("--plot", type=_NEW, help="Picture of the result to write (PNG); needs matplotlib.")
+@click.option("--dry-run", is_flag=True, help="Print the commands and do not run them.")
 def main(
     data: Path,
     rungs: tuple[str, ...],
@@ -168,15 +170,15 @@ def main(
         for command in (command for job in jobs for command in job.commands):
             click.echo(shlex.join(command))
         return
-    # A scheduler's SIGTERM ends the runs as Ctrl-C does: they save first.
+    # SIGTERM, which schedulers send, has the same effect as Ctrl-C: the runs save and end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # What is there is kept if it is of the same data.
+    # Existing shards are kept if they were built from the same data.
     shardprep.build_shards(places.dataset, places.shards, shardprep.BuildOptions(overwrite=True))
     write_trials(places.trials, places.dataset, places.labels)
     try:
-        runs, failed = climb(jobs, places, parallel=parallel, threads=threads)
+        runs, failed = run_all(jobs, places, parallel=parallel, threads=threads)
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on", err=True)
+        click.echo("interrupted; run the same command to continue", err=True)
         sys.exit(130)
     result = {
         **asdict(machine()),

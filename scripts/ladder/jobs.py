@@ -1,4 +1,4 @@
-"""The runs of a ladder: which commands make one, carrying them out, and what they measured."""
+"""The runs of a ladder: their commands, their processes and their results."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from scripts.ladder.summary import Run
 from scripts.ladder.trials import verify_embeddings
 from shardprep import publish
 
-COURSE_BATCH = 32
+HOMEWORK_BATCH = 32
 HEADS, FF_MULT = 4, 4
-# Narrowed by --width; the other rungs are narrow as they are, and `best` has widths of its own.
+# The recipes that --width changes: simple and medium are narrow anyway, `best` has other widths.
 NARROWED = ("strong", "boss")
 TRAIN = RECIPES.parents[1] / "train.py"
 _POLL_SECONDS = 0.2
@@ -38,11 +38,11 @@ class Settings:
     Attributes:
         segments: Training segments of a run.
         width: Width of the Conformer blocks; None for the recipes' own.
-        precision: Mixed precision of our runs; the course's is float32.
-        warmup_share: Share of the steps that the learning rate rises for.
-        validations: Validations of a run.
+        precision: Mixed precision of our runs; the homework's is float32.
+        warmup_share: Share of the steps in which the learning rate rises.
+        validations: Validations in each run.
         overrides: `RECIPE.FIELD=VALUE`, each for one of our recipes.
-        cpu: Whether to leave GPUs alone.
+        cpu: Whether to use the CPU although there is a GPU.
     """
 
     segments: int = 48000
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a ladder's files are: the data set, its truth, the shards, and the work folder."""
+    """Where a ladder's files are: the data set, its test labels, and the work folder."""
 
     dataset: Path
     labels: Path
@@ -69,7 +69,7 @@ class Places:
 
     @property
     def trials(self) -> Path:
-        """The pairs of test utterances that all runs are verified on, if there are any."""
+        """The pairs of test utterances for speaker verification, the same for all runs."""
         return self.work / "trials.txt"
 
 
@@ -80,12 +80,12 @@ class Job:
     Attributes:
         rung: Which rung.
         seed: Its seed.
-        name: Of its folder and files; settings that differ give another.
+        name: Name of its folder and files; other settings give another name.
         steps: Optimiser steps.
         batch_size: Segments a step.
-        train: The command that trains; the course's predicts as well, and prints JSON.
-        predict: The command that predicts, if it is another.
-        score: The command that tells the rest about the test split as JSON, if there is one.
+        train: The command that trains. The homework's command also predicts, and prints JSON.
+        predict: The command that predicts, for recipes.
+        score: The command that prints other measures of the test split as JSON, for recipes.
     """
 
     rung: str
@@ -99,7 +99,7 @@ class Job:
 
     @property
     def commands(self) -> list[tuple[str, ...]]:
-        """All of them, in order."""
+        """All commands, in order."""
         return [command for command in (self.train, self.predict, self.score) if command]
 
 
@@ -107,7 +107,7 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     """The commands of a run.
 
     Args:
-        rung: "course" or the name of a recipe.
+        rung: "homework" or the name of a recipe.
         seed: Its seed.
         settings: What all runs share.
         places: Where files are.
@@ -117,8 +117,8 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
         ConfigError: The recipe does not allow these settings.
         OSError: There is no such recipe.
     """
-    if rung == "course":
-        return _plan_course(seed, settings, places, data)
+    if rung == "homework":
+        return _plan_homework(seed, settings, places, data)
     recipe = RECIPES / f"{rung}.yaml"
     options = ["--config", str(recipe), *_narrow(rung, settings.width)]
     for override in settings.overrides:
@@ -143,7 +143,8 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     launch += ["--mixed_precision", settings.precision, str(TRAIN)]
     shards = ["--shards", str(places.shards), "--split", "test", "--labels", str(places.labels)]
     trials = ["--trials", str(places.trials), "--json"]
-    predict = (sys.executable, "-m", "shardprep_trainer.predict", str(runs / name), *shards)
+    command = (sys.executable, "-m", "shardprep")
+    predict = (*command, "predict", str(runs / name), *shards)
     return Job(
         rung=rung,
         seed=seed,
@@ -152,23 +153,23 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
         batch_size=batch_size,
         train=(*launch, *options),
         predict=(*predict, "--out", str(_submission(places, name))),
-        score=(sys.executable, "-m", "shardprep_trainer.score", str(runs / name), *shards, *trials),
+        score=(*command, "score", str(runs / name), *shards, *trials),
     )
 
 
-def _plan_course(seed: int, settings: Settings, places: Places, data: str) -> Job:
-    steps = max(1, settings.segments // COURSE_BATCH)
-    options = ["--steps", str(steps), "--batch", str(COURSE_BATCH), "--seed", str(seed)]
+def _plan_homework(seed: int, settings: Settings, places: Places, data: str) -> Job:
+    steps = max(1, settings.segments // HOMEWORK_BATCH)
+    options = ["--steps", str(steps), "--batch", str(HOMEWORK_BATCH), "--seed", str(seed)]
     options += ["--warmup", str(int(steps * settings.warmup_share))]
     options += ["--valid-steps", str(max(1, steps // settings.validations))]
     if settings.width is not None:
         options += ["--width", str(settings.width), "--heads", str(HEADS)]
         options += ["--head-dim", str(settings.width // HEADS)]
-    name = _name("course", seed, [options, settings.cpu, data])
-    script = [sys.executable, "-m", "scripts.bench_train.course_baseline", str(places.dataset)]
+    name = _name("homework", seed, [options, settings.cpu, data])
+    script = [sys.executable, "-m", "scripts.bench_train.homework_baseline", str(places.dataset)]
     out = ["--out", str(_submission(places, name)), "--json"]
     out += ["--embeddings", str(_embeddings(places, name))]
-    return Job("course", seed, name, steps, COURSE_BATCH, (*script, *options, *out))
+    return Job("homework", seed, name, steps, HOMEWORK_BATCH, (*script, *options, *out))
 
 
 def _narrow(rung: str, width: int | None) -> list[str]:
@@ -198,18 +199,18 @@ def data_digest(dataset: Path) -> str:
 
 
 def result_file(places: Places, job: Job) -> Path:
-    """Where the result of a run is kept; it is there only if the run is done."""
+    """The file of a run's result; it exists only if the run is finished."""
     return places.work / "results" / f"{job.name}.json"
 
 
 def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
-    """Carry out a run, or read what an earlier one came to.
+    """Do a run, or read its result if it was finished earlier.
 
     Args:
         job: The run.
         places: Where files are.
         threads: Threads that its processes may compute with.
-        stop: Ends it when set.
+        stop: Ends the run when set.
 
     Raises:
         RuntimeError: A command failed; the message names its log.
@@ -225,7 +226,7 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
         _keep(kept, run)
     if "eer" not in run and places.trials.exists():
         if job.score:
-            answer = json.loads(_carry_out(job.score, log, threads, stop))
+            answer = json.loads(_run_command(job.score, log, threads, stop))
             run.update({key: answer[key] for key in ("top5_accuracy", "eer", "min_dcf")})
         else:
             run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
@@ -243,10 +244,10 @@ def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: 
     resumed = any((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt"))
     if resumed:
         command = (*command, "--resume")
-    answer = _carry_out(command, log, threads, stop)
+    answer = _run_command(command, log, threads, stop)
     seconds = time.perf_counter() - began
     if job.predict:
-        _carry_out(job.predict, log, threads, stop)
+        _run_command(job.predict, log, threads, stop)
         metrics = places.work / "runs" / job.name / "metrics.jsonl"
         measured = {"seconds": None if resumed else seconds, **read_metrics(metrics)}
     else:
@@ -265,11 +266,11 @@ def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: 
     }
 
 
-def _carry_out(command: Sequence[str], log: Path, threads: int, stop: Event) -> str:
-    """Run a command with its stderr, and a copy of its stdout, in the log; returns the stdout."""
+def _run_command(command: Sequence[str], log: Path, threads: int, stop: Event) -> str:
+    """Run a command, log its stderr and a copy of its stdout, and return the stdout."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with log.open("a+") as errors, log.with_suffix(".out").open("w+") as answer:
-        # A group of its own: a launcher that is ended would leave the training behind.
+        # A process group of its own: a signal to the launcher alone would not end the training.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -291,7 +292,7 @@ def _carry_out(command: Sequence[str], log: Path, threads: int, stop: Event) -> 
 
 
 def read_metrics(file: Path) -> dict[str, Any]:
-    """What `metrics.jsonl` of a run tells: best validation, and medians of the rates."""
+    """The best validation of a run and medians of its rates, from `metrics.jsonl`."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
     valid = [record["accuracy"] for record in records if record["event"] == "valid"]
     train = [record for record in records if record["event"] == "train"]

@@ -1,8 +1,8 @@
-"""The picture of a result file of `scripts.ladder`: test and validation accuracy of every rung.
+"""Draw a result file of `scripts.ladder`: test and validation accuracy of every rung.
 
     python -m scripts.ladder.plot scripts/results/ladder.json scripts/results/ladder.png
 
-It needs matplotlib (extra `[bench]`).
+This needs matplotlib (extra `[bench]`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from scripts.plot_style import FAINT, INK, OTHER, OURS, bare, command, finish, start, title
 
-# Seeds stand side by side within this share of a rung's place.
+# The dots of a rung's seeds take this share of the distance between two rungs.
 SPREAD = 0.22
 
 
@@ -21,7 +21,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     names = list(result["rungs"])
     figure, axes = start(4.6)
     for place, name in enumerate(names):
-        colour = OTHER if name == "course" else OURS
+        colour = OTHER if name == "homework" else OURS
         runs = [run for run in result["runs"] if run["rung"] == name]
         middle = (len(runs) - 1) / 2
         for number, run in enumerate(sorted(runs, key=lambda run: run["seed"])):
@@ -47,7 +47,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _frame(axes: Any, names: list[str]) -> None:
-    labels = [name if name != "course" else "course,\nas published" for name in names]
+    labels = [name if name != "homework" else "homework's code,\nas published" for name in names]
     axes.set_xticks(range(len(names)), labels, fontsize=10, color=INK)
     axes.set_xlim(-0.6, len(names) - 0.3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}")
@@ -64,11 +64,11 @@ def _title(axes: Any, result: dict[str, Any]) -> None:
     width = f"Conformers of width {settings['width']}, " if settings["width"] else ""
     title(
         axes,
-        "Speakers recognised, rung by rung",
+        "Accuracy of every rung",
         f"{data['speakers']:,} speakers, {data['labelled']:,} labelled and {data['test']:,} test "
-        f"utterances; {settings['segments']:,} training segments a run, {width}"
+        f"utterances; {settings['segments']:,} training segments in each run, {width}"
         f"{len(settings['seeds'])} seed(s)\n"
-        f"{result['device']}, {result['date']}; a dot is a run, a line the mean on the test set",
+        f"{result['device']}, {result['date']}; dots are runs, lines are means on the test set",
     )
 
 

@@ -1,7 +1,7 @@
-"""What the runs of a ladder came to: means and spreads over the seeds, checks, a table.
+"""The results of a ladder: means and spreads over the seeds, checks, a table.
 
-Pure functions of the runs, each a dict with `rung`, `seed`, `test_accuracy`, `val_accuracy`, and
-`eer` and others where they were measured.
+Pure functions of the runs. A run is a dict with `rung`, `seed`, `test_accuracy` and `val_accuracy`,
+and with `eer` and others if they were measured.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 Run = dict[str, Any]
 
-# From the foot to the top; the course's code stands beside strong, whose recipe it meant.
-RUNGS = ("course", "simple", "medium", "strong", "boss", "best")
+# From low to high. The homework's code comes first; its recipe corresponds to strong.
+RUNGS = ("homework", "simple", "medium", "strong", "boss", "best")
 MEASURES = (
     "test_accuracy",
     "val_accuracy",
@@ -23,13 +23,13 @@ MEASURES = (
     "samples_per_s",
     "seconds",
 )
-# Share of the errors below that boss (of the course) and best (of boss) should do without.
+# Share of errors that should be gone: from the homework's code to boss, and from boss to best.
 HALF = 0.5
-LABELS = {"course": "course, as published"}
+LABELS = {"homework": "homework's code, as published"}
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """Spreads by rung, and the checks that they allow."""
+    """The spread of each rung, and the checks for which there are enough rungs."""
     rungs = {}
     for name in RUNGS:
         own = [run for run in runs if run["rung"] == name]
@@ -42,7 +42,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean, least and largest of the values that there are."""
+    """Mean, smallest and largest of the values, without those that are None."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -53,13 +53,13 @@ def checks(rungs: dict[str, Any]) -> list[dict[str, Any]]:
     """What the ladder should show, by mean test accuracy, for the rungs that were measured.
 
     Returns:
-        For each: `name`, `found`, `passed`, and for an order `clear`, whether the worst seed of the
-        upper rung is above the best seed of the lower one.
+        For each check `name`, `found` and `passed`. A check of the order of two rungs also has
+        `clear`: whether the worst seed of the upper rung is above the best seed of the lower rung.
     """
-    own = [name for name in RUNGS if name in rungs and name != "course"]
+    own = [name for name in RUNGS if name in rungs and name != "homework"]
     pairs = list(zip(own, own[1:], strict=False))
-    if {"course", "strong"} <= set(rungs):
-        pairs.insert(0, ("course", "strong"))
+    if {"homework", "strong"} <= set(rungs):
+        pairs.insert(0, ("homework", "strong"))
     found = []
     for lower, upper in pairs:
         below, above = (rungs[name]["test_accuracy"] for name in (lower, upper))
@@ -68,7 +68,7 @@ def checks(rungs: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {"name": f"{upper} above {lower}", "found": gain, "passed": gain > 0, "clear": clear}
         )
-    for lower, upper in (("course", "boss"), ("boss", "best")):
+    for lower, upper in (("homework", "boss"), ("boss", "best")):
         if {lower, upper} <= set(rungs):
             below, above = (rungs[name]["test_accuracy"]["mean"] for name in (lower, upper))
             gone = errors_gone(below, above)
@@ -78,7 +78,7 @@ def checks(rungs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def errors_gone(before: float, after: float) -> float:
-    """Share of the errors that went away between two accuracies; negative where more came."""
+    """Share of the errors that are gone between two accuracies; negative if there are more."""
     if before == 1.0:
         return 0.0 if after == 1.0 else float("-inf")
     return 1.0 - (1.0 - after) / (1.0 - before)
@@ -96,7 +96,7 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
     lines.append("")
     for check in summary["checks"]:
-        state = "ok" if check["passed"] else "NOT SO"
+        state = "ok" if check["passed"] else "FAILED"
         seeds = {True: ", at every seed", False: ", but not at every seed", None: ""}
         seen = seeds[check.get("clear") if check["passed"] else None]
         lines.append(f"- {state}: {check['name']}: {check['found']:+.4f}{seen}")

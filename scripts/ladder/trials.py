@@ -1,4 +1,4 @@
-"""The trials of speaker verification that all runs of a ladder share, and how the course does."""
+"""The trials of speaker verification that all runs of a ladder share, and scores on them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shardprep_trainer.evaluation.verification import score_trials
 
 from shardprep import publish
 
-# Of each kind, where there are so many.
+# At most so many pairs of one speaker, and as many of two speakers.
 TRIALS = 50_000
 
 
 def write_trials(file: Path, dataset: Path, labels: Path, seed: int = 0) -> int:
-    """Draw pairs of test utterances, half of them of one speaker, and list them as VoxCeleb does.
+    """Draw pairs of test utterances, half of them from one speaker, and write a VoxCeleb list.
 
     Args:
-        file: The list to write; where there are no such pairs, none is written.
+        file: The list to write; without such pairs, no file is written.
         dataset: Data set in the homework's layout.
         labels: CSV of true labels, Id,Category.
-        seed: Decides which pairs.
+        seed: Decides which pairs are drawn.
 
     Returns:
         The number of trials.
@@ -49,7 +49,7 @@ def write_trials(file: Path, dataset: Path, labels: Path, seed: int = 0) -> int:
 
 
 def verify_embeddings(file: Path, trials: Path) -> dict[str, float]:
-    """EER and minDCF of embeddings that `course_baseline.py` wrote.
+    """EER and minDCF of embeddings that `homework_baseline.py` wrote.
 
     Args:
         file: The embeddings (npz), `key` (N,) and `embedding` (N, D).

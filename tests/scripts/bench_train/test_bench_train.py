@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from torch import nn
 
 from scripts.bench_train import __main__ as bench
-from scripts.bench_train import arithmetic, summary, turns
-from scripts.bench_train import course_model as models
+from scripts.bench_train import arithmetic, measurement, summary
+from scripts.bench_train import homework_model as models
 
 
 def test_a_linear_layer_is_counted_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_what_takes_many_times_as_long_is_measured_only_if_asked_for(
 
 def test_all_products_of_the_block_are_counted() -> None:
     dim, heads, head_dim, frames, mels, speakers = 16, 2, 8, 128, 40, 5
-    model = models.CourseModel(
+    model = models.HomeworkModel(
         mels, speakers, dim=dim, heads=heads, head_dim=head_dim, kind="boss", axis="right"
     )
     inner = heads * head_dim
@@ -68,23 +68,23 @@ def test_the_measured_peak_is_positive_and_known_gpus_are_told_apart() -> None:
     assert nominal("cpu", "no") is None
 
 
-def turn(rate: float, waiting: float = 0.1) -> dict[str, float]:
+def measured(rate: float, waiting: float = 0.1) -> dict[str, float]:
     return {"samples_per_s": rate, "waiting": waiting, "peak_memory_mib": rate}
 
 
-def test_ratios_are_of_medians_and_to_the_best_of_the_course() -> None:
-    base = turns.Turn("ours", "", "")
+def test_ratios_are_of_medians_and_to_the_best_of_the_homework() -> None:
+    base = measurement.Spec("ours", "", "")
     ways = bench.contenders(base, ["no"], [False])
     assert list(ways) == [
-        "course, files, 0 workers",
-        "course, files, 2 workers",
-        "course, shards",
+        "homework, files, 0 workers",
+        "homework, files, 2 workers",
+        "homework, shards",
         "ours, float32",
         "ours, float32, one batch",
     ]
     given = ([9, 10, 11], [20, 5, 1], [40] * 3, [50, 60, 10], [100] * 3)
     rates = dict(zip(ways, given, strict=True))
-    found = {name: [turn(rate) for rate in values] for name, values in rates.items()}
+    found = {name: [measured(rate) for rate in values] for name, values in rates.items()}
     peaks = {"no": {"measured": 1000.0, "nominal": None}}
     rows = summary.summarise(found, ways, 4.0, peaks)
     assert [row["samples_per_s"] for row in rows] == [10, 5, 40, 50, 100]
@@ -94,8 +94,8 @@ def test_ratios_are_of_medians_and_to_the_best_of_the_course() -> None:
     assert summary.ratios(rows) == [
         {
             "name": "ours, float32",
-            "to_course": 5.0,
-            "to_course_on_shards": 1.25,
+            "to_homework": 5.0,
+            "to_homework_on_shards": 1.25,
             "to_one_batch": 0.5,
         }
     ]
@@ -104,7 +104,7 @@ def test_ratios_are_of_medians_and_to_the_best_of_the_course() -> None:
 
 
 def test_every_way_is_measured_in_each_precision_and_compiled() -> None:
-    ways = bench.contenders(turns.Turn("ours", "", ""), ["no", "bf16"], [False, True])
+    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no", "bf16"], [False, True])
     own = [way for way in ways.values() if way.kind == "ours"]
     assert [(way.precision, way.compile) for way in own] == [
         ("no", False),
@@ -112,43 +112,43 @@ def test_every_way_is_measured_in_each_precision_and_compiled() -> None:
         ("bf16", False),
         ("bf16", True),
     ]
-    assert {way.precision for way in ways.values() if way.kind.startswith("course")} == {"no"}
+    assert {way.precision for way in ways.values() if way.kind.startswith("homework")} == {"no"}
 
 
 def test_a_way_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(turn_: Any, threads: int) -> dict[str, float]:
-        if turn_.kind == "course shards":
+    def measure(spec: Any, threads: int) -> dict[str, float]:
+        if spec.kind == "homework shards":
             raise RuntimeError("exit code 1: no memory")
-        return turn(1.0)
+        return measured(1.0)
 
-    monkeypatch.setattr(bench, "take_turn", take)
-    ways = bench.contenders(turns.Turn("ours", "", ""), ["no"], [False])
+    monkeypatch.setattr(bench, "measure_apart", measure)
+    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no"], [False])
     failed: dict[str, str] = {}
     found = bench.measure_batch(ways, 2, 1, failed)
-    assert "course, shards" not in found
-    assert failed == {"batch 32: course, shards": "exit code 1: no memory"}
+    assert "homework, shards" not in found
+    assert failed == {"batch 32: homework, shards": "exit code 1: no memory"}
     assert all(len(rows) == 2 for rows in found.values())
 
 
-def test_a_turn_is_made_in_a_process_of_its_own() -> None:
+def test_a_measurement_is_made_in_a_process_of_its_own() -> None:
     # In bfloat16 it would take six minutes on a CPU that is slow in that.
     precision = arithmetic.worthwhile_precisions(on_gpu=False)[-1]
-    found = bench.take_turn(turns.Turn("peak", "", "", precision=precision), 1)
+    found = bench.measure_apart(measurement.Spec("peak", "", "", precision=precision), 1)
     assert found["measured"] > 0
     assert found["nominal"] is None
 
 
-def test_a_turn_that_fails_tells_why() -> None:
+def test_a_measurement_that_fails_tells_why() -> None:
     with pytest.raises(RuntimeError, match=r"exit code 1: .*no shards"):
-        bench.take_turn(turns.Turn("course shards", "none", "no shards"), 1)
+        bench.measure_apart(measurement.Spec("homework shards", "none", "no shards"), 1)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Turns without a process of their own, whose start would be most of the time."""
+    """Measure in this process: to start another one would take most of the time."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(bench, "take_turn", lambda turn_, _: turns.measure(turn_))
-    monkeypatch.setattr(turns, "CPU_MATMUL", 64)
+    monkeypatch.setattr(bench, "measure_apart", lambda spec, _: measurement.measure(spec))
+    monkeypatch.setattr(measurement, "CPU_MATMUL", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -185,7 +185,7 @@ def test_everything_is_measured_at_a_tiny_size(
     assert (batch["batch"], batch["measured_steps"]) == (4, 4)
     assert all(row["samples_per_s"] > 0 for row in batch["ways"])
     (ratio,) = batch["ratios"]
-    assert min(ratio[key] for key in ("to_course", "to_course_on_shards", "to_one_batch")) > 0
+    assert min(ratio[key] for key in ("to_homework", "to_homework_on_shards", "to_one_batch")) > 0
     assert all(math.isfinite(number) for number in numbers(result))
     assert result["whole"]["peak_memory_mib"] >= result["whole"]["before_mib"] > 0
     assert {"cpu", "cores", "date", "versions", "device", "threads"} <= set(result)

@@ -1,4 +1,4 @@
-"""The ladder: the commands are those of a user, the summary is arithmetic, a fall is flagged."""
+"""The ladder: it runs the user's commands, sums up correctly, and marks a lower upper rung."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ def config_of(job: Any) -> Any:
 
 def test_means_spreads_and_checks_are_those_of_the_runs() -> None:
     found = summary.summarise(
-        runs_of(course=[0.60, 0.62], strong=[0.70, 0.74], boss=[0.80, 0.84], best=[0.92])
+        runs_of(homework=[0.60, 0.62], strong=[0.70, 0.74], boss=[0.80, 0.84], best=[0.92])
     )
-    assert list(found["rungs"]) == ["course", "strong", "boss", "best"]
+    assert list(found["rungs"]) == ["homework", "strong", "boss", "best"]
     assert found["rungs"]["boss"]["test_accuracy"] == pytest.approx(
         {"mean": 0.82, "min": 0.80, "max": 0.84}
     )
     assert found["rungs"]["boss"]["seeds"] == [0, 1]
     assert found["rungs"]["boss"]["eer"] is None
     checks = {check["name"]: check for check in found["checks"]}
-    assert checks["strong above course"]["found"] == pytest.approx(0.11)
+    assert checks["strong above homework"]["found"] == pytest.approx(0.11)
     assert checks["best above boss"]["found"] == pytest.approx(0.10)
     gone = "{1} without at least half of the errors of {0} (share gone)"
-    assert checks[gone.format("course", "boss")]["found"] == pytest.approx(1 - 0.18 / 0.39)
+    assert checks[gone.format("homework", "boss")]["found"] == pytest.approx(1 - 0.18 / 0.39)
     assert checks[gone.format("boss", "best")]["found"] == pytest.approx(1 - 0.08 / 0.18)
     assert all(check["passed"] for check in found["checks"])
 
 
-def test_a_rung_below_the_one_before_is_flagged() -> None:
+def test_a_rung_below_the_one_before_fails() -> None:
     found = summary.summarise(
         runs_of(simple=[0.6], medium=[0.7], strong=[0.65], boss=[0.8], best=[0.79])
     )
@@ -75,11 +75,11 @@ def test_a_rung_below_the_one_before_is_flagged() -> None:
         "best without at least half of the errors of boss (share gone)": False,
     }
     text = summary.table(found)
-    assert "NOT SO: strong above medium: -0.0500" in text
+    assert "FAILED: strong above medium: -0.0500" in text
     assert "| best | 0.7900 | 0.9000 | - | - | - |" in text
 
 
-def test_less_than_half_of_the_errors_gone_is_flagged() -> None:
+def test_less_than_half_of_the_errors_gone_fails() -> None:
     for best, enough in ((0.89, False), (0.91, True)):
         checks = summary.summarise(runs_of(boss=[0.8], best=[best]))["checks"]
         assert [check["passed"] for check in checks] == [True, enough]
@@ -109,8 +109,8 @@ def test_runs_have_equally_many_segments_and_their_recipe(tmp_path: Path, rung: 
     assert config.run == tmp_path / "work" / "runs" / job.name
 
 
-def test_the_course_has_as_many_segments(tmp_path: Path) -> None:
-    words = list(plan(tmp_path, "course", 3, segments=3200, width=48).train)
+def test_the_homeworks_code_gets_as_many_segments(tmp_path: Path) -> None:
+    words = list(plan(tmp_path, "homework", 3, segments=3200, width=48).train)
     given = dict(zip(words, words[1:], strict=False))
     assert int(given["--steps"]) * int(given["--batch"]) == 3200
     assert (given["--warmup"], given["--seed"]) == ("10", "3")
@@ -148,7 +148,7 @@ def test_names_differ_where_runs_do(tmp_path: Path) -> None:
     assert plan(tmp_path, "boss", overrides=("strong.optim.lr=2e-3",)).name == names[0]
 
 
-def test_a_gpu_is_left_alone_only_where_asked(tmp_path: Path) -> None:
+def test_a_gpu_is_used_unless_the_cpu_is_asked_for(tmp_path: Path) -> None:
     assert "--cpu" in plan(tmp_path, "boss", cpu=True).train
     assert "--cpu" not in plan(tmp_path, "boss", cpu=False).train
 
@@ -188,13 +188,14 @@ def data(make_dataset: Callable[..., Path]) -> Path:
 
 def test_a_dry_run_prints_commands_and_writes_nothing(data: Path, tmp_path: Path) -> None:
     words = ("--data", data, "--work", tmp_path / "work", "--seed", 0, "--seed", 1, "--dry-run")
-    done = invoke(*words, "--rung", "simple", "--rung", "course")
+    done = invoke(*words, "--rung", "simple", "--rung", "homework")
     assert done.exit_code == 0, done.output
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert lines[0][:2] == ["shardprep", "build"]
     assert sum(str(jobs.TRAIN) in line for line in lines) == 2
-    assert sum("scripts.bench_train.course_baseline" in line for line in lines) == 2
-    assert sum("shardprep_trainer.predict" in line for line in lines) == 2
+    assert sum("scripts.bench_train.homework_baseline" in line for line in lines) == 2
+    assert sum(line[1:4] == ["-m", "shardprep", "predict"] for line in lines) == 2
+    assert sum(line[1:4] == ["-m", "shardprep", "score"] for line in lines) == 2
     assert not (tmp_path / "work").exists()
 
 
@@ -212,7 +213,7 @@ def test_a_cpu_that_is_slow_in_bf16_is_warned_of(
     ("words", "message"),
     [
         (("--width", 50), "multiple of 4 heads"),
-        (("--override", "course.x=1"), "write RECIPE.FIELD=VALUE"),
+        (("--override", "homework.x=1"), "write RECIPE.FIELD=VALUE"),
         (("--override", "boss.model.dim"), "write RECIPE.FIELD=VALUE"),
         (("--rung", "boss", "--override", "boss.model.dim=100"), "model.ff_dim"),
     ],
@@ -236,7 +237,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
     monkeypatch.setattr(ladder, "run_job", run)
     planned = [plan(tmp_path, rung) for rung in OURS]
     places = jobs.Places(tmp_path, tmp_path, tmp_path)
-    runs, failed = ladder.climb(planned, places, parallel=2, threads=1)
+    runs, failed = ladder.run_all(planned, places, parallel=2, threads=1)
     assert [run["rung"] for run in runs] == ["simple", "strong", "boss"]
     assert failed == {planned[1].name: "failed: RuntimeError: exit code 1"}
 
@@ -247,31 +248,29 @@ def test_a_command_that_fails_names_its_log_and_a_stop_ends_it(tmp_path: Path) -
         "import sys; print('answer'); print('talk', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     )
     command = (sys.executable, "-c", script)
-    assert jobs._carry_out((*command, "0"), log, 1, stop) == "answer\n"
+    assert jobs._run_command((*command, "0"), log, 1, stop) == "answer\n"
     with pytest.raises(RuntimeError, match=r"exit code 3; .*x\.log tells why"):
-        jobs._carry_out((*command, "3"), log, 1, stop)
+        jobs._run_command((*command, "3"), log, 1, stop)
     assert log.read_text().count("talk") == 2
     stop.set()
     with pytest.raises(RuntimeError, match="exit code -15"):
-        jobs._carry_out((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
+        jobs._run_command((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
 
 
-def test_a_ladder_is_climbed_once_and_its_results_are_used_again(
-    data: Path, tmp_path: Path
-) -> None:
+def test_finished_runs_are_not_repeated(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "ladder.json"
     words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seed", 0]
-    words += ["--rung", "course", "--rung", "simple", "--width", 16, "--validations", 1, "--cpu"]
+    words += ["--rung", "homework", "--rung", "simple", "--width", 16, "--validations", 1, "--cpu"]
     first = invoke(*words, "--out", out)
     assert first.exit_code == 0, first.output
     result = json.loads(out.read_text())
-    assert [run["rung"] for run in result["runs"]] == ["course", "simple"]
+    assert [run["rung"] for run in result["runs"]] == ["homework", "simple"]
     assert all(run["test_utterances"] == 5 for run in result["runs"])
     assert all(0 <= run["val_accuracy"] <= 1 for run in result["runs"])
     assert all(0 <= run["eer"] <= 1 and 0 <= run["min_dcf"] <= 1 for run in result["runs"])
     assert result["dataset"]["labelled"] == 352
     assert {"cpu", "cores", "date", "versions", "device", "settings", "checks"} <= set(result)
-    assert "| course, as published |" in first.stdout
+    assert "| homework's code, as published |" in first.stdout
     kept = sorted((tmp_path / "work" / "results").iterdir())
     before = [file.stat().st_mtime_ns for file in kept]
     assert invoke(*words, "--out", out).exit_code == 0
@@ -281,7 +280,7 @@ def test_a_ladder_is_climbed_once_and_its_results_are_used_again(
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    runs = runs_of(course=[0.6], strong=[0.7, 0.71], boss=[0.8])
+    runs = runs_of(homework=[0.6], strong=[0.7, 0.71], boss=[0.8])
     result = {
         "runs": runs,
         "device": "X",

@@ -76,7 +76,7 @@ def padded(utterances: list[Tensor], value: float = torch.nan) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_the_four_rungs_of_the_course_can_be_built(name: str) -> None:
+def test_the_four_recipes_of_the_homework_can_be_built(name: str) -> None:
     model = SpeakerModel(40, 600, dropout=0.1, **RUNGS[name])
     mel = torch.randn(2, 24, 40)
     assert model(mel).shape == (2, 600)

@@ -1,4 +1,4 @@
-"""The course's code has the mistakes that it is known for, and only those."""
+"""The homework's code has the mistakes that it is known for, and only those."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 from conformer import ConformerBlock
 
-from scripts.bench_train import course_baseline as course
-from scripts.bench_train import course_model as models
+from scripts.bench_train import homework_baseline as homework
+from scripts.bench_train import homework_model as models
 
 SIZES = {"dim": 16, "heads": 2, "head_dim": 8}
 TINY = {"width": 16, "heads": 2, "head_dim": 8, "batch_size": 4, "device": "cpu"}
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 def build(**options: Any) -> Any:
     torch.manual_seed(0)
-    return models.CourseModel(40, 5, **SIZES, **options).eval()
+    return models.HomeworkModel(40, 5, **SIZES, **options).eval()
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
@@ -60,7 +60,7 @@ def test_the_right_axis_is_the_package_used_as_it_is_meant() -> None:
     assert torch.allclose(model(mel), expected, atol=1e-6)
 
 
-def test_boss_asks_for_a_margin_only_of_the_true_speaker() -> None:
+def test_boss_subtracts_the_margin_only_from_the_true_speaker() -> None:
     model = build(kind="boss")
     cosines, labels = torch.rand(4, 5) * 2 - 1, torch.tensor([0, 3, 1, 1])
     logits = models.SCALE * cosines
@@ -72,8 +72,8 @@ def test_boss_asks_for_a_margin_only_of_the_true_speaker() -> None:
 
 def test_short_utterances_are_padded_and_long_ones_cut(make_dataset: Any) -> None:
     root = make_dataset(frames=(20, 200))
-    source = course.read_source(root)
-    data = course.CourseDataset(source.labelled, 100)
+    source = homework.read_source(root)
+    data = homework.HomeworkDataset(source.labelled, 100)
     random.seed(0)
     samples = [data[index] for index in range(len(data))]
     for (mel, label), (path, number) in zip(samples, source.labelled, strict=True):
@@ -81,7 +81,7 @@ def test_short_utterances_are_padded_and_long_ones_cut(make_dataset: Any) -> Non
         starts = range(max(1, len(whole) - 99))
         assert any(torch.equal(mel, whole[start : start + 100]) for start in starts)
         assert int(label) == number
-    batch, labels = course.collate(samples)
+    batch, labels = homework.collate(samples)
     assert batch.shape == (24, 100, 40)
     assert len(labels) == 24
     short, (mel, _) = min(enumerate(samples), key=lambda pair: len(pair[1][0]))
@@ -90,7 +90,7 @@ def test_short_utterances_are_padded_and_long_ones_cut(make_dataset: Any) -> Non
 
 def test_the_schedule_rises_and_falls() -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
-    schedule = course.cosine_schedule(torch.optim.AdamW([weight], lr=1.0), 10, 110)
+    schedule = homework.cosine_schedule(torch.optim.AdamW([weight], lr=1.0), 10, 110)
     rates = []
     for _ in range(110):
         rates.append(schedule.get_last_lr()[0])
@@ -100,7 +100,7 @@ def test_the_schedule_rises_and_falls() -> None:
     assert rates[10] == 1
     assert rates[60] == pytest.approx(0.5)
     assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
-    assert [course.warmup_steps(steps) for steps in (1001, 1000, 50)] == [1000, 100, 5]
+    assert [homework.warmup_steps(steps) for steps in (1001, 1000, 50)] == [1000, 100, 5]
 
 
 def test_the_best_state_is_an_alias_so_the_last_weights_are_tested(
@@ -115,15 +115,15 @@ def test_the_best_state_is_an_alias_so_the_last_weights_are_tested(
         return next(accuracies)
 
     tested: list[torch.Tensor] = []
-    predict = course.predict
+    predict = homework.predict
 
     def spy(model: Any, *arguments: Any) -> Any:
         tested.append(model.prenet.weight.detach().clone())
         return predict(model, *arguments)
 
-    monkeypatch.setattr(course, "validate", validate)
-    monkeypatch.setattr(course, "predict", spy)
-    result = course.train_course(root, 6, valid_steps=2, **TINY)
+    monkeypatch.setattr(homework, "validate", validate)
+    monkeypatch.setattr(homework, "predict", spy)
+    result = homework.train_baseline(root, 6, valid_steps=2, **TINY)
     assert result["val_accuracy"] == 0.9
     assert torch.equal(tested[0], seen[2])
     assert not torch.equal(tested[0], seen[0])
@@ -133,7 +133,7 @@ def test_a_run_is_a_function_of_its_seed_and_predicts_every_test_utterance(
     make_dataset: Callable[..., Path],
 ) -> None:
     root = make_dataset(speakers=3, utterances=20, test_utterances=4)
-    one, two, other = (course.train_course(root, 4, seed=seed, **TINY) for seed in (1, 1, 2))
+    one, two, other = (homework.train_baseline(root, 4, seed=seed, **TINY) for seed in (1, 1, 2))
     listed = [
         row["feature_path"]
         for row in json.loads((root / "testdata.json").read_text())["utterances"]
@@ -152,7 +152,7 @@ def test_the_command_writes_what_it_predicts(
     root = make_dataset(speakers=3, utterances=20)
     words = [root, "--steps", 2, "--width", 16, "--heads", 2, "--head-dim", 8, "--batch", 4]
     words += ["--out", tmp_path / "s.csv", "--embeddings", tmp_path / "e.npz", "--json"]
-    done = CliRunner().invoke(course.main, [str(word) for word in words], catch_exceptions=False)
+    done = CliRunner().invoke(homework.main, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["steps"] == 2
     header, *rows = (tmp_path / "s.csv").read_text().splitlines()
@@ -161,6 +161,6 @@ def test_the_command_writes_what_it_predicts(
     with np.load(tmp_path / "e.npz") as kept:
         assert [f"{key}.pt" for key in kept["key"]] == [row.split(",")[0] for row in rows]
     too_large = [str(word) for word in [*words, "--batch", 7]]
-    refused = CliRunner().invoke(course.main, too_large)
+    refused = CliRunner().invoke(homework.main, too_large)
     assert refused.exit_code == 2
     assert "take a smaller batch" in refused.stderr

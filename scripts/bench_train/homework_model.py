@@ -1,4 +1,4 @@
-"""The course's Conformer classifier, with the mistake it was published with, or without it.
+"""The homework's Conformer classifier, with or without the mistake of the published code.
 
 Axis legend: B batch, T frames, F mel bins, D width, S speakers.
 """
@@ -41,8 +41,8 @@ class Cosine(nn.Module):
         return F.normalize(embedding) @ F.normalize(self.weight).T
 
 
-class CourseModel(nn.Module):
-    """The course's Conformer classifier.
+class HomeworkModel(nn.Module):
+    """The homework's Conformer classifier.
 
     Args:
         n_mels: Mel bins F.
@@ -51,7 +51,7 @@ class CourseModel(nn.Module):
         heads: Attention heads.
         head_dim: Width of a head.
         kind: "strong" (mean pooling, one linear layer) or "boss" (attentive pooling, cosines).
-        axis: "wrong" gives the block (T, B, D) as it was published, "right" (B, T, D).
+        axis: "wrong" gives the block (T, B, D) as the published code does, "right" (B, T, D).
     """
 
     def __init__(

@@ -1,20 +1,22 @@
-"""The course's own training code, as its description and its users have it, to be compared with.
+"""The homework's own training code, with its known mistakes, to compare ours with.
 
-    python -m scripts.bench_train.course_baseline Dataset/ [--steps 70000] [--out submission.csv]
+    python -m scripts.bench_train.homework_baseline Dataset/ [--steps 70000] [--out submission.csv]
 
-A Dataset that opens one `.pt` file a sample and cuts it at random, a DataLoader that pads with -20
-and drops the last batch, one ConformerBlock of the `conformer` package between a linear layer and a
-mean over the frames, one linear classifier; AdamW, warm-up, cosine. It was written anew from the
-description, with the mistakes that went around with it, for they are what is compared with:
+The Dataset opens one `.pt` file for each utterance and takes a random segment. The DataLoader pads
+with -20 and drops the last batch. The model is a linear layer, one ConformerBlock of the
+`conformer` package, a mean over the frames and a linear classifier. It is trained by AdamW with
+warm-up and a cosine schedule. We wrote this code from the homework's description. It repeats the
+mistakes of the published code on purpose:
 
-- the block takes (B, T, D) and is given (T, B, D): it attends over the batch (`--axis right` mends
-  this one);
-- the best checkpoint is an alias of the weights that are trained on, hence the last;
-- validation is on random segments, without the last batch, averaged by batch;
-- padding counts like speech.
+- The block expects (B, T, D) but gets (T, B, D), so it attends over the batch. `--axis right`
+  corrects this mistake.
+- The best checkpoint is no copy of the weights, so later steps change it: it is always the last.
+- Validation uses random segments, leaves out the last batch, and averages over batches.
+- Padding counts like speech.
 
-`--model boss` is the same with self-attentive pooling and AM-softmax. Test utterances are heard
-whole, one by one. Axis legend: B batch, T frames, F mel bins, D width, S speakers.
+`--model boss` has self-attentive pooling and AM-softmax instead. The model embeds each test
+utterance in full length, one at a time. Axis legend: B batch, T frames, F mel bins, D width,
+S speakers.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from scripts.bench_train.course_model import AXES, KINDS, CourseModel
+from scripts.bench_train.homework_model import AXES, KINDS, HomeworkModel
 
 SEGMENT, PAD = 128, -20.0
 RATE, WARMUP = 1e-3, 1000
@@ -75,8 +77,8 @@ def read_source(root: Path) -> Source:
     return Source(sorted(numbers, key=numbers.__getitem__), labelled, paths, metadata["n_mels"])
 
 
-class CourseDataset(Dataset[Batch]):
-    """One `.pt` file a sample, opened when asked for, and a random segment of it."""
+class HomeworkDataset(Dataset[Batch]):
+    """A random segment of each utterance, from its own `.pt` file."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], segment: int = SEGMENT) -> None:
         self.files, self.segment = files, segment
@@ -100,7 +102,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def warmup_steps(steps: int) -> int:
-    """The course's warm-up; a tenth of a run that is not longer than it."""
+    """The homework's warm-up, but a tenth of the run if the run is not longer than the warm-up."""
     return WARMUP if steps > WARMUP else steps // 10
 
 
@@ -116,7 +118,7 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -
     return LambdaLR(optimizer, factor)
 
 
-def forward(model: CourseModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def forward(model: HomeworkModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of a batch, both scalars."""
     mel, labels = batch[0].to(device), batch[1].to(device)
     scores = model(mel)
@@ -124,13 +126,13 @@ def forward(model: CourseModel, batch: Batch, device: torch.device) -> tuple[Ten
 
 
 def train_step(
-    model: CourseModel,
+    model: HomeworkModel,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
     device: torch.device,
 ) -> tuple[float, float]:
-    """One step as published, which asks for loss and accuracy each time."""
+    """One step as published: it reads loss and accuracy from the device each time."""
     loss, accuracy = forward(model, batch, device)
     answer = loss.item(), accuracy.item()
     loss.backward()
@@ -141,13 +143,13 @@ def train_step(
 
 
 def endless(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """All batches, epoch after epoch."""
+    """All batches, epoch after epoch without end."""
     while True:
         yield from loader
 
 
 @torch.no_grad()
-def validate(model: CourseModel, loader: Iterable[Batch], device: torch.device) -> float:
+def validate(model: HomeworkModel, loader: Iterable[Batch], device: torch.device) -> float:
     """The mean over batches of their accuracy on random segments, as published."""
     model.eval()
     found = [forward(model, batch, device)[1].item() for batch in loader]
@@ -157,9 +159,9 @@ def validate(model: CourseModel, loader: Iterable[Batch], device: torch.device) 
 
 @torch.no_grad()
 def predict(
-    model: CourseModel, files: Sequence[Path], device: torch.device
+    model: HomeworkModel, files: Sequence[Path], device: torch.device
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """Hear utterances whole, one by one.
+    """Embed and classify utterances in full length, one at a time.
 
     Returns:
         Speaker numbers (N,) and embeddings (N, D).
@@ -175,7 +177,7 @@ def predict(
 
 
 def build_loader(files: Any, batch_size: int, workers: int, *, shuffle: bool) -> DataLoader[Batch]:
-    """The course's DataLoader."""
+    """The homework's DataLoader."""
     return DataLoader(
         files,
         batch_size,
@@ -187,7 +189,7 @@ def build_loader(files: Any, batch_size: int, workers: int, *, shuffle: bool) ->
     )
 
 
-def train_course(
+def train_baseline(
     dataset_dir: Path,
     steps: int,
     *,
@@ -220,33 +222,33 @@ def train_course(
         warmup: Warm-up steps; by default 1,000, or a tenth of a run that is not longer.
         valid_steps: Steps between validations; by default 2,000 or the whole run.
         device: Where to compute; a GPU where there is one.
-        tell: Told how validations went.
+        tell: Called with a line of text after each validation.
 
     Returns:
         `predictions` {file name: speaker}, `embeddings` (N, D) in the order of testdata.json,
-        `val_accuracy` as they would report it (the best validation), `last_val_accuracy`,
+        `val_accuracy` as the published code reports it (the best), `last_val_accuracy`,
         `samples_per_s` of the training steps, `seconds` in all, and `steps`.
 
     Raises:
-        ValueError: The split for validation has less than a batch.
+        ValueError: The validation split is smaller than a batch.
     """
     began = time.perf_counter()
     random.seed(seed)
     torch.manual_seed(seed)
     source = read_source(dataset_dir)
-    data = CourseDataset(source.labelled)
+    data = HomeworkDataset(source.labelled)
     train_size = int(0.9 * len(data))
     if len(data) - train_size < batch_size:
         raise ValueError(
             f"{dataset_dir}: a tenth of {len(data)} utterances is less than a batch of "
-            f"{batch_size}, and the course's validation drops it; take a smaller batch"
+            f"{batch_size}, and the homework's validation drops it; take a smaller batch"
         )
     parts = random_split(data, [train_size, len(data) - train_size])
     train_loader = build_loader(parts[0], batch_size, workers, shuffle=True)
     valid_loader = build_loader(parts[1], batch_size, workers, shuffle=False)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shape = {"dim": width, "heads": heads, "head_dim": head_dim, "kind": kind, "axis": axis}
-    model = CourseModel(source.n_mels, len(source.speakers), **shape).to(place)  # type: ignore[arg-type]
+    model = HomeworkModel(source.n_mels, len(source.speakers), **shape).to(place)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     warmup = warmup_steps(steps) if warmup is None else warmup
     schedule = cosine_schedule(optimizer, warmup, steps)
@@ -260,7 +262,7 @@ def train_course(
             last = validate(model, valid_loader, place)
             tell(f"step {step:,}: validation {last:.4f}")
             if last > best:
-                # Not a copy: every later step changes it too. So it was published.
+                # Not a copy, as in the published code: every later step changes it too.
                 best, best_state_dict = last, model.state_dict()
             started = time.perf_counter()
     assert best_state_dict is not None
@@ -291,7 +293,9 @@ _NEW = click.Path(dir_okay=False, path_type=Path)
 @click.option("--heads", default=8)
 @click.option("--head-dim", default=64)
 @click.option("--model", "kind", type=click.Choice(KINDS), default="strong")
-@click.option("--axis", type=click.Choice(AXES), default="wrong", help="As published, or mended.")
+@click.option(
+    "--axis", type=click.Choice(AXES), default="wrong", help="As published (wrong), or corrected."
+)
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=32)
 @click.option("--workers", type=click.IntRange(0), default=0)
 @click.option("--seed", default=0)
@@ -299,9 +303,9 @@ _NEW = click.Path(dir_okay=False, path_type=Path)
 @click.option("--embeddings", type=_NEW, help="Test embeddings to write (npz).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(dataset: Path, out: Path, embeddings: Path | None, as_json: bool, **options: Any) -> None:
-    """Train the course's model on DATASET as published, and predict its test utterances."""
+    """Train the homework's model on DATASET as published, and predict its test utterances."""
     try:
-        result = train_course(dataset, tell=lambda line: click.echo(line, err=True), **options)
+        result = train_baseline(dataset, tell=lambda line: click.echo(line, err=True), **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     predictions, vectors = result.pop("predictions"), result.pop("embeddings")
@@ -313,7 +317,8 @@ def main(dataset: Path, out: Path, embeddings: Path | None, as_json: bool, **opt
     if as_json:
         click.echo(json.dumps(result))
     else:
-        click.echo(f"validation {result['val_accuracy']:.4f}, as they would report it; {out}")
+        accuracy = f"{result['val_accuracy']:.4f}, as the published code reports it"
+        click.echo(f"validation {accuracy}; {out}")
 
 
 if __name__ == "__main__":
