@@ -1,17 +1,19 @@
-"""Ways to attend with relative positions, measured in one run: which is the fastest on this device.
+"""Measure ways to attend with relative positions: which is the fastest on this device.
 
     python -m scripts.bench.attention [--precision no|bf16]... [--cpu] [--out attention.json]
 
-- products: scores by two products and a softmax, as the `conformer` package has them;
-- sdpa: `scaled_dot_product_attention` with the relative scores as its bias, a view of them by
-  `shardprep_trainer.model.blocks.skew`: the trainer's own way on a GPU;
+- products: two matrix products and a softmax, as in the `conformer` package.
+- sdpa: `scaled_dot_product_attention` with the relative scores as its bias, a view made by
+  `shardprep_trainer.model.blocks.skew`. The trainer uses this way on a GPU.
 - flex: FlexAttention, compiled, which reads the relative scores by index and makes no (T, T) bias.
 
-Training is a forward and a backward pass over segments of 128 frames, inference a forward pass over
-whole utterances. FlexAttention adds up the gradient of what it reads by index with atomic additions
-(pytorch/pytorch pull request 137452), in another order each time, so that a run that trains with it
-cannot be resumed to the bit; on a CPU it has no gradient at all. Ways take turns, and every one is
-checked against `products` first. Medians over the rounds, in milliseconds.
+Training is a forward and a backward pass over segments of 128 frames; inference is a forward pass
+over whole utterances. FlexAttention sums the gradient of the relative scores with atomic additions
+(pytorch/pytorch pull request 137452), each time in another order. So a run that trains with it
+cannot be resumed bit for bit. On a CPU it has no gradient at all.
+
+Every way is checked against `products` first. In each round every way is measured once; the results
+are medians over the rounds, in milliseconds.
 
 Axis legend: B batch, H heads, T frames, d width of a head.
 """
@@ -42,7 +44,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """What is attended.
+    """The size of the inputs.
 
     Attributes:
         name: "training" or "inference".
@@ -66,13 +68,13 @@ def products(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
-    """The same by PyTorch's fused attention."""
+    """The same with PyTorch's fused attention."""
     bias = skew(relative, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
-    """The same by FlexAttention; not compiled, it is slow."""
+    """The same with FlexAttention, which is slow unless compiled."""
     last = q.shape[2] - 1
 
     def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """q, k, v (B, H, T, d) and scores by distance (B, H, T, 2T), which follow from q in a model."""
+    """q, k, v (B, H, T, d) and scores by distance (B, H, T, 2T), which a model computes from q."""
     shape = (case.batch, HEADS, case.frames, HEAD_DIM)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     relative = torch.randn(*shape[:3], 2 * case.frames, device=device, dtype=dtype)
@@ -112,10 +114,10 @@ def passed_ms(attend: Attention, inputs: list[Tensor], repeats: int) -> float:
 def measure(
     case: Case, ways: dict[str, Attention], precision: str, device: torch.device, *, rounds: int
 ) -> dict[str, Any]:
-    """All ways on the same inputs.
+    """Measure all ways on the same inputs.
 
     Returns:
-        The case, milliseconds by way, and why others have none.
+        The case, the milliseconds of each way, and the reasons why other ways failed.
     """
     torch.manual_seed(0)
     inputs = make_inputs(case, DTYPES[precision], device)
@@ -138,8 +140,8 @@ def measure(
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """The measurements as Markdown: milliseconds, and how many times as fast as `products`."""
-    lines = ["| case | precision | way | ms | to products |", "|---|---|---|---|---|"]
+    """The measurements as Markdown: milliseconds, and the speed relative to `products`."""
+    lines = ["| case | precision | way | ms | relative to products |", "|---|---|---|---|---|"]
     for case in cases:
         about = f"| {case['name']}, {case['batch']} x {case['frames']} | {case['precision']} |"
         times = case["milliseconds"]
@@ -158,8 +160,8 @@ def table(cases: list[dict[str, Any]]) -> str:
     help="[default: both; no alone on a CPU that is slow in bfloat16]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=9)
-@click.option("--flex/--no-flex", "with_flex", default=True, help="Compiling takes a minute.")
-@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+@click.option("--flex/--no-flex", "with_flex", default=True, help="Compiling it takes a minute.")
+@click.option("--cpu", is_flag=True, help="Do not use a GPU.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON to write.")
 def main(
     precision: tuple[str, ...], rounds: int, with_flex: bool, cpu: bool, out: Path | None

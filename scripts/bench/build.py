@@ -1,17 +1,17 @@
-"""How long it takes to pack a data set, against the other ways to copy or pack the same files.
+"""The time that packing a data set takes, beside other ways to copy or pack the same files.
 
     python -m scripts.bench.build Dataset/ [--work FOLDER] [--out scripts/results/build.json]
 
-Every way runs as a command of its own, from its start to its end and the flush of what it wrote to
-the disk (`sync -f`, for all of them alike, though `shardprep build` has flushed each shard before):
+Every way runs as a command of its own. Its time includes the flush of its files to the disk
+(`sync -f`, for all ways, although `shardprep build` has already flushed each shard):
 
-- `tar cf`, the measure of all others, and `cp -r`;
-- what one would write by hand: torch.load and webdataset's TarWriter, in one process;
+- `tar cf`, to which the others are compared, and `cp -r`;
+- a short script with torch.load and webdataset's TarWriter, in one process;
 - `shardprep build`, with each codec, and with 1 and 2 workers.
 
-Ways take turns, round by round; what a way wrote is removed before the next. "Warm" means that all
-files are in the page cache, "cold" (which needs root) that the cache was dropped before. Shards
-are float16, half the size of the files; --dtype float32 packs as much as `tar` does.
+In each round every way is measured once; its files are removed before the next. "Warm" means that
+all files are in the page cache; "cold" (which needs root) that the cache was dropped before. Shards
+are float16, half the size of the files; --dtype float32 packs as many bytes as `tar` does.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def commands(
 
 
 def measure(command: Sequence[str], target: Path) -> tuple[float, int]:
-    """Seconds that a command and the flush of its output take, and the bytes it wrote."""
+    """The seconds of a command with the flush of its files, and the bytes that it wrote."""
     target.mkdir()
     try:
         began = time.perf_counter()
@@ -91,8 +91,8 @@ def measure(command: Sequence[str], target: Path) -> tuple[float, int]:
 
 
 def prepare(files: Sequence[Path], cache: str) -> None:
-    """Bring the page cache into the state that a measurement starts from."""
-    # What was removed or written before must not cost the next way anything.
+    """Fill or drop the page cache before a measurement."""
+    # Finish all earlier writes and removals, which would slow down the next way.
     os.sync()
     if cache == "cold":
         DROP.write_text("3")
@@ -100,14 +100,14 @@ def prepare(files: Sequence[Path], cache: str) -> None:
         raise click.ClickException("the files do not fit into the free memory; measure --cold only")
 
 
-def take_turns(
+def measure_in_rounds(
     ways: dict[str, list[str]],
     files: Sequence[Path],
     target: Path,
     caches: Sequence[str],
     rounds: int,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every way in every round, by state of the cache, and the bytes it wrote."""
+    """The seconds of every way in every round and state of the cache, and its bytes."""
     results: dict[str, dict[str, Any]] = {name: {cache: [] for cache in caches} for name in ways}
     for number in range(rounds):
         for cache in caches:
@@ -120,7 +120,7 @@ def take_turns(
 
 
 def summarise(results: dict[str, dict[str, Any]], caches: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each way: bytes, and for each state of the cache median, rounds, ratio to tar."""
+    """A row for each way: its bytes, and the seconds for each state of the cache."""
     rows = []
     for name, found in results.items():
         row: dict[str, Any] = {"way": name, "bytes": found["bytes"]}
@@ -152,13 +152,15 @@ def table(rows: Sequence[dict[str, Any]], caches: Sequence[str]) -> str:
 @click.option(
     "--work",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder to write into; by default the one the data set lies in, so that the disk is one.",
+    help="Folder to write into; by default the parent of DATASET, so on the same disk.",
 )
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16")
 @click.option("--workers", multiple=True, type=click.IntRange(min=1), default=(1, 2))
-@click.option("--only", multiple=True, help="Part of the name of a way; tar is always measured.")
-@click.option("--cold/--no-cold", default=None, help="By default, where the cache can be dropped.")
+@click.option(
+    "--only", multiple=True, help="Part of the name of a way to measure; tar is always measured."
+)
+@click.option("--cold/--no-cold", default=None, help="Default: if the cache can be dropped.")
 @click.option("--warm/--no-warm", "hot", default=True, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
 def main(
@@ -173,19 +175,19 @@ def main(
     out: Path | None,
 ) -> None:
     """Measure all ways to pack DATASET and print a table."""
-    # What is on the disk is large, and goes only if the folder is left in an orderly way.
+    # The temporary folder is large. It is removed only if the process ends by an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     dataset = dataset.resolve()
     files = sorted(path for path in dataset.rglob("*") if path.is_file())
     cold = os.access(DROP, os.W_OK) if cold is None else cold
-    caches = [name for name, wanted in (("warm", hot), ("cold", cold)) if wanted]
+    caches = [name for name, chosen in (("warm", hot), ("cold", cold)) if chosen]
     with tempfile.TemporaryDirectory(prefix="bench-build-", dir=work or dataset.parent) as folder:
         target = Path(folder) / "out"
         ways = commands(dataset, target, dtype, workers)
         if only:
             kept = [name for name in ways if name == TAR or any(part in name for part in only)]
             ways = {name: ways[name] for name in kept}
-        rows = summarise(take_turns(ways, files, target, caches, rounds), caches)
+        rows = summarise(measure_in_rounds(ways, files, target, caches, rounds), caches)
     click.echo(table(rows, caches))
     if out is not None:
         result = {

@@ -1,14 +1,14 @@
-"""Whether a change made the loader or the training step slower: this checkout against another one.
+"""Compare the speed of the loader and of the training step in this checkout and in another one.
 
     git worktree add /tmp/before COMMIT
     python -m scripts.bench.checkouts /tmp/before shards/ [--pairs 10] [--out checkouts.json]
 
-Both checkouts run in this environment, in turns, each time in processes of their own; what counts
-is the median of the ratios pair by pair, which a machine that grows slower meanwhile hardly moves.
+Both checkouts run in this environment, one after the other, each time in new processes. The result
+is the median of the ratios of all pairs, because both of a pair see about the same machine load.
 
 - loader: segments a second of `SegmentLoader`, batches of 256 segments of 128 frames;
-- step: segments a second of the training loop, as `metrics.jsonl` has them: a small boss model,
-  batches of 32, on one thread, without validation.
+- step: segments a second of the training loop, from `metrics.jsonl`: a small boss model, batches of
+  32, on one thread, without validation.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ train: {total_steps: STEPS, valid_steps: 0, log_steps: 10, save_steps: 100000}
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """What makes a process import the packages of a checkout, on one thread."""
+    """The environment of a process that imports the packages of a checkout, on one thread."""
     places = f"{checkout}{os.pathsep}{checkout / 'trainer'}"
     return {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
 
 
 def loader_rate(checkout: Path, shards: Path, seconds: float) -> float:
-    """Segments a second of the loader, after as long a warm-up."""
+    """Segments a second of the loader, after a warm-up of the same length."""
     command = [sys.executable, "-c", LOADER, str(shards), str(seconds)]
     done = subprocess.run(
         command, env=environment(checkout), check=True, capture_output=True, text=True
@@ -71,7 +71,7 @@ def loader_rate(checkout: Path, shards: Path, seconds: float) -> float:
 
 
 def step_rate(checkout: Path, shards: Path, steps: int) -> float:
-    """Segments a second of the training loop: the median of its log steps but the first."""
+    """Segments a second of the training loop: the median over its log records but the first."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "step.yaml"
         recipe.write_text(RECIPE.replace("STEPS", str(steps)))
@@ -88,7 +88,7 @@ def step_rate(checkout: Path, shards: Path, steps: int) -> float:
 
 
 def compare(other: Path, shards: Path, pairs: int, seconds: float, steps: int) -> dict[str, Any]:
-    """Rates of both checkouts, and the median of the ratios of this one to the other."""
+    """Rates of both checkouts, and the median of the ratios of this checkout to the other."""
     found: dict[str, Any] = {"machine": msgspec.to_builtins(machine()), "pairs": pairs}
     for name, measure in (
         ("loader", lambda place: loader_rate(place, shards, seconds)),
@@ -96,7 +96,7 @@ def compare(other: Path, shards: Path, pairs: int, seconds: float, steps: int) -
     ):
         here, there = [], []
         for pair in range(pairs):
-            # Whoever goes first in one pair goes second in the next.
+            # The checkout that is first in one pair is second in the next.
             for place, rates in ((HERE, here), (other, there))[:: 1 if pair % 2 else -1]:
                 rates.append(measure(place))
             click.echo(f"{name}: {here[-1]:,.0f}/s, before {there[-1]:,.0f}/s", err=True)
@@ -114,8 +114,10 @@ def compare(other: Path, shards: Path, pairs: int, seconds: float, steps: int) -
 @click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--pairs", default=10, show_default=True)
-@click.option("--seconds", default=2.0, show_default=True, help="Length of a turn of the loader.")
-@click.option("--steps", default=60, show_default=True, help="Training steps of a turn.")
+@click.option(
+    "--seconds", default=2.0, show_default=True, help="Length of each measurement of the loader."
+)
+@click.option("--steps", default=60, show_default=True, help="Training steps in each measurement.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Result file (JSON).")
 def main(
     other: Path, shards: Path, pairs: int, seconds: float, steps: int, out: Path | None

@@ -1,11 +1,11 @@
-"""What the chunk length and the level of `--codec zstd` cost and save: size and segments a second.
+"""Size and speed of shards with `--codec zstd`, by chunk length and compression level.
 
     python -m scripts.bench.codec Dataset/ [--utterances 2000] [--out scripts/results/codec.json]
 
-The same utterances are packed once for each setting; all sets take turns with the uncompressed one
-at giving batches of 256 random segments of 128 frames. A byte shuffle (all low bytes of a chunk,
-then all high ones) is measured by itself, inflated in one call and put together again: it is not
-offered, since no other reader would find an npy file in such a member.
+The same utterances are packed once for each setting, and once without compression. In each round
+every set is read once, in batches of 256 random segments of 128 frames. A byte shuffle (all low
+bytes of a chunk, then all high bytes) is measured too, with code of this file: shardprep does not
+offer it, because other readers would find no npy file in such a member.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ BATCH, FRAMES, N_MELS = 256, 128, 40
 
 
 def settings() -> Iterator[tuple[int, int]]:
-    """Every chunk length at the default level, every level at the default length."""
+    """Every chunk length with the default level, and every level with the default length."""
     yield from ((chunk, DEFAULT[1]) for chunk in CHUNKS)
     yield from ((DEFAULT[0], level) for level in LEVELS if level != DEFAULT[1])
 
 
 def build(dataset: Path, target: Path, utterances: int, chunk: int | None, level: int) -> int:
-    """Pack the first utterances; returns the bytes of the mel members."""
+    """Pack the first utterances, and return the bytes of the mel members."""
     scanned = source.scan_dataset(dataset)
     some = dataclasses.replace(scanned, labelled=scanned.labelled[:utterances], test=())
     if chunk is None:
@@ -62,7 +62,7 @@ def build(dataset: Path, target: Path, utterances: int, chunk: int | None, level
 
 
 def read(target: Path) -> Callable[[], int]:
-    """A function that reads one batch and says how many segments it had."""
+    """A function that reads one batch and returns its number of segments."""
     split = shardprep.open_shards(target)["train"]
     loader = shardprep.SegmentLoader(split, batch_size=BATCH, segment_frames=FRAMES)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -70,7 +70,7 @@ def read(target: Path) -> Callable[[], int]:
 
 
 def shuffled(target: Path) -> tuple[int, Callable[[], int]]:
-    """Bytes with a byte shuffle, and a function that reads one batch of such chunks."""
+    """The size with a byte shuffle, and a function that reads one batch of such chunks."""
     split, chunk = shardprep.open_shards(target)["train"], DEFAULT[0]
     compressor = zstandard.ZstdCompressor(level=DEFAULT[1], write_checksum=True)
     packed: list[bytes] = []
@@ -89,7 +89,7 @@ def shuffled(target: Path) -> tuple[int, Callable[[], int]]:
     out = np.empty((BATCH, 3, chunk * N_MELS, split.dtype.itemsize), np.uint8)
 
     def batch() -> int:
-        # Three chunks a segment, as nearly every segment of two chunks' length touches.
+        # A segment is two chunks long, and nearly always overlaps three chunks.
         picked = rng.choice(usable, BATCH)
         first = np.asarray(owner)[picked] + rng.integers(0, split.frames[picked] // chunk - 2)
         which = (first[:, None] + np.arange(3)).ravel()
@@ -103,7 +103,7 @@ def shuffled(target: Path) -> tuple[int, Callable[[], int]]:
     return int(sizes.sum()), batch
 
 
-def take_turns(
+def measure_in_rounds(
     readers: dict[str, Callable[[], int]], rounds: int, seconds: float
 ) -> dict[str, float]:
     """Median segments a second of each reader."""
@@ -121,7 +121,7 @@ def take_turns(
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--utterances", default=2000, show_default=True, help="Utterances to pack.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--seconds", default=1.0, show_default=True, help="Length of a measurement.")
+@click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
 def main(dataset: Path, utterances: int, rounds: int, seconds: float, out: Path | None) -> None:
     """Measure all settings and print a table."""
@@ -135,7 +135,7 @@ def main(dataset: Path, utterances: int, rounds: int, seconds: float, out: Path 
             readers[name] = read(work / name)
         name = f"byte shuffle, {DEFAULT[0]} frames, level {DEFAULT[1]}"
         sizes[name], readers[name] = shuffled(work / "none")
-        rates = take_turns(readers, rounds, seconds)
+        rates = measure_in_rounds(readers, rounds, seconds)
     rows: list[dict[str, Any]] = [
         {
             "setting": name,

@@ -1,17 +1,20 @@
-"""Opening, memory, a very large index, and data that are not in memory yet.
+"""Measure opening, memory with a very large index, shuffling, checking, and a cold start.
 
     python -m scripts.bench.large_index shards/ [--utterances 5000000] [--only PART]...
         [--out scripts/results/scale.json]
 
-- Import and opening: `import shardprep`, and from there to the first batch, each in a new process.
-- Index: the set's train split is given an index of so many utterances, which point again and again
-  into the same shards, and one of 50,000; samples/s of both in turns, and the memory that a process
-  holds beyond the mapped pages.
-- Shuffle: pairs of utterances that share a batch in two epochs in a row of the windowed order,
-  relative to chance, for several numbers of lanes and sizes of the shuffle window.
-- Checking: two epochs with each `verify_reads`, the shards in memory, in turns.
-- Cold start (needs root, to drop the page cache): an epoch in windowed and in global order, against
-  `cat` of the same shards.
+- opening: `import shardprep`, and from there to the first batch, each in a new process.
+- index: the train split gets an index of --utterances rows, which name the utterances of the same
+  shards again and again, and an index of 50,000 rows. Measured are the segments a second with both
+  indexes, and the memory of the process without the mapped pages.
+- shuffle: repeat pairs relative to chance, for several numbers of lanes and sizes of the shuffle
+  window. A repeat pair is two utterances that share a batch in two consecutive epochs of the
+  windowed order.
+- checking: two epochs with each `verify_reads`, with the shards in memory.
+- cold (needs root, to drop the page cache): an epoch in windowed and in global order, beside `cat`
+  of the same shards.
+
+In each round every variant is measured once; results are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ import shardprep
 print(time.perf_counter() - began)
 """
 
-# Imports apart; then from nothing to a batch.
+# Imports do not count: the time is from opening the set to the first batch.
 OPEN = """
 import sys, time
 import shardprep
@@ -64,7 +67,7 @@ next(iter(shardprep.SegmentLoader(split, batch_size=256)))
 print(opened - began, time.perf_counter() - began)
 """
 
-# Anonymous memory is what is held beyond the pages of mapped files.
+# RssAnon is the memory of the process without the pages of mapped files.
 READ = """
 import itertools, re, sys, time
 import shardprep, torch
@@ -120,7 +123,7 @@ def run(script: str, *arguments: object) -> list[float]:
 
 
 def repeat(shards: Path, target: Path, utterances: int) -> None:
-    """A set whose index names the utterances of `shards` again and again."""
+    """Write a set whose index names the utterances of `shards` again and again."""
     manifest = load_manifest(shards)
     train = manifest.splits["train"]
     for shard in train.shards:
@@ -137,7 +140,7 @@ def repeat(shards: Path, target: Path, utterances: int) -> None:
 
 
 def opening(shards: Path, rounds: int) -> dict[str, float]:
-    """Medians of the seconds that importing and opening take, with the shards in memory."""
+    """Median seconds that importing and opening take, with the shards in memory."""
     for shard in shards.glob("*.tar"):
         shard.read_bytes()
     imports = [run(IMPORT)[0] for _ in range(rounds)]
@@ -150,7 +153,7 @@ def opening(shards: Path, rounds: int) -> dict[str, float]:
 
 
 def large_index(shards: Path, utterances: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Speed and memory with a small and a large index."""
+    """Speed and memory with a small and with a large index."""
     found: dict[int, list[list[float]]] = {SMALL: [], utterances: []}
     with tempfile.TemporaryDirectory() as folder:
         for size in found:
@@ -171,7 +174,7 @@ def large_index(shards: Path, utterances: int, rounds: int, seconds: float) -> d
 
 
 def checking(shards: Path, rounds: int) -> list[dict[str, Any]]:
-    """Segments a second of the first and the second epoch, by `verify_reads`."""
+    """Segments a second of the first and the second epoch, for each `verify_reads`."""
     for shard in shards.glob("*.tar"):
         shard.read_bytes()
     found: dict[str, list[list[float]]] = {"never": [], "once": [], "always": []}
@@ -189,7 +192,7 @@ def checking(shards: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def cold(shards: Path, rounds: int) -> dict[str, float] | None:
-    """Bytes a second of the shards, by `cat` and by an epoch; None without leave to drop caches."""
+    """Bytes a second of `cat` and of an epoch; None without permission to drop the cache."""
     if not os.access(DROP, os.W_OK):
         return None
     infos = load_manifest(shards).splits["train"].shards
@@ -220,8 +223,8 @@ def cold(shards: Path, rounds: int) -> dict[str, float] | None:
     }
 
 
-def meetings(one: Indices, other: Indices, batch: int) -> float:
-    """How often batch-mates of one epoch are so in the next; 1 is what chance gives."""
+def repeat_pairs(one: Indices, other: Indices, batch: int) -> float:
+    """Repeat pairs of two epochs relative to chance, from a sample of pairs."""
     n = len(one)
     place = np.empty(n, np.int64)
     place[other] = np.arange(n) // batch
@@ -234,7 +237,7 @@ def meetings(one: Indices, other: Indices, batch: int) -> float:
 
 
 def shuffle_quality(samples: tuple[int, ...], batch: int = 256) -> list[dict[str, float]]:
-    """Meetings of batch-mates in the windowed order of shards of these sizes."""
+    """Repeat pairs in the windowed order of shards of these sizes."""
     found = []
     for lanes, window in itertools.product((1, 4, 8), (1, 2, 4, 8)):
         one, other = (
@@ -243,8 +246,8 @@ def shuffle_quality(samples: tuple[int, ...], batch: int = 256) -> list[dict[str
             )
             for epoch in (0, 1)
         )
-        met = meetings(one, other, batch)
-        found.append({"lanes": lanes, "window_shards": window, "meetings_to_chance": met})
+        ratio = repeat_pairs(one, other, batch)
+        found.append({"lanes": lanes, "window_shards": window, "repeat_pairs_to_chance": ratio})
     return found
 
 
@@ -253,9 +256,9 @@ PARTS = ("opening", "index", "shuffle", "checking", "cold")
 
 @click.command()
 @click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--utterances", default=5_000_000, show_default=True, help="Size of the large index.")
+@click.option("--utterances", default=5_000_000, show_default=True, help="Rows of the large index.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--seconds", default=3.0, show_default=True, help="Length of a measurement.")
+@click.option("--seconds", default=3.0, show_default=True, help="Length of each measurement.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), default=PARTS)
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
 def main(
@@ -266,7 +269,7 @@ def main(
     only: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Measure, and print what was found as JSON."""
+    """Measure SHARDS, and print the result as JSON."""
     train = shardprep.open_shards(shards)["train"]
     parts: dict[str, Callable[[], Any]] = {
         "opening": lambda: opening(shards, rounds),

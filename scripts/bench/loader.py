@@ -3,20 +3,21 @@
     python -m scripts.bench.loader [--dataset Dataset/ | --lengths FILE] [--work FOLDER]
         [--out scripts/results/loader.json] [--plot scripts/results/loader.png]
 
-All loaders give batches of 256 random float16 segments of 128 frames, short utterances padded with
--20, in shuffled order, from the same utterances on a warm page cache, with 0 and with 2 workers:
+All loaders read the same utterances, which are in the page cache. They give batches of 256 random
+float16 segments of 128 frames, in shuffled order; short utterances are padded with -20. Loaders
+with worker processes are measured with 0 and with 2 workers:
 
-- a .pt file a sample, as the homework's own Dataset and DataLoader do it;
+- one .pt file for each utterance, with the homework's own Dataset and DataLoader;
 - the libraries of `peers.py`, each from its own format;
 - `shardprep.SegmentLoader` in one process, for shards of both codecs;
-- the limit: a gather of as many bytes at random positions of an array in memory.
+- the limit: copying as many bytes from random positions of an array in memory.
 
-Without --dataset, one is synthesised by `scripts.synthetic`, with the lengths of a file or with
-lengths drawn from a log-normal distribution fitted to the homework. Loaders take turns, round by
-round, each in a process of its own; the table shows medians over the rounds. A library that is not
-installed is skipped, one that fails is named with its error, and the rest goes on. Converting the
-data costs about nine times the size of the shards on disk; with --work the copies are kept, and
-used again by the next run.
+Without --dataset, `scripts.synthetic` makes a data set. Its lengths come from a file, or from a
+log-normal distribution that fits the homework. In each round every loader is measured once, in a
+process of its own; the table shows medians over the rounds. A library that is not installed is
+skipped. A library that fails is named with its error, and the others are still measured. The
+converted data take about nine times the space of the shards. With --work they are kept, and the
+next run uses them again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CONVERT_SECONDS = 3600.0
 
 
 def synthesise(work: Path, utterances: int, lengths: Path | None) -> Path:
-    """A data set of synthetic speech in the work folder; one that is there is used again."""
+    """A data set of synthetic speech in the work folder, made there unless it exists."""
     if lengths is None:
         drawn = np.exp(np.random.default_rng(0).normal(np.log(MEDIAN_LENGTH), SPREAD, utterances))
         lengths = work / "lengths.txt"
@@ -72,7 +73,7 @@ def synthesise(work: Path, utterances: int, lengths: Path | None) -> Path:
 
 
 def convert(peer: Peer, shards: Path, work: Path, fingerprint: str) -> tuple[Path, float]:
-    """The split in a peer's format, and the seconds that it took to convert it, once."""
+    """The split in a peer's format, and the seconds that its conversion took."""
     folder, marker = work / peer.format, work / f"{peer.format}.json"
     made = json.loads(marker.read_text()) if marker.exists() else {}
     if made.get("fingerprint") != fingerprint:
@@ -87,7 +88,7 @@ def convert(peer: Peer, shards: Path, work: Path, fingerprint: str) -> tuple[Pat
 
 
 def _quietly(log: Path, call: Any, *arguments: Any) -> Any:
-    """Call with stdout and stderr going to a file. For a process of its own: it stays that way."""
+    """Call with stdout and stderr going to a file, for the rest of this process."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -95,11 +96,11 @@ def _quietly(log: Path, call: Any, *arguments: Any) -> Any:
 
 
 def build(dataset: Path, work: Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Shards of both codecs, all labelled utterances in one split, and the seconds each took."""
+    """Shards of both codecs, all labelled utterances in one split, and the seconds they took."""
     folders, seconds = {}, {}
     for codec in ("none", "zstd"):
         folders[f"shardprep {codec}"] = work / f"shards-{codec}"
-        # What is there is kept if it is of the same data.
+        # Existing shards are kept if they were built from the same data.
         options = shardprep.BuildOptions(codec=codec, val_fraction=0.0, overwrite=True)
         report = shardprep.build_shards(dataset, work / f"shards-{codec}", options)
         seconds[f"shardprep {codec}"] = round(report.seconds, 1)
@@ -109,7 +110,7 @@ def build(dataset: Path, work: Path) -> tuple[dict[str, Path], dict[str, float]]
 def peer_candidates(
     shards: Path, work: Path, shape: SegmentShape, only: Sequence[str], result: dict[str, Any]
 ) -> Iterator[Candidate]:
-    """The loaders of all peers that are wanted and installed; notes on all others in `result`."""
+    """The loaders of all peers that are asked for and installed; `result` names the others."""
     fingerprint = shardprep.open_shards(shards).manifest.fingerprint
     for peer in PEERS:
         if only and peer.package not in only:
@@ -139,7 +140,7 @@ def peer_candidates(
 def measure_all(
     dataset: Path, work: Path, only: Sequence[str], rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """Convert the data set for all, let all loaders take turns, and give the result file."""
+    """Convert the data set for all loaders, measure them, and return the result file."""
     folders, conversion = in_own_process(partial(build, dataset, work), CONVERT_SECONDS)
     plain = shardprep.open_shards(folders["shardprep none"])
     split = plain["train"]
@@ -167,7 +168,7 @@ def measure_all(
     candidates += peer_candidates(plain.path, work, shape, only, result)
     for name, folder in folders.items():
         candidates.append(shard_candidate(name, shardprep.open_shards(folder), "train", shape))
-    # Pages that are still to be written would be written while a loader is measured.
+    # Write everything to the disk now, not while a loader is measured.
     os.sync()
     rows = limit_rows(result["dataset"]["frames"] * split.n_mels * split.dtype.itemsize, shape)
     limits = limit_candidates(rows, shape)
@@ -188,7 +189,7 @@ def measure_all(
 
 
 def ratios(loaders: Sequence[LoaderResult]) -> dict[str, Any]:
-    """How we compare, None where one of the two was not measured."""
+    """Our speed relative to others; None if one of the two was not measured."""
     rates = {loader.name: loader.samples_per_s for loader in loaders}
     ours = rates.get("shardprep none, one process")
     packed = rates.get("shardprep zstd, one process")
@@ -219,7 +220,7 @@ def _tell(name: str, rate: Rate | None) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The table, as Markdown, and what is missing from it."""
+    """Print the table as Markdown, and what is missing from it."""
     click.echo("| loader | samples/s | to the files | to the limit |\n|---|---|---|---|")
     for row in result["loaders"]:
         to_files = "-" if row["to_files"] is None else f"{row['to_files']:.1f}x"
@@ -235,7 +236,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 @contextmanager
 def work_folder(kept: Path | None) -> Iterator[Path]:
-    """The given folder, or one that goes away."""
+    """The given folder, or a temporary one."""
     if kept is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -251,14 +252,18 @@ _NEW = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.option("--dataset", type=_FOLDER, help="Data to read.")
-@click.option("--utterances", default=6000, show_default=True, help="Files to synthesise, if none.")
-@click.option("--lengths", type=_FILE, help="Synthesise a file of each of these lengths instead.")
-@click.option("--only", multiple=True, type=click.Choice(PACKAGES), help="Compare with these only.")
+@click.option(
+    "--utterances", default=6000, show_default=True, help="Files to make without --dataset."
+)
+@click.option("--lengths", type=_FILE, help="File with the lengths of these files.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(PACKAGES), help="Measure only these and ours."
+)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--seconds", default=3.0, show_default=True, help="Length of a measurement.")
+@click.option("--seconds", default=3.0, show_default=True, help="Length of each measurement.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the converted data here.")
 @click.option("--out", type=_NEW, help="Result file to write (JSON).")
-@click.option("--plot", type=_NEW, help="Picture of it to write (PNG); needs matplotlib.")
+@click.option("--plot", type=_NEW, help="Picture of the result to write (PNG); needs matplotlib.")
 def main(
     dataset: Path | None,
     utterances: int,
@@ -271,7 +276,7 @@ def main(
     plot: Path | None,
 ) -> None:
     """Measure all loaders and print a table."""
-    # The peers' own look-ups for news; nothing here needs a network.
+    # Some peers look for news on the network; nothing here needs it.
     os.environ.update(
         HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", LITDATA_DISABLE_VERSION_CHECK="1"
     )

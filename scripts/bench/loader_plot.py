@@ -1,8 +1,8 @@
-"""The picture of a result of `scripts.bench.loader`: bars on a logarithmic scale, fastest first.
+"""Draw a result of `scripts.bench.loader`: bars on a logarithmic scale, the fastest first.
 
     python -m scripts.bench.loader_plot scripts/results/loader.json scripts/results/loader.png
 
-It needs matplotlib (extra `[bench]`).
+This needs matplotlib (extra `[bench]`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _frame(axes: Any, slowest: float, limit: float) -> None:
     axes.set_xscale("log")
-    # A whole power of ten, so that the bars of two runs begin alike.
+    # A power of ten, so that the bars of two runs begin at the same value.
     axes.set_xlim(10 ** math.floor(math.log10(slowest / 2)), limit * 1.3)
     axes.minorticks_off()
     axes.set_xlabel("segments per second", fontsize=9, color=FAINT)

@@ -1,6 +1,6 @@
-"""How each peer stores the training split: one function a format, from shards to a folder.
+"""How each peer stores the training split: one function for each format, from shards to a folder.
 
-All keep the matrices as the shards have them, float16 by default, with the label beside.
+All keep the element type of the shards, float16 by default, and store the label with each matrix.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def write_webdataset(shards: Path, folder: Path, suffix: str) -> None:
 
 
 def import_streaming() -> Any:
-    """Import mosaicml-streaming, with stand-ins for what its readers of MDS have no use for.
+    """Import mosaicml-streaming, with empty modules for imports that reading MDS does not need.
 
-    It imports transformers and torchvision for its text and vision data sets, and pins versions of
-    them that do not go with those of the other peers.
+    The library imports transformers and torchvision for its text and vision data sets. The versions
+    that it asks for conflict with those of the other peers.
     """
     for name in (
         *("transformers", "transformers.feature_extraction_utils"),
@@ -75,13 +75,13 @@ def import_streaming() -> Any:
         *("torchvision", "torchvision.datasets", "torchvision.transforms"),
         "torchvision.transforms.functional",
     ):
-        sys.modules[name] = _StandIn(name)
+        sys.modules[name] = _EmptyModule(name)
     import streaming
 
     return streaming
 
 
-class _StandIn(types.ModuleType):
+class _EmptyModule(types.ModuleType):
     """A module in which every name is an empty class."""
 
     __path__: list[str] = []

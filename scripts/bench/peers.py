@@ -1,19 +1,19 @@
 """The other libraries that feed random segments to PyTorch, each set up as its documentation says.
 
 A peer converts a split into its own format once, and then gives candidates for
-`measure_in_rounds`, with
-and without workers. All store float16 matrices, shuffle, and deliver the same batches.
+`measure_in_rounds`, with and without workers. All store float16 matrices, shuffle, and give the
+same batches.
 
-- webdataset: one plain `.npy` or `.npy.zst` a sample, whole in one zstd frame; a shuffle buffer,
-  batches made within the workers.
-- mosaicml-streaming: MDS, uncompressed, float16 arrays; `StreamingDataset` told its batch size, and
-  `LocalDataset`, which is for data that lie on a local disk.
-- litdata: chunks of 64 MB of raw bytes, which it reads faster than arrays; `transform` cuts
+- webdataset: one plain `.npy` or one `.npy.zst`, a single zstd frame, for each utterance; a shuffle
+  buffer; the workers make the batches.
+- mosaicml-streaming: MDS, uncompressed, float16 arrays; `StreamingDataset` with its batch size, and
+  `LocalDataset`, which is for data on a local disk.
+- litdata: chunks of 64 MB of raw bytes, which it reads faster than arrays; `transform` takes the
   segments.
 - lhotse: Shar with numpy features, `DynamicCutSampler` over a lazy, shuffled cut set.
-- datasets: Arrow on disk, map-style, read whole batches at a time: an `Array2D` column in torch
-  format, which is what its guide for PyTorch advises; and a column of bytes, without a format,
-  which that guide does not mention but which is much faster.
+- datasets: Arrow on disk, map-style, which reads a batch at a time. Measured with an `Array2D`
+  column in torch format, as its guide for PyTorch advises, and with a column of bytes without a
+  format, which the guide does not mention but which is much faster.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from shardprep.bench.measure import Candidate
 
 WORKERS = (0, 2)
 
-# Names of set-ups that no documentation advises. They are shown and compared with all the same.
+# Names of set-ups that no documentation advises. They are measured nevertheless.
 NOT_ADVISED = ("datasets bytes",)
 
 
@@ -63,10 +63,10 @@ class Peer:
     Attributes:
         name: What the tables call it.
         package: The library.
-        module: What it is imported as.
-        format: Name of the folder for what `convert` writes; peers with the same one share it.
+        module: Its name in an import.
+        format: Name of the folder that `convert` writes; peers of the same format share it.
         convert: Writes the training split of a shard folder into an empty folder.
-        start: Batches of such a folder, given a number of workers.
+        start: Makes batches from such a folder with a number of workers.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        """Whether there is anything to import."""
+        """Whether the library can be imported."""
         return find_spec(self.module) is not None
 
     def candidates(self, folder: Path, shape: SegmentShape) -> list[Candidate]:
@@ -96,12 +96,12 @@ class Peer:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and those in it."""
+    """Every file in a folder and its subfolders."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def as_sample(item: Mapping[str, Any], shape: SegmentShape) -> Sample:
-    """Segment what a peer gives: mel as bytes, as an array or as a tensor, and the label."""
+    """A segment and the label of what a peer gives: the mel is bytes, an array or a tensor."""
     mel = item["mel"]
     if isinstance(mel, bytes | bytearray | memoryview):
         mel = np.frombuffer(mel, shape.dtype).reshape(-1, shape.n_mels)
@@ -109,12 +109,12 @@ def as_sample(item: Mapping[str, Any], shape: SegmentShape) -> Sample:
 
 
 def collate_items(items: Sequence[Mapping[str, Any]], shape: SegmentShape) -> Batch:
-    """Segment, pad and stack the items of a peer."""
+    """Take segments of a peer's items, pad and stack them."""
     return shape.collate([as_sample(item, shape) for item in items])
 
 
 def decode_webdataset(members: Mapping[str, Any]) -> Sample:
-    """The mel matrix and the label of a sample that `write_webdataset` wrote."""
+    """The mel matrix and the label of an utterance that `write_webdataset` wrote."""
     payload = members.get("npy")
     if payload is None:
         payload = zstandard.ZstdDecompressor().decompress(members["npy.zst"])
@@ -131,7 +131,7 @@ def start_mds(folder: Path, shape: SegmentShape, workers: int, local: bool) -> I
     """Batches of `LocalDataset` or `StreamingDataset`."""
     streaming = import_streaming()
     streaming.base.util.clean_stale_shared_memory()
-    # Cut where they are read, so that workers pass on segments and not utterances.
+    # Take segments in the worker, so that it does not send complete utterances.
     base = streaming.LocalDataset if local else streaming.StreamingDataset
 
     class Segments(base):  # type: ignore[misc, valid-type]
@@ -147,7 +147,7 @@ def start_mds(folder: Path, shape: SegmentShape, workers: int, local: bool) -> I
     try:
         yield from epochs(data_loader(dataset, shape, workers, drop_last=True, **options))
     finally:
-        # It leaves that to the end of the interpreter, which a forked process never reaches.
+        # The library cleans up when the interpreter ends, which a forked process never reaches.
         streaming.base.util.clean_stale_shared_memory()
 
 
@@ -170,7 +170,7 @@ def start_litdata(folder: Path, shape: SegmentShape, workers: int) -> Iterator[B
 
 
 class CutBatches(torch.utils.data.Dataset[Batch]):
-    """What lhotse calls a dataset: makes a batch of the cuts that a sampler has chosen."""
+    """A dataset in lhotse's sense: makes a batch of the cuts that a sampler has chosen."""
 
     def __init__(self, shape: SegmentShape) -> None:
         self._shape = shape
@@ -185,12 +185,12 @@ class CutBatches(torch.utils.data.Dataset[Batch]):
 
 
 def start_lhotse(folder: Path, shape: SegmentShape, workers: int) -> Iterator[Batch]:
-    """Batches of Shar, the sampler within the worker."""
+    """Batches of Shar, with the sampler in the worker."""
     from lhotse import CutSet
     from lhotse.dataset import DynamicCutSampler, IterableDatasetWrapper
     from lhotse.dataset.dataloading import make_worker_init_fn
 
-    # Every worker reads all shards, in an order of its own, for ever; so its guide advises.
+    # As the guide of lhotse advises, every worker reads all shards without end, in its own order.
     cuts = CutSet.from_shar(
         in_dir=str(folder), shuffle_shards=True, stateful_shuffle=True, seed="randomized"
     ).repeat()
@@ -209,10 +209,10 @@ def start_lhotse(folder: Path, shape: SegmentShape, workers: int) -> Iterator[Ba
 def start_datasets(
     folder: Path, shape: SegmentShape, workers: int, as_bytes: bool
 ) -> Iterator[Batch]:
-    """Batches of a map-style data set, which DataLoader asks for a batch at a time."""
+    """Batches of a map-style data set, which gives DataLoader a batch at a time."""
     import datasets
 
-    # Tensors of this size gain nothing from threads, which get into each other's way.
+    # Tensors of this size gain nothing from several threads, which only disturb each other.
     torch.set_num_threads(1)
     dataset = datasets.load_from_disk(str(folder / "arrow"))
     return epochs(

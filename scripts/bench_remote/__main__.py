@@ -1,27 +1,30 @@
-"""Shards behind a network: how fast they are read, and what comes of faults.
+"""Shards behind a network: how fast they are read, and what faults do to them.
 
     python -m scripts.bench_remote [--only PART]... [--out FILE.json]
 
-A real S3 server (SeaweedFS) runs on this machine for it; faults come from a proxy before it. The
-set is made of noise: matrices of 300 x 40, float16, in shards of 24 MB for speed (cold, warm), and
-of small shards for the rest.
+A real S3 server (SeaweedFS) runs on this machine. A proxy in front of it adds faults. The set is
+noise: float16 matrices of 300 x 40, in shards of 24 MB to measure speed (cold, warm), and in small
+shards for the other parts.
 
-- cold: an epoch of `SegmentLoader` in windowed order into an empty cache, in turns with getting the
-  same objects into files by `s3fs.get` (all at once) and by threads with botocore, as `aws s3 cp`
-  does; the faster of the two is the yardstick. Bytes a second, medians.
-- warm: training (recipe demo) from S3 with a warm cache, in turns with training from the same
-  shards on the disk; samples a second of the log windows, medians.
-- budget: an epoch with a cache of a tenth of the data, whose files are summed all the time.
-- ranks: four processes share a cache for an epoch; bytes that the server sent of each object.
-- outage: an epoch while the server is stopped for 20 s, 5 % of requests are answered with 503, and
-  one in 50 bodies is cut short and one in 50 changed; every segment is compared with the local one.
-- kills: a reader is killed (SIGKILL) at a random moment of its downloads, over and over; then every
-  file in the cache is compared with its name, and an epoch with the local one.
-- builds: a build into S3 is killed (SIGKILL, the whole group) at a random moment and continued;
-  there must be no manifest before, the set must be byte for byte the local one, and no shard may be
-  sent again that was sent whole.
+- cold: an epoch of `SegmentLoader` in windowed order into an empty cache, beside two other ways to
+  download the same objects: `s3fs.get` for all at once, and threads with botocore, as `aws s3 cp`
+  does. The loader is compared with the faster of the two. Bytes a second, medians.
+- warm: training (recipe demo) from S3 with a warm cache, beside training from the same shards on
+  the disk. Samples a second in the log, medians.
+- budget: an epoch with a cache of a tenth of the data. The size of its files is checked all the
+  time.
+- ranks: four processes share a cache for an epoch. Counted are the bytes that the server sends of
+  each object.
+- outage: an epoch in which the server stops for 20 s, 5 % of the requests get the answer 503, one
+  in 50 bodies is truncated, and one in 50 has a changed byte. Every batch must equal the local one.
+- kills: a reader is killed (SIGKILL) at a random moment of its downloads, many times. Afterwards
+  the contents of every file in the cache must match its name, and an epoch must equal the local
+  one.
+- builds: a build into S3 is killed (SIGKILL to its process group) at a random moment and continued.
+  No manifest may exist before the end, the set must equal the local one byte for byte, and no
+  complete shard may be uploaded again.
 
-Exit codes: 0 all holds that must (speed is only reported), 1 something was lost, 2 usage.
+Exit codes: 0 nothing was lost (speed is only reported), 1 something was lost, 2 usage.
 """
 
 from __future__ import annotations
@@ -49,18 +52,18 @@ PARTS: dict[str, Callable[[Bench], Result]] = {
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--only", type=click.Choice(list(PARTS)), multiple=True, help="Parts to do.")
+@click.option("--only", type=click.Choice(list(PARTS)), multiple=True, help="Do only these parts.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
     "--scale",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Size of the sets; below 1 to try the script.",
+    help="Size of the sets; below 1 to test the script.",
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON to write.")
 def main(only: tuple[str, ...], rounds: int, scale: float, out: Path | None) -> None:
-    """The command; its help is above."""
+    """Measure all parts; the help text is the module's docstring."""
     results: dict[str, Any] = {}
     if out is not None and out.exists():
         results = json.loads(out.read_text())
@@ -72,7 +75,7 @@ def main(only: tuple[str, ...], rounds: int, scale: float, out: Path | None) -> 
             click.echo(f"{part} ...", err=True)
             result = PARTS[part](bench)
             results[part] = result
-            shown = {k: v for k, v in result.items() if k not in ("rounds", "windows")}
+            shown = {k: v for k, v in result.items() if k not in ("rounds", "records")}
             click.echo(f"{part}: {json.dumps(shown)}")
             if out is not None:
                 out.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What comes of faults between us and a store: the parts of `scripts.bench_remote` about loss."""
+"""Reading and building with faults between us and a store: parts of `scripts.bench_remote`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scripts.servers.object_store import Faults, fault_proxy
 
 
 def budget(bench: Bench) -> Result:
-    """An epoch through a cache of a tenth of the data."""
+    """An epoch with a cache of a tenth of the data."""
     shards, url = bench.set("small", SMALL)
     total = sum(path.stat().st_size for path in shards.iterdir() if path.is_file())
     folder, options = bench.cache(), {"lanes": 2, "window_shards": 1}
@@ -40,7 +40,7 @@ def budget(bench: Bench) -> Result:
 
 @contextmanager
 def watching(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that the files of a folder had in sum."""
+    """The largest size that the files of a folder had together, in a list of one number."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:
@@ -63,7 +63,7 @@ def watching(folder: Path) -> Iterator[list[int]]:
 
 
 def ranks(bench: Bench, world: int = 4) -> Result:
-    """What the server sends for an epoch of several processes with one cache."""
+    """The bytes that the server sends for an epoch of several processes with one cache."""
     shards, url = bench.set("small", SMALL)
     spawn = multiprocessing.get_context("spawn")
     with fault_proxy(*bench.store.endpoint) as proxy, environment(proxy.url, bench.cache()):
@@ -103,7 +103,7 @@ def rank_segments(place: str, rank: int, world: int) -> list[str]:
 
 @contextmanager
 def environment(endpoint: str, cache: Path) -> Iterator[None]:
-    """Have this process and those that it starts find the store at `endpoint`."""
+    """Let this process and its children find the store at `endpoint`."""
     from shardprep.storage import connections
 
     before = dict(os.environ)
@@ -118,7 +118,7 @@ def environment(endpoint: str, cache: Path) -> Iterator[None]:
 
 
 def outage(bench: Bench, pause: float = 20.0) -> Result:
-    """An epoch through all faults at once."""
+    """An epoch with all faults at once."""
     shards, url = bench.set("small", SMALL)
     expected = segments(shards, None)
     sizes = sum(path.stat().st_size for path in shards_of(shards))
@@ -132,22 +132,22 @@ def outage(bench: Bench, pause: float = 20.0) -> Result:
         with ThreadPoolExecutor(1) as threads:
             reading = threads.submit(segments, url, cache)
             time.sleep(4)
-            # Here, for the server ends with the thread that has started it.
+            # In this thread: the server ends with the thread that started it.
             bench.store.stop()
             time.sleep(pause)
             bench.store.start()
             found = reading.result()
         seconds = time.perf_counter() - began
         statuses = Counter(line.status for line in proxy.log)
-    true = all(is_true(path) for path in cache.folder.path.glob("?" * 64))
+    intact = all(is_intact(path) for path in cache.folder.path.glob("?" * 64))
     return {"seconds": seconds, "stopped_for_s": pause, "requests": sum(statuses.values()),
             "answers": {str(status): count for status, count in sorted(statuses.items())},
             "bytes": sizes, "bytes_fetched": cache.traffic.bytes, "batches": len(found),
-            "holds": found == expected and true}  # fmt: skip
+            "holds": found == expected and intact}  # fmt: skip
 
 
-def is_true(path: Path) -> bool:
-    """Whether a file of a cache has the contents that its name says."""
+def is_intact(path: Path) -> bool:
+    """Whether the contents of a file in the cache have the sha256 of its name."""
     return hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
@@ -156,7 +156,7 @@ def kills(bench: Bench) -> Result:
     shards, url = bench.set("small", SMALL)
     draw, spawn = random.Random(0), multiprocessing.get_context("spawn")
     sizes = sum(path.stat().st_size for path in shards_of(shards))
-    parts = untrue = 0
+    parts = damaged = 0
     count = 4 * bench.rounds
     with (
         fault_proxy(*bench.store.endpoint, Faults(bandwidth=sizes / 8)) as proxy,
@@ -173,14 +173,14 @@ def kills(bench: Bench) -> Result:
             process.kill()
             process.join()
             parts += len(list(folder.glob("*.part")))
-            untrue += sum(not is_true(path) for path in folder.glob("?" * 64))
+            damaged += sum(not is_intact(path) for path in folder.glob("?" * 64))
             if number % 4 == 3:
                 shutil.rmtree(folder)
         proxy.faults = Faults()
         found = segments(url, None)
-        untrue += sum(not is_true(path) for path in folder.glob("?" * 64))
-    return {"kills": count, "parts_left": parts, "untrue_files": untrue,
-            "holds": not untrue and parts > 0 and found == segments(shards, None)}  # fmt: skip
+        damaged += sum(not is_intact(path) for path in folder.glob("?" * 64))
+    return {"kills": count, "parts_left": parts, "damaged_files": damaged,
+            "holds": not damaged and parts > 0 and found == segments(shards, None)}  # fmt: skip
 
 
 def builds(bench: Bench) -> Result:
@@ -197,7 +197,7 @@ def builds(bench: Bench) -> Result:
             place = shardprep.locate(bench.store.url(f"built-{number}"))
             proxy.clear()
             words = [str(word) for word in (*command, place, *options)]
-            # In all of its course: builds take a few seconds after a start of one.
+            # A build takes one second to start and then a few seconds: kill it anywhere in there.
             for wait in (draw.uniform(1, 3), draw.uniform(1, 5)):
                 process = subprocess.Popen(
                     words, start_new_session=True, stdout=subprocess.DEVNULL,
@@ -221,7 +221,7 @@ def builds(bench: Bench) -> Result:
                 and line.status == 200
                 and (name := re.search(r"/([a-z]+-\d+\.tar)(\?|$)", line.path))
             )
-            # What each worker was at when it was killed is sent again.
+            # Each worker uploads again the shard that it was at when it was killed.
             again += sum(sent.values()) - sum(name.endswith(".tar") for name in local)
     most = 2 * killed
     return {"builds": count, "kills": killed, "identical": same, "manifest_too_early": early,

@@ -1,4 +1,4 @@
-"""The sets that `scripts.bench_remote` reads, on the disk and in a store, and reading them."""
+"""The sets of `scripts.bench_remote`, on the disk and in a store, and how it reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 class Bench:
-    """The store, the sets, and where things are put meanwhile."""
+    """The store, the sets and the folder for temporary files."""
 
     def __init__(self, folder: Path, store: ObjectStore, scale: float, rounds: int) -> None:
         self.folder, self.store, self.rounds = folder, store, rounds

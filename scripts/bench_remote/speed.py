@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def cold(bench: Bench) -> Result:
-    """Bytes a second into an empty cache, and by other means."""
+    """Bytes a second into an empty cache, and by other ways to download."""
     shards, url = bench.set("large", LARGE)
     files = [(path.name, path.stat().st_size) for path in shards_of(shards)]
     total = sum(size for _, size in files)
@@ -59,17 +59,17 @@ def cold(bench: Bench) -> Result:
             list(threads.map(get, [name for name, _ in files]))
 
     ways = {"loader": loader, "s3fs.get": s3fs_get, "botocore, 8 threads": botocore_get}
-    rates = take_turns(ways, bench.rounds, lambda seconds: total / 1e6 / seconds)
+    rates = measure_in_rounds(ways, bench.rounds, lambda seconds: total / 1e6 / seconds)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     best = max(medians["s3fs.get"], medians["botocore, 8 threads"])
     return {"mb": total / 1e6, "mb_per_s": medians, "rounds": rates,
             "ratio": medians["loader"] / best, "asked": 0.7}  # fmt: skip
 
 
-def take_turns(
+def measure_in_rounds(
     ways: dict[str, Callable[[], None]], rounds: int, rate: Callable[[float], float]
 ) -> dict[str, list[float]]:
-    """Rates of each way, measured in turns after one that does not count."""
+    """Rates of each way in every round; the first round does not count."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -81,7 +81,7 @@ def take_turns(
 
 
 def warm(bench: Bench) -> Result:
-    """Samples a second of training from a warm cache, and from the disk."""
+    """Samples a second of training, from a warm cache and from the disk."""
     shards, url = bench.set("large", LARGE)
     cache = bench.cache()
     os.environ["SHARDPREP_CACHE"] = str(cache)
@@ -91,17 +91,12 @@ def warm(bench: Bench) -> Result:
     places = {"s3, warm cache": url, "disk": str(shards)}
     steps = max(60, int(150 * bench.scale))
     for number in range(2 * bench.rounds):
-        # The first of a pair in turn: a machine that grows slower or faster favours nobody.
+        # Each is first in every second round, in case the machine becomes slower or faster.
         for name in list(places)[:: 1 if number % 2 else -1]:
             runs = bench.cache("runs")
             command = [
                 *(sys.executable, ROOT / "trainer/train.py"),
-                *(
-                    "--config",
-                    ROOT / "trainer/shardprep_trainer/recipes/demo.yaml",
-                    "--train.runs",
-                    runs,
-                ),
+                *("--config", "demo", "--train.runs", runs),
                 *("--data.shards", places[name], "--data.order", "windowed", "--data.lanes", "2"),
                 *("--data.window_shards", "2", "--train.valid_steps", "0"),
                 *("--train.total_steps", steps, "--train.log_steps", "10"),
@@ -110,10 +105,10 @@ def warm(bench: Bench) -> Result:
             subprocess.run([str(word) for word in command], check=True, capture_output=True)
             lines = next(runs.glob("*/metrics.jsonl")).read_text().splitlines()
             records = [json.loads(line) for line in lines]
-            windows = [r for r in records if r["event"] == "train"][1:]
-            rates[name] += [window["samples_per_second"] for window in windows]
-            waits[name] += [window["waiting"] for window in windows]
+            measured = [record for record in records if record["event"] == "train"][1:]
+            rates[name] += [record["samples_per_second"] for record in measured]
+            waits[name] += [record["waiting"] for record in measured]
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {"samples_per_s": medians, "windows": rates,
+    return {"samples_per_s": medians, "records": rates,
             "waiting": {name: statistics.median(found) for name, found in waits.items()},
             "ratio": medians["s3, warm cache"] / medians["disk"], "asked": 0.98}  # fmt: skip

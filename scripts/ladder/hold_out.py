@@ -1,17 +1,24 @@
-"""Hold out recording situations of the training data, to choose a recipe by.
+"""Hold out recording situations of the training data, to compare recipes on.
 
     python -m scripts.ladder.hold_out Dataset/ held-out/ [--situations 4]
     python -m scripts.ladder --data held-out/ --rung boss --rung best --seed 0
 
-A random validation split shares its rooms, channels and noises with what is trained on, so it says
-little about others, and nothing about what augmentation is for. Here the utterances of each speaker
-are grouped by the mean and the 10th percentile of every mel bin (the channel, and what is heard
-between the words), by Ward's method, and of the groups that hold no more than half of them the one
-farthest from the others becomes the test split of a new data set, in the same layout. The rest is
-its training data, less what shares a recording with the held-out utterances: where the same words
-of the same take are heard, even in another room, their mels correlate. Of a speaker of whom less
-than a third would be left to train on, nothing is held out. The test split of the old one is left
-out. Files are linked, or copied where that is not possible.
+A random validation split has the same rooms, channels and noises as the training data. So it says
+little about new ones, and does not show what augmentation is good for. This program makes a new
+data set, in the same layout, whose test split has situations of its own:
+
+- It describes each utterance by the mean and the 10th percentile of every mel bin (the channel, and
+  the background noise between the words), and groups the utterances of each speaker by Ward's
+  method.
+- Of the groups with at most half of the speaker's utterances, the group farthest from the others
+  becomes part of the test split.
+- The other utterances are training data, without those that share a recording with the test split.
+  Two utterances share a recording if their mels correlate, because they contain the same words of
+  the same take, perhaps in another room.
+- If less than a third of a speaker's utterances would remain for training, none is held out.
+
+The test split of the given data set is left out. Files are linked, or copied where links are not
+possible.
 
 The groups are guesses: some utterances of a held-out situation stay in training, so the new split
 is easier than situations that training never saw. The data set is checked as `shardprep build`
@@ -44,9 +51,10 @@ from shardprep import ShardprepError
 from shardprep.source.dataset import Source, Utterance, scan_dataset, source_error
 from shardprep.source.features import load_features
 
-# One second. Of utterances of two speakers one pair in five hundred correlates above 0.55 over so
-# many frames; those that share words of one take do so at 0.55 to 0.95, the less the noisier.
-WINDOW = 100
+# We compare pieces of one second. Only one in five hundred pairs of utterances from two speakers
+# correlates above 0.55. Utterances with words of the same take correlate at 0.55 to 0.95; the more
+# noise, the less.
+PIECE_FRAMES = 100
 SHARED = 0.55
 
 
@@ -60,11 +68,12 @@ def choose_group(sounds: NDArray[np.float64], situations: int) -> NDArray[np.boo
 
     Args:
         sounds: (N, 2 * F), see `describe`.
-        situations: Groups to make of them.
+        situations: Number of groups to make.
 
     Returns:
-        (N,), True on those of the group that is farthest from all others, by the least distance
-        between an utterance of the one and of the other; nowhere if every group is too large.
+        (N,), True for the utterances of the group that is farthest from the others. The distance is
+        that of the closest two utterances, one inside the group and one outside. All False if every
+        group is too large.
     """
     none = np.zeros(len(sounds), bool)
     if len(sounds) < 2:
@@ -82,54 +91,56 @@ def choose_group(sounds: NDArray[np.float64], situations: int) -> NDArray[np.boo
 
 
 def correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """How alike two utterances, (T, F) and (T', F), are where they are most alike.
+    """How similar two utterances, (T, F) and (T', F), are in their most similar pieces.
 
     Returns:
-        The highest correlation of `WINDOW` frames of the shorter one, taken at every quarter of a
-        window, with as many of the longer one at any place, mean frames subtracted.
+        The highest correlation of a piece of the shorter utterance with a piece of the longer one.
+        Pieces have `PIECE_FRAMES` frames, less their mean frame. In the shorter utterance a piece
+        starts at every quarter of its length, in the longer one at every frame.
     """
     short, long = sorted((one, other), key=len)
-    window = min(WINDOW, len(short))
-    places = len(long) - window + 1
-    sums = np.lib.stride_tricks.sliding_window_view(long, window, axis=0).sum(2, dtype=np.float64)
-    squares = np.convolve((long.astype(np.float64) ** 2).sum(1), np.ones(window), "valid")
-    energy = (squares - (sums * sums).sum(1) / window).clip(1e-6)  # about the mean frame: (places,)
+    frames = min(PIECE_FRAMES, len(short))
+    places = len(long) - frames + 1
+    sums = np.lib.stride_tricks.sliding_window_view(long, frames, axis=0).sum(2, dtype=np.float64)
+    squares = np.convolve((long.astype(np.float64) ** 2).sum(1), np.ones(frames), "valid")
+    energy = (squares - (sums * sums).sum(1) / frames).clip(1e-6)  # about the mean frame: (places,)
     size = next_fast_len(len(long))
     spectrum = rfft(long, size, axis=0)
     best = -1.0
-    for start in range(0, len(short) - window + 1, max(1, window // 4)):
-        part = short[start : start + window]
-        part = part - part.mean(0, dtype=np.float64)
-        product = irfft((rfft(part, size, axis=0).conj() * spectrum).sum(1), size)[:places]
-        best = max(best, float((product / np.sqrt(energy * (part * part).sum().clip(1e-6))).max()))
+    for start in range(0, len(short) - frames + 1, max(1, frames // 4)):
+        piece = short[start : start + frames]
+        piece = piece - piece.mean(0, dtype=np.float64)
+        product = irfft((rfft(piece, size, axis=0).conj() * spectrum).sum(1), size)[:places]
+        power = (piece * piece).sum().clip(1e-6)
+        best = max(best, float((product / np.sqrt(energy * power)).max()))
     return best
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The utterances of a speaker."""
+    """The utterances of a speaker, divided."""
 
     kept: list[Utterance]
     held: list[Utterance]
     left_out: list[Utterance]
-    """Not held out, but with a recording of those that are."""
+    """Not held out, but from the same recording as an utterance that is."""
 
 
-def part(source: Source, utterances: Sequence[Utterance], situations: int) -> Parts:
+def divide_speaker(source: Source, utterances: Sequence[Utterance], situations: int) -> Parts:
     """Divide the utterances of a speaker.
 
     Raises:
-        SourceError: One is not what the metadata say; names its file.
+        SourceError: An utterance is not what metadata.json says; the message names its file.
     """
     mels = [
         load_features(source.root / one.path, n_mels=source.n_mels, frames=one.frames)
         for one in utterances
     ]
-    away = choose_group(np.array([describe(mel) for mel in mels]), situations)
+    chosen = choose_group(np.array([describe(mel) for mel in mels]), situations)
     parts = Parts([], [], [])
-    held_mels = [mel for mel, out in zip(mels, away, strict=True) if out]
-    for utterance, mel, out in zip(utterances, mels, away, strict=True):
-        if out:
+    held_mels = [mel for mel, hold in zip(mels, chosen, strict=True) if hold]
+    for utterance, mel, hold in zip(utterances, mels, chosen, strict=True):
+        if hold:
             parts.held.append(utterance)
         elif any(correlation(other, mel) > SHARED for other in held_mels):
             parts.left_out.append(utterance)
@@ -139,33 +150,34 @@ def part(source: Source, utterances: Sequence[Utterance], situations: int) -> Pa
 
 
 def divide(dataset: Path, situations: int) -> tuple[Source, dict[str, Parts]]:
-    """Look through a data set, and divide the utterances of each speaker.
+    """Check a data set, and divide the utterances of each speaker.
 
     Raises:
-        SourceError: Something in it is not as it should be; names the file.
+        SourceError: A file of the data set is wrong; the message names it.
     """
     source = scan_dataset(dataset)
     for reject in source.rejects:
         if reject.split != "test":
-            raise source_error(reject, source.root, "Mend the data set.")
+            raise source_error(reject, source.root, "Repair the data set.")
     by_speaker: dict[str, list[Utterance]] = {name: [] for name in source.speakers}
     for one in source.labelled:
         by_speaker[str(one.speaker)].append(one)
-    # The bar is for a terminal alone.
+    # Show a progress bar only in a terminal.
     shown = tqdm(by_speaker.items(), unit="speaker", disable=None)
-    return source, {speaker: part(source, own, situations) for speaker, own in shown}
+    return source, {speaker: divide_speaker(source, own, situations) for speaker, own in shown}
 
 
 def listed(utterances: Sequence[Utterance]) -> list[dict[str, object]]:
-    """Utterances as the files of a data set list them."""
+    """Utterances as metadata.json and testdata.json list them."""
     return [{"feature_path": one.path, "mel_len": one.frames} for one in utterances]
 
 
-def place(source: Path, target: Path) -> None:
-    """Have the file in another place as well, whose folders are made."""
+def link_file(source: Path, target: Path) -> None:
+    """Link a file to another path, or copy it; makes the folders of that path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)  # of a link itself the copy might lead nowhere
+        # Resolve first: a relative symbolic link would point nowhere from its new folder.
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 
@@ -173,9 +185,9 @@ def place(source: Path, target: Path) -> None:
 @click.command(context_settings={"show_default": True})
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--situations", type=click.IntRange(2), default=4, help="Groups a speaker.")
+@click.option("--situations", type=click.IntRange(2), default=4, help="Groups for each speaker.")
 def main(dataset: Path, target: Path, situations: int) -> None:
-    """Make of the training data of DATASET a data set with a test split of its own, in TARGET."""
+    """Divide the training data of DATASET into a data set with a new test split, in TARGET."""
     for name in ("metadata.json", "mapping.json"):
         if not (dataset / name).exists():
             raise click.UsageError(f"{dataset}: there is no {name}; name the Dataset/ folder")
@@ -190,7 +202,7 @@ def main(dataset: Path, target: Path, situations: int) -> None:
     new.mkdir(parents=True)
     for parts in speakers.values():
         for utterance in parts.kept + parts.held:
-            place(dataset / utterance.path, new / utterance.path)
+            link_file(dataset / utterance.path, new / utterance.path)
     shutil.copyfile(dataset / "mapping.json", new / "mapping.json")
     held = [utterance for parts in speakers.values() for utterance in parts.held]
     test = {"n_mels": source.n_mels, "utterances": listed(held)}
@@ -202,7 +214,7 @@ def main(dataset: Path, target: Path, situations: int) -> None:
     left = sum(len(parts.left_out) for parts in speakers.values())
     click.echo(
         f"{new}: {sum(map(len, kept.values())):,} utterances to train on, {len(held):,} held out, "
-        f"{left:,} left out for sharing a recording with those"
+        f"{left:,} left out because they share a recording with these"
     )
 
 

@@ -1,4 +1,4 @@
-"""Ways to attend give one result, and what fails is told."""
+"""All ways to attend give the same result, and failures are reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.bench import attention as bench
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """PyTorch's threads would be missed, for ever, by the processes that later tests fork."""
+    """A process that a later test forks would wait for PyTorch's threads without end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

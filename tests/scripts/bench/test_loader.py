@@ -1,4 +1,4 @@
-"""The comparison with peers: all read the same samples, and the result says what was measured."""
+"""The comparison with peers: all read the same utterances; the result says what was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shardprep.bench.loaders import SegmentShape
 from shardprep.bench.measure import in_own_process
 from shardprep.bench.results import LoaderResult
 
-# The peers' own warnings are no business of ours.
+# We do not care about the warnings of the peers.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SHAPE = SegmentShape(4, 32, 40, np.dtype("<f2"))
@@ -31,7 +31,7 @@ SPEAKERS = 16
 
 @pytest.fixture
 def shards(make_dataset: Callable[..., Path], tmp_path: Path) -> Path:
-    # One utterance a speaker, so that the label tells which one it is; some shorter than a segment.
+    # One utterance for each speaker, so that the label identifies it; some shorter than a segment.
     source = make_dataset(speakers=SPEAKERS, utterances=1, test_utterances=0, frames=(20, 60))
     shardprep.build_shards(source, tmp_path / "shards", shardprep.BuildOptions(workers=1))
     return tmp_path / "shards"
@@ -116,7 +116,7 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(bench_loader.main, arguments, catch_exceptions=False)
 
 
-def test_a_peer_that_fails_is_named_and_the_rest_goes_on(
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(
     make_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The script that measures shards behind a network sees what is lost, and writes what it saw."""
+"""The script that measures shards behind a network notices losses, and writes its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.bench_remote import faults as remote_faults
 
 @pytest.mark.slow
 @pytest.mark.remote
-def test_it_runs_and_adds_to_what_it_wrote_before(tmp_path: Path) -> None:
+def test_it_runs_and_keeps_earlier_results_of_other_parts(tmp_path: Path) -> None:
     out = tmp_path / "remote.json"
     out.write_text('{"warm": {"ratio": 1.0}}')
     command = [sys.executable, "-m", "scripts.bench_remote", "--scale", "0.1", "--rounds", "1"]
@@ -30,15 +30,15 @@ def test_it_runs_and_adds_to_what_it_wrote_before(tmp_path: Path) -> None:
     assert 0 < found["budget"]["peak"] <= found["budget"]["budget"]
 
 
-def test_a_file_that_is_not_what_its_name_says_is_seen(tmp_path: Path) -> None:
+def test_a_file_whose_contents_do_not_match_its_name_is_noticed(tmp_path: Path) -> None:
     true = tmp_path / "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     true.write_bytes(b"test")
-    assert remote_faults.is_true(true)
+    assert remote_faults.is_intact(true)
     true.write_bytes(b"text")
-    assert not remote_faults.is_true(true)
+    assert not remote_faults.is_intact(true)
 
 
-def test_the_most_that_a_folder_held_is_seen(tmp_path: Path) -> None:
+def test_the_largest_size_of_a_folder_is_found(tmp_path: Path) -> None:
     with remote_faults.watching(tmp_path) as peak:
         (tmp_path / "a").write_bytes(bytes(1000))
         (tmp_path / "b").write_bytes(bytes(500))

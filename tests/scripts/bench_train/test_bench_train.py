@@ -1,4 +1,4 @@
-"""Training is measured alike for all, and the arithmetic is that of the model."""
+"""All ways to train are measured alike, and the counted operations are those of the model."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_way_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_measurement_is_made_in_a_process_of_its_own() -> None:
-    # In bfloat16 it would take six minutes on a CPU that is slow in that.
+    # bfloat16 would take six minutes on a CPU that is slow with it.
     precision = arithmetic.worthwhile_precisions(on_gpu=False)[-1]
     found = bench.measure_apart(measurement.Spec("peak", "", "", precision=precision), 1)
     assert found["measured"] > 0

@@ -1,4 +1,4 @@
-"""What is held out is a situation, whole; nothing of it or of its recordings is trained on."""
+"""A complete situation is held out; no recording of it remains in the training data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def change_entries(dataset: Path, change: Callable[[dict[str, Any]], None]) -> N
     path.write_text(json.dumps(metadata))
 
 
-def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_path: Path) -> None:
+def test_one_complete_situation_of_every_speaker_is_held_out(
+    recorded: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "held-out"
     words = [str(recorded), str(target), "--situations", str(SITUATIONS)]
     done = CliRunner().invoke(hold_out.main, words)
@@ -82,14 +84,14 @@ def test_one_whole_situation_of_every_speaker_is_held_out(recorded: Path, tmp_pa
 def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
     recorded: Path, tmp_path: Path
 ) -> None:
-    # Of every speaker one take is heard again in each of the situations, after other words.
+    # One take of every speaker is part of an utterance in each situation, after other words.
     take = np.random.default_rng(1).normal(size=(100, 8))
     for speaker in range(5):
         for situation in range(SITUATIONS):
             name = recorded / f"uttr-{speaker}{situation}0.pt"
             mel = torch.load(name, weights_only=True).numpy()
-            heard = mel.mean(0) + np.concatenate([mel - mel.mean(0), take])
-            torch.save(torch.from_numpy(heard.astype(np.float32)), name)
+            repeated = mel.mean(0) + np.concatenate([mel - mel.mean(0), take])
+            torch.save(torch.from_numpy(repeated.astype(np.float32)), name)
 
     def measure(entry: dict[str, Any]) -> None:
         entry["mel_len"] = len(torch.load(recorded / entry["feature_path"], weights_only=True))
@@ -110,7 +112,7 @@ def test_what_shares_a_recording_with_the_held_out_is_not_trained_on(
     assert files == {entry["feature_path"] for entry in [*kept, *held]}
 
 
-def test_a_speaker_of_one_take_is_trained_on_whole(recorded: Path) -> None:
+def test_nothing_of_a_speaker_of_one_take_is_held_out(recorded: Path) -> None:
     take = np.random.default_rng(1).normal(size=(120, 8)).astype(np.float32)
     names = [f"uttr-0{situation}{number}.pt" for situation in range(3) for number in range(4)]
     for number, name in enumerate(names):
@@ -126,12 +128,12 @@ def test_a_speaker_of_one_take_is_trained_on_whole(recorded: Path) -> None:
     assert not speakers["id0"].held + speakers["id0"].left_out
 
 
-def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels() -> None:
+def test_utterances_are_compared_in_their_most_similar_pieces_at_any_level() -> None:
     random = np.random.default_rng(2)
     mel, other = random.normal(size=(2, 250, 8)).astype(np.float32)
-    heard = np.concatenate([other, 3 + 2 * mel[30:160]])
+    repeated = np.concatenate([other, 3 + 2 * mel[30:160]])
     assert hold_out.correlation(mel, mel) == pytest.approx(1.0, abs=1e-5)
-    assert hold_out.correlation(mel, heard) == pytest.approx(1.0, abs=0.01)
+    assert hold_out.correlation(mel, repeated) == pytest.approx(1.0, abs=0.01)
     assert 0 < hold_out.correlation(mel, other) < 0.3
     assert hold_out.correlation(mel[:70], mel) == pytest.approx(1.0, abs=1e-5)
     for cut in (mel[30:155], mel[37:137], mel[43:103], mel[249:]):
@@ -140,7 +142,7 @@ def test_utterances_are_compared_where_they_are_most_alike_whatever_their_levels
     assert hold_out.correlation(np.zeros_like(mel), mel) == 0.0
 
 
-def test_files_in_folders_and_links_to_files_are_placed(recorded: Path, tmp_path: Path) -> None:
+def test_files_in_folders_and_links_to_files_are_linked(recorded: Path, tmp_path: Path) -> None:
     (recorded / "some").mkdir()
     (recorded / "store").mkdir()
 
@@ -191,7 +193,7 @@ def test_the_group_farthest_from_the_others_is_chosen_and_never_most() -> None:
     assert not hold_out.choose_group(line[:1], 3).any()
 
 
-def test_a_folder_that_is_there_is_left_alone(recorded: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(recorded: Path, tmp_path: Path) -> None:
     (tmp_path / "Dataset2" / "Dataset").mkdir(parents=True)
     done = CliRunner().invoke(hold_out.main, [str(recorded), str(tmp_path / "Dataset2")])
     assert done.exit_code == 2
