@@ -1,10 +1,12 @@
-"""Fuzz what reads foreign bytes, guided by coverage: any error but a clear refusal is a finding.
+"""Fuzz all readers of foreign files, guided by coverage.
 
     python -m scripts.torture.fuzz --seconds 600 --out fuzz.json     # every target in turn
     python -m scripts.torture.fuzz --seconds 60 --target pt                          # one of them
 
-Needs atheris (extra `[fuzz]`; `make fuzz` makes an environment for it). Inputs that are findings
-go to the folder `--found`; once mended they move to tests/fuzz/found/, for `make test` to try.
+Any exception but a refusal (`ShardprepError`, or `ValueError` from inner functions) is a finding.
+This needs atheris (extra `[fuzz]`; `make fuzz` makes an environment for it). Inputs that cause a
+finding go to the folder `--found`. When the bug is fixed, move them to tests/fuzz/found/, where
+`make test` tries them.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ N_MELS, FRAMES = 3, (70, 5, 33)
 
 
 class Target:
-    """Something that reads bytes.
+    """A reader of foreign bytes.
 
     Attributes:
-        folder: A place of its own, for the files that it reads.
+        folder: A folder of its own, for the files that it reads.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,11 +47,11 @@ class Target:
         write_dataset(folder / "Dataset")
 
     def seeds(self) -> Iterator[bytes]:
-        """Valid inputs, to begin with."""
+        """Valid inputs to start from."""
         raise NotImplementedError
 
     def __call__(self, data: bytes) -> None:
-        """Have `data` read. An error that comes out is a finding."""
+        """Read `data`. An exception is a finding."""
         raise NotImplementedError
 
 
@@ -71,7 +73,7 @@ class Shards(Target):
         self.info = self.manifest.splits[self.split]
 
     def sign(self, **files: bytes) -> None:
-        """Write the index or the shard, and the manifest that vouches for it."""
+        """Write the index or the shard, and a manifest with its size and sha256."""
         import msgspec
 
         from shardprep.format.manifest import encode_manifest
@@ -87,7 +89,7 @@ class Shards(Target):
         (self.shards / "manifest.json").write_bytes(encode_manifest(manifest))
 
     def read_all(self) -> None:
-        """Open the set, and read every utterance and segments of each."""
+        """Open the set, and read every utterance and a segment of each."""
         from shardprep import ShardprepError, open_shards
 
         with contextlib.suppress(ShardprepError):
@@ -101,7 +103,7 @@ class Shards(Target):
 
 
 class ManifestTarget(Shards):
-    """manifest.json, with the fingerprint made true where the bytes are JSON."""
+    """manifest.json, with a correct fingerprint if the bytes are JSON."""
 
     def seeds(self) -> Iterator[bytes]:
         """The manifest of the valid set."""
@@ -120,7 +122,7 @@ class ManifestTarget(Shards):
 
 
 class IndexTarget(Shards):
-    """An index, vouched for by the manifest."""
+    """An index whose size and sha256 are those in the manifest."""
 
     def seeds(self) -> Iterator[bytes]:
         """The index of the valid set."""
@@ -133,7 +135,7 @@ class IndexTarget(Shards):
 
 
 class TarTarget(Shards):
-    """A shard, vouched for by the manifest: `verify --deep` and what `repair` reads."""
+    """A shard whose size and sha256 are those in the manifest, for `verify --deep` and `repair`."""
 
     def seeds(self) -> Iterator[bytes]:
         """The shard of the valid set, without the padding at its end."""
@@ -151,7 +153,7 @@ class TarTarget(Shards):
 
 
 class ZstdTarget(Target):
-    """A compressed member: decoded whole, and by the chunks of a segment."""
+    """A compressed member: decoded in one piece, and by the chunks of a segment."""
 
     def seeds(self) -> Iterator[bytes]:
         """Members of one chunk and of several, and a single frame without a seek table."""
@@ -179,12 +181,12 @@ class ZstdTarget(Target):
             codecs.decode(data, CodecInfo("none"))
         for length in FRAMES:
             frames = np.array([length])
-            # What `Split` makes sure of as it opens an index.
+            # `Split` checks this when it opens an index.
             if len(data) > codecs.table_bytes_from_end(frames, 16)[0]:
-                whole = np.array([0]), np.array([len(data)]), frames, np.array([0])
+                member = np.array([0]), np.array([len(data)]), frames, np.array([0])
                 out = np.empty((1, length, N_MELS), "<f2")
                 with contextlib.suppress(ValueError):
-                    ZstdGather(_Bytes(data), 16, 1)(*whole, frames, 0.0, out)  # type: ignore[arg-type]
+                    ZstdGather(_Bytes(data), 16, 1)(*member, frames, 0.0, out)  # type: ignore[arg-type]
 
 
 class _Bytes:
@@ -193,7 +195,7 @@ class _Bytes:
 
 
 class MetadataTarget(Target):
-    """The three JSON files of a data set; the first byte says which."""
+    """The three JSON files of a data set; the first byte chooses one."""
 
     NAMES = ("metadata.json", "mapping.json", "testdata.json")
 
@@ -223,7 +225,7 @@ class MetadataTarget(Target):
 
 
 class PtTarget(Target):
-    """A `.pt` file, in both formats, of the shape that the metadata say."""
+    """A `.pt` file, in both formats, with the shape that metadata.json states."""
 
     def seeds(self) -> Iterator[bytes]:
         """Tensors of all kinds; without checksums, which would stop most mutations."""
@@ -281,7 +283,7 @@ def write_dataset(folder: Path) -> None:
 
 
 def fuzz_one(name: str, seconds: float, found: Path) -> None:
-    """Fuzz one target in this process, which ends with it."""
+    """Fuzz one target in this process; atheris ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["shardprep", "pickletools", "tarfile"]):
@@ -309,7 +311,7 @@ def fuzz_one(name: str, seconds: float, found: Path) -> None:
 
 
 def _keep(data: bytes, error: Exception, found: Path, seen: set[str]) -> None:
-    """Write down the first input that leads to an error at a place in the code."""
+    """Keep the first input that leads to an exception at a place in the code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
     if place not in seen:
@@ -324,13 +326,13 @@ def _memory() -> str | None:
 
 
 def fuzz_all(names: Sequence[str], seconds: float, found: Path) -> dict[str, Any]:
-    """Fuzz targets one after the other, each in a process; runs and findings of each."""
+    """Fuzz targets one after the other, each in its own process; their runs and findings."""
     results: dict[str, Any] = {}
     for name in names:
         place = (found / name).absolute()
         place.mkdir(parents=True, exist_ok=True)
         runs, left, ended = 0, seconds, time.monotonic() + seconds
-        # A finding may end the process (a signal, no memory left); the search then starts again.
+        # A finding may end the process (a signal, out of memory); then start it again.
         while left > 1:
             command = [sys.executable, "-m", "scripts.torture.fuzz", "--one", name]
             command += ["--seconds", str(left), "--found", str(place)]
@@ -346,10 +348,10 @@ def fuzz_all(names: Sequence[str], seconds: float, found: Path) -> dict[str, Any
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seconds", default=600.0, help="For each target.")
+@click.option("--seconds", default=600.0, help="Time for each target.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="[all]")
 @click.option(
-    "--found", type=click.Path(path_type=Path), default="fuzz-found", help="For findings."
+    "--found", type=click.Path(path_type=Path), default="fuzz-found", help="Folder for findings."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
 @click.option("--one", type=click.Choice(list(TARGETS)), hidden=True)

@@ -1,4 +1,4 @@
-"""Ways to injure a program, and to see what it leaves behind."""
+"""Make calls that change the disk fail, and find the processes that a program leaves."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CHANGES = ("fsync", "replace", "fchmod", "mkdir", "unlink", "rmdir")
 
 @dataclass
 class Calls:
-    """Calls that change the disk, counted."""
+    """The number of calls that change the disk."""
 
     made: int = 0
 
 
 @contextmanager
-def refusing(step: int, number: int, held: int = 0) -> Iterator[Calls]:
+def refusing(step: int, number: int, buffered: int = 0) -> Iterator[Calls]:
     """Let the `step`-th call of this process that changes the disk fail.
 
     Args:
-        step: Which one, from 1; each write to a file counts.
+        step: Number of the call, from 1; each write to a file counts.
         number: Number of the error, such as errno.ENOSPC.
-        held: Bytes that a file holds back before it writes them; 0 for as many as it asks for.
+        buffered: Bytes that a file collects before it writes them; 0 for the size it asks for.
     """
     calls = Calls()
 
@@ -50,7 +50,7 @@ def refusing(step: int, number: int, held: int = 0) -> Iterator[Calls]:
             return super().write(data)
 
     def fdopen(handle: int, mode: str, buffering: int) -> io.BufferedWriter:
-        return io.BufferedWriter(Raw(handle, mode), held or buffering)
+        return io.BufferedWriter(Raw(handle, mode), buffered or buffering)
 
     patches = {name: wrap(getattr(os, name)) for name in CHANGES}
     with mock.patch.multiple(os, fdopen=fdopen, **patches):
@@ -58,7 +58,7 @@ def refusing(step: int, number: int, held: int = 0) -> Iterator[Calls]:
 
 
 def group(number: int) -> list[int]:
-    """The living processes of a process group."""
+    """The running processes of a process group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

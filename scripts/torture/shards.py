@@ -1,22 +1,23 @@
-"""Injure shard sets and builds in every way, and count what is noticed and what is lost.
+"""Damage shard sets and disturb builds in many ways, and count what is noticed and what is lost.
 
     python -m scripts.torture.shards [--dataset Dataset/] [--only PART]... [--out FILE.json]
 
-Without --dataset it synthesises a small one (`scripts.synthetic`). Each part is done in full:
+Without --dataset, `scripts.synthetic` makes a small one. The parts:
 
-- flips: random single bits of all files of a set, one at a time, are to be found by
-  `verify` (sha256) and by `verify --deep`;
-- truncations: every file of a set is cut at every member boundary and at random places; `verify`
-  must find each, and opening must refuse the set, so that no reader returns less in silence;
-- kills: a build with two workers is killed (SIGKILL to it or to its whole group) at a random
-  moment, half of them at another as they go on; then it goes on to its end, and the set must be
-  the one of a build that nothing disturbed;
-- refusals: each write, fsync, rename, mkdir and unlink of a build in turn fails with ENOSPC, then
-  with EIO; the build must end with a StorageError and go on to the identical set;
-- drops: random bytes of random shards are overwritten; `repair --source` must give the identical
-  set, `repair --drop` a whole one that has all other utterances.
+- flips: random single bits of all files of a set are changed, one at a time. `verify` (sha256) and
+  `verify --deep` must find each.
+- truncations: every file of a set is truncated, at every member boundary and at random places.
+  `verify` must find each, and opening must refuse the set, so that no reader silently returns less.
+- kills: a build with two workers is killed (SIGKILL to it or to its process group) at a random
+  moment; half of the builds are continued and killed a second time. Then the build is continued to
+  its end. The set must be that of an undisturbed build.
+- refusals: one write, fsync, rename, mkdir or unlink of a build fails, with ENOSPC and with EIO,
+  each call in its own build. The build must end with a StorageError; when it is continued, the set
+  must be identical.
+- drops: random bytes of random shards are overwritten. `repair --source` must give the identical
+  set, `repair --drop` an intact set with all other utterances.
 
-Exit codes: 0 all was noticed and nothing lost, 1 something was not, 2 usage.
+Exit codes: 0 all was noticed and nothing lost, 1 otherwise, 2 usage.
 """
 
 from __future__ import annotations
@@ -61,28 +62,28 @@ Result = dict[str, Any]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a folder and what is below it, with its sha256."""
+    """Every file in a folder and its subfolders, with its sha256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
 class Case:
-    """A data set, a whole shard set of it, and how much to do."""
+    """A data set, an intact shard set of it, and how much to do."""
 
     def __init__(self, source: Path, work: Path, rng: random.Random, counts: dict[str, int]):
         self.source = source
         self.work = work
         self.rng = rng
         self.counts = counts
-        self.whole = work / "whole"
+        self.intact = work / "intact"
         options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD)
-        build_shards(source, self.whole, options)
+        build_shards(source, self.intact, options)
 
     def copy(self, name: str) -> Path:
-        """A fresh copy of the whole set."""
+        """A new copy of the intact set."""
         folder = self.work / name
         shutil.rmtree(folder, ignore_errors=True)
-        return Path(shutil.copytree(self.whole, folder))
+        return Path(shutil.copytree(self.intact, folder))
 
 
 def flips(case: Case) -> Result:
@@ -116,7 +117,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def truncations(case: Case) -> Result:
-    """Cut each file at its boundaries and at random places."""
+    """Truncate each file at its boundaries and at random places."""
     folder = case.copy("truncations")
     cuts = [
         (path, at)
@@ -167,9 +168,9 @@ def opens(folder: Path) -> bool:
 
 
 def kills(case: Case) -> Result:
-    """Kill builds at random moments, and let them go on."""
+    """Kill builds at random moments, and continue them."""
     folder = case.work / "kills"
-    # Slow on purpose, so that most moments are those of work.
+    # Slow on purpose, so that most kills come while workers pack.
     options = ["--samples-per-shard=10", "--workers=2", "--codec=zstd", "--level=22"]
     command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder), *options]
     shutil.rmtree(folder, ignore_errors=True)
@@ -180,7 +181,7 @@ def kills(case: Case) -> Result:
     killed, identical, kept = 0, 0, 0
     for _ in bar(range(case.counts["kills"]), "kills"):
         shutil.rmtree(folder, ignore_errors=True)
-        # One that came to its end before the kill is begun anew.
+        # Start again if the build ended before the kill.
         while not kill_once(command, folder, case.rng, shards):
             shutil.rmtree(folder, ignore_errors=True)
         killed += 1
@@ -193,22 +194,22 @@ def kills(case: Case) -> Result:
         "asked": case.counts["kills"],
         "kills": killed,
         "identical": identical,
-        "shards_found_whole": kept,
+        "finished_shards_kept": kept,
     }
 
 
 def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int) -> bool:
-    """Start a build and kill it when some of its shards are whole; whether it was still alive."""
+    """Start a build and kill it when some of its shards are done; whether it was still running."""
     enough = rng.randrange(shards)
     with subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as build:
         while build.poll() is None and len(list(folder.glob(f"{WORK_FOLDER}/*.tar"))) < enough:
             time.sleep(0.002)
-        # Without any, in its start; else within the next shard or two.
+        # With no shard done, kill it while it starts; else within the next shard or two.
         time.sleep(rng.uniform(0, 0.1 if enough else 1.0))
         alive = build.poll() is None
-        # Workers that outlive their parent must end by themselves.
+        # If only the parent is killed, its workers must end by themselves.
         with suppress(ProcessLookupError):
             (os.killpg if rng.random() < 0.5 else os.kill)(build.pid, signal.SIGKILL)
     end = time.monotonic() + 30
@@ -219,10 +220,10 @@ def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int)
 
 
 def refusals(case: Case) -> Result:
-    """Let each call that changes the disk fail in turn."""
+    """Let each call that changes the disk fail, one in each build."""
     results: Result = {}
     options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD, workers=1)
-    expected = contents(case.whole)
+    expected = contents(case.intact)
     step = 0
     for name, number in (("ENOSPC", errno.ENOSPC), ("EIO", errno.EIO)):
         errors = unseen = identical = 0
@@ -250,8 +251,8 @@ def refusals(case: Case) -> Result:
 
 
 def drops(case: Case) -> Result:
-    """Overwrite random stretches of random shards, and repair the set in both ways."""
-    expected = contents(case.whole)
+    """Overwrite random pieces of random shards, and repair the set in both ways."""
+    expected = contents(case.intact)
     identical = consistent = dropped = nothing_left = 0
     for _ in bar(range(case.counts["drops"]), "drops"):
         folder = case.copy("drops")
@@ -268,18 +269,18 @@ def drops(case: Case) -> Result:
         try:
             report = repair_shards(copy, drop=True)
         except BuildError:
-            # Nothing is left of a small set.
+            # All utterances of a split were damaged.
             nothing_left += 1
             continue
         dropped += len(report.dropped)
-        # What an index and its shard have lost together is listed without keys.
+        # An utterance that is damaged in index and shard is listed without its key.
         nameless = any(not reject.key for reject in report.dropped)
         against = None if nameless else case.source
         consistent += verify_shards(copy, deep=True, against=against).intact
     return {
         "asked": case.counts["drops"],
         "identical_with_source": identical,
-        "whole_without": consistent,
+        "intact_without": consistent,
         "nothing_left": nothing_left,
         "dropped": dropped,
     }
@@ -295,7 +296,7 @@ PARTS: dict[str, Callable[[Case], Result]] = {
 
 
 def is_held(part: str, result: Result) -> bool:
-    """Whether all was noticed and nothing lost."""
+    """Whether everything was noticed and nothing lost."""
     if part == "flips":
         return set(result["found"].values()) == {result["asked"]}
     if part == "truncations":
@@ -307,12 +308,12 @@ def is_held(part: str, result: Result) -> bool:
             one["errors"] + one["made_no_difference"] == one["identical"] == one["asked"]
             for one in result.values()
         )
-    without = result["whole_without"] + result["nothing_left"]
+    without = result["intact_without"] + result["nothing_left"]
     return result["identical_with_source"] == without == result["asked"]
 
 
 def bar(items: Any, label: str) -> Any:
-    """A progress bar where somebody looks."""
+    """A progress bar if stderr is a terminal."""
     return tqdm(items, desc=label, disable=None)
 
 
@@ -328,7 +329,7 @@ def bar(items: Any, label: str) -> Any:
 def main(
     dataset: Path | None, only: tuple[str, ...], seed: int, out: Path | None, **counts: int
 ) -> None:
-    """See the text at the top of the file."""
+    """Damage, disturb and count; the help text is the module's docstring."""
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         work = Path(folder)
         if dataset is None:

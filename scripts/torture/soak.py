@@ -1,21 +1,21 @@
-"""Read, train, kill and resume for a given time, and see whether anything piles up.
+"""Read, train, kill and resume for a given time, and check that nothing grows.
 
     python -m scripts.torture.soak [--dataset Dataset/] [--minutes 10] [--out FILE.json]
 
-Two things go on in turns, on a shard set that is built first:
+The program builds a shard set, and then does the same in every round:
 
-- in this process, epochs of `SegmentLoader` in both orders and of `UtteranceLoader`, broken off
-  and resumed at random places, the set opened anew each time;
-- a training run of two processes, which is killed (SIGKILL to one of them or to all) at a random
-  moment and resumed, over and over, until its last step; then another run begins.
+- It reads epochs of `SegmentLoader` in both orders and of `UtteranceLoader` in this process. It
+  opens the set again each time, and interrupts and resumes the epochs at random places.
+- It starts or resumes a training run of two processes, and kills it (SIGKILL to one process or to
+  all) at a random moment. When the run has done its last step, another run begins.
 
-After each turn it notes this process's resident memory, file descriptors, memory maps and threads,
-the most resident memory of a training process, the files in /dev/shm, and processes that a killed
-run has left behind. Memory counts as flat if the median (of training processes the maximum) of
-the last quarter of the turns is at most --growth MiB above that of the second one. Other programs
-that use /dev/shm meanwhile disturb it; `unshare -m` with a tmpfs of its own keeps them out.
+After each round it records the resident memory, file descriptors, memory maps and threads of this
+process, the largest resident memory of a training process, the number of files in /dev/shm, and the
+processes that a killed run left. Memory counts as flat if the median (for training processes: the
+maximum) of the last quarter of the rounds is at most --growth MiB above that of the second quarter.
+Other programs that use /dev/shm disturb the result; `unshare -m` with its own tmpfs avoids that.
 
-Exit codes: 0 nothing piled up, 1 something did, 2 usage.
+Exit codes: 0 nothing grew, 1 something grew, 2 usage.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ STEPS = 400
 
 
 @dataclass
-class Turn:
-    """What there was after a turn."""
+class Round:
+    """The figures after a round."""
 
     seconds: float
     """Since the start."""
@@ -61,13 +61,13 @@ class Turn:
     epochs: int
     """Epochs read in this process so far."""
     steps: int
-    """Steps that training had made when it was killed."""
+    """Steps that training had done when it was killed."""
     training_mib: float
-    """Most resident memory of a training process that was seen in this turn."""
+    """Largest resident memory of a training process in this round."""
     orphans: int
-    """Processes of a killed run that were still there 30 s later."""
+    """Processes of a killed run that still existed 30 s later."""
     shared_files: int
-    """Files in /dev/shm more than at the start."""
+    """Files in /dev/shm that did not exist at the start."""
 
 
 class Reader:
@@ -79,8 +79,8 @@ class Reader:
         self.epochs = 0
         self.states: dict[str, dict[str, Any]] = {}
 
-    def turn(self) -> None:
-        """A few epochs, from where the turn before broke off."""
+    def read(self) -> None:
+        """Read a few epochs, from where the last round stopped."""
         shard_set = shardprep.open_shards(self.shards)
         for order in ("global", "windowed"):
             loader = shardprep.SegmentLoader(
@@ -100,7 +100,7 @@ class Reader:
 
 
 class Training:
-    """A run that is killed over and over."""
+    """A run that is killed again and again."""
 
     def __init__(self, shards: Path, runs: Path, rng: random.Random) -> None:
         self.shards = shards
@@ -110,13 +110,13 @@ class Training:
         self.kills = 0
         self.finished = 0
 
-    def turn(self) -> tuple[int, float, int]:
-        """Start or resume the run, and kill it; steps made, most memory [MiB], orphans."""
+    def train(self) -> tuple[int, float, int]:
+        """Start or resume the run, and kill it; steps done, largest memory [MiB], orphans."""
         name = f"run{self.number}"
         folder = self.runs / name
         resumes = any((folder / "checkpoints").glob("step-*.pt"))
         options = {
-            "--config": ROOT / "trainer/shardprep_trainer/recipes/smoke.yaml",
+            "--config": "smoke",
             "--name": name,
             "--train.runs": self.runs,
             "--data.shards": self.shards,
@@ -187,7 +187,7 @@ def steps_of(metrics: Path) -> int:
         try:
             last = json.loads(line)["step"]
         except (ValueError, KeyError):
-            # The line that a kill cut off.
+            # The kill came while this line was written.
             continue
     return last
 
@@ -203,13 +203,13 @@ def own_state() -> dict[str, float]:
     }
 
 
-def summarise(turns: list[Turn], growth: float) -> dict[str, Any]:
-    """What became of each figure, and whether it held."""
-    quarter = max(1, len(turns) // 4)
-    early, late = turns[quarter : 2 * quarter] or turns[:1], turns[-quarter:]
+def summarise(rounds: list[Round], growth: float) -> dict[str, Any]:
+    """How each figure changed, and whether it stayed below its limit."""
+    quarter = max(1, len(rounds) // 4)
+    early, late = rounds[quarter : 2 * quarter] or rounds[:1], rounds[-quarter:]
 
     def medians(name: str) -> tuple[float, float]:
-        first, last = ([getattr(turn, name) for turn in part] for part in (early, late))
+        first, last = ([getattr(one, name) for one in part] for part in (early, late))
         return statistics.median(first), statistics.median(last)
 
     figures: dict[str, Any] = {}
@@ -217,12 +217,12 @@ def summarise(turns: list[Turn], growth: float) -> dict[str, Any]:
     for name, limit in {**limits, "training_mib": growth}.items():
         first, last = medians(name)
         if name == "training_mib":
-            # A run that is killed in its start has taken little.
-            first, last = (max(turn.training_mib for turn in part) for part in (early, late))
+            # Not the median: a run that is killed while it starts has not used its memory yet.
+            first, last = (max(one.training_mib for one in part) for part in (early, late))
         held = last - first <= limit
         figures[name] = {"second_quarter": first, "last_quarter": last, "held": held}
     for name in ("orphans", "shared_files"):
-        most = max(getattr(turn, name) for turn in turns)
+        most = max(getattr(one, name) for one in rounds)
         figures[name] = {"most": most, "held": most == 0}
     return figures
 
@@ -234,7 +234,7 @@ def summarise(turns: list[Turn], growth: float) -> dict[str, Any]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result (JSON).")
 def main(dataset: Path | None, minutes: float, growth: float, seed: int, out: Path | None) -> None:
-    """See the text at the top of the file."""
+    """Repeat rounds for --minutes; the help text is the module's docstring."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         work = Path(folder)
@@ -251,16 +251,16 @@ def main(dataset: Path | None, minutes: float, growth: float, seed: int, out: Pa
         shardprep.build_shards(dataset, shards, options)
         reader, training = Reader(shards, rng), Training(shards, work / "runs", rng)
         before = set(os.listdir(SHARED_MEMORY))
-        turns: list[Turn] = []
+        rounds: list[Round] = []
         began = time.monotonic()
-        while time.monotonic() - began < 60 * minutes or len(turns) < 2:
-            reader.turn()
-            steps, memory, orphans = training.turn()
+        while time.monotonic() - began < 60 * minutes or len(rounds) < 2:
+            reader.read()
+            steps, memory, orphans = training.train()
             more = len(set(os.listdir(SHARED_MEMORY)) - before)
             state: Any = own_state()
             seconds = round(time.monotonic() - began, 1)
-            turns.append(
-                Turn(
+            rounds.append(
+                Round(
                     seconds=seconds,
                     epochs=reader.epochs,
                     steps=steps,
@@ -270,18 +270,18 @@ def main(dataset: Path | None, minutes: float, growth: float, seed: int, out: Pa
                     **state,
                 )
             )
-            click.echo(json.dumps(asdict(turns[-1])))
-    figures = summarise(turns, growth)
+            click.echo(json.dumps(asdict(rounds[-1])))
+    figures = summarise(rounds, growth)
     click.echo(json.dumps(figures, indent=1))
     if out is not None:
         report = {
             "machine": msgspec.to_builtins(machine()),
-            "minutes": round(turns[-1].seconds / 60, 1),
+            "minutes": round(rounds[-1].seconds / 60, 1),
             "kills": training.kills,
             "runs_finished": training.finished,
             "epochs_read": reader.epochs,
             "figures": figures,
-            "turns": [asdict(turn) for turn in turns],
+            "rounds": [asdict(one) for one in rounds],
         }
         out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if all(figure["held"] for figure in figures.values()) else 1)

@@ -1,16 +1,16 @@
-"""Kill training at random moments, let it go on, and compare with a run that was never disturbed.
+"""Kill training at random moments, resume it, and compare it with an undisturbed run.
 
     python -m scripts.torture.training [--rounds 20] [--data shards/] [--out kills.json]
 
-Each round is a run of the smoke recipe that saves a checkpoint after every step or two, on one
-process or on two. SIGKILL ends all of it, which is then started again with --resume, or a single
-process of two, whose group `torchrun --max-restarts` starts anew by itself; the moments are drawn
-from --seed, so that some fall into the writing of a checkpoint. At its end the run must have, to
-the bit, the curve of losses and the weights of the undisturbed one.
+Each round is a run of the smoke recipe, in one process or in two, that saves a checkpoint every one
+or two steps. SIGKILL ends either all processes, and the run is started again with --resume, or one
+of two processes, and `torchrun --max-restarts` restarts the group. The moments are drawn from
+--seed; some are while a checkpoint is written. At the end the losses and the weights must equal
+those of the undisturbed run bit for bit.
 
-Without --data a small set is synthesised by `scripts.synthetic`. The result file (JSON) says what
-was asked, how many rounds were equal, and of each round when and what was killed. Exit codes: 0
-all rounds equal, 1 some differ or did not end, 2 usage.
+Without --data, `scripts.synthetic` makes a small set. The result file (JSON) has the number of
+rounds, the number of equal rounds, and when and what was killed in each round. Exit codes: 0 all
+rounds equal, 1 some differ or did not end, 2 usage.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shardprep.bench.machine import machine
 
 SCRIPT = Path(__file__).resolve().parents[2] / "trainer" / "train.py"
 STEPS = 24
-# What depends on the clock or on how much was computed in one go.
+# Fields of metrics.jsonl that depend on the time or on restarts.
 TIMES = ("samples_per_second", "waiting", "network", "peak_memory_mib", "seconds")
 PATIENCE_SECONDS = 300.0
 LONGEST_DELAY_SECONDS = 0.1
@@ -50,11 +50,11 @@ class Kill:
     """When and what to kill."""
 
     after_step: int
-    """Comes once this step is in metrics.jsonl."""
+    """Wait until this step is in metrics.jsonl ..."""
     delay: float
-    """And so much later [s]."""
+    """... and then so long [s]."""
     rank: int | None
-    """The process to kill; None for all of them, and the launcher."""
+    """The process to kill; None for all processes and the launcher."""
 
 
 def plan(rng: random.Random, processes: int, kills: int) -> list[Kill]:
@@ -65,7 +65,7 @@ def plan(rng: random.Random, processes: int, kills: int) -> list[Kill]:
 
 
 def command(run: Path, shards: Path, processes: int, *options: str) -> list[str]:
-    """The command line that trains into a run folder on so many processes."""
+    """The command line that trains into a run folder with so many processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--max-restarts=9"]
@@ -82,17 +82,16 @@ def command(run: Path, shards: Path, processes: int, *options: str) -> list[str]
         "train.trackers": "[]",
     }
     given = [f"--{key}={value}" for key, value in settings.items()]
-    recipe = ["--config", str(SCRIPT.parent / "recipes" / "smoke.yaml")]
-    return [*launcher, str(SCRIPT), *recipe, *given, *options]
+    return [*launcher, str(SCRIPT), "--config", "smoke", *given, *options]
 
 
 def undisturbed(run: Path, shards: Path, processes: int) -> None:
-    """Train to the end."""
+    """Train to the end without kills."""
     subprocess.run(command(run, shards, processes), check=True, capture_output=True, env=_quiet())
 
 
 def disturbed(run: Path, shards: Path, processes: int, kills: list[Kill]) -> bool:
-    """Train to the end through all kills; whether it got there."""
+    """Train with all kills; whether the run reached its end."""
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(_started(command(run, shards, processes)))
         for kill in kills:
@@ -109,7 +108,7 @@ def disturbed(run: Path, shards: Path, processes: int, kills: list[Kill]) -> boo
 
 
 def outcome(run: Path) -> tuple[list[dict[str, Any]], list[Any]]:
-    """What two equal runs have in common: the curve, and the last and the best tensors."""
+    """What equal runs have in common: the records, and the last and the best weights."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     curve = [
         {key: value for key, value in json.loads(line).items() if key not in TIMES}
@@ -121,7 +120,7 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], list[Any]]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two outcomes are equal to the bit."""
+    """Whether two outcomes are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, list | tuple):
@@ -130,10 +129,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def measure(folder: Path, shards: Path, rounds: int, kills: int, seed: int) -> dict[str, Any]:
-    """Run all rounds; one and two processes take turns."""
+    """Run all rounds, with one and two processes alternately."""
     rng, rows, expected = random.Random(seed), [], {}
     for processes in {1 + number % 2 for number in range(rounds)}:
-        run = folder / f"whole{processes}"
+        run = folder / f"undisturbed{processes}"
         undisturbed(run, shards, processes)
         expected[processes] = outcome(run)
     for number in range(rounds):
@@ -161,7 +160,7 @@ def synthesise(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _started(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a group of its own, none of which is left behind."""
+    """A program with a process group of its own, which is killed at the end."""
     process = subprocess.Popen(
         words,
         env=_quiet(),
@@ -177,12 +176,12 @@ def _started(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _quiet() -> dict[str, str]:
-    """The environment of a program that leaves the other cores alone."""
+    """The environment of a program that uses one core."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> bool:
-    """Whether the run got to a step before it ended."""
+    """Whether the run reached a step before it ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -214,7 +213,7 @@ def _kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_rank(process: subprocess.Popen[bytes], rank: int) -> None:
-    """Kill the process of a rank, as soon as there is one."""
+    """Kill the process of a rank as soon as it exists."""
     while process.poll() is None:
         for pid in _descendants(process):
             with contextlib.suppress(OSError):
@@ -234,25 +233,27 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=1), default=20, help="Runs to disturb.")
-@click.option("--kills", type=click.IntRange(1, STEPS - 3), default=3, help="Kills of a run.")
+@click.option("--rounds", type=click.IntRange(min=1), default=20, help="Number of runs to disturb.")
+@click.option("--kills", type=click.IntRange(1, STEPS - 3), default=3, help="Kills in each run.")
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Shards to train on.  [default: synthesised]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the moments.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Decides the moments of the kills."
+)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write (JSON)."
 )
 def main(rounds: int, kills: int, data: Path | None, seed: int, out: Path | None) -> None:
-    """Kill training at random moments, and compare its end with an undisturbed run."""
+    """Kill training at random moments, and compare the result with an undisturbed run."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         shards = data or synthesise(folder)
         found = measure(folder, shards.resolve(), rounds, kills, seed)
-    result = {**asdict(machine()), "steps": STEPS, "kills_a_run": kills, **found}
-    click.echo(f"{found['equal']} of {rounds} rounds equal the undisturbed run to the bit")
+    result = {**asdict(machine()), "steps": STEPS, "kills_in_each_run": kills, **found}
+    click.echo(f"{found['equal']} of {rounds} rounds equal the undisturbed run bit for bit")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")

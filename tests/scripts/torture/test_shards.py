@@ -1,4 +1,4 @@
-"""The script that injures sets counts what it did, and would tell if anything went unnoticed."""
+"""The script that damages sets counts what it did, and notices what verify does not."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def test_a_build_that_is_not_identical_is_counted() -> None:
     good = {"asked": 9, "errors": 8, "made_no_difference": 1, "identical": 9}
     assert torture.is_held("refusals", {"EIO": good})
     assert not torture.is_held("refusals", {"EIO": good, "ENOSPC": {**good, "identical": 8}})
-    good = {"asked": 4, "identical_with_source": 4, "whole_without": 3, "nothing_left": 1}
+    good = {"asked": 4, "identical_with_source": 4, "intact_without": 3, "nothing_left": 1}
     assert torture.is_held("drops", good)
-    assert not torture.is_held("drops", {**good, "whole_without": 2})
+    assert not torture.is_held("drops", {**good, "intact_without": 2})
 
 
 def test_command_writes_its_result(make_dataset: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whatever piles up while soaking is seen."""
+"""Whatever grows while soaking is noticed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from scripts.torture import soak
 
 
-def turns(**growing: float) -> list[Any]:
-    """Twelve turns in which these figures grow by so much each."""
+def rounds(**growing: float) -> list[Any]:
+    """Twelve rounds, in each of which these figures grow by so much."""
     flat = dict.fromkeys(("memory_mib", "descriptors", "maps", "threads", "training_mib"), 100)
-    base = soak.Turn(**flat, seconds=0, epochs=0, steps=0, orphans=0, shared_files=0)
+    base = soak.Round(**flat, seconds=0, epochs=0, steps=0, orphans=0, shared_files=0)
     return [
         replace(base, **{name: getattr(base, name) + step * n for name, step in growing.items()})
         for n in range(12)
@@ -23,7 +23,7 @@ def turns(**growing: float) -> list[Any]:
 
 
 def test_flat_figures_hold() -> None:
-    assert all(figure["held"] for figure in soak.summarise(turns(), growth=0).values())
+    assert all(figure["held"] for figure in soak.summarise(rounds(), growth=0).values())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_flat_figures_hold() -> None:
     ],
 )
 def test_growth_is_named(name: str, step: float) -> None:
-    figures = soak.summarise(turns(**{name: step}), growth=10)
+    figures = soak.summarise(rounds(**{name: step}), growth=10)
     assert [key for key, figure in figures.items() if not figure["held"]] == [name]
 
 
@@ -56,7 +56,7 @@ def test_processes_of_a_group_are_found_until_they_end() -> None:
     assert soak.resident_mib(run.pid) == 0
 
 
-def test_the_last_whole_line_tells_the_step(tmp_path: Path) -> None:
+def test_the_last_complete_line_tells_the_step(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     assert soak.steps_of(metrics) == 0
     metrics.write_text('{"step": 3}\n{"step": 4}\n{"st')

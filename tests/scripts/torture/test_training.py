@@ -1,4 +1,4 @@
-"""Training that is killed at random moments ends like one that never was."""
+"""Training that is killed at random moments ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scripts.torture import training as kills
 
 
-def test_kills_come_in_order_and_strike_what_there_is() -> None:
+def test_kills_come_in_order_and_name_processes_that_exist() -> None:
     rng = random.Random(1)
     plans = [kills.plan(rng, processes, 4) for processes in (1, 2) for _ in range(50)]
     for plan in plans:
@@ -24,7 +24,7 @@ def test_kills_come_in_order_and_strike_what_there_is() -> None:
     assert {kill.rank for plan in plans[50:] for kill in plan} == {None, 0, 1}
 
 
-def test_outcomes_are_compared_to_the_bit() -> None:
+def test_outcomes_are_compared_bit_for_bit() -> None:
     one = torch.tensor([1.0])
     assert kills.equal(([{"loss": 0.1}], [one]), ([{"loss": 0.1}], [one.clone()]))
     assert not kills.equal([one], [one.nextafter(torch.tensor([2.0]))])
@@ -37,23 +37,23 @@ def test_outcomes_are_compared_to_the_bit() -> None:
     ("processes", "count"),
     [(2, 1), (1, 3), (2, 3)],
 )
-def test_a_killed_run_goes_on_and_ends_to_the_bit(
+def test_a_killed_run_ends_like_an_undisturbed_one_bit_for_bit(
     processes: int, count: int, tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     plan = kills.plan(rng, processes, count)
     if processes == 2 and count == 1:
-        # torchrun brings the group back by itself, and no one gives --resume.
+        # Kill one process only: torchrun restarts the group by itself, without --resume.
         plan = [kills.Kill(kill.after_step, kill.delay, rng.randrange(2)) for kill in plan]
     print(f"seed {seed}: {plan}")
     shards = kills.synthesise(tmp_path)
-    kills.undisturbed(tmp_path / "whole", shards, processes)
+    kills.undisturbed(tmp_path / "undisturbed", shards, processes)
     assert kills.disturbed(tmp_path / "killed", shards, processes, plan)
     curve, states = kills.outcome(tmp_path / "killed")
     assert [row["step"] for row in curve if row["event"] == "train"] == [*range(1, 25)]
     assert len(states[0][2]) > 100
-    assert kills.equal((curve, states), kills.outcome(tmp_path / "whole"))
+    assert kills.equal((curve, states), kills.outcome(tmp_path / "undisturbed"))
 
 
 @pytest.mark.parametrize(("equal", "code"), [(3, 0), (2, 1)])
