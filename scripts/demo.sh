@@ -1,9 +1,9 @@
 #!/bin/sh
-# The whole chain, from a folder of mel files to a scored submission; called by `make demo`.
+# All steps from a folder of mel files to a scored submission; `make demo` runs this.
 #
 #   BIN   folder of the virtual environment's programs
-#   DATA  a data set in the homework's layout (or a folder that holds one as Dataset/); when empty,
-#         a small set is synthesised first. Where test_labels.csv lies beside the data set, the
+#   DATA  a data set in the homework's layout, or a folder that contains one as Dataset/. If empty,
+#         a small set is synthesised first. If there is a test_labels.csv beside the data set, the
 #         submission is scored against it.
 set -eu
 

@@ -2,8 +2,8 @@
 
     python -m scripts.layers_picture        writes docs/layers.svg
 
-The layers are those that tests/test_architecture.py holds the code to. An arrow leads from a room
-to what it imports; arrows that follow from others are left out.
+The layers are those of tests/test_architecture.py. An arrow leads from a room to a room that it
+imports; arrows that follow from others are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the pictures of `scripts/results/` look, and the command that draws one from its file."""
+"""The style of the pictures in `scripts/results/`, and the command that draws one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 OURS, OTHER, INK, FAINT = "#c2410c", "#475569", "#1e293b", "#64748b"
-# Inches, and dots an inch: about twice the width that a README is shown at.
+# Inches and dots per inch: about twice the width of a README in a browser.
 WIDTH, DPI = 9.0, 200
 
 
 def start(height: float) -> tuple[Any, Any]:
-    """A figure of WIDTH by height [inches] that needs no display, and its axes."""
+    """A figure of WIDTH x height [inches], drawn without a display, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,7 @@ def finish(figure: Any, path: Path) -> None:
 
 
 def bare(axes: Any, values: str) -> None:
-    """Leave of the frame only a grid across the axis that shows values, "x" or "y"."""
+    """Remove the frame, and draw a grid for the axis of the values, "x" or "y"."""
     axes.grid(axis=values, color="#e2e8f0", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis=values, length=0, labelsize=8, labelcolor=FAINT)
@@ -43,7 +43,7 @@ def bare(axes: Any, values: str) -> None:
 
 
 def title(axes: Any, headline: str, about: str) -> None:
-    """Say what is shown, and beneath it on what and how it was measured."""
+    """Write a headline, and beneath it what was measured and how."""
     axes.set_title(headline, loc="left", fontsize=12, color=INK, pad=34, weight="bold")
     axes.annotate(
         about,

@@ -1,24 +1,25 @@
 #!/bin/bash
-# Train on several nodes under SLURM: one torchrun on each, a process for every GPU.
+# Train on several nodes under SLURM: one torchrun on each node, one process for each GPU.
 #
 #   sbatch --nodes 2 --gpus-per-node 4 scripts/slurm_train.sh --config best \
 #     --data.shards /shared/shards --train.runs /shared/runs --name big
 #
-# Arguments go to trainer/train.py, and so does --resume when SLURM has requeued the job. What
-# --train.runs and --data.shards name is on a disk that all nodes share; the shards may be behind a
-# URL. Submit from the project's folder.
+# The arguments go to trainer/train.py, with --resume added when SLURM has requeued the job.
+# --train.runs and --data.shards must be on a disk that all nodes share; the shards may also be at a
+# URL. Submit from the project's folder. Environment variables:
 #
-#   PYTHON           the interpreter of the environment (python)
-#   GPUS             processes of a node; the GPUs that SLURM gave where not set, or 1
-#   PORT             of the rendezvous on the first node; from the job's number where not given
-#   SHARDPREP_CACHE  folder on a disk of the node for shards behind URLs; one of the job's own below
-#                    $TMPDIR (/tmp) where not given, which is removed at the end
-#   SHARDPREP_CACHE_GB  how large it may grow
+#   PYTHON           the interpreter of the environment; default: python
+#   GPUS             processes on each node; default: the GPUs that SLURM gave, or 1
+#   PORT             port of the rendezvous on the first node; default: from the job's number
+#   SHARDPREP_CACHE  folder on a disk of the node for shards at URLs; default: a folder of this job
+#                    in $TMPDIR (/tmp), which is removed at the end
+#   SHARDPREP_CACHE_GB  largest size of that folder
 #
-# SLURM sends SIGUSR1 five minutes before the end of the time, and SIGTERM on preemption. Both become
-# a SIGTERM to each torchrun, which makes the run save and leave; the job is then requeued. Processes
-# with GPUs agree on that at steps of --train.log_steps: they must not be further apart than torchrun
-# waits, 30 s, or as long as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says where its release knows that.
+# SLURM sends SIGUSR1 five minutes before the time limit, and SIGTERM on preemption. This script then
+# sends SIGTERM to each torchrun: the run saves and ends, and the job is requeued. Processes with
+# GPUs agree on this at steps that are multiples of --train.log_steps. The time between two such steps
+# must not be longer than torchrun waits: 30 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT if its release has
+# that variable.
 #
 #SBATCH --job-name=shardprep-train
 #SBATCH --nodes=2
@@ -40,7 +41,7 @@ script=${SLURM_SUBMIT_DIR:-.}/trainer/train.py
 
 arguments=("$@")
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-  # Where it was stopped before the first checkpoint, there is nothing to resume.
+  # A run that was stopped before its first checkpoint cannot be resumed.
   settings=$("$python" "$script" --print-config "$@")
   run=$(printf '%s\n' "$settings" | "$python" -c '
 import sys, yaml
@@ -57,7 +58,7 @@ if [ -z "${SHARDPREP_CACHE:-}" ]; then
   export SHARDPREP_CACHE=$own_cache
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Without it torchrun does not tell a node that comes back where the others are.
+# Without this variable, a node that joins again does not learn from torchrun where the others are.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
@@ -74,7 +75,7 @@ srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   "$script" ${arguments[@]+"${arguments[@]}"} &
 steps=$!
 
-# A signal ends a wait at once, and the steps only when they have saved.
+# A signal ends `wait` at once, but the processes end only when they have saved.
 while
   code=0
   wait "$steps" || code=$?

@@ -1,11 +1,11 @@
-"""Try the lowest versions of all dependencies that pyproject.toml allows, but for PyTorch.
+"""Try the lowest versions of all dependencies but PyTorch that pyproject.toml allows.
 
     python -m scripts.lowest
 
-makes an environment in a temporary folder, installs this checkout in it with the extras train,
-export, http, s3 and ray, and runs on synthetic data: build (also on Ray), verify, train, predict,
-score, embed and export. PyTorch is of the version in constraints.txt, because old ones are large
-and need an old NumPy. Exit codes: 0 all worked, 1 a command failed.
+The program makes an environment in a temporary folder, installs this checkout there with the extras
+train, export, http, s3 and ray, and runs on synthetic data: build (also on Ray), verify, train,
+predict, score, embed and export. PyTorch has the version in constraints.txt, because old versions
+are large and need an old NumPy. Exit codes: 0 all worked, 1 a command failed.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def lowest_versions(project: dict[str, object], constraints: str) -> list[str]:
 
     Args:
         project: The table `project` of pyproject.toml.
-        constraints: Text of constraints.txt, which has the version of PyTorch.
+        constraints: Text of constraints.txt, which names the version of PyTorch.
 
     Returns:
         Lines such as numpy==1.26, one for each dependency, those of EXTRAS included.
     """
     extras = project["optional-dependencies"]
     assert isinstance(extras, dict)
-    wanted = [project["dependencies"], *(extras[name] for name in EXTRAS)]
+    lists = [project["dependencies"], *(extras[name] for name in EXTRAS)]
     pins = [line for line in constraints.splitlines() if line.startswith(f"{NOT_LOWEST}==")]
-    for requirement in (Requirement(line) for lines in wanted for line in lines):
+    for requirement in (Requirement(line) for lines in lists for line in lines):
         if requirement.name not in (project["name"], NOT_LOWEST):
             (lowest,) = (one.version for one in requirement.specifier if one.operator == ">=")
             pins.append(f"{requirement.name}=={lowest}")
@@ -59,7 +59,7 @@ def lowest_versions(project: dict[str, object], constraints: str) -> list[str]:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the checkout; leave with 1 if it fails."""
+    """Run a command in the checkout, and exit with 1 if it fails."""
     print("+", shlex.join(map(str, command)), file=sys.stderr, flush=True)
     if code := subprocess.run(command, cwd=CHECKOUT).returncode:
         print(f"exit code {code}", file=sys.stderr)
@@ -68,9 +68,9 @@ def run(*command: str | Path) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Try the lowest versions of all dependencies that pyproject.toml allows, but for PyTorch.
+    """Try the lowest versions of all dependencies but PyTorch that pyproject.toml allows.
 
-    Exit codes: 0 all commands worked, 1 one failed.
+    Exit codes: 0 all commands worked, 1 a command failed.
     """
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     pins = lowest_versions(project, (CHECKOUT / "constraints.txt").read_text())

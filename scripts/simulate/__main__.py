@@ -1,15 +1,15 @@
-"""Predicts how fast a cluster trains from shards in a store, and which shards suit it.
+"""Predict how fast a cluster trains from shards in a store, and recommend shards for it.
 
     python -m scripts.simulate [--nodes 8] [--step-ms 7] [...] [--calibration FILE] [--json]
-    python -m scripts.simulate --recommend [...]        shards, lanes, window and cache for it
-    python -m scripts.simulate --answer                 recommend for the page's clusters
-    python -m scripts.simulate --measure                run real loaders, compare
-    python -m scripts.simulate --markdown               the tables of docs/scaling.md
+    python -m scripts.simulate --recommend [...]        recommend shards, lanes, window and cache
+    python -m scripts.simulate --answer                 recommend for the clusters of the page
+    python -m scripts.simulate --measure                run real loaders, and compare
+    python -m scripts.simulate --markdown               print the tables of docs/scaling.md
 
-The model is in `model.py`; docs/scaling.md says what it takes into account. `--measure` runs epochs
-of a real loader over S3 through a proxy that limits it, and sets the model's figures beside theirs.
-Two epochs are predicted: the first, from empty caches, and the tenth. What `--answer` and
-`--measure` find goes into --result, from which `--markdown` makes the page's tables.
+The model is in `model.py`; docs/scaling.md, "the page", describes it. The program predicts two
+epochs: the first, from empty caches, and the tenth. `--measure` runs epochs of a real loader over
+S3, through a proxy with limits, and compares the model with them. `--answer` and `--measure` write
+their results to --result, and `--markdown` makes the page's tables from that file.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from shardprep.bench.machine import machine
 
 RESULT = Path(__file__).parents[1] / "results" / "simulate.json"
 LATER = 10
-# Shards in all lanes' windows together from which on a shuffle is nearly as good as chance.
+# With so many shards in the shuffle windows of all lanes, a shuffle is nearly as good as chance.
 MIXING = 32
 PER_SHARD = tuple(50 * 2**power for power in range(9))
 SIZES_MB = 8.0, 600.0
-# A figure this close to a bound is held back by it.
+# An epoch that reaches this share of a bound is limited by it.
 NEAR = 0.7
 FRAMES = 540
 
@@ -44,8 +44,8 @@ def stored(frames: int, mels: int) -> float:
     return 512 * (math.ceil((128 + 2 * frames * mels) / 512) + 1 + 4)
 
 
-# What the page answers. A step of 7 ms is boss at about 50 TFLOP/s: 5.6 GFLOP a segment, 64 of
-# them.
+# The clusters of the page. A step of 7 ms corresponds to the boss recipe at about 50 TFLOP/s: 64
+# segments of 5.6 GFLOP.
 SETS = {
     "VoxCeleb2-like, 1.1 million, 40 mels": Job(1_100_000, stored(FRAMES, 40), 1_000, step_s=0.007),
     "VoxBlink2-like, 10 million, 80 mels": Job(10_000_000, stored(FRAMES, 80), 1_000, step_s=0.010),
@@ -61,14 +61,14 @@ def predict(job: Job, calibration: Calibration) -> tuple[Figures, Figures]:
 
 
 def limit(job: Job, calibration: Calibration, figures: Figures) -> str:
-    """What an epoch is held back by."""
+    """The part that limits the speed of an epoch."""
     if figures.waiting < 0.02:
         return "computing"
     rates = bounds(job, calibration)
     del rates["computing"]
     if figures.samples_per_s > NEAR * rates.pop("making segments"):
         return "making segments"
-    # What is in the cache does not come over the network.
+    # Only shards that are not in the cache use the network.
     fetched = max(figures.fetched_gb * 1e9 / job.set_bytes, 1e-9)
     slowest = min(rates, key=lambda name: rates[name])
     if figures.samples_per_s > NEAR * rates[slowest] / fetched:
@@ -77,21 +77,21 @@ def limit(job: Job, calibration: Calibration, figures: Figures) -> str:
 
 
 def recommend(job: Job, calibration: Calibration, disk_gb: float) -> Job:
-    """The job with shards, lanes, window and cache that suit it.
+    """The job with recommended shards, lanes, shuffle window and cache.
 
     Args:
-        job: What is trained, and where; its shards, lanes, window and cache do not matter.
-        calibration: What was measured.
-        disk_gb: What a node has for the cache.
+        job: The training and its cluster; its shards, lanes, window and cache are not used.
+        calibration: The measured speeds.
+        disk_gb: Disk of a node for the cache.
 
     Raises:
-        ValueError: Nothing fits.
+        ValueError: No choice fits.
     """
     found = []
     for samples in PER_SHARD:
         size = samples * job.bytes_each / 1e6
         choice = replace(job, samples_per_shard=samples, **mixing(job))
-        # A node sees one part in `nodes` of the set in an epoch.
+        # In an epoch a node reads the set divided by the number of nodes.
         seen = 1.02 * choice.set_bytes * min(1, LATER / job.nodes)
         least = 1.02 * choice.needed * job.ranks / ROOM_SHARE
         cache = max(least, min(seen, disk_gb * 1e9)) / 1e9
@@ -102,12 +102,12 @@ def recommend(job: Job, calibration: Calibration, disk_gb: float) -> Job:
     if not found:
         raise ValueError("no size of shards fits; give more disk, or take fewer ranks")
     best = min(seconds for seconds, _ in found)
-    # Larger shards are fewer files, which is worth a little.
+    # Prefer larger shards, which are fewer files, if they are at most 2 % slower.
     return [choice for seconds, choice in found if seconds <= 1.02 * best][-1]
 
 
 def mixing(job: Job) -> dict[str, int]:
-    """The lanes and the window that take least room among those that shuffle well."""
+    """The lanes and the shuffle window that take the least room and shuffle well."""
     pairs = [
         {"lanes": lanes, "window_shards": window}
         for lanes, window in product((1, 2, 4, 8), (1, 2, 4, 8))
@@ -117,7 +117,7 @@ def mixing(job: Job) -> dict[str, int]:
 
 
 def report(job: Job, calibration: Calibration) -> dict[str, Any]:
-    """Figures of a job and what limits them, for JSON."""
+    """The figures of a job and what limits them, for JSON."""
     first, later = predict(job, calibration)
     return {
         "job": asdict(job),
@@ -155,9 +155,9 @@ def answers(calibration: Calibration, disk_gb: float) -> list[dict[str, Any]]:
 
 
 def answered(rows: list[dict[str, Any]], calibration: Calibration) -> str:
-    """The page's table of `answers`, in Markdown, with what the model predicts for each."""
+    """The page's table of `answers` and their predicted speed, in Markdown."""
     lines = [
-        "| data | GPUs | samples a shard | lanes x window | cache a node | epoch 1, samples/s "
+        "| data | GPUs | utterances in a shard | lanes x window | cache of a node | epoch 1, samples/s "
         f"| epoch {LATER}, samples/s | limits | epoch 1, steps ten times as long |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -180,8 +180,8 @@ def answered(rows: list[dict[str, Any]], calibration: Calibration) -> str:
 def partial(calibration: Calibration) -> str:
     """The page's table of caches that hold a part of the set, in Markdown."""
     lines = [
-        f"| cache, of the set | 1 node, of epoch {LATER} not fetched | samples/s "
-        f"| 8 nodes, of epoch {LATER} not fetched | samples/s |",
+        f"| cache, share of the set | 1 node: share of epoch {LATER} from the cache | samples/s "
+        f"| 8 nodes: share of epoch {LATER} from the cache | samples/s |",
         "|---|---|---|---|---|",
     ]
     base = replace(next(iter(SETS.values())), samples_per_shard=400)
@@ -198,7 +198,7 @@ def partial(calibration: Calibration) -> str:
 
 
 def check(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predicted beside measured figures of each epoch of some configurations.
+    """Compare predicted with measured figures, for each epoch of each configuration.
 
     Args:
         configurations: Objects with name, job, calibration, and the measured epochs.
@@ -242,7 +242,7 @@ def checked(configurations: list[dict[str, Any]]) -> str:
 
 
 def measured(epochs: int) -> dict[str, Any]:
-    """What `--measure` finds."""
+    """The result of `--measure`."""
     from scripts.simulate.measure import measure_all
 
     rows = [
@@ -272,19 +272,29 @@ def markdown(result: dict[str, Any]) -> str:
 @click.option("--mels", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option("--samples-per-shard", type=click.IntRange(min=1), default=1_000, show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--ranks", type=click.IntRange(min=1), default=8, show_default=True, help="A node.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="A rank.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), default=8, show_default=True, help="In a node."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Of a rank."
+)
 @click.option("--step-ms", type=click.FloatRange(0, min_open=True), default=7.0, show_default=True)
-@click.option("--lanes", type=click.IntRange(min=1), default=1, show_default=True, help="A rank.")
+@click.option(
+    "--lanes", type=click.IntRange(min=1), default=1, show_default=True, help="Of a rank."
+)
 @click.option("--window-shards", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--cache-gb", type=float, default=100.0, show_default=True, help="A node.")
+@click.option("--cache-gb", type=float, default=100.0, show_default=True, help="Of a node.")
 @click.option("--disk-gb", type=float, default=2_000.0, show_default=True, help="For --recommend.")
-@click.option("--node-mb-s", type=float, default=1_250.0, show_default=True, help="Network.")
-@click.option("--store-mb-s", type=float, default=12_500.0, show_default=True, help="In all.")
+@click.option(
+    "--node-mb-s", type=float, default=1_250.0, show_default=True, help="Network of a node."
+)
+@click.option(
+    "--store-mb-s", type=float, default=12_500.0, show_default=True, help="Network of the store."
+)
 @click.option("--calibration", "constants", type=click.Path(exists=True, path_type=Path))
-@click.option("--recommend", "choose", is_flag=True, help="Choose shards, lanes, window and cache.")
+@click.option("--recommend", "choose", is_flag=True, help="Recommend shards, lanes, window, cache.")
 @click.option("--answer", "task", flag_value="answer", help="Recommend for the page's clusters.")
-@click.option("--measure", "task", flag_value="measure", help="Measure, and compare.")
+@click.option("--measure", "task", flag_value="measure", help="Run real loaders, and compare.")
 @click.option("--markdown", "task", flag_value="markdown", help="Print the page's tables.")
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
@@ -311,7 +321,7 @@ def main(
     as_json: bool,
     result: Path,
 ) -> None:
-    """See the text at the top of the file."""
+    """Predict, recommend or measure; the help text is the module's docstring."""
     calibration = Calibration() if constants is None else Calibration.read(constants)
     if task is None:
         job = Job(

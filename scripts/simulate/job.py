@@ -1,4 +1,4 @@
-"""A training on a cluster in numbers: what is known of it, and what arithmetic alone says of it."""
+"""The input and output of the model: a training on a cluster, measured speeds, figures, bounds."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from shardprep.cache.download import CHUNK
 from shardprep.cache.shard_cache import DOWNLOADS
 
-# Part of a process's share of the cache that one reader may want, see `shardprep.read.store_map`.
+# The part of a process's share of the cache that the wanted shards of one reader may take, see
+# `shardprep.read.store_map`.
 ROOM_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a store and of a machine."""
+    """Measured speeds of a store and of a machine."""
 
     request_latency_s: float = 0.03
     """Seconds from a request to the first byte of its answer."""
     stream_mb_per_s: float = 90.0
-    """MB/s (10^6 bytes) of one download by itself once its bytes flow, check and disk included."""
+    """MB/s (10^6 bytes) of a single download after its first byte, with checksum and disk."""
     process_mb_per_s: float = 400.0
-    """MB/s of all downloads of one process together, where no network limits them."""
+    """MB/s of all downloads of one process together, if no network limits them."""
     loader_per_s: float = 400_000.0
-    """Segments a second that one process makes of shards which are there."""
+    """Segments a second that one process makes from shards in the cache."""
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
-        """From a JSON object with these names, or from its member "calibration"."""
+        """Read a JSON object with these names, or its member "calibration"."""
         found = json.loads(path.read_text())
         found = found.get("calibration", found)
         return cls(**{row.name: float(found[row.name]) for row in fields(cls)})
@@ -41,26 +42,26 @@ class Job:
 
     utterances: int
     bytes_each: float
-    """Of an utterance in its shard, tar header included."""
+    """Bytes of an utterance in its shard, with tar headers."""
     samples_per_shard: int
     nodes: int = 1
     ranks: int = 8
-    """Processes, and GPUs, of a node."""
+    """Processes of each node, one for each GPU."""
     batch: int = 64
-    """Segments of a rank's batch."""
+    """Segments in a batch of a rank."""
     step_s: float = 0.01
-    """Seconds of computing a step."""
+    """Seconds to compute a step."""
     lanes: int = 1
     """Lanes of each rank."""
     window_shards: int = 4
     cache_gb: float = 100.0
-    """Of each node, 10^9 bytes."""
+    """Cache of each node, in 10^9 bytes."""
     node_mb_per_s: float = 1250.0
     """Bandwidth between a node and the store."""
     store_mb_per_s: float = 12500.0
     """Bandwidth of the store to all nodes together."""
     prefetch: int = 2
-    """Batches that are prepared ahead."""
+    """Batches that a rank prepares in advance."""
 
     @property
     def world(self) -> int:
@@ -69,7 +70,7 @@ class Job:
 
     @property
     def global_batch(self) -> int:
-        """Segments of a step of all ranks."""
+        """Segments in a step, of all ranks together."""
         return self.world * self.batch
 
     @property
@@ -94,21 +95,21 @@ class Job:
 
     @property
     def room(self) -> float:
-        """Bytes of shards that a rank may want at a time."""
+        """Bytes of shards that a rank can hold at a time."""
         return ROOM_SHARE * self.cache_gb * 1e9 / self.ranks
 
     @property
     def needed(self) -> float:
-        """Bytes of shards that a rank must have at a time, see `shardprep.load.segments`."""
+        """Bytes of shards that a rank must hold at a time, see `shardprep.load.segments`."""
         return min(self.lanes * (2 * self.window_shards + 3) + 1, self.shards) * self.shard_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the cache has room for what is needed, and there is a batch for every rank."""
+        """Whether the cache has room for `needed`, and there is a batch for every rank."""
         return self.needed <= self.room and self.steps > 0 and self.batch % self.lanes == 0
 
     def stream(self, calibration: Calibration) -> float:
-        """Bytes a second of one download by itself, waiting for answers included."""
+        """Bytes a second of a single download, with its waits for answers."""
         slowest = min(
             calibration.stream_mb_per_s,
             calibration.process_mb_per_s,
@@ -122,18 +123,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Figures:
-    """What becomes of an epoch."""
+    """The figures of an epoch."""
 
     samples_per_s: float
     waiting: float
-    """Share of the time in which ranks stand still for data."""
+    """Share of the time in which ranks wait for data."""
     seconds: float
     fetched_gb: float
-    """By all nodes together."""
+    """10^9 bytes that all nodes together fetch."""
 
 
 def bounds(job: Job, calibration: Calibration) -> dict[str, float]:
-    """Samples a second that each part could do if the others took no time, nothing cached."""
+    """Samples a second that each part allows, if the others take no time and nothing is cached."""
     each = job.bytes_each / 1e6
     process = min(calibration.process_mb_per_s, DOWNLOADS * job.stream(calibration) / 1e6)
     return {

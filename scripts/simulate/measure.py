@@ -1,6 +1,6 @@
-"""Measured epochs of a loader over S3, through a proxy that limits it, to hold a model against.
+"""Measure epochs of a loader over S3, through a proxy with limits, to compare the model with.
 
-The training is a pause of known length, taken by all ranks in step.
+Instead of training, all ranks pause for a known time in each step, and wait for each other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAME = "scale"
 
 @dataclass(frozen=True)
 class Trial:
-    """A job, and the limits that make a network of the proxy."""
+    """A job, and the limits of the proxy."""
 
     name: str
     job: Job
@@ -41,7 +41,7 @@ class Trial:
 
 @dataclass
 class Measured:
-    """A trial, and the epochs that were measured, the first from an empty cache."""
+    """A trial and its measured epochs; the first begins with an empty cache."""
 
     trial: Trial
     calibration: Calibration
@@ -49,7 +49,7 @@ class Measured:
 
 
 def trials(bytes_each: float) -> list[Trial]:
-    """What is measured."""
+    """All trials to measure."""
     base = Job(
         utterances=UTTERANCES,
         bytes_each=bytes_each,
@@ -73,7 +73,7 @@ def trials(bytes_each: float) -> list[Trial]:
 
 
 def make_set(folder: Path) -> float:
-    """Shards of noise; returns the bytes that an utterance takes in them."""
+    """Write shards of noise, and return the bytes of an utterance in them."""
     source, shards = folder / "Dataset", folder / "shards"
     make_noise(source, UTTERANCES)
     options = shardprep.BuildOptions(samples_per_shard=PER_SHARD, val_fraction=0, workers=1)
@@ -83,14 +83,14 @@ def make_set(folder: Path) -> float:
 
 @contextmanager
 def served(folder: Path) -> Iterator[ObjectStore]:
-    """A store with the set in `folder`/shards, that this process finds through its environment."""
+    """A store with the set in `folder`/shards; this process finds it through its environment."""
     import s3fs
 
     with object_store(folder / "store") as store, mock.patch.dict(os.environ, store.environment):
         s3fs.S3FileSystem(skip_instance_cache=True).put(
             str(folder / "shards"), store.url(NAME), recursive=True
         )
-        # Whoever runs this may have been connected elsewhere.
+        # This process may have connections to another store.
         forget_connections()
         try:
             yield store
@@ -99,7 +99,7 @@ def served(folder: Path) -> Iterator[ObjectStore]:
 
 
 def calibrate(url: str, folder: Path) -> Calibration:
-    """Constants of this machine and this store, without limits."""
+    """Measure the speeds of this machine and this store, without limits."""
     manifest = Remote(f"{url}/manifest.json")
     manifest.read(0, 1)
     latencies = []
@@ -130,7 +130,7 @@ def calibrate(url: str, folder: Path) -> Calibration:
 
 
 def measure(trial: Trial, store: ObjectStore, folder: Path, epochs: int) -> list[Figures]:
-    """The epochs of a trial, the cache empty at first."""
+    """Measure the epochs of a trial, beginning with an empty cache."""
     job = trial.job
     limits = Faults(delay=trial.delay, bandwidth=job.node_mb_per_s * 1e6)
     spawn = multiprocessing.get_context("spawn")
@@ -162,7 +162,7 @@ def measure(trial: Trial, store: ObjectStore, folder: Path, epochs: int) -> list
 
 
 def train(rank: int, job: Job, url: str, epochs: int, barrier: Any, results: Any) -> None:
-    """A rank: its batches, with a pause for each."""
+    """Run a rank: it reads its batches, and pauses for each."""
     split = shardprep.open_shards(url)["train"]
     loader = shardprep.SegmentLoader(
         split,
@@ -191,7 +191,7 @@ def train(rank: int, job: Job, url: str, epochs: int, barrier: Any, results: Any
 
 
 def measure_all(epochs: int = 3, names: tuple[str, ...] = ()) -> list[Measured]:
-    """Every trial, or those of these names."""
+    """Measure all trials, or those with these names."""
     found = []
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         folder = Path(name)

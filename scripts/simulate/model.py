@@ -1,10 +1,10 @@
-"""A model of training from a store: when shards arrive, when they are used, and who waits for whom.
+"""A model of training from a store: when shards arrive, and how long steps wait for them.
 
-An epoch is played through, event by event. Each rank wants the shards that `WindowedOrder` will
-draw from, as many as its part of the node's cache has room for, and fetches a few at once; those
-share the bandwidth of their process, their node and the store. A step begins when every rank has
-its batch, since ranks wait for one another. Which utterance comes when is the order's own doing;
-only its grain is coarser than one utterance where that changes nothing else.
+The model simulates an epoch event by event. Each rank wants the shards that `WindowedOrder` will
+draw from next, as many as its part of the node's cache can hold. It downloads a few at a time;
+downloads share the bandwidth of their process, their node and the store. A step begins when every
+rank has its batch. The order is that of `WindowedOrder`, but to save time the model may treat
+several utterances as one.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from scripts.simulate.job import Calibration, Figures, Job
-from scripts.simulate.network import Network, Node, Want
+from scripts.simulate.network import Network, Node, WantedShard
 from shardprep.load.order_windowed import WindowedOrder
 from shardprep.load.read_ahead import PLANNED
 
-# Utterances that an epoch is played with, at least.
+# The model treats several utterances as one if an epoch still has at least so many of them.
 FINE = 100_000
 
 
 @dataclass
 class Epoch:
-    """Who needs which shard when."""
+    """When each rank wants which shard."""
 
-    wants: list[list[Want]]
-    """By rank, by place."""
-    at_step: list[list[Want]]
-    """By the step that first draws from them."""
+    all_wanted: list[list[WantedShard]]
+    """The shards of each rank, in the order of their places."""
+    at_step: list[list[WantedShard]]
+    """The shards of each step that is the first to draw from them."""
     each: int
     """Places of a lane that a step takes."""
     block: int
-    """Places that a position may draw from on either side, see `WindowedOrder`."""
+    """A position may draw from so many places before and after it, see `WindowedOrder`."""
 
 
 def plan(job: Job, epoch: int, seed: int = 0) -> Epoch:
-    """The order of an epoch, as the shards that each rank needs."""
+    """The shards that each rank wants in an epoch, from the order of its utterances."""
     lanes, each = job.world * job.lanes, job.batch // job.lanes
-    # The coarsest grain that leaves an epoch fine enough and shards whole.
+    # How many utterances to treat as one: as many as FINE allows, and so that shards and steps are
+    # multiples of this number.
     grains = [g for g in range(1, each + 1) if each % g == 0 and job.samples_per_shard % g == 0]
     grain = max([g for g in grains if job.utterances // g >= FINE], default=1)
     each, per_shard, n = each // grain, job.samples_per_shard // grain, job.utterances // grain
@@ -57,14 +58,14 @@ def plan(job: Job, epoch: int, seed: int = 0) -> Epoch:
         lanes=lanes,
         window_shards=job.window_shards,
     )
-    # Pieces of shards within lanes, and where those begin and end in their lane.
+    # A lane may begin or end inside a shard: the pieces of shards, and their places in their lane.
     at = np.cumsum(samples[order.shards]) - samples[order.shards]
     borders = np.arange(lanes + 1) * n // lanes
     edges = np.union1d(at, borders[:-1])
     lane = np.searchsorted(borders, edges, side="right") - 1
     slot = np.searchsorted(at, edges, side="right") - 1
     begin, end = edges - borders[lane], np.append(edges[1:], n) - borders[lane]
-    # What lanes share stays for the whole epoch.
+    # A shard that several lanes share is held for the whole epoch.
     shared = np.bincount(slot, minlength=len(at))[slot] > 1
     begin[shared], end[shared] = 0, n
     positions = np.arange(job.steps * each * lanes)
@@ -73,23 +74,25 @@ def plan(job: Job, epoch: int, seed: int = 0) -> Epoch:
     keys = rank_of * len(samples) + order(positions) // per_shard
     used, where = np.unique(keys, return_index=True)
     first = dict(zip(used.tolist(), step[where].tolist(), strict=True))
-    found: dict[int, Want] = {}
+    found: dict[int, WantedShard] = {}
     rows = zip(lane // job.lanes, order.shards[slot], begin, end, strict=True)
     for rank, shard, start, stop in ((int(a), int(b), int(c), int(d)) for a, b, c, d in rows):
         key = rank * len(samples) + shard
-        # What only the remainder behind the last step draws from is wanted, but never needed.
-        want = found.setdefault(key, Want(rank, shard, start, stop, first.get(key, job.steps)))
-        want.begin, want.end = min(want.begin, start), max(want.end, stop)
-    wants: list[list[Want]] = [[] for _ in range(job.world)]
-    at_step: list[list[Want]] = [[] for _ in range(job.steps + 1)]
-    for want in sorted(found.values(), key=lambda want: want.begin):
-        wants[want.rank].append(want)
-        at_step[want.first].append(want)
-    return Epoch(wants, at_step, each, 2 * order.block)
+        # Some shards are used only by the utterances after the last step: wanted, but never used.
+        wanted = found.setdefault(
+            key, WantedShard(rank, shard, start, stop, first.get(key, job.steps))
+        )
+        wanted.begin, wanted.end = min(wanted.begin, start), max(wanted.end, stop)
+    all_wanted: list[list[WantedShard]] = [[] for _ in range(job.world)]
+    at_step: list[list[WantedShard]] = [[] for _ in range(job.steps + 1)]
+    for wanted in sorted(found.values(), key=lambda wanted: wanted.begin):
+        all_wanted[wanted.rank].append(wanted)
+        at_step[wanted.first].append(wanted)
+    return Epoch(all_wanted, at_step, each, 2 * order.block)
 
 
 class Reader:
-    """The windows of all ranks: which shards they hold and want."""
+    """The readers of all ranks: which shards they hold, and which they want."""
 
     def __init__(self, job: Job, network: Network, epochs: Sequence[Epoch]) -> None:
         self._job = job
@@ -100,62 +103,62 @@ class Reader:
         #: Steps that are planned at a time.
         self.stride = max(1, planned // job.global_batch)
         self._most = max(1, int(job.room // job.shard_bytes))
-        # What each rank holds, by the place from which on it lets it go.
-        self._held: list[list[tuple[int, int, Want]]] = [[] for _ in range(job.world)]
+        # The shards that each rank holds, with the place at which it releases them.
+        self._held: list[list[tuple[int, int, WantedShard]]] = [[] for _ in range(job.world)]
         self._next = [0] * job.world
         self._epoch = -1
 
     def plan(self, number: int, step: int) -> None:
-        """Let go of what is behind `step` of an epoch, and want what comes."""
+        """Release the shards before `step` of an epoch, and request the wanted shards after it."""
         epoch = self._epochs[number]
         if number != self._epoch:
             if self._epoch >= 0:
-                self._leave()
+                self._finish_epoch()
             self._epoch, self._next = number, [0] * self._job.world
         place = step * epoch.each
         due = place + self.stride * epoch.each + epoch.block
         last = step + self.stride >= self._job.steps and number + 1 < len(self._epochs)
-        for rank, wants in enumerate(epoch.wants):
+        for rank, all_wanted in enumerate(epoch.all_wanted):
             held = self._held[rank]
             while held and held[0][0] < place:
-                self._let_go(heapq.heappop(held)[2])
-            while self._next[rank] < len(wants):
-                want = wants[self._next[rank]]
-                if want.begin > due and len(held) >= self._most:
+                self._release(heapq.heappop(held)[2])
+            while self._next[rank] < len(all_wanted):
+                wanted = all_wanted[self._next[rank]]
+                if wanted.begin > due and len(held) >= self._most:
                     break
                 self._next[rank] += 1
-                self._take(want, epoch)
+                self._hold(wanted, epoch)
             if last:
-                # What the next epoch begins with is wanted already.
+                # The first shards of the next epoch are wanted already.
                 following = self._epochs[number + 1]
-                for want in following.wants[rank]:
-                    if want.begin > self.stride * following.each + following.block:
+                for wanted in following.all_wanted[rank]:
+                    if wanted.begin > self.stride * following.each + following.block:
                         break
-                    self._take(want, following, self._job.steps * epoch.each)
+                    self._hold(wanted, following, self._job.steps * epoch.each)
         self._network.start()
 
-    def _take(self, want: Want, epoch: Epoch, behind: int = 0) -> None:
-        if not want.held:
-            want.held = True
-            leaves = max(want.end + epoch.block, want.first * epoch.each) + behind
-            heapq.heappush(self._held[want.rank], (leaves, id(want), want))
-            self._network.ask(want)
+    def _hold(self, wanted: WantedShard, epoch: Epoch, behind: int = 0) -> None:
+        if not wanted.held:
+            wanted.held = True
+            leaves = max(wanted.end + epoch.block, wanted.first * epoch.each) + behind
+            heapq.heappush(self._held[wanted.rank], (leaves, id(wanted), wanted))
+            self._network.request(wanted)
 
-    def _let_go(self, want: Want) -> None:
-        want.over = True
-        self._network.let_go(want)
+    def _release(self, wanted: WantedShard) -> None:
+        wanted.released = True
+        self._network.release(wanted)
 
-    def _leave(self) -> None:
-        """Let go of what only the epoch before wanted; places begin anew."""
-        for rank, wants in enumerate(self._epochs[self._epoch].wants):
-            for want in wants:
-                if want.held and not want.over:
-                    self._let_go(want)
+    def _finish_epoch(self) -> None:
+        """Release all shards but those that the next epoch wants, and count places from 0."""
+        for rank, all_wanted in enumerate(self._epochs[self._epoch].all_wanted):
+            for wanted in all_wanted:
+                if wanted.held and not wanted.released:
+                    self._release(wanted)
             passed = self._job.steps * self._epochs[self._epoch].each
             self._held[rank] = [
-                (leaves - passed, number, want)
-                for leaves, number, want in self._held[rank]
-                if not want.over
+                (leaves - passed, number, wanted)
+                for leaves, number, wanted in self._held[rank]
+                if not wanted.released
             ]
             heapq.heapify(self._held[rank])
 
@@ -163,15 +166,14 @@ class Reader:
 def simulate(
     job: Job, calibration: Calibration, *, epochs: int = 1, first: int = 0, warm: bool = False
 ) -> list[Figures]:
-    """Figures of some epochs in a row.
+    """Simulate consecutive epochs.
 
     Args:
-        job: What is trained, and where.
-        calibration: What was measured.
-        epochs: How many.
-        first: Number of the first.
-        warm: Whether nodes begin with what the epochs before have left in their caches, instead of
-            with nothing.
+        job: The training and its cluster.
+        calibration: The measured speeds.
+        epochs: Number of epochs.
+        first: Number of the first epoch.
+        warm: Whether the caches begin with the shards that earlier epochs left, instead of empty.
 
     Raises:
         ValueError: The cache is too small for the job, or an epoch has no step.
@@ -200,10 +202,10 @@ def simulate(
             ahead = step + job.prefetch
             if ahead % reader.stride == 0 and 0 < ahead < job.steps:
                 reader.plan(number, ahead)
-            for want in epoch.at_step[step]:
-                while math.isinf(want.arrived):
-                    assert network.advance(math.inf), "what is needed never comes"
-            came = max((want.arrived for want in epoch.at_step[step]), default=0.0)
+            for wanted in epoch.at_step[step]:
+                while math.isinf(wanted.arrived):
+                    assert network.advance(math.inf), "a needed shard never arrives"
+            came = max((wanted.arrived for wanted in epoch.at_step[step]), default=0.0)
             ready = max(ready, came, ends[0]) + prepare
             begin = max(ready, ends[-1])
             waited += begin - ends[-1]
@@ -216,14 +218,14 @@ def simulate(
 
 
 def fill(job: Job, nodes: list[Node], epoch: int, seed: int = 0) -> None:
-    """Put into the caches what the epochs before `epoch`, down to 0, have left."""
+    """Put into the caches the shards that the epochs from 0 to before `epoch` left there."""
     last = np.full((job.nodes, job.shards), -1, np.int64)
     for past in range(epoch):
         order = WindowedOrder(
             [1] * job.shards, seed, past, global_batch=1, lanes=1, window_shards=1
         )
         slots = np.arange(job.shards)
-        # A node's lanes lie side by side, and are read at the same time.
+        # The lanes of a node are neighbours, and are read at the same time.
         node = slots * job.nodes // job.shards
         place = slots % max(1, job.shards // (job.world * job.lanes))
         last[node, order.shards] = past * job.shards + place

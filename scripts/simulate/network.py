@@ -1,4 +1,4 @@
-"""Shards on their way from a store to the caches of nodes, in the time of a model."""
+"""The network of the model: downloads from a store into the caches of nodes."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from shardprep.cache.shard_cache import DOWNLOADS
 
 
 @dataclass(eq=False)
-class Want:
-    """A shard that a rank needs in an epoch."""
+class WantedShard:
+    """A shard that a rank wants in an epoch."""
 
     rank: int
     shard: int
     begin: int
-    """Place in the rank's lanes where it begins, and where it ends."""
+    """First place in the rank's lane that draws from the shard."""
     end: int
+    """End of these places."""
     first: int
-    """Step that first draws from it."""
+    """First step that draws from the shard."""
     arrived: float = math.inf
     held: bool = False
-    over: bool = False
-    """Whether it has been held, and let go."""
+    released: bool = False
+    """Whether it was held and released again."""
 
 
 @dataclass
 class Node:
-    """The cache of a node: the least recently used of what no rank holds makes room."""
+    """The cache of a node; the least recently used shards that no rank holds are removed first."""
 
     budget: float
     files: OrderedDict[int, float] = field(default_factory=OrderedDict)
-    """Shard to bytes, those that are on their way included, in the order of use."""
+    """Bytes of each shard, also of those in download, in the order of use."""
     held: Counter[int] = field(default_factory=Counter)
-    coming: dict[int, list[Want]] = field(default_factory=dict)
+    coming: dict[int, list[WantedShard]] = field(default_factory=dict)
     used: float = 0.0
 
     def make_room(self, size: float) -> bool:
-        """Have room for so many bytes, if that can be."""
+        """Remove shards until `size` more bytes fit; returns whether they do."""
         lacking = self.used + size - self.budget
         going = []
         for shard, bytes_ in self.files.items():
@@ -56,13 +57,13 @@ class Node:
         return lacking <= 0
 
     def put(self, shard: int, size: float) -> None:
-        """Take a file in, as the one used last."""
+        """Add a file, as the most recently used."""
         self.files[shard] = size
         self.used += size
 
 
 class Network:
-    """Downloads that share the bandwidth there is."""
+    """Downloads that share bandwidth."""
 
     def __init__(self, job: Job, calibration: Calibration, nodes: list[Node]) -> None:
         self.now = 0.0
@@ -72,32 +73,32 @@ class Network:
         self._size = job.shard_bytes
         self._stream = job.stream(calibration)
         self._process = calibration.process_mb_per_s * 1e6
-        self._queues: list[deque[Want]] = [deque() for _ in range(job.world)]
+        self._queues: list[deque[WantedShard]] = [deque() for _ in range(job.world)]
         self._busy = np.zeros(job.world, np.int64)
         self._left: NDArray[np.float64] = np.empty(0)
         self._ranks: NDArray[np.int64] = np.empty(0, np.int64)
         self._shards: list[int] = []
         self._rates: NDArray[np.float64] | None = None
 
-    def ask(self, want: Want) -> None:
-        """Have a rank want a shard from now on."""
-        node = self._nodes[want.rank // self._job.ranks]
-        node.held[want.shard] += 1
-        if want.shard in node.coming:
-            node.coming[want.shard].append(want)
-        elif want.shard in node.files:
-            node.files.move_to_end(want.shard)
-            want.arrived = self.now
+    def request(self, wanted: WantedShard) -> None:
+        """A rank wants a shard from now on."""
+        node = self._nodes[wanted.rank // self._job.ranks]
+        node.held[wanted.shard] += 1
+        if wanted.shard in node.coming:
+            node.coming[wanted.shard].append(wanted)
+        elif wanted.shard in node.files:
+            node.files.move_to_end(wanted.shard)
+            wanted.arrived = self.now
         else:
-            self._queues[want.rank].append(want)
+            self._queues[wanted.rank].append(wanted)
 
-    def let_go(self, want: Want) -> None:
-        """Have a rank want a shard no longer."""
-        self._nodes[want.rank // self._job.ranks].held[want.shard] -= 1
+    def release(self, wanted: WantedShard) -> None:
+        """A rank wants a shard no longer."""
+        self._nodes[wanted.rank // self._job.ranks].held[wanted.shard] -= 1
 
     def start(self) -> None:
-        """Begin as many downloads as may be."""
-        added: list[Want] = []
+        """Begin as many downloads as possible."""
+        added: list[WantedShard] = []
         for rank, queue in enumerate(self._queues):
             node = self._nodes[rank // self._job.ranks]
             while queue and self._busy[rank] < DOWNLOADS:
@@ -115,29 +116,29 @@ class Network:
                     break
         if added:
             self._left = np.append(self._left, np.full(len(added), self._size))
-            self._ranks = np.append(self._ranks, [want.rank for want in added])
-            self._shards += [want.shard for want in added]
+            self._ranks = np.append(self._ranks, [wanted.rank for wanted in added])
+            self._shards += [wanted.shard for wanted in added]
             self._rates = None
 
     def advance(self, until: float) -> bool:
-        """Let time pass, at most to the next arrival; whether one came."""
+        """Let time pass until the next arrival or `until`; returns whether a shard arrived."""
         if not len(self._left):
             self.now = max(self.now, until) if math.isfinite(until) else self.now
             return False
         if self._rates is None:
             self._rates = self._share()
-        needs = self._left / self._rates
-        passed = min(float(needs.min()), until - self.now)
+        seconds = self._left / self._rates
+        passed = min(float(seconds.min()), until - self.now)
         self._left = self._left - passed * self._rates
         self.now += passed
-        done = needs <= passed * (1 + 1e-9)
+        done = seconds <= passed * (1 + 1e-9)
         if not done.any():
             return False
         for place in np.flatnonzero(done).tolist():
             rank, shard = int(self._ranks[place]), self._shards[place]
             self._busy[rank] -= 1
-            for want in self._nodes[rank // self._job.ranks].coming.pop(shard):
-                want.arrived = self.now
+            for wanted in self._nodes[rank // self._job.ranks].coming.pop(shard):
+                wanted.arrived = self.now
         self.fetched += self._size * int(done.sum())
         self._left, self._ranks = self._left[~done], self._ranks[~done]
         self._shards = [s for s, over in zip(self._shards, done.tolist(), strict=True) if not over]
@@ -146,7 +147,7 @@ class Network:
         return True
 
     def _share(self) -> NDArray[np.float64]:
-        """Bytes a second of each download."""
+        """The bandwidth of each download in bytes a second."""
         mine = np.bincount(self._ranks, minlength=self._job.world)[self._ranks]
         rates = np.minimum(self._stream, self._process / mine)
         node = self._ranks // self._job.ranks

@@ -1,15 +1,15 @@
-"""Write a synthetic data set in the homework's layout, to try the whole chain without any data.
+"""Write a synthetic data set in the homework's layout, to try all commands without real data.
 
     python -m scripts.synthetic OUT/ [--speakers 20] [--utterances 40] [--test-utterances 100]
 
-makes OUT/Dataset/{metadata,mapping,testdata}.json with one `uttr-<32 hex>.pt` an utterance, float32
-(T, 40) log-mels, and OUT/test_labels.csv with the truth about the test utterances. The voices are
-made by `voice.py`: speech-like babble with no words in it, recorded from nobody. It is good
-for trying the tools and for measuring their speed; an accuracy reached on it says nothing about
-real speech.
+The program writes OUT/Dataset/{metadata,mapping,testdata}.json, one `uttr-<32 hex>.pt` for each
+utterance, float32 (T, 40) log-mels, and OUT/test_labels.csv with the true speakers of the test
+utterances. `voice.py` computes the voices: speech-like babble without words, and no recording of
+anybody. Use it to try the tools and to measure their speed; accuracy on it says nothing about real
+speech.
 
-Test utterances come from recording sessions that training never sees, so expect the test accuracy
-to lie below the validation accuracy of a random split.
+Test utterances come from recording sessions that are not in the training data, so test accuracy is
+lower than validation accuracy on a random split.
 
 The same arguments give the same bytes on the same machine, whatever the number of workers. Exit
 codes: 0 written, 2 wrong usage (a non-empty OUT, a broken lengths file).
@@ -27,10 +27,10 @@ from scripts.synthetic.dataset import draw_lengths, plan_dataset, write_dataset
 
 
 def read_lengths(path: Path) -> list[int]:
-    """Read frames an utterance, one number a line.
+    """Read the frames of each utterance, one number on each line.
 
     Raises:
-        click.UsageError: A line holds no number of frames, or one too short to synthesise.
+        click.UsageError: A line is not a number of frames, or too small a number.
     """
     lengths = []
     for number, line in enumerate(path.read_text().split("\n"), start=1):
@@ -39,7 +39,7 @@ def read_lengths(path: Path) -> list[int]:
         if not line.strip().isdecimal() or int(line) < voice.MIN_FRAMES:
             raise click.UsageError(
                 f"{path}, line {number}: {line.strip()[:40]!r} is no length in frames; "
-                f"write one whole number a line, {voice.MIN_FRAMES} or more."
+                f"write one whole number on each line, {voice.MIN_FRAMES} or more."
             )
         lengths.append(int(line))
     return lengths
@@ -48,7 +48,7 @@ def read_lengths(path: Path) -> list[int]:
 def _choose_lengths(
     utterances: int, test: int, shortest: int, longest: int, seed: int, lengths: Path | None
 ) -> list[int]:
-    """The frames of every utterance: those of a file, or drawn; refuses bounds that cross."""
+    """The frames of every utterance, from a file or drawn between the bounds."""
     if lengths is not None:
         return read_lengths(lengths)
     if shortest > longest:
@@ -65,19 +65,21 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=_FOLDER)
 @click.option("--speakers", type=click.IntRange(2, 99_999), default=20)
-@click.option("--utterances", type=_COUNT, default=40, help="Labelled utterances a speaker.")
+@click.option("--utterances", type=_COUNT, default=40, help="Labelled utterances of each speaker.")
 @click.option(
     "--test-utterances",
     type=click.IntRange(min=0),
     help="Test utterances in all.  [default: 100, or 0 with --lengths]",
 )
-@click.option("--frames-min", type=_FRAMES, default=150, help="Shortest one; a frame is 10 ms.")
-@click.option("--frames-max", type=_FRAMES, default=600, help="Longest one, in frames.")
+@click.option(
+    "--frames-min", type=_FRAMES, default=150, help="Shortest utterance; a frame is 10 ms."
+)
+@click.option("--frames-max", type=_FRAMES, default=600, help="Longest utterance, in frames.")
 @click.option(
     "--lengths",
     type=_FILE,
-    help="Instead make an utterance of each length in this file (frames, one number a line); "
-    "the last --test-utterances of them for testing.",
+    help="File of lengths in frames, one on each line: make an utterance of each length instead. "
+    "The last --test-utterances of them are test utterances.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--workers", type=_COUNT, default=os.cpu_count() or 1, show_default=False)

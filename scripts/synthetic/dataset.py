@@ -1,4 +1,4 @@
-"""A data set that talkers made of formulas speak: its plan, its log-mels and its files.
+"""A data set of synthetic voices: its plan, its log-mels and its files.
 
 Axes: T frames of 10 ms, N samples.
 """
@@ -33,7 +33,7 @@ FLOOR = 1e-9
 PEAK = 10.0 ** (-3.0 / 20.0)
 TRAIN_SESSIONS = 10
 TEST_SESSIONS = 3
-# Kinds of random stream: numbers keep speakers, sessions, utterances and the plan independent.
+# Speakers, sessions, utterances and the plan have independent random numbers, seeded by these.
 _SPEAKER, _SESSION, _UTTERANCE, _PLAN = range(4)
 
 README = """\
@@ -44,16 +44,16 @@ Every file here was computed by scripts/synthetic from random numbers (seed {see
 invented microphones, rooms and noise. There are no words in it, and no person was recorded.
 
 It has the layout and the kind of numbers of a real data set: Dataset/ holds {train} labelled and
-{test} test utterances as log-mels (T, 40), 10 ms a frame; test_labels.csv holds the truth about
-the test utterances, which come from recording sessions that occur nowhere in training.
+{test} test utterances as log-mels (T, 40), 10 ms a frame; test_labels.csv holds the true
+speakers of the test utterances, which come from recording sessions that are not in training.
 
-Use it to try and to time tools. An accuracy reached on it says nothing about real speech.
+Use it to try and to time tools. Accuracy on it says nothing about real speech.
 """
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One file to be made: who speaks, in which recording session, for how many frames."""
+    """A file to write: its speaker, its recording session and its frames."""
 
     number: int
     speaker: int
@@ -64,7 +64,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole set, before anything is made."""
+    """All utterances of the set, before they are computed."""
 
     seed: int
     speakers: int
@@ -73,13 +73,13 @@ class Plan:
 
 
 def plan_dataset(speakers: int, lengths: Iterable[int], test: int, seed: int) -> Plan:
-    """Say who speaks each utterance and in which session; a pure function of its arguments.
+    """Choose speaker and session of each utterance; a pure function of its arguments.
 
     Args:
-        speakers: Number of speakers; they get equal shares of the utterances, to within one.
+        speakers: Number of speakers; their numbers of utterances differ by at most one.
         lengths: Frames of each utterance; the last `test` of them are test utterances.
         test: Number of test utterances, at most as many as there are lengths.
-        seed: Seed of the whole set, also of the file names.
+        seed: Seed of the set, also of the file names.
 
     Returns:
         The plan. Sessions below `TRAIN_SESSIONS` are for training only, those above for test only.
@@ -99,7 +99,7 @@ def plan_dataset(speakers: int, lengths: Iterable[int], test: int, seed: int) ->
 
 
 def draw_lengths(count: int, shortest: int, longest: int, seed: int) -> list[int]:
-    """Draw `count` lengths in frames, log-normal as in real sets, within [shortest, longest]."""
+    """Draw lengths in frames within [shortest, longest], log-normal as in real sets."""
     rng = np.random.default_rng([seed, _PLAN, 1])
     middle = (math.log(shortest) + math.log(longest)) / 2.0
     spread = (math.log(longest) - math.log(shortest)) / 4.0
@@ -109,7 +109,7 @@ def draw_lengths(count: int, shortest: int, longest: int, seed: int) -> list[int
 
 @lru_cache(maxsize=1)
 def mel_filterbank() -> Tensor:
-    """Triangles on the HTK mel scale, 2595 log10(1 + f / 700), of height 1: float32 (201, 40)."""
+    """Triangles of height 1 on the HTK mel scale, 2595 log10(1 + f / 700): float32 (201, 40)."""
     top, bottom = (2595.0 * math.log10(1.0 + f / 700.0) for f in (F_MAX, F_MIN))
     mels = torch.linspace(bottom, top, N_MELS + 2, dtype=torch.float64)
     edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
@@ -120,10 +120,10 @@ def mel_filterbank() -> Tensor:
 
 
 def log_mel(wave: Tensor) -> Tensor:
-    """Log-mels as the homework's data have them.
+    """Log-mels like those of the homework.
 
     Args:
-        wave: float32 (N,) at 16 kHz, N > 200, of any level; it is scaled to a peak of -3 dB.
+        wave: float32 (N,) at 16 kHz, N > 200, at any level; it is scaled to a peak of -3 dB.
 
     Returns:
         float32 (N // 160 + 1, 40): natural log of the mel power, at least log(1e-9).
@@ -136,7 +136,7 @@ def log_mel(wave: Tensor) -> Tensor:
 
 
 def render(utterance: Utterance, seed: int) -> Tensor:
-    """Make the log-mels of one utterance, float32 (frames, 40); a pure function."""
+    """Compute the log-mels of an utterance, float32 (frames, 40); a pure function."""
     speaker = _draw_speaker(seed, utterance.speaker)
     session = _draw_session(seed, utterance.speaker, utterance.session)
     rng = np.random.default_rng([seed, _UTTERANCE, utterance.number])
@@ -146,9 +146,9 @@ def render(utterance: Utterance, seed: int) -> Tensor:
 
 
 def write_dataset(out: Path, plan: Plan, workers: int) -> None:
-    """Make every utterance of the plan, then the files that make `out` a data set.
+    """Write every utterance of the plan, then the other files of the data set.
 
-    metadata.json comes last and by rename: a folder without it is an interrupted run.
+    metadata.json is written last, by rename: a folder without this file is from an interrupted run.
     """
     folder = out / "Dataset"
     folder.mkdir(parents=True)
@@ -209,9 +209,9 @@ def _make(folder: Path, seed: int, utterance: Utterance) -> None:
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[partial[Iterator[None]]]:
-    """A `map` over processes, or over this one; one torch thread in each for equal sums."""
+    """A `map` in processes or in this one; each has one torch thread, so that sums are equal."""
     if workers > 1:
-        # Forking a process in which torch has started threads can hang the child.
+        # Not fork: the child of a process in which torch has started threads may hang.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
             yield partial(pool.map, chunksize=16)

@@ -1,4 +1,4 @@
-"""A data set of noise in the homework's layout: made quickly, for measuring, not for learning."""
+"""A data set of noise in the homework's layout: made quickly, to measure speed."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""A talker made of formulas: seeded source-filter speech at 16 kHz, heard through a poor channel.
+"""Synthetic voices: seeded source-filter speech at 16 kHz, as recorded through a poor channel.
 
-A `Speaker` is a larynx and a vocal tract, a `Session` is the microphone, room and mood of one
-recording day. `speak` strings random syllables together, moves the formants smoothly from phone to
-phone, filters pulses and noise with them in the short-time Fourier domain, and returns a waveform.
-It is babble: it carries no words and comes from nobody's voice.
+A `Speaker` is a larynx and a vocal tract. A `Session` is the microphone, the room and the mood of
+one recording. `speak` draws random syllables, moves the formants smoothly from phone to phone,
+filters pulses and noise with them in the short-time Fourier domain, and returns a waveform. The
+result is babble: it has no words, and is nobody's voice.
 
 Axes: T frames of 10 ms, K = 241 frequencies of the synthesis transform, N samples.
 
 Sources: vowel formants from Peterson and Barney (1952), men; the cascade of resonances from Klatt
 (1980), "Software for a cascade/parallel formant synthesizer"; the reverberation is Polack's
-exponentially decaying noise. The other numbers were set by looking at
-spectrograms and statistics of mels.
+exponentially decaying noise. We chose the other numbers by
+looking at spectrograms and at statistics of mels.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from torch import Tensor
 SAMPLE_RATE = 16_000
 HOP = 160
 MIN_FRAMES = 8
-_FFT = 3 * HOP  # at three windows a hop, squared Hann windows add up to a constant
-_SLOW, _FAST = 11, 3  # frames over which formants and gains glide into one another
+_FFT = 3 * HOP  # with three Hann windows in each hop, their squares add up to a constant
+_SLOW, _FAST = 11, 3  # frames in which formants and gains change from phone to phone
 
 _WINDOW = torch.hann_window(_FFT)
 _FREQUENCIES = torch.linspace(0.0, SAMPLE_RATE / 2, _FFT // 2 + 1)  # (K,), Hz
-# High frequencies of a glottal pulse leave up to 4 ms later than low ones. Without a delay of some
-# kind all harmonics would peak together, and the level after peak normalisation would be too low.
+# We delay high frequencies of a glottal pulse, by up to 4 ms. Without delays, all harmonics would
+# peak at the same time, and the level after peak normalisation would be too low.
 _DISPERSION = torch.polar(
     torch.ones_like(_FREQUENCIES), -math.pi * 0.004 / (SAMPLE_RATE / 2) * _FREQUENCIES.square()
 )
 
 Floats = NDArray[np.float64]
 
-# F1 to F4 (Hz); gains of voice, breath and friction; friction's centre (Hz) and width (octaves);
-# mean length (frames). Stops are two rows: closure and burst.
+# F1 to F4 (Hz); gains of voice, breath and friction; centre (Hz) and width (octaves) of friction;
+# mean length (frames). A stop has two rows: closure and burst.
 _PHONES: dict[str, tuple[float, ...]] = {
     "i": (270, 2290, 3010, 3600, 1.0, 0.0, 0.0, 3000, 1.0, 9),
     "I": (390, 1990, 2550, 3500, 1.0, 0.0, 0.0, 3000, 1.0, 7),
@@ -86,7 +86,7 @@ _NONE = -1
 
 
 def _rows(*phones: str) -> NDArray[np.int64]:
-    """Two table rows a phone: a stop's closure and burst, or the phone and nothing."""
+    """Two table rows for each phone: closure and burst of a stop, or the phone and none."""
     return np.array(
         [[_NAMES.index(p), _NAMES.index(p + "+") if p + "+" in _NAMES else _NONE] for p in phones]
     )
@@ -103,7 +103,7 @@ _BANDWIDTHS = np.array([80.0, 110.0, 160.0, 220.0, 300.0, 350.0, 400.0, 450.0]) 
 
 @dataclass(frozen=True)
 class Speaker:
-    """What stays with a person: the larynx, the vocal tract and the habits of speech."""
+    """The properties of a person: the larynx, the vocal tract and the habits of speech."""
 
     f0: float  # mean pitch, Hz
     f0_range: float  # deviation of the pitch contour, semitones
@@ -112,13 +112,13 @@ class Speaker:
     tilt: float  # slope of the voice source, dB an octave
     bandwidth: float  # factor on all bandwidths
     formants: Floats  # (phones, 4): formant targets, Hz
-    upper: Floats  # (4,): F5 to F8, which no phone moves, Hz
+    upper: Floats  # (4,): F5 to F8, the same for all phones, Hz
     friction: float  # factor on the centres of friction
     rate: float  # factor on the lengths of phones
 
 
 def draw_speaker(rng: np.random.Generator) -> Speaker:
-    """Draw a person; pitch and tract length hang together, as in women and men."""
+    """Draw a person; pitch and tract length are correlated, as in women and men."""
     high = float(rng.random() < 0.5)
     tract = math.exp(rng.normal(0.14 * high, 0.045))
     offsets = rng.normal(0.0, [0.03, 0.035, 0.035, 0.035])
@@ -139,7 +139,7 @@ def draw_speaker(rng: np.random.Generator) -> Speaker:
 
 @dataclass(frozen=True)
 class Session:
-    """What changes from one recording to the next, whoever speaks."""
+    """The properties of a recording, independent of the speaker."""
 
     pitch: float  # shift of the mean pitch, semitones
     tilt: float  # shift of the source's slope (effort), dB an octave
@@ -176,16 +176,16 @@ def draw_session(rng: np.random.Generator) -> Session:
 
 
 def speak(speaker: Speaker, session: Session, frames: int, rng: np.random.Generator) -> Tensor:
-    """Synthesise one utterance as it was recorded.
+    """Synthesise an utterance as recorded in a session.
 
     Args:
-        speaker: Who speaks.
-        session: Under which conditions.
+        speaker: The speaker.
+        session: The conditions of the recording.
         frames: Length in frames of 10 ms, at least `MIN_FRAMES`.
-        rng: Chooses the words, the melody and the noise.
+        rng: Chooses the syllables, the melody and the noise.
 
     Returns:
-        float32 waveform (N,) at 16 kHz of arbitrary level, with N // 160 + 1 == frames.
+        float32 waveform (N,) at 16 kHz and any level, with N // 160 + 1 == frames.
     """
     samples = (frames - 1) * HOP + HOP // 2
     phones = _babble(speaker, frames, rng)
@@ -195,7 +195,7 @@ def speak(speaker: Speaker, session: Session, frames: int, rng: np.random.Genera
     voiced, breathy, rubbed = gains[:, :1], gains[:, 1:2], gains[:, 2:]  # (T, 1) each
     hum = _stft(_pulses(_melody(speaker, session, phones, rng), samples))
     air = _stft(rng.standard_normal(samples, dtype=np.float32))
-    # Half an utterance away the same noise is as good as new, and costs no second draw.
+    # Reuse the noise, shifted by half an utterance: as good as new noise, and faster to make.
     ambient = air.roll(frames // 2, 0)
     hum *= _slope(speaker.tilt + session.tilt) * _DISPERSION
     hum *= voiced
@@ -223,7 +223,7 @@ def _babble(speaker: Speaker, frames: int, rng: np.random.Generator) -> NDArray[
 def _melody(
     speaker: Speaker, session: Session, phones: NDArray[np.int64], rng: np.random.Generator
 ) -> Floats:
-    """Pitch in Hz at each of the (T,) frames: falling within a phrase, with random accents."""
+    """Pitch in Hz at each of the (T,) frames: it falls within a phrase, with random accents."""
     frames = len(phones)
     start = np.maximum.accumulate(np.where(phones == _PAUSE, np.arange(frames), 0))
     falling = 1.0 - (np.arange(frames) - start) / 100.0
@@ -237,15 +237,15 @@ def _melody(
 
 
 def _pulses(f0: Floats, samples: int) -> NDArray[np.float32]:
-    """Pulses at the pitch `f0` (T,) in Hz: (N,) of mean power 1, split between two samples.
+    """Pulses at the pitch `f0` (T,) in Hz: (N,) of mean power 1.
 
-    Splitting places a pulse between samples; on whole samples the rounding would be heard as noise.
+    A pulse between two samples is split between them; rounding its place would add noise.
     """
     step = np.interp(np.arange(samples), np.arange(len(f0)) * HOP, f0.clip(50.0, 500.0))
     phase = np.cumsum(step) / SAMPLE_RATE
-    turns = np.floor(phase)
-    at = np.flatnonzero(np.diff(turns)) + 1
-    late = (phase[at] - turns[at]) * SAMPLE_RATE / step[at]
+    periods = np.floor(phase)
+    at = np.flatnonzero(np.diff(periods)) + 1
+    late = (phase[at] - periods[at]) * SAMPLE_RATE / step[at]
     height = np.sqrt(SAMPLE_RATE / step[at])
     pulses = np.zeros(samples, np.float32)
     pulses[at] = height * (1.0 - late)
@@ -281,9 +281,9 @@ def _friction(speaker: Speaker, phones: NDArray[np.int64]) -> Tensor:
 
 
 def _record(speech: Tensor, noise: Tensor, session: Session, rng: np.random.Generator) -> Tensor:
-    """Add the room's noise, colour both by the microphone, add the line's hiss: spectra (T, K).
+    """Add noise of the room, the response of the microphone and hiss of the line: spectra (T, K).
 
-    The gains of noise and hiss are set from the speech's own power, pauses included.
+    The gains of noise and hiss are relative to the power of the speech with its pauses.
     """
     loudness = math.sqrt(float(torch.view_as_real(speech).square().mean()))
     loudness /= math.sqrt(float(torch.view_as_real(noise).square().mean()))

@@ -1,4 +1,4 @@
-"""Every script starts by its module's name, and its docstring shows how."""
+"""Every script starts with `python -m` and its module's name, and its docstring shows how."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCRIPTS = {
 
 
 def usages(path: Path) -> list[str]:
-    """The commands that the docstring of a module shows, each with the lines that continue it."""
+    """The commands in the docstring of a module, each with its continuation lines."""
     docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
     blocks = re.findall(r"(?:^ {4}.*\n)+", f"{docstring}\n", re.MULTILINE)
     lines = (usage for block in blocks for usage in re.split(r"^ {4}(?=\S)", block, flags=re.M))
@@ -36,7 +36,7 @@ def usages(path: Path) -> list[str]:
 # This executes modules that are imported already.
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_each_script_starts_by_its_name_and_has_the_options_that_its_docstring_shows(
+def test_each_script_starts_and_has_the_options_that_its_docstring_shows(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])

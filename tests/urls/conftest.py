@@ -1,4 +1,4 @@
-"""A real object store, and a proxy with faults before it, for the tests of shards behind URLs."""
+"""A real object store, and a proxy with faults in front of it, for tests of shards behind URLs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shardprep.storage import connections
 
 
 def forget() -> None:
-    """Drop all file systems of fsspec: each knows the endpoint that it was made with."""
+    """Drop all file systems of fsspec, because each keeps the endpoint that it was made with."""
     connections.forget_connections()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The object store of this session; S3 finds it through the environment."""
+    """The object store of this session; S3 clients find it through the environment."""
     with (
         servers.object_store(tmp_path_factory.mktemp("store")) as store,
         pytest.MonkeyPatch.context() as patch,
@@ -40,7 +40,7 @@ def session_proxy(store: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def proxy(session_proxy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The proxy that S3 goes through in this test; it has no faults yet, and its log is empty."""
+    """The proxy in front of S3 for this test, without faults and with an empty log."""
     session_proxy.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", session_proxy.url)
     forget()
@@ -51,6 +51,6 @@ def proxy(session_proxy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def http_proxy(store: Any) -> Iterator[Any]:
-    """A proxy before plain HTTP: `store.http_url(path, http_proxy.endpoint)`."""
+    """A proxy in front of plain HTTP: `store.http_url(path, http_proxy.endpoint)`."""
     with servers.fault_proxy(*store.http_endpoint) as proxy:
         yield proxy

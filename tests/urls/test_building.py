@@ -1,4 +1,4 @@
-"""Sets built from and into stores: the bytes of a local build, or nothing that could be read."""
+"""Sets built from and into stores: the same bytes as a local build, or no readable set."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(source: Path) -> Path:
-    """The set that a local build makes."""
+    """The set of a local build."""
     build_shards(source, source.parent / "shards", BuildOptions(**OPTIONS))
     return source.parent / "shards"
 
 
 @pytest.fixture
 def place(store: Any, request: pytest.FixtureRequest) -> str:
-    """Where nothing is yet."""
+    """A URL at which there is nothing yet."""
     return str(store.url(f"building/{request.node.name}".replace("[", "-").replace("]", "")))
 
 
@@ -130,7 +130,7 @@ def killed(source: Path, url: str, after: int, *, seed: int = 0, overwrite: bool
     assert done.returncode == -signal.SIGKILL
 
 
-def test_a_build_that_is_killed_leaves_no_manifest_and_sends_the_rest_when_it_goes_on(
+def test_a_build_that_is_killed_leaves_no_manifest_and_sends_only_the_rest_when_continued(
     source: Path, local: Path, place: str, proxy: Any
 ) -> None:
     killed(source, place, 5)
@@ -143,18 +143,18 @@ def test_a_build_that_is_killed_leaves_no_manifest_and_sends_the_rest_when_it_go
     sent = [line.path.split("?")[0] for line in proxy.log if line.method == "PUT"]
     shards = {path.name for path in local.glob("*.tar")}
     assert {path.rpartition("/")[2] for path in sent if path.endswith(".tar")} == shards - there
-    # Which were there is known without fetching them.
+    # The build knows which shards exist without fetching them.
     assert not any(line.method == "GET" and line.path.endswith(".tar") for line in proxy.log)
     assert objects(place) == files(local)
 
 
 @pytest.mark.parametrize("after", [3, 30])
-def test_the_old_set_is_whole_until_the_new_one_is(
+def test_the_old_set_is_intact_until_the_new_one_is_complete(
     source: Path, local: Path, place: str, after: int, tmp_path: Path
 ) -> None:
     build_shards(source, place, BuildOptions(**OPTIONS))
     count = len(list(local.glob("*.tar"))) + len(list(local.glob("*.npy")))
-    # Before a shard, and when all but the manifest is there.
+    # Killed before a shard, and when everything but the manifest is there.
     killed(source, place, min(after, count - 1), seed=5, overwrite=True)
     old = objects(place)
     assert {name: data for name, data in old.items() if "/" not in name} == files(local)
@@ -191,7 +191,7 @@ def test_a_build_that_is_killed_as_it_replaces_a_set_is_finished_by_the_next(
     build_shards(source, place, BuildOptions(**OPTIONS))
     command = [sys.executable, "-c", KILLED_AT_THE_END, str(source), place, str(after)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
-    # Neither set is whole, and so there is none.
+    # Neither set is complete, so there is no manifest.
     assert "manifest.json" not in Remote(place).listing()
     report = build_shards(source, place, BuildOptions(**OPTIONS, seed=5))
     build_shards(source, tmp_path / "new", BuildOptions(**OPTIONS, seed=5))
@@ -199,10 +199,10 @@ def test_a_build_that_is_killed_as_it_replaces_a_set_is_finished_by_the_next(
     assert report.shards_kept == len(list((tmp_path / "new").glob("*.tar")))
 
 
-def test_a_large_shard_is_sent_in_parts_and_not_there_before_it_is_whole(
+def test_a_large_shard_is_sent_in_parts_and_appears_only_when_complete(
     tmp_path: Path, place: str, proxy: Any
 ) -> None:
-    # Of 112 MB: what has less than two parts of 50 MiB is sent in one piece.
+    # 112 MB, because files of less than two parts of 50 MiB are sent in one piece.
     source = write_dataset(
         tmp_path / "Dataset", speakers=2, utterances=5, test_utterances=0, frames=(70_000, 70_000)
     )
@@ -265,7 +265,7 @@ def test_wrong_credentials_are_told_at_once(
 
 
 @pytest.mark.parametrize("deep", [(), ("--deep",)])
-def test_verify_finds_what_is_changed_missing_cut_short_or_foreign(
+def test_verify_finds_changed_missing_truncated_and_foreign_files(
     local: Path,
     place: str,
     deep: tuple[str, ...],
@@ -299,7 +299,7 @@ def test_inspect_and_bench_run_on_a_url(
     own, other = run_cli("inspect", local, "--json"), run_cli("inspect", place, "--json")
     assert (own.returncode, other.returncode) == (0, 0)
     assert own.stdout.replace(str(local), place) == other.stdout
-    # In a process of its own: it forks, which a process that has computed in threads may not.
+    # In a process of its own, because bench forks, and this process has computed in threads.
     command = [sys.executable, "-m", "shardprep", "bench", place, "--rounds", "1"]
     command += ["--seconds", "0.2", "--batch-size", "8"]
     done = subprocess.run(command, capture_output=True, text=True)

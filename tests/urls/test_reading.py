@@ -1,4 +1,4 @@
-"""Sets read from a store: the same samples as from a folder, whatever the network does."""
+"""Sets read from a store: the same utterances as from a folder, whatever the network does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["none"])
 def local(source: Path, request: pytest.FixtureRequest) -> Path:
-    """Some 190 shards of train, for a cache that keeps few of them."""
+    """A set with some 190 shards of train, of which a small cache keeps few."""
     folder = source.parent / f"shards-{request.param}"
     options = BuildOptions(samples_per_shard=2, val_fraction=0.2, workers=1, codec=request.param)
     build_shards(source, folder, options)
@@ -63,7 +63,7 @@ def local(source: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def url(store: Any, local: Path) -> str:
-    """Where the same set lies in the store."""
+    """The URL of the same set in the store."""
     files, place = fsspec.filesystem("s3"), store.url(f"reading/{local.name}")
     for path in local.iterdir():
         files.pipe(f"{place}/{path.name}", path.read_bytes())
@@ -72,12 +72,12 @@ def url(store: Any, local: Path) -> str:
 
 @pytest.fixture
 def cached(tmp_path: Path) -> Callable[..., ShardSet]:
-    """`cached(url, share)`: the set, with a cache of such a share of the train split's bytes."""
+    """`cached(url, share)`: the set, with a cache of this share of the train split's bytes."""
 
     def make(url: str, share: float = 2.0, **options: Any) -> ShardSet:
         options = {"patience": 400.0, "readers": 1, **options}
-        whole = open_shards(url, ShardCache(tmp_path / "cache", **options))
-        nbytes = sum(shard.bytes for shard in whole.manifest.splits["train"].shards)
+        shards = open_shards(url, ShardCache(tmp_path / "cache", **options))
+        nbytes = sum(shard.bytes for shard in shards.manifest.splits["train"].shards)
         return open_shards(url, ShardCache(tmp_path / "cache", int(share * nbytes), **options))
 
     return make
@@ -95,7 +95,7 @@ def loader(split: Split, order: Any = "windowed", **options: Any) -> SegmentLoad
     return SegmentLoader(split, order=order, **{**chosen, **options})  # type: ignore[arg-type]
 
 
-def whole_files(folder: Path) -> list[Path]:
+def complete_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if len(path.name) == 64]
 
 
@@ -137,7 +137,7 @@ def plain_web(local: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_a_web_server_without_ranges_will_do(
+def test_a_web_server_without_ranges_suffices(
     local: Path, plain_web: str, cached: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -167,7 +167,7 @@ def test_a_position_is_resumed_by_other_ranks_and_from_a_folder(
     assert joined == whole[5:]
 
 
-def test_with_a_tenth_of_the_data_here_every_sample_comes_once_and_the_budget_holds(
+def test_with_a_cache_of_a_tenth_every_utterance_comes_once_and_the_budget_holds(
     local: Path, url: str, cached: Callable[..., ShardSet], tmp_path: Path
 ) -> None:
     shards = cached(url, 0.1)
@@ -212,8 +212,8 @@ def test_training_and_validation_share_a_cache_that_is_too_small_for_both(
     for number, batch in enumerate(training):
         found += samples([batch])
         if number % 8 == 4:
-            heard = [n for part in UtteranceLoader(shards["val"]) for n in part["index"].tolist()]
-            assert sorted(heard) == list(range(len(own["val"])))
+            indices = [n for b in UtteranceLoader(shards["val"]) for n in b["index"].tolist()]
+            assert sorted(indices) == list(range(len(own["val"])))
     assert found == samples(expected)
 
 
@@ -224,7 +224,7 @@ def test_global_order_with_too_small_a_cache_is_refused_with_the_remedy(
         loader(cached(url, 0.5)["train"], "global")
 
 
-def test_to_open_inspect_and_read_takes_nothing_but_get(
+def test_opening_inspecting_and_reading_send_only_get(
     url: str, proxy: Any, cached: Callable[..., ShardSet], run_inspect: Callable[[str], str]
 ) -> None:
     samples(loader(cached(url)["train"]))
@@ -246,7 +246,7 @@ def run_inspect(
     return run
 
 
-# A rank of a job: reads an epoch, and prints the SHA-256 of what came.
+# A rank of a job: reads an epoch, and prints the SHA-256 of its batches.
 RANK = """
 import hashlib, os, sys
 from shardprep import SegmentLoader, open_shards
@@ -291,13 +291,13 @@ def test_ranks_of_a_machine_fetch_each_object_once(
     assert sum(line.bytes for line in proxy.log if ".tar" in line.path) == size
 
 
-def test_a_rank_that_is_killed_leaves_a_cache_that_is_true(
+def test_a_rank_that_is_killed_leaves_an_intact_cache(
     local: Path, url: str, proxy: Any, tmp_path: Path
 ) -> None:
     proxy.faults = type(proxy.faults)(bandwidth=1_500_000)
     (run,) = ranks(url, tmp_path / "cache", 10**8, 1)
     cache = tmp_path / "cache"
-    wait_until(lambda: cache.exists() and len(whole_files(cache)) > 3, run)
+    wait_until(lambda: cache.exists() and len(complete_files(cache)) > 3, run)
     run.send_signal(signal.SIGKILL)
     run.communicate()
     proxy.clear()
@@ -306,7 +306,7 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_is_true(
     for batch in loader(open_shards(local)["train"], lanes=4):
         digest.update(batch["mel"].numpy().tobytes())
     assert run.communicate()[0].split() == [digest.hexdigest()]
-    files = whole_files(tmp_path / "cache")
+    files = complete_files(tmp_path / "cache")
     assert len(files) == len(open_shards(local).manifest.splits["train"].shards) + 1
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in files)
 
@@ -328,7 +328,7 @@ def test_an_epoch_is_exact_through_faults_and_an_outage(
         batches = iter(loader(shards["train"]))
         found = samples(next(batches) for _ in range(7))
         with ThreadPoolExecutor(1) as thread:
-            # The store starts again in this thread, with whose end the store would end.
+            # Start the store in this thread, because it ends with the thread that started it.
             store.stop()
             rest = thread.submit(samples, batches)
             wait_until(lambda: proxy.unreached > 2)
@@ -338,7 +338,7 @@ def test_an_epoch_is_exact_through_faults_and_an_outage(
         connections.forget_connections()
 
 
-def test_a_store_that_is_gone_for_good_is_an_error_after_the_patience(
+def test_a_store_that_does_not_answer_is_an_error_after_the_patience(
     url: str, proxy: Any, cached: Callable[..., ShardSet]
 ) -> None:
     shards = cached(url, 0.12, patience=2.0)
@@ -371,7 +371,7 @@ def test_a_set_that_is_replaced_while_it_is_read_is_noticed(
         samples(batches)
 
 
-def test_files_of_other_sets_are_not_taken_for_ours(
+def test_files_in_the_cache_are_found_by_their_sha256(
     local: Path, url: str, cached: Callable[..., ShardSet], tmp_path: Path
 ) -> None:
     shards = cached(url)

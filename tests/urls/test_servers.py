@@ -1,4 +1,4 @@
-"""The servers of the remote tests: the store keeps objects, each fault does what it says."""
+"""The servers of the remote tests: the store keeps objects, and each fault has its effect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BODY = random.Random(0).randbytes(300_000)
 
 @pytest.fixture(scope="module")
 def known(store: Any) -> str:
-    """Path over plain HTTP of an object that holds BODY."""
+    """The path over plain HTTP of an object with the contents BODY."""
     fsspec.filesystem("s3").pipe(store.url("known/a b.tar"), BODY)
     return str(store.http_url("known/a%20b.tar")).partition(":")[2].split("/", 3)[3]
 
@@ -44,7 +44,7 @@ def connected(proxy: Any) -> Iterator[http.client.HTTPConnection]:
 
 @pytest.fixture
 def get(http_proxy: Any, known: str) -> Callable[..., bytes]:
-    """`get(**headers)`: the known object, or a part, over a new connection through the proxy."""
+    """`get(**headers)` reads the known object or a part of it, over a new connection."""
 
     def read(**headers: str) -> bytes:
         with connected(http_proxy) as connection:
@@ -64,7 +64,7 @@ def test_s3_keeps_and_gives_objects(
     folder = store.url(way.replace(" ", "-"))
     large = random.Random(1).randbytes(12 << 20)
     (tmp_path / "large").write_bytes(large)
-    files.pipe(f"{folder}/small", b"of few words")
+    files.pipe(f"{folder}/small", b"twelve bytes")
     with files.open(f"{folder}/large", "wb", block_size=5 << 20) as parts:
         for begin in range(0, len(large), 1 << 20):
             parts.write(large[begin : begin + (1 << 20)])
@@ -135,7 +135,7 @@ with servers.object_store() as store:
     time.sleep(600)
 """
     command = [sys.executable, "-c", program]
-    # What a program that is killed cannot clear away comes under this folder.
+    # A killed program leaves its temporary files: put them into this folder.
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stdout is not None
@@ -157,11 +157,11 @@ def test_nothing_is_left_behind() -> None:
     assert not Path(f"/proc/{process}").exists()
 
 
-def test_without_faults_all_is_as_it_was(get: Callable[..., bytes], http_proxy: Any) -> None:
+def test_without_faults_nothing_is_changed(get: Callable[..., bytes], http_proxy: Any) -> None:
     assert get() == BODY
     assert get(Range="bytes=10-19") == BODY[10:20]
-    whole, part = http_proxy.log
-    assert (whole.method, whole.range, whole.status, whole.bytes) == ("GET", None, 200, len(BODY))
+    full, part = http_proxy.log
+    assert (full.method, full.range, full.status, full.bytes) == ("GET", None, 200, len(BODY))
     assert (part.range, part.status, part.bytes) == ("bytes=10-19", 206, 10)
     assert http_proxy.count() == http_proxy.count("GET", "known/a%20b.tar") == 2
     assert http_proxy.count("PUT") == http_proxy.count("GET", "other") == 0
@@ -180,7 +180,7 @@ def test_a_connection_is_used_again(http_proxy: Any, known: str) -> None:
     assert [line.method for line in http_proxy.log] == ["GET", "HEAD", "GET"]
 
 
-def test_chunked_bodies_and_expectations_pass(http_proxy: Any, store: Any) -> None:
+def test_chunked_bodies_and_expectations_are_forwarded(http_proxy: Any, store: Any) -> None:
     path = "/buckets/test-bucket/chunked"
     with connected(http_proxy) as connection:
         pieces = iter([b"in ", b"three ", b"pieces"])
@@ -199,8 +199,8 @@ def test_chunked_bodies_and_expectations_pass(http_proxy: Any, store: Any) -> No
         assert connection.getresponse().read() == b"late"
 
 
-def test_a_server_that_was_away_is_found_again(http_proxy: Any, known: str) -> None:
-    # The proxy's connection to the server goes, the client's stays.
+def test_the_proxy_connects_to_the_server_again(http_proxy: Any, known: str) -> None:
+    # Close the proxy's connection to the server, but not the client's.
     with connected(http_proxy) as connection:
         for _ in range(2):
             connection.request("GET", f"/{known}", headers={"Range": "bytes=0-0"})
@@ -219,7 +219,7 @@ def test_delay_comes_before_each_answer(get: Callable[..., bytes], http_proxy: A
 
 
 @pytest.mark.parametrize("kind", ["bandwidth", "stream_bandwidth"])
-def test_bandwidth_is_kept(get: Callable[..., bytes], http_proxy: Any, kind: str) -> None:
+def test_bandwidth_is_limited(get: Callable[..., bytes], http_proxy: Any, kind: str) -> None:
     with http_proxy.faulty(**{kind: 1_000_000}):
         began = time.monotonic()
         assert get() == BODY
@@ -235,10 +235,10 @@ def test_busy_is_a_share_of_the_requests(get: Callable[..., bytes], http_proxy: 
     assert sum(line.status == 503 for line in http_proxy.log) == refused
 
 
-def test_one_in_so_many_bodies_is_cut(get: Callable[..., bytes], http_proxy: Any) -> None:
+def test_every_so_many_bodies_one_is_cut(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(cut=3):
-        for turn in range(6):
-            if turn % 3:
+        for number in range(6):
+            if number % 3:
                 assert get() == BODY
             else:
                 with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
@@ -246,13 +246,13 @@ def test_one_in_so_many_bodies_is_cut(get: Callable[..., bytes], http_proxy: Any
     assert [line.bytes < len(BODY) for line in http_proxy.log] == [True, False, False] * 2
 
 
-def test_one_in_so_many_bodies_is_shorter(get: Callable[..., bytes], http_proxy: Any) -> None:
+def test_every_so_many_bodies_one_is_shorter(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(truncate=2):
         lengths = [len(body) for body in (get(), get(), get())]
     assert lengths[0] < len(BODY) == lengths[1] > lengths[2]
 
 
-def test_one_in_so_many_bodies_has_a_changed_byte(
+def test_every_so_many_bodies_one_has_a_changed_byte(
     get: Callable[..., bytes], http_proxy: Any
 ) -> None:
     with http_proxy.faulty(corrupt=2):
@@ -276,9 +276,7 @@ def test_a_black_hole_never_answers(get: Callable[..., bytes], http_proxy: Any, 
     assert get() == BODY
 
 
-def test_faults_are_for_the_requests_that_are_meant(
-    get: Callable[..., bytes], http_proxy: Any
-) -> None:
+def test_faults_are_for_the_requests_that_match(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(match=r"GET .*\.npy$", busy=1.0):
         assert get() == BODY
     with http_proxy.faulty(match=r"GET .*\.tar$", busy=1.0):
@@ -289,7 +287,7 @@ def test_s3_survives_what_it_retries(store: Any, known: str, proxy: Any) -> None
     files = fsspec.filesystem("s3")
     with proxy.faulty(busy=0.3, delay=0.01):
         assert files.cat(store.url("known/a b.tar")) == BODY
-    # Whole objects have a checksum that botocore compares, their parts do not.
+    # botocore compares the checksum of complete objects, but parts have none.
     with proxy.faulty(corrupt=1), pytest.raises(FlexibleChecksumError):
         files.cat(store.url("known/a b.tar"))
     with proxy.faulty(corrupt=1):

@@ -1,4 +1,4 @@
-"""A run learns from a store what it learns from the disk, and says how long the network took."""
+"""A run learns the same from a store as from the disk, and reports its waits for the network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from shardprep import BuildOptions, build_shards
 from tests.conftest import write_dataset
 
 pytestmark = pytest.mark.remote
-SMOKE = (
-    Path(__file__).resolve().parents[2] / "trainer" / "shardprep_trainer" / "recipes" / "smoke.yaml"
-)
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +29,19 @@ def places(store: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 def run(place: str, runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A training, in a process of its own: this one may have to be forked yet."""
+    """Train in a process of its own, because later tests may fork this one."""
     words = [
-        *("--config", SMOKE, "--train.runs", runs, "--data.shards", place),
+        *("--config", "smoke", "--train.runs", runs, "--data.shards", place),
         *("--data.order", "windowed", "--data.lanes", "2", "--data.window_shards", "1"),
         *("--data.cache_folder", runs / "cache", "--data.cache_gb", "0.01"),
         *("--train.total_steps", "12", "--train.log_steps", "2", "--train.valid_steps", "6"),
         *more,
     ]
-    return start("shardprep_trainer.train", *words)
+    return start("train", *words)
 
 
-def start(module: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, words)]
+def start(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shardprep", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -57,10 +54,10 @@ def learnt(runs: Path) -> list[Any]:
     return [(r["event"], r["step"], r["loss"], r["accuracy"]) for r in records(runs)]
 
 
-def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
+def test_a_run_learns_the_same_from_a_store_and_resumes_there(
     places: dict[str, str], proxy: Any, tmp_path: Path
 ) -> None:
-    # Slow enough for a step to come to wait for a shard, however slowly the run gets going.
+    # Slow enough that a step waits for a shard, even if the run starts slowly.
     proxy.faults = type(proxy.faults)(match=r"train-.*\.tar", delay=0.5)
     for done in (
         run(places["disk"], tmp_path / "disk"),
@@ -79,7 +76,7 @@ def test_a_run_learns_the_same_from_a_store_and_goes_on_there(
     for name, place in places.items():
         out = tmp_path / f"{name}.csv"
         trained = next((tmp_path / "store").glob("smoke*"))
-        done = start("shardprep_trainer.predict", trained, "--shards", place, "--out", out)
+        done = start("predict", trained, "--shards", place, "--out", out)
         assert done.returncode == 0, done.stderr
         submissions.append(out.read_text())
     assert submissions[0] == submissions[1]

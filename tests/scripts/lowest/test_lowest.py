@@ -1,4 +1,4 @@
-"""Which versions are tried."""
+"""The lowest versions that are tried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a cluster agrees with arithmetic where that is right, and with what was measured."""
+"""The model of a cluster agrees with simple arithmetic and with measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardprep.read import store_map
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# No constant but those that a test sets holds anything back.
+# Nothing limits the speed but the constants that a test sets.
 FREE = jobs.Calibration(0.0, 1e6, 1e6, 1e9)
 JOB = jobs.Job(
     utterances=64_000,
@@ -42,7 +42,7 @@ def first(job: Any, calibration: Any = FREE) -> Any:
     return model.simulate(job, calibration)[0]
 
 
-def test_with_data_at_hand_only_computing_takes_time() -> None:
+def test_with_a_fast_network_only_computing_takes_time() -> None:
     figures = first(JOB)
     assert figures.seconds == pytest.approx(JOB.steps * JOB.step_s, rel=0.01)
     assert figures.samples_per_s == pytest.approx(64 / 0.01, rel=0.01)
@@ -52,7 +52,7 @@ def test_with_data_at_hand_only_computing_takes_time() -> None:
 
 
 @pytest.mark.parametrize("where", ["node_mb_per_s", "store_mb_per_s"])
-def test_a_narrow_network_sets_the_pace(where: str) -> None:
+def test_a_slow_network_limits_the_speed(where: str) -> None:
     job = replace(JOB, **{where: 100.0})
     figures = first(job)
     assert figures.seconds == pytest.approx(3_200 / 100, rel=0.03)
@@ -68,7 +68,7 @@ def test_all_nodes_share_the_store() -> None:
     assert first(apart).samples_per_s == pytest.approx(200e6 / 50_000, rel=0.06)
 
 
-def test_latency_sets_the_pace_of_small_requests() -> None:
+def test_latency_limits_the_speed_of_small_requests() -> None:
     # A request for each shard, eight at once for each of two ranks.
     figures = first(replace(JOB, step_s=0.001), replace(FREE, request_latency_s=0.5))
     assert figures.seconds == pytest.approx(640 / (2 * 8) * 0.5, rel=0.04)
@@ -95,8 +95,9 @@ def test_what_is_in_the_cache_is_not_fetched_again() -> None:
 
 
 def test_half_a_cache_is_worth_less_than_half() -> None:
-    # Of orders drawn anew, the least recently used keep c + (1 - c) ln (1 - c), and what is wanted
-    # as an epoch begins, before others take its place.
+    # With a new random order in each epoch, a least-recently-used cache of share c has the hit rate
+    # c + (1 - c) ln (1 - c), plus the first shards of an epoch, which are wanted before they are
+    # removed.
     job = replace(JOB, cache_gb=1.6, node_mb_per_s=100.0)
     _, *later = model.simulate(job, FREE, epochs=4)
     hits = 1 - np.mean([figures.fetched_gb for figures in later]) / 3.2
@@ -122,7 +123,7 @@ def test_a_node_keeps_the_parts_of_epochs_that_it_has_seen() -> None:
     nodes=st.sampled_from([1, 2, 4]),
     samples=st.sampled_from([40, 100, 400]),
 )
-def test_more_bandwidth_slows_nothing(
+def test_more_bandwidth_makes_nothing_slower(
     factor: float, what: str, bandwidth: float, step_ms: float, nodes: int, samples: int
 ) -> None:
     job = replace(
@@ -163,14 +164,14 @@ def test_no_epoch_is_faster_than_its_bounds(job: Any, latency: float) -> None:
     calibration = jobs.Calibration(latency, 90.0, 400.0, 1e5)
     epochs = model.simulate(job, calibration, epochs=2)
     fastest = min(jobs.bounds(job, calibration).values())
-    # The remainder behind the last step is neither used nor, all of it, fetched.
+    # The utterances after the last step are not used, and only some of them are fetched.
     used = job.steps * job.global_batch / job.utterances
     assert epochs[0].samples_per_s <= fastest / (1 - job.samples_per_shard / job.utterances) / used
     for figures in epochs:
         assert figures.samples_per_s <= job.global_batch / job.step_s * (1 + 1e-9)
         assert 0 <= figures.waiting < 1
         assert figures.seconds >= job.steps * job.step_s * (1 - 1e-9)
-        # Every node fetches a shard at most once from an empty cache that keeps all.
+        # With a cache that holds everything, each node fetches a shard at most once.
         if job.cache_gb * 1e9 > 2 * job.set_bytes:
             assert epochs[0].fetched_gb <= job.nodes * job.shards * job.shard_bytes / 1e9 * 1.001
 
@@ -180,20 +181,20 @@ def test_equal_jobs_have_equal_figures() -> None:
     assert model.simulate(job, FREE, epochs=2) == model.simulate(job, FREE, epochs=2)
 
 
-def test_shards_are_wanted_by_those_who_draw_from_them() -> None:
+def test_ranks_want_the_shards_that_they_draw_from() -> None:
     job = replace(JOB, utterances=6_400, lanes=2)
     order = WindowedOrder([100] * 64, 0, 3, global_batch=64, lanes=4, window_shards=4)
     shard = order(np.arange(6_400)).reshape(100, 4, 16) // 100
     plan = model.plan(job, 3)
-    for rank, wants in enumerate(plan.wants):
+    for rank, all_wanted in enumerate(plan.all_wanted):
         drawn = shard[:, 2 * rank : 2 * rank + 2].reshape(100, -1)
-        assert {want.shard for want in wants} == set(drawn.flatten().tolist())
-        for want in wants:
-            steps = np.flatnonzero((drawn == want.shard).any(1))
-            assert want.first == steps[0]
-            # Held from before its first use to behind its last one.
-            assert want.begin - plan.block <= steps[0] * plan.each
-            assert steps[-1] * plan.each <= want.end + plan.block
+        assert {wanted.shard for wanted in all_wanted} == set(drawn.flatten().tolist())
+        for wanted in all_wanted:
+            steps = np.flatnonzero((drawn == wanted.shard).any(1))
+            assert wanted.first == steps[0]
+            # The rank holds the shard from before its first use until after its last.
+            assert wanted.begin - plan.block <= steps[0] * plan.each
+            assert steps[-1] * plan.each <= wanted.end + plan.block
 
 
 def test_what_does_not_fit_is_refused_as_the_loader_refuses_it() -> None:
@@ -238,7 +239,7 @@ def test_recommended_shards_fit_and_are_no_worse_than_others() -> None:
         scale.recommend(base, calibration, disk_gb=0.01)
 
 
-def test_an_utterance_takes_as_many_bytes_as_in_a_shard(tmp_path: Path) -> None:
+def test_the_bytes_of_an_utterance_are_those_in_a_shard(tmp_path: Path) -> None:
     import torch
 
     import shardprep
@@ -255,7 +256,7 @@ def test_an_utterance_takes_as_many_bytes_as_in_a_shard(tmp_path: Path) -> None:
     assert shard.stat().st_size == pytest.approx(40 * scale.stored(100, 40), abs=10_240)
 
 
-def test_the_check_stands_beside_what_was_measured() -> None:
+def test_the_check_compares_predicted_with_measured_figures() -> None:
     predicted = model.simulate(JOB, FREE, epochs=2)
     rows = [
         {
@@ -278,7 +279,7 @@ def test_real_loaders_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = measure.measure_all(2, ("small cache, 2 ranks",))
     assert os.environ == environment
     job, (cold, warm) = found.trial.job, found.epochs
-    # All of it fits, so that the second epoch brings nothing.
+    # The cache holds everything, so the second epoch fetches nothing.
     assert cold.fetched_gb == pytest.approx(640 * job.bytes_each / 1e9, rel=0.01)
     assert warm.fetched_gb == 0
     for figures in found.epochs:
@@ -295,7 +296,7 @@ def test_constants_are_read_from_a_file(tmp_path: Path) -> None:
         assert jobs.Calibration.read(path) == FREE
 
 
-def test_the_command_says_what_the_functions_say() -> None:
+def test_the_command_prints_the_results_of_the_functions() -> None:
     options = ["--utterances", "40000"]
     run = CliRunner().invoke(scale.main, [*options, "--json"], catch_exceptions=False)
     found = json.loads(run.stdout)

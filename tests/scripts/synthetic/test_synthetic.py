@@ -103,7 +103,7 @@ def test_layout_is_the_homeworks(small: Path) -> None:
     }
 
 
-def test_truth_lists_the_test_utterances_in_order(small: Path) -> None:
+def test_labels_are_those_of_the_test_utterances_in_their_order(small: Path) -> None:
     testdata = json.loads((small / "Dataset" / "testdata.json").read_text())
     with (small / "test_labels.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -119,7 +119,7 @@ def test_readme_says_that_it_is_not_speech(small: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(small: Path, tmp_path: Path) -> None:
-    # A process of its own, started as a user would, whose two workers import the script anew.
+    # In a process of its own, as a user starts it: its two workers import the script again.
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scripts.synthetic", str(out), "--workers", "2"]
     subprocess.run([*command, *flags(SMALL)], cwd=ROOT, check=True, capture_output=True)
@@ -133,7 +133,9 @@ def test_another_seed_gives_other_names_and_other_mels() -> None:
     assert not torch.equal(first, second)
 
 
-def test_lengths_file_gives_an_utterance_a_line_and_tests_from_its_tail(tmp_path: Path) -> None:
+def test_each_line_of_a_lengths_file_gives_an_utterance_and_the_last_are_for_testing(
+    tmp_path: Path,
+) -> None:
     lengths = [8, 33, 21, 9, 40, 17, 12]
     (tmp_path / "lengths.txt").write_text("".join(f"{n}\n" for n in lengths))
     out = tmp_path / "out"
@@ -171,7 +173,7 @@ def test_too_few_lengths_for_the_speakers_are_refused(tmp_path: Path) -> None:
     assert "lower --speakers or --test-utterances" in " ".join(result.output.split())
 
 
-def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     result = run(tmp_path, "--workers", 1)
     assert result.exit_code == 2
@@ -222,7 +224,7 @@ def test_sessions_of_test_and_train_are_disjoint_and_shares_are_equal() -> None:
         assert shares.max() - shares.min() <= 1
     per_speaker = [len({s for n, s in sessions["train"] if n == speaker}) for speaker in range(7)]
     assert min(per_speaker) > 3
-    # A pattern in the order of the tests would tell who speaks.
+    # The order of the test utterances must not reveal their speakers.
     assert [u.speaker for u in plan.test[:7]] != [u.speaker for u in plan.test[7:14]]
 
 
@@ -276,7 +278,7 @@ def test_log_mel_is_a_naive_transform_of_reflected_frames(samples: int) -> None:
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-3)
 
 
-def test_silence_lies_on_the_floor() -> None:
+def test_silence_has_the_lowest_value() -> None:
     click = torch.zeros(16000)
     click[8000] = 0.5
     mel = dataset.log_mel(click)
@@ -336,8 +338,8 @@ def ratio_of_distances(features: dict[int, list[np.ndarray]]) -> float:
 def test_speakers_differ_more_than_utterances_of_one_speaker(
     mels: dict[int, list[np.ndarray]],
 ) -> None:
-    # How rough each place of the spectrum is, from frame to frame: harmonics and formants show
-    # there, and removing the utterance's mean has removed the microphone.
+    # How rough each part of the spectrum is, from frame to frame. It shows harmonics and formants;
+    # subtracting the utterance's mean removes the microphone.
     def roughness(mel: np.ndarray) -> np.ndarray:
         return np.log(np.diff(mel - mel.mean(0), 2, axis=1).std(0))
 
