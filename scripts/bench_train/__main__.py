@@ -208,7 +208,12 @@ _COUNT = click.IntRange(min=1)
 @click.option("--segments", type=_COUNT, help="Segments to measure.  [default: by the device]")
 @click.option("--rounds", type=_COUNT, default=3)
 @click.option("--threads", type=_COUNT, default=usable_cores, show_default="the cores")
-@click.option("--whole-frames", type=click.IntRange(0), default=7193, help="0: do not measure.")
+@click.option(
+    "--whole-frames",
+    type=click.IntRange(0),
+    default=7193,
+    help="Length of an utterance to measure the memory of; 0: do not.",
+)
 @click.option("--cpu", is_flag=True, help="Do not use a GPU.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the data here.")
 @click.option("--out", type=_NEW, help="Result file to write (JSON).")

@@ -134,8 +134,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{job.world} ranks on {job.nodes} nodes, {job.steps} steps of {job.step_s * 1000:g} ms an "
         f"epoch, {job.shards} shards of {job.shard_bytes / 1e6:.1f} MB "
-        f"({job.samples_per_shard} samples), {job.lanes} lanes a rank, window of "
-        f"{job.window_shards}, cache of {job.cache_gb:g} GB a node"
+        f"({job.samples_per_shard} utterances), {job.lanes} lanes of each rank, shuffle windows of "
+        f"{job.window_shards} shards, cache of {job.cache_gb:g} GB on each node"
     ]
     for name, title in (("first_epoch", "epoch 1"), ("later_epoch", f"epoch {LATER}")):
         row = found[name]
@@ -157,7 +157,8 @@ def answers(calibration: Calibration, disk_gb: float) -> list[dict[str, Any]]:
 def answered(rows: list[dict[str, Any]], calibration: Calibration) -> str:
     """The page's table of `answers` and their predicted speed, in Markdown."""
     lines = [
-        "| data | GPUs | utterances in a shard | lanes x window | cache of a node | epoch 1, samples/s "
+        "| data | GPUs | utterances in a shard | lanes x window | cache of a node "
+        "| epoch 1, samples/s "
         f"| epoch {LATER}, samples/s | limits | epoch 1, steps ten times as long |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -1,4 +1,4 @@
-"""Embeddings on disk: the split's own order, no pickle, whole or not there."""
+"""Embeddings on disk: the split's own order, no pickle, a complete file or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions: the split's own order, the checkpoint's own names, a file that is whole."""
+"""Predictions: the split's own order, the checkpoint's own names, a complete file or none."""
 
 from __future__ import annotations
 

@@ -328,9 +328,9 @@ def test_sigterm_to_a_real_process_and_resume_give_the_uninterrupted_run(
     assert "stopped by SIGTERM: saved step" in err
     assert "Traceback" not in err
     assert main(["--config", str(run / "config.yaml"), "--resume"]) == 0
-    assert main(["--config", config_file(name="whole", **steps)]) == 0
+    assert main(["--config", config_file(name="uninterrupted", **steps)]) == 0
     assert len(losses(run)) == 104
-    assert losses(run) == losses(tmp_path / "runs" / "whole")
+    assert losses(run) == losses(tmp_path / "runs" / "uninterrupted")
 
 
 def test_a_shard_that_is_lost_under_a_map_leaves_a_trace(

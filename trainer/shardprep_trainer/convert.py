@@ -22,15 +22,15 @@ from shardprep_trainer.errors import ExportError, TrainerError
 from shardprep_trainer.model.model import SpeakerModel
 from shardprep_trainer.model.traceable import Traceable
 
-# The newest that PyTorch writes without converting, and that older runtimes read as well.
+# The newest version that PyTorch writes without a conversion; older runtimes read it too.
 OPSET = 18
-# A protobuf message, which an ONNX file is, ends at 2 GiB; the graph needs a little of it.
+# An ONNX file is a protobuf message, at most 2 GiB; leave some space for the graph.
 ONNX_LIMIT = 2**31 - 2**24
 TOLERANCE = 1e-4
 INPUTS, OUTPUTS = ("mel", "lengths"), ("embedding", "logits")
 
-# (T, lengths): a single frame, a segment, padding that every utterance has or only some have, and
-# utterances beyond both ends of the table of relative positions (-512..512).
+# (T, lengths): a single frame, a segment, padding in every utterance or in some, and utterances
+# longer than the table of relative positions (-512..512).
 PARITY_CASES = (
     (1, (1,)),
     (128, (128, 128)),
@@ -39,7 +39,7 @@ PARITY_CASES = (
     (1100, (1100,)),
     (1300, (1300, 400)),
 )
-# None of the above, so that a size that tracing wrongly took for a constant cannot go unnoticed.
+# Unlike all of these, so that the check notices if tracing made a size a constant.
 TRACED_CASE = (48, (48, 20, 5))
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -50,7 +50,7 @@ def to_onnx(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
 
     Args:
         model: On the CPU, float32.
-        metadata: What goes into its `metadata_props`, see `describe`.
+        metadata: For its `metadata_props`, see `shardprep_trainer.export.describe`.
 
     Raises:
         ExportError: A package is missing, or the weights exceed what one ONNX file can hold.
@@ -75,9 +75,9 @@ def to_onnx(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto  # made anew at each look
+    proto = program.model_proto  # once: each access makes a new one
     graph = proto.graph
-    # PyTorch adds stack traces with the paths of this machine to everything.
+    # PyTorch adds stack traces, with paths of this machine, to all parts.
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")
     onnx.helper.set_model_props(proto, metadata)
@@ -89,7 +89,7 @@ def to_torchscript(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
     """The model as a TorchScript file for the CPU; `metadata` are its extra files."""
     file = io.BytesIO()
     with _quiet(), torch.no_grad():
-        # Its own check repeats the sizes it traced, and so would see nothing.
+        # Its own check uses the traced sizes only; `check_parity` uses others.
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             Traceable(model), example(int(metadata["n_mels"]), *TRACED_CASE), check_trace=False
         )
@@ -98,14 +98,14 @@ def to_torchscript(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
 
 
 def open_onnx(data: bytes) -> Run:
-    """What an ONNX file computes, by onnxruntime on the CPU.
+    """A function that runs an ONNX file with onnxruntime on the CPU.
 
     Raises:
         ExportError: onnxruntime is missing.
     """
     (runtime,) = require("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised as well
+    options.log_severity_level = 4  # errors are raised too
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def open_onnx(data: bytes) -> Run:
 
 
 def open_torchscript(data: bytes) -> Run:
-    """What a TorchScript file computes, on the CPU."""
+    """A function that runs a TorchScript file on the CPU."""
     with _quiet():
         module = torch.jit.load(io.BytesIO(data), "cpu")  # type: ignore[no-untyped-call]
 
@@ -145,11 +145,11 @@ def check_parity(model: SpeakerModel, run: Run, n_mels: int) -> float:
     """Compare an exported file with its model in eval mode, at PARITY_CASES.
 
     Returns:
-        The largest deviation of an embedding or a logit; where the largest value of an output
-        exceeds 1, in units of that.
+        The largest deviation of an embedding or a logit, relative to the largest value of the
+        output if that exceeds 1.
 
     Raises:
-        ExportError: It exceeds TOLERANCE; says by how much, in which output and where.
+        ExportError: The deviation exceeds TOLERANCE; the message says in which output and case.
     """
     worst, what = 0.0, ""
     for frames, lengths in PARITY_CASES:
@@ -169,7 +169,7 @@ def check_parity(model: SpeakerModel, run: Run, n_mels: int) -> float:
 
 
 def _deviation(expected: Tensor, found: Tensor) -> float:
-    """See `check_parity`; infinity where a value is not finite or the shape another."""
+    """See `check_parity`; infinity if a value is not finite or the shapes differ."""
     if expected.shape != found.shape:
         return math.inf
     apart = (expected - found).detach().abs().max()
@@ -181,15 +181,15 @@ def export_model(model: SpeakerModel, form: str, metadata: dict[str, str]) -> tu
     """Export a model and check the result against it.
 
     Args:
-        model: In eval mode, on the CPU, float32; it is left as it is.
+        model: In eval mode, on the CPU, float32; it is not changed.
         form: One of FORMATS.
-        metadata: See `describe`.
+        metadata: See `shardprep_trainer.export.describe`.
 
     Returns:
         The bytes of the file, and its deviation from the model; see `check_parity`.
 
     Raises:
-        ExportError: The model cannot be exported, or the file does not compute what it does.
+        ExportError: The model cannot be exported, or the file gives other results.
     """
     convert, reopen = FORMATS[form]
     try:
@@ -197,7 +197,7 @@ def export_model(model: SpeakerModel, form: str, metadata: dict[str, str]) -> tu
         return data, check_parity(model, reopen(data), int(metadata["n_mels"]))
     except TrainerError:
         raise
-    # PyTorch's exporters and both runtimes have errors of their own, of every kind.
+    # PyTorch's exporters and both runtimes raise exceptions of many kinds.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ExportError(
@@ -218,7 +218,7 @@ def require(*names: str) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what PyTorch says about its own insides while it exports."""
+    """Hide PyTorch's warnings about its own code during an export."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)

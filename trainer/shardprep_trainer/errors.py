@@ -2,15 +2,15 @@
 
     TrainerError            1   the run failed
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
-    ├── CheckpointError     1   a checkpoint is missing, cannot serve or cannot be written
-    │   └── DamagedCheckpointError  a checkpoint is torn, or a byte of it has changed
+    ├── CheckpointError     1   a checkpoint is missing, cannot be used or cannot be written
+    │   └── DamagedCheckpointError  a checkpoint is incomplete, or a byte of it has changed
     ├── ElsewhereError      *   another process of the launch failed, with this code
-    ├── DivergedError       1   too many steps in a row had no finite loss and gradient
-    ├── ExportError         1   a model cannot be exported, or the file computes something else
-    └── PredictionError     1   a checkpoint, a data set and a label file do not fit together
+    ├── DivergedError       1   loss or gradient was not finite for too many steps in a row
+    ├── ExportError         1   a model cannot be exported, or the file gives other results
+    └── PredictionError     1   a checkpoint, a data set and a label file do not match
 
-The number is the exit code of the process. Beside these, 130 and 143 mean that Ctrl-C or SIGTERM
-ended a run, after it saved, and 124 that no process got on for `train.hang_seconds`.
+The number is the exit code of the process. Other codes: 130 and 143 mean that Ctrl-C or SIGTERM
+ended a run after it saved, 124 that no process did a step for `train.hang_seconds`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the host or the device has no memory left.
 
-    PyTorch tells of an accelerator by a class of its own, of the host by a plain RuntimeError.
+    PyTorch has an exception class for accelerators, but raises a plain RuntimeError for the host.
     """
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     texts = ("can't allocate memory", "Storage size calculation overflowed")
@@ -27,9 +27,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an error says that the exchange with another process has ended.
+    """Whether an error says that the connection to another process is lost.
 
-    PyTorch has classes of its own for NCCL and for its store; gloo raises a plain RuntimeError.
+    PyTorch has exception classes for NCCL and for its store; gloo raises a plain RuntimeError.
     """
     known = type(error).__name__ in ("DistBackendError", "DistNetworkError")
     texts = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
@@ -37,7 +37,7 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 class TrainerError(Exception):
-    """Base of all errors that a user can put right; the message says how."""
+    """Base of all errors that a user can correct; the message says how."""
 
     exit_code = 1
 
@@ -49,11 +49,11 @@ class ConfigError(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint is missing, cannot serve or cannot be written."""
+    """A checkpoint is missing, cannot be used or cannot be written."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is torn, or a byte of it has changed; the one before it may serve."""
+    """A checkpoint is incomplete, or a byte of it has changed; an older one may be intact."""
 
 
 class DivergedError(TrainerError):
@@ -61,11 +61,11 @@ class DivergedError(TrainerError):
 
 
 class ElsewhereError(TrainerError):
-    """Another process of the launch could not do its part.
+    """Another process of the launch failed.
 
     Args:
-        message: Of its error, with the process and its machine.
-        exit_code: Of its error.
+        message: The message of its error, with the process and its machine.
+        exit_code: The exit code of its error.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -74,8 +74,8 @@ class ElsewhereError(TrainerError):
 
 
 class PredictionError(TrainerError):
-    """A checkpoint, a data set and a label file do not fit together."""
+    """A checkpoint, a data set and a label file do not match."""
 
 
 class ExportError(TrainerError):
-    """A model cannot be exported, or the exported file does not compute what the model does."""
+    """A model cannot be exported, or the exported file gives other results than the model."""

@@ -1,4 +1,4 @@
-"""The model folder: one whole model at any moment, read safely, refused by name."""
+"""The model folder: a complete model at any moment, read safely, or refused with its name."""
 
 from __future__ import annotations
 

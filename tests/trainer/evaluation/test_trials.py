@@ -1,4 +1,4 @@
-"""Trials: every pair can be drawn and none twice; lists are read whole or refused by line."""
+"""Trials: every pair can be drawn and none twice; a bad line refuses the list by its number."""
 
 from __future__ import annotations
 

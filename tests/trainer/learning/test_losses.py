@@ -54,7 +54,7 @@ def test_aam_softmax_equals_the_paper(rows: int, seed: int, margin: float, scale
     total = 0.0
     for row, label in zip(cosines.tolist(), labels.tolist(), strict=True):
         angle = math.acos(row[label])
-        # Equation 3 of arXiv 1801.07698; past pi it would rise again, so it goes on straight.
+        # Equation 3 of arXiv 1801.07698; beyond pi, where it would rise again, a straight line.
         moved = math.cos(angle + margin)
         if angle + margin >= math.pi:
             moved = math.cos(angle) - margin * math.sin(margin)

@@ -302,7 +302,7 @@ def test_the_scaler_goes_on_where_a_stopped_run_left_it(
         assert trainer.accelerator.scaler is not None
         return state(trainer), trainer.accelerator.scaler.state_dict()
 
-    whole, scaler = finish(make_config(name="whole", **options))
+    uninterrupted, scaler = finish(make_config(name="uninterrupted", **options))
     finish(make_config(name="parts", **options, **{"train.stop_step": 2}))
     saved = load(make_config(name="parts").run / "checkpoints" / "step-00000002.pt")
     assert saved.training is not None
@@ -310,7 +310,7 @@ def test_the_scaler_goes_on_where_a_stopped_run_left_it(
     assert 2.0 ** (22 - 2) <= scale < 2.0**22
     monkeypatch.setattr("shardprep_trainer.run.start.join_processes", half(1.0))
     resumed, continued = finish(make_config(name="parts", **options), resume=True)
-    assert equal(resumed, whole)
+    assert equal(resumed, uninterrupted)
     assert continued == scaler
 
 

@@ -37,7 +37,7 @@ class RecordingLoader(shardprep.SegmentLoader):
         self._began = time.time_ns()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        # A port is chosen anew for every start.
+        # Every start chooses a new port.
         start = {"start": os.environ["MASTER_PORT"], "began": self._began, **self._place}
         path = self.folder / f"{self._began}-{os.getpid()}.jsonl"
         for batch in super().__iter__():

@@ -77,8 +77,8 @@ def test_undamaged_shards_count_nothing(make_config: ConfigFactory) -> None:
 
 def test_a_resumed_run_skips_the_same(make_config: ConfigFactory, shards: Path) -> None:
     damage(shards, "train", 2)
-    whole = make_config(name="whole", **SKIP)
-    train(whole)
+    uninterrupted = make_config(name="uninterrupted", **SKIP)
+    train(uninterrupted)
     train(make_config(name="parts", **SKIP, **{"train.stop_step": 4}))
     parts = make_config(name="parts", **SKIP)
     train(parts, resume=True)
@@ -86,7 +86,7 @@ def test_a_resumed_run_skips_the_same(make_config: ConfigFactory, shards: Path) 
     def losses(config: Config) -> list[float]:
         return [row["loss"] for row in records(config, "train")]
 
-    assert losses(parts) == losses(whole)
+    assert losses(parts) == losses(uninterrupted)
 
 
 def test_too_much_damage_ends_the_run(make_config: ConfigFactory, shards: Path) -> None:
@@ -96,16 +96,16 @@ def test_too_much_damage_ends_the_run(make_config: ConfigFactory, shards: Path) 
         train(make_config(**SKIP, **{"data.max_corrupt": 2}))
 
 
-def test_skipping_without_looking_is_refused(make_config: ConfigFactory) -> None:
+def test_skipping_without_checking_is_refused(make_config: ConfigFactory) -> None:
     with pytest.raises(ConfigError, match="data.verify_reads"):
         make_config(**SKIP, **{"data.verify_reads": "never"})
 
 
-def test_a_set_replaced_under_a_run_is_told_and_the_run_goes_on(
+def test_a_set_replaced_during_a_run_is_reported_and_the_run_continues(
     make_config: ConfigFactory, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make_config(name="whole")
-    train(whole)
+    undisturbed = make_config(name="undisturbed")
+    train(undisturbed)
     original = TrainStep.__call__
 
     def replacing(self: TrainStep, batches: Any, step: int) -> None:
@@ -122,8 +122,8 @@ def test_a_set_replaced_under_a_run_is_told_and_the_run_goes_on(
     assert "changed while it was being read" in warning["text"]
     assert "resumed only on the set that it began on" in warning["text"]
     assert [row["loss"] for row in records(config, "train")] == [
-        row["loss"] for row in records(whole, "train")
+        row["loss"] for row in records(undisturbed, "train")
     ]
-    assert records(config, "valid")[-1]["accuracy"] == records(whole, "valid")[-1]["accuracy"]
+    assert records(config, "valid")[-1]["accuracy"] == records(undisturbed, "valid")[-1]["accuracy"]
     with pytest.raises(ConfigError, match="has fingerprint .*, but the run to resume began on"):
         train(make_config(**{"train.total_steps": 14}), resume=True)

@@ -38,7 +38,7 @@ def test_a_global_batch_is_the_same_at_every_number_of_processes_that_can_share_
     ("data", "allowed"),
     [
         (DataConfig(global_batch=12), "start 1, 2, 3, 4, 6, 12 processes, or give a multiple of 5"),
-        # A process reads whole lanes.
+        # A process reads complete lanes.
         (DataConfig(global_batch=24, order="windowed", lanes=8), "start 1, 2, 4, 8 processes"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_machine_that_dies_and_one_that_joins_cost_no_utterance_and_change_no_
     start: Callable[..., Machine],
     tmp_path: Path,
 ) -> None:
-    # A segment holds a whole utterance, which is told by its digest.
+    # A segment contains a complete utterance, so that its digest identifies the utterance.
     source = make_dataset("Short", speakers=3, utterances=10, frames=(20, 60))
     build = shardprep.BuildOptions(val_fraction=0.2, workers=1)
     shardprep.build_shards(source, tmp_path / "short", build)
@@ -227,7 +227,7 @@ def effective(
 ) -> tuple[list[tuple[str, int]], dict[tuple[int, int], list[str]]]:
     """The starts with their world sizes, and what each step of the run was trained on in the end.
 
-    A start goes on from a checkpoint: what an earlier one did beyond it is done again, and counts
+    A start continues from a checkpoint: what an earlier one did beyond it is done again, and counts
     no more.
     """
     starts: dict[str, int] = {}
@@ -247,7 +247,7 @@ def effective(
 
 
 def digests(split: shardprep.Split) -> Iterator[str]:
-    """What tells each utterance as a segment: read as a whole, and padded by hand."""
+    """A digest that identifies each utterance as a segment: read completely, padded by hand."""
     for index in range(len(split)):
         mel = split.read(index)
         segment = np.full((64, mel.shape[1]), -20, mel.dtype)

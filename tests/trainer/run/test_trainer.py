@@ -78,17 +78,17 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     make_config: ConfigFactory, changes: dict[str, Any]
 ) -> None:
     # 24 utterances in steps of 4: step 5 lies within an epoch and between two log steps.
-    whole = make_config(name="whole", **changes)
-    outcome = train(whole)
+    uninterrupted = make_config(name="uninterrupted", **changes)
+    outcome = train(uninterrupted)
     assert (outcome.step, outcome.finished, outcome.signal) == (12, True, 0)
     stopped = train(make_config(name="parts", **changes, **{"train.stop_step": 5}))
     assert (stopped.step, stopped.finished, stopped.signal) == (5, False, 0)
     torch.rand(7)
     parts = make_config(name="parts", **changes)
     assert train(parts, resume=True) == outcome
-    assert len(records(whole, "train")) == 6
-    assert records(parts) == records(whole)
-    one, other = newest(whole), newest(parts)
+    assert len(records(uninterrupted, "train")) == 6
+    assert records(parts) == records(uninterrupted)
+    one, other = newest(uninterrupted), newest(parts)
     assert len(list(tensors(one))) > 50
     assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
     assert one.training is not None
@@ -355,8 +355,8 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
     damage: Callable[[Path], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = make_config(name="whole")
-    train(whole)
+    uninterrupted = make_config(name="uninterrupted")
+    train(uninterrupted)
     parts = make_config(name="parts")
     train(parts)
     last = parts.run / "checkpoints" / "step-00000012.pt"
@@ -369,9 +369,9 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_to_the_bit(
     assert "WARNING: " in err
     assert f"{last}: damaged (" in err
     assert "; continues from step 6" in err
-    assert records(parts) == records(whole)
+    assert records(parts) == records(uninterrupted)
     for name in (BEST, "checkpoints/step-00000012.pt"):
-        found, expected = (load(c.run / name) for c in (parts, whole))
+        found, expected = (load(c.run / name) for c in (parts, uninterrupted))
         assert found.step == expected.step
         assert list(map(torch.equal, tensors(found), tensors(expected))).count(False) == 0
 
@@ -521,12 +521,14 @@ def test_where_the_data_lie_and_who_fetches_them_changes_no_number(
 
 def test_a_run_in_windowed_order_resumes_exactly(make_config: ConfigFactory) -> None:
     windowed = {"data.order": "windowed", "data.lanes": 4, "data.window_shards": 1}
-    whole, parts = (make_config(name=name, **windowed) for name in ("whole", "parts"))
-    train(whole)
+    uninterrupted, parts = (
+        make_config(name=name, **windowed) for name in ("uninterrupted", "parts")
+    )
+    train(uninterrupted)
     train(make_config(name="parts", **windowed, **{"train.stop_step": 5}))
     train(parts, resume=True)
-    assert records(parts, "train")[-1] == records(whole, "train")[-1]
-    assert records(whole, "train") != records(_global(make_config), "train")
+    assert records(parts, "train")[-1] == records(uninterrupted, "train")[-1]
+    assert records(uninterrupted, "train") != records(_global(make_config), "train")
 
 
 def _global(make_config: ConfigFactory) -> Config:
@@ -567,13 +569,13 @@ STRONG_RECIPE: dict[str, Any] = {
 
 
 def test_a_run_with_all_that_best_has_resumes_to_the_bit(make_config: ConfigFactory) -> None:
-    whole = make_config(name="whole", **STRONG_RECIPE)
-    outcome = train(whole)
+    uninterrupted = make_config(name="uninterrupted", **STRONG_RECIPE)
+    outcome = train(uninterrupted)
     train(make_config(name="parts", **STRONG_RECIPE, **{"train.stop_step": 5}))
     parts = make_config(name="parts", **STRONG_RECIPE)
     assert train(parts, resume=True) == outcome
-    assert records(parts) == records(whole)
-    one, other = newest(whole), newest(parts)
+    assert records(parts) == records(uninterrupted)
+    one, other = newest(uninterrupted), newest(parts)
     assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
