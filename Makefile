@@ -1,4 +1,4 @@
-# make demo             the whole chain on a small synthetic set; DATA=folder for real data
+# make demo             all steps from a small synthetic set to a submission; DATA=folder for real data
 # make test             lint, check types and run the quick tests, JOBS (2) at a time
 # make test-slow        the slow tests alone, one at a time
 # make test-all         all tests, those for GPUs too, one at a time

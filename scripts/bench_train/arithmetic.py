@@ -59,7 +59,7 @@ def utilisation(samples_per_s: float, flops: float, peak: float) -> float:
 
     Args:
         samples_per_s: Samples a second.
-        flops: Operations a sample.
+        flops: Operations for each sample.
         peak: Operations a second.
     """
     return samples_per_s * flops / peak

@@ -8,10 +8,10 @@ test utterances. These labels are used for scoring only.
 
 The rungs are the homework's code as published (`homework_baseline.py`), then our recipes simple,
 medium, strong, boss and best. Each recipe is trained by the command that a user would give. All
-runs get the same number of training segments: a run has --segments divided by the segments of a
-step as its number of steps. The best checkpoint is the one with the highest validation accuracy, by
-the model's head. Test accuracy is measured on whole utterances with the recipe's backend. The EER
-is measured on pairs of test utterances, the same pairs for all runs.
+runs get the same number of training segments; the number of steps is --segments divided by the
+segments in a step. The checkpoint with the highest validation accuracy, by the model's head, is the
+one that is tested. Test accuracy is measured on whole utterances with the recipe's backend, the EER
+on pairs of test utterances, the same pairs for all runs.
 
 The work folder keeps the result of each finished run, and such a run is not repeated. An
 interrupted run continues from its newest checkpoint. --width makes the Conformers of homework,

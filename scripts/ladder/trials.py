@@ -12,7 +12,7 @@ from shardprep_trainer.evaluation.verification import score_trials
 
 from shardprep import publish
 
-# At most so many pairs of one speaker, and as many of two speakers.
+# The largest number of pairs of one speaker; there are as many pairs of two speakers.
 TRIALS = 50_000
 
 

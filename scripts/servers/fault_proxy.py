@@ -47,11 +47,11 @@ class Faults:
     busy: float = 0.0
     """Share of requests that get the answer 503 SlowDown."""
     cut: int = 0
-    """Every so many bodies, starting with the first, the connection is reset; 0 for never."""
+    """N: reset the connection within one in N bodies, starting with the first; 0 for none."""
     truncate: int = 0
-    """Every so many bodies, the body and its Content-Length are too short; 0 for never."""
+    """N: shorten one in N bodies, and its Content-Length accordingly; 0 for none."""
     corrupt: int = 0
-    """Every so many bodies, one byte is changed; 0 for never."""
+    """N: change a byte of one in N bodies; 0 for none."""
     refuse: bool = False
     """Whether connections are reset when they are made or used."""
     blackhole: bool = False

@@ -30,7 +30,7 @@ from shardprep.bench.machine import machine
 
 RESULT = Path(__file__).parents[1] / "results" / "simulate.json"
 LATER = 10
-# With so many shards in the shuffle windows of all lanes, a shuffle is nearly as good as chance.
+# Shards in the shuffle windows of all lanes from which on a shuffle is nearly as good as chance.
 MIXING = 32
 PER_SHARD = tuple(50 * 2**power for power in range(9))
 SIZES_MB = 8.0, 600.0
@@ -267,7 +267,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([rows, partial(calibration), checked(result["configurations"])])
 
 
-@click.command(help=__doc__)
+@click.command()
 @click.option("--utterances", type=click.IntRange(min=1), default=1_100_000, show_default=True)
 @click.option("--frames", type=click.IntRange(min=1), default=FRAMES, show_default=True)
 @click.option("--mels", type=click.IntRange(min=1), default=40, show_default=True)
@@ -322,7 +322,10 @@ def main(
     as_json: bool,
     result: Path,
 ) -> None:
-    """Predict, recommend or measure; the help text is the module's docstring."""
+    """Predict how fast a cluster trains from shards in a store, and recommend shards for it.
+
+    docs/scaling.md describes the model.
+    """
     calibration = Calibration() if constants is None else Calibration.read(constants)
     if task is None:
         job = Job(

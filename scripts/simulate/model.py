@@ -22,7 +22,7 @@ from scripts.simulate.network import Network, Node, WantedShard
 from shardprep.load.order_windowed import WindowedOrder
 from shardprep.load.read_ahead import PLANNED
 
-# The model treats several utterances as one if an epoch still has at least so many of them.
+# The model may treat several utterances as one, but an epoch has at least FINE of these groups.
 FINE = 100_000
 
 
@@ -43,8 +43,7 @@ class Epoch:
 def plan(job: Job, epoch: int, seed: int = 0) -> Epoch:
     """The shards that each rank wants in an epoch, from the order of its utterances."""
     lanes, each = job.world * job.lanes, job.batch // job.lanes
-    # How many utterances to treat as one: as many as FINE allows, and so that shards and steps are
-    # multiples of this number.
+    # The utterances in a group: as many as FINE allows, so that shards and steps are whole groups.
     grains = [g for g in range(1, each + 1) if each % g == 0 and job.samples_per_shard % g == 0]
     grain = max([g for g in grains if job.utterances // g >= FINE], default=1)
     each, per_shard, n = each // grain, job.samples_per_shard // grain, job.utterances // grain

@@ -13,7 +13,7 @@ FRAMES, MELS = 300, 40
 
 
 def make_noise(folder: Path, utterances: int, speakers: int = 10) -> None:
-    """Write a data set of so many matrices of FRAMES x MELS into a new folder."""
+    """Write a data set of `utterances` matrices of FRAMES x MELS into a new folder."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     listed: dict[str, list[dict[str, Any]]] = {f"speaker-{n}": [] for n in range(speakers)}

@@ -1,6 +1,6 @@
 """Fuzz all readers of foreign files, guided by coverage.
 
-    python -m scripts.torture.fuzz --seconds 600 --out fuzz.json     # every target in turn
+    python -m scripts.torture.fuzz --seconds 600 --out fuzz.json     # all targets
     python -m scripts.torture.fuzz --seconds 60 --target pt                          # one of them
 
 Any exception but a refusal (`ShardprepError`, or `ValueError` from inner functions) is a finding.

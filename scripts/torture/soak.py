@@ -227,14 +227,29 @@ def summarise(rounds: list[Round], growth: float) -> dict[str, Any]:
     return figures
 
 
-@click.command(help=__doc__)
-@click.option("--dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=10.0)
-@click.option("--growth", type=click.FloatRange(min=0), default=20.0, show_default=True)
+@click.command()
+@click.option(
+    "--dataset",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Data.  [default: synthesised]",
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True
+)
+@click.option(
+    "--growth",
+    type=click.FloatRange(min=0),
+    default=20.0,
+    show_default=True,
+    help="Allowed growth of memory [MiB].",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result (JSON).")
 def main(dataset: Path | None, minutes: float, growth: float, seed: int, out: Path | None) -> None:
-    """Repeat rounds for --minutes; the help text is the module's docstring."""
+    """Read, train, kill and resume for some minutes, and check that nothing grows.
+
+    Exit codes: 0 nothing grew, 1 something grew, 2 usage.
+    """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         work = Path(folder)

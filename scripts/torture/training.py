@@ -65,7 +65,7 @@ def plan(rng: random.Random, processes: int, kills: int) -> list[Kill]:
 
 
 def command(run: Path, shards: Path, processes: int, *options: str) -> list[str]:
-    """The command line that trains into a run folder with so many processes."""
+    """The command line that trains into a run folder with a number of processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--max-restarts=9"]

@@ -235,7 +235,7 @@ def test_busy_is_a_share_of_the_requests(get: Callable[..., bytes], http_proxy: 
     assert sum(line.status == 503 for line in http_proxy.log) == refused
 
 
-def test_every_so_many_bodies_one_is_cut(get: Callable[..., bytes], http_proxy: Any) -> None:
+def test_one_in_n_bodies_is_cut(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(cut=3):
         for number in range(6):
             if number % 3:
@@ -246,15 +246,13 @@ def test_every_so_many_bodies_one_is_cut(get: Callable[..., bytes], http_proxy: 
     assert [line.bytes < len(BODY) for line in http_proxy.log] == [True, False, False] * 2
 
 
-def test_every_so_many_bodies_one_is_shorter(get: Callable[..., bytes], http_proxy: Any) -> None:
+def test_one_in_n_bodies_is_shorter(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(truncate=2):
         lengths = [len(body) for body in (get(), get(), get())]
     assert lengths[0] < len(BODY) == lengths[1] > lengths[2]
 
 
-def test_every_so_many_bodies_one_has_a_changed_byte(
-    get: Callable[..., bytes], http_proxy: Any
-) -> None:
+def test_one_in_n_bodies_has_a_changed_byte(get: Callable[..., bytes], http_proxy: Any) -> None:
     with http_proxy.faulty(corrupt=2):
         bodies = [get() for _ in range(4)]
     wrong = [sum(a != b for a, b in zip(body, BODY, strict=True)) for body in bodies]

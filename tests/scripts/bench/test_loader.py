@@ -152,13 +152,13 @@ def test_what_is_converted_is_used_again_until_the_data_change(
     make_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     work, tar = tmp_path / "work", tmp_path / "work" / "webdataset-npy" / "000000.tar"
-    for name, seed, made_anew in (("a", 0, True), ("a", 0, False), ("b", 1, True)):
+    for name, seed, made_again in (("a", 0, True), ("a", 0, False), ("b", 1, True)):
         if not (tmp_path / name).exists():
             make_dataset(name, seed=seed)
         before = tar.stat().st_mtime_ns if tar.exists() else None
         options = ("--only", "webdataset", "--work", work)
         run("--dataset", tmp_path / name, *options)
-        assert (tar.stat().st_mtime_ns != before) == made_anew
+        assert (tar.stat().st_mtime_ns != before) == made_again
 
 
 def test_a_data_set_is_synthesised_with_the_lengths_asked_for(tmp_path: Path) -> None:
