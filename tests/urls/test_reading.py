@@ -246,7 +246,8 @@ def run_inspect(
     return run
 
 
-# A rank of a job: reads an epoch, and prints the SHA-256 of its batches.
+# A rank of a job: reads an epoch, prints the SHA-256 of its batches, and ends with its stdin. Until
+# then it continues to fetch what the next epoch begins with, which another rank may need now.
 RANK = """
 import hashlib, os, sys
 from shardprep import SegmentLoader, open_shards
@@ -258,7 +259,8 @@ batches = SegmentLoader(shards["train"], batch_size=8 // world, segment_frames=3
 digest = hashlib.sha256()
 for batch in batches:
     digest.update(batch["mel"].numpy().tobytes())
-print(digest.hexdigest())
+print(digest.hexdigest(), flush=True)
+sys.stdin.read()
 """
 
 
@@ -267,6 +269,7 @@ def ranks(url: str, folder: Path, budget: int, world: int) -> list[subprocess.Po
         subprocess.Popen(
             [sys.executable, "-c", RANK, url, folder, str(budget), str(rank), str(world)],
             env={**os.environ, "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -279,11 +282,15 @@ def test_ranks_of_a_machine_fetch_each_object_once(
 ) -> None:
     shards = open_shards(local).manifest.splits["train"].shards
     size = sum(shard.bytes for shard in shards)
-    said = [run.communicate()[0] for run in ranks(url, tmp_path / "cache", 4 * size, 4)]
+    running = ranks(url, tmp_path / "cache", 4 * size, 2)
+    # Only when all have read their epoch may the first one end.
+    said = [run.stdout.readline() for run in running if run.stdout is not None]
+    for run in running:
+        run.communicate()
     own = open_shards(local)["train"]
     for rank, text in enumerate(said):
         digest = hashlib.sha256()
-        for batch in loader(own, batch_size=2, lanes=4, rank=rank, world_size=4):
+        for batch in loader(own, batch_size=4, lanes=4, rank=rank, world_size=2):
             digest.update(batch["mel"].numpy().tobytes())
         assert text.split() == [digest.hexdigest()]
     gets = [line.path.rpartition("/")[2] for line in proxy.log if ".tar" in line.path]

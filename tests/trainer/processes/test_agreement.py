@@ -47,7 +47,7 @@ def fail():
 
 def begin(config, resume=True):
     found = find_start(config, resume=resume).newest
-    return None if found is None else found.file.name
+    return None if found is None else found.checkpoint.file.name
 
 with parting():
     join_processes(base.run, trackers=(), hang_seconds=60)
