@@ -1,4 +1,4 @@
-"""HTTP messages as `fault_proxy` passes them on: heads, answers that are noted, a bandwidth."""
+"""HTTP messages in `fault_proxy`: heads, answers and their log, and a shared bandwidth."""
 
 from __future__ import annotations
 
