@@ -1,6 +1,6 @@
 # make demo             all steps from a small synthetic set to a submission; DATA=folder for real data
 # make test             lint, check types and run the quick tests, JOBS (2) at a time
-# make test-slow        the slow tests alone, one at a time
+# make test-slow        the slow tests alone, JOBS (2) at a time
 # make test-all         all tests, those for GPUs too, one at a time
 # make check            lint and check types only
 # make lowest           try the lowest versions of all dependencies, in a temporary environment
@@ -51,7 +51,7 @@ test: check
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m 'slow and not gpu'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu'
 
 test-all: check
 	$(BIN)/pytest

@@ -46,6 +46,7 @@ def chain(data: Path, work: Path, steps: int, *overrides: str) -> dict[str, floa
     return {"val": val, "test": test}
 
 
+@pytest.mark.slow
 def test_the_whole_chain_learns_to_tell_synthetic_speakers_apart(tmp_path: Path) -> None:
     data = tmp_path / "synthetic"
     script = ("python", "-m", "scripts.synthetic", data)

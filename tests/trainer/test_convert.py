@@ -25,6 +25,8 @@ TINY["transformer"] = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 24}
 # PyTorch deprecates what opens a TorchScript file, but has nothing else that does.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
+OTHER_RECIPES = ("simple", "medium", "strong", "best")
+
 
 def recipe_model(recipe: str, **changes: Any) -> SpeakerModel:
     """The model of a recipe, narrow, with weights and running statistics of no special value."""
@@ -42,7 +44,10 @@ def recipe_model(recipe: str, **changes: Any) -> SpeakerModel:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("recipe", ["simple", "medium", "strong", "boss", "best"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["boss", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_RECIPES)],
+)
 def test_a_file_of_every_recipe_gives_the_models_results_at_any_size(
     recipe: str, form: str
 ) -> None:

@@ -55,7 +55,9 @@ def metadata_of(form: str, data: bytes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(("choice", "step"), [("best", 5), ("last", 9)])
+@pytest.mark.parametrize(
+    ("choice", "step"), [("best", 5), pytest.param("last", 9, marks=pytest.mark.slow)]
+)
 def test_the_command_writes_the_chosen_model_and_what_it_means(
     run: Path, tmp_path: Path, form: str, choice: str, step: int
 ) -> None:
@@ -80,6 +82,7 @@ def test_the_command_writes_the_chosen_model_and_what_it_means(
     torch.testing.assert_close(run_file(form, data, mel, lengths)[1], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_trained_run_can_be_exported_from_a_shell(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:

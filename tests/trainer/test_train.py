@@ -368,6 +368,7 @@ def test_shardprep_train_takes_the_same_arguments_and_trains_in_one_process(
     assert "saved step 2 of 12" in err
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_module_train_like_one_and_the_script_can_take_over(
     config_file: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -408,6 +409,7 @@ def test_two_processes_of_the_module_train_like_one_and_the_script_can_take_over
     assert [x for _, x in both] == pytest.approx([x for _, x in single], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_death_of_the_launcher_saves_what_two_processes_have_learnt(
     config_file: Callable[..., str], tmp_path: Path
 ) -> None:

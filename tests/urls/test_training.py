@@ -54,6 +54,7 @@ def learnt(runs: Path) -> list[Any]:
     return [(r["event"], r["step"], r["loss"], r["accuracy"]) for r in records(runs)]
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_from_a_store_and_resumes_there(
     places: dict[str, str], proxy: Any, tmp_path: Path
 ) -> None:

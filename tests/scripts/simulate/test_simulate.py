@@ -273,6 +273,7 @@ def test_the_check_compares_predicted_with_measured_figures() -> None:
 
 
 @pytest.mark.remote
+@pytest.mark.slow
 def test_real_loaders_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "UTTERANCES", 640)
     environment = dict(os.environ)
@@ -310,6 +311,7 @@ def test_the_command_prints_the_results_of_the_functions() -> None:
     assert "GB of shards at a time" in small.stderr
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_tables_of_the_script() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
     for part in scale.markdown(json.loads(scale.RESULT.read_text())).split("\n\n"):

@@ -285,6 +285,7 @@ def test_silence_has_the_lowest_value() -> None:
     assert mel[0].numpy() == pytest.approx(FLOOR)
 
 
+@pytest.mark.slow
 def test_mels_have_the_range_and_the_smoothness_of_speech(
     mels: dict[int, list[np.ndarray]],
 ) -> None:
