@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from shardprep_trainer.config.fields import Config, flatten
 
 import shardprep
 from shardprep.format.index import index_dtype
 from shardprep.format.manifest import Reject, decode_manifest
+from shardprep_trainer.config.fields import Config, flatten
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

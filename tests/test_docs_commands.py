@@ -25,11 +25,11 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from shardprep_trainer.config.command_line import parse_args
-from shardprep_trainer.train import main as train
 from torch.distributed.run import get_args_parser
 
 from shardprep.cli import cli
+from shardprep_trainer.config.command_line import parse_args
+from shardprep_trainer.train import main as train
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

@@ -31,12 +31,12 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from shardprep_trainer.model.blocks import skew
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from scripts.bench_train.arithmetic import DTYPES, wait_for, worthwhile_precisions
 from shardprep.bench.machine import machine
+from shardprep_trainer.model.blocks import skew
 
 HEADS, HEAD_DIM = 8, 64
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -10,9 +10,10 @@ import time
 from typing import Any
 
 import torch
-from shardprep_trainer.model.cpu_kernels import is_slow_in_bfloat16
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from shardprep_trainer.model.cpu_kernels import is_slow_in_bfloat16
 
 COUNTED = (
     "matrix products and convolutions of the forward pass of the `conformer` package's block with "

@@ -18,12 +18,6 @@ from typing import Any
 
 import click
 import torch
-from shardprep_trainer.config.command_line import RECIPES, parse_args
-from shardprep_trainer.config.fields import Config
-from shardprep_trainer.learning.metrics import peak_memory_mib
-from shardprep_trainer.model.build import build_model
-from shardprep_trainer.run.start import Prepared, prepare
-from shardprep_trainer.run.trainer import Trainer
 from torch import Tensor
 
 import shardprep
@@ -39,6 +33,12 @@ from scripts.bench_train.homework_baseline import (
     train_step,
 )
 from scripts.bench_train.homework_model import HomeworkModel
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.learning.metrics import peak_memory_mib
+from shardprep_trainer.model.build import build_model
+from shardprep_trainer.run.start import Prepared, prepare
+from shardprep_trainer.run.trainer import Trainer
 
 FRAMES = 128
 # Blocks of steps, all of the same size: the first blocks warm up, the others are measured.

@@ -35,15 +35,15 @@ from typing import Any
 
 import click
 import torch
-from shardprep_trainer.config.command_line import RECIPES
-from shardprep_trainer.errors import TrainerError
-from shardprep_trainer.model.cpu_kernels import SLOW_BFLOAT16, is_slow_in_bfloat16
 
 import shardprep
 from scripts.ladder.jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
 from scripts.ladder.summary import RUNGS, Run, summarise, table
 from scripts.ladder.trials import write_trials
 from shardprep.bench.machine import machine
+from shardprep_trainer.config.command_line import RECIPES
+from shardprep_trainer.errors import TrainerError
+from shardprep_trainer.model.cpu_kernels import SLOW_BFLOAT16, is_slow_in_bfloat16
 
 
 def plan(

@@ -44,12 +44,12 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.spatial.distance import cdist
-from shardprep_trainer.evaluation.labels import HEADER
 from tqdm import tqdm
 
 from shardprep import ShardprepError
 from shardprep.source.dataset import Source, Utterance, scan_dataset, source_error
 from shardprep.source.features import load_features
+from shardprep_trainer.evaluation.labels import HEADER
 
 # We compare pieces of one second. Only one in five hundred pairs of utterances from two speakers
 # correlates above 0.55. Utterances with words of the same take correlate at 0.55 to 0.95; the more

@@ -16,12 +16,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from shardprep_trainer.config.command_line import RECIPES, parse_args
-from shardprep_trainer.predict import score_submission
-
 from scripts.ladder.summary import Run
 from scripts.ladder.trials import verify_embeddings
 from shardprep import publish
+from shardprep_trainer.config.command_line import RECIPES, parse_args
+from shardprep_trainer.predict import score_submission
 
 HOMEWORK_BATCH = 32
 HEADS, FF_MULT = 4, 4

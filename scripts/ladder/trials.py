@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from shardprep_trainer.evaluation.trials import draw_trials, possible_trials, read_trials
-from shardprep_trainer.evaluation.verification import score_trials
 
 from shardprep import publish
+from shardprep_trainer.evaluation.trials import draw_trials, possible_trials, read_trials
+from shardprep_trainer.evaluation.verification import score_trials
 
 # The largest number of pairs of one speaker; there are as many pairs of two speakers.
 TRIALS = 50_000

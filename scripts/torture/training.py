@@ -31,11 +31,11 @@ from typing import Any
 
 import click
 import torch
-from shardprep_trainer.checkpoint.files import load
-from shardprep_trainer.checkpoint.state import to_plain
 
 import shardprep
 from shardprep.bench.machine import machine
+from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.state import to_plain
 
 SCRIPT = Path(__file__).resolve().parents[2] / "trainer" / "train.py"
 STEPS = 24

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+
+import shardprep
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
-
-import shardprep
 
 # For the modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))

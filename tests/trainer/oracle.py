@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from shardprep_trainer.model.model import SpeakerModel
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import torch
+
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.model_folder import write_model
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training

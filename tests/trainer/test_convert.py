@@ -10,13 +10,14 @@ import onnxruntime
 import pytest
 import torch
 from exported_files import padded, run_file, utterances
+from torch import Tensor, nn
+
 from shardprep_trainer import convert
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.convert import FORMATS, export_model
 from shardprep_trainer.errors import ExportError, TrainerError
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerModel
-from torch import Tensor, nn
 
 SPEAKERS = 3
 TINY = {"conformer": {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}}

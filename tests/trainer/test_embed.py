@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
 from saved_models import BEST, change_best
+
+import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.embed import main
 from shardprep_trainer.evaluation.views import Views
-
-import shardprep
 
 
 def embed(run: Path, *options: object) -> Result:

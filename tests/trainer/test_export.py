@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from exported_files import padded, run_file, utterances
 from oracle import model_of
 from saved_models import BEST, make_checkpoint
+from torch import Tensor, nn
+
 from shardprep_trainer import convert
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES
@@ -23,7 +25,6 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.convert import FORMATS
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.export import choose_format, main
-from torch import Tensor, nn
 
 # Names that a careless encoding would lose, not in alphabetical order.
 NAMES = ["id00002", 'Zoë, "Z"', "張三"]

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import yaml
 from click.testing import CliRunner
+
 from shardprep_trainer import embed, export, predict, score
 from shardprep_trainer.config import checks
 

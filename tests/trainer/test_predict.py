@@ -13,14 +13,14 @@ import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
 from saved_models import BEST, change_best
+
+import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.config.fields import DataConfig, PredictConfig
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.predict import main, score_submission, write_submission
-
-import shardprep
 
 # As the fixture `run` has them.
 LAST = "checkpoints/step-00000009.pt"

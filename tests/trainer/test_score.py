@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 from oracle import model_of
 from saved_models import BEST, change_best
+
+import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.evaluation.trials import Trials, draw_trials
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.score import main
-
-import shardprep
 
 # As the fixture `run` has them.
 NAMES = ["id00002", "id00000", "id00001"]

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import distributed
+
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main
-from torch import distributed
-
 from tests.conftest import PATIENCE, wait_until
 
 ConfigFactory = Callable[..., Config]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from shardprep_trainer.config.command_line import RECIPES, parse_args
 
 from scripts.ladder import __main__ as ladder
 from scripts.ladder import jobs, plot, summary, trials
+from shardprep_trainer.config.command_line import RECIPES, parse_args
 
 OURS = ("simple", "medium", "strong", "boss")
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 from saved_models import make_checkpoint, make_training
+
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.state import Best, Checkpoint
 from shardprep_trainer.config.fields import Config

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from saved_models import make_checkpoint
+
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import Checkpoint, to_plain
 from shardprep_trainer.checkpoint.vetting import vet

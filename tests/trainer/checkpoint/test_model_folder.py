@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_models import change_best, make_checkpoint
+
 from shardprep_trainer.checkpoint import model_folder
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from saved_models import BEST, make_checkpoint
+
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import parse, to_plain
 from shardprep_trainer.checkpoint.weights import load_model, load_weights

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from shardprep_trainer.config.checks import parse_config
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import PARTS, Config, flatten

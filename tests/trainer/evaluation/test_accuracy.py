@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+import shardprep
 from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.learning.losses import SoftmaxLoss
 from shardprep_trainer.model.model import SpeakerModel
-from torch import Tensor
-
-import shardprep
 
 CPU = torch.device("cpu")
 

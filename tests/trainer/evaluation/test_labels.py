@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
 
 import shardprep
+from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
 
 
 @pytest.fixture

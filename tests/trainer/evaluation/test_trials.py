@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import LeftOut
 from shardprep_trainer.evaluation.trials import Trials, draw_trials, possible_trials, read_trials

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardprep_trainer.evaluation.trials import Trials
 from shardprep_trainer.evaluation.verification import (
     as_norm,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.model.model import SpeakerModel
-from torch import Tensor
 
 
 @pytest.fixture(params=["linear", "cosine"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardprep_trainer.evaluation.verification import normalize
 from shardprep_trainer.evaluation.wccn import Wccn
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardprep_trainer.learning.augment import Augment, mix, reverberate, smooth_curve
 from torch import Tensor
+
+from shardprep_trainer.learning.augment import Augment, mix, reverberate, smooth_curve
 
 ALL: dict[str, Any] = {
     "reverb": 0.5,

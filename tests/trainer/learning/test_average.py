@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shardprep_trainer.learning.average import AveragedModel
 from torch import nn
+
+from shardprep_trainer.learning.average import AveragedModel
 
 
 def test_it_follows_the_weights_by_its_recursion_and_copies_running_statistics() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardprep_trainer.learning.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 from torch import Tensor, nn
+
+from shardprep_trainer.learning.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 
 LOSSES = {"softmax": SoftmaxLoss, "am_softmax": AMSoftmaxLoss, "aam_softmax": AAMSoftmaxLoss}
 

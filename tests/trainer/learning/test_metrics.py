@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from shardprep_trainer.learning.metrics import Meter, Sums, Throughput, combine, peak_memory_mib
 from torch import Tensor
+
+from shardprep_trainer.learning.metrics import Meter, Sums, Throughput, combine, peak_memory_mib
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import OptimConfig
 from shardprep_trainer.learning.build import build_optimizer
 from shardprep_trainer.learning.optimizer import MuonAdamW, orthogonalise, split_weights
 from shardprep_trainer.model.build import build_model
-from torch import Tensor, nn
 
 LR, DECAY = 0.01, 0.1
 MATRICES = ("tall.weight", "wide.weight", "kernels.weight", "line.weight")

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from shardprep_trainer.learning.schedule import learning_rate, margin, step_seed
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from shardprep_trainer.learning.schedule import learning_rate, margin, step_seed
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(5, 20), (1, 4), (19, 20)])

@@ -11,6 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.fields import Config, OptimConfig
 from shardprep_trainer.learning.build import build_optimizer
@@ -19,9 +23,6 @@ from shardprep_trainer.model.model import CosineClassifier, SpeakerModel
 from shardprep_trainer.processes.meeting import join_processes
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ConfigFactory = Callable[..., Config]
 Batch = dict[str, Tensor]

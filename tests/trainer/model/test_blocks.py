@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardprep_trainer.model.blocks import QUERY_BLOCK, ConformerBlock, TransformerBlock
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from shardprep_trainer.model.blocks import QUERY_BLOCK, ConformerBlock, TransformerBlock
 
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "dim_head": 4, "ff_mult": 2, "conv_kernel_size": 7}
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from shardprep_trainer.model.build import model_inputs
 
 CPU = torch.device("cpu")

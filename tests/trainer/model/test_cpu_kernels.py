@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from shardprep_trainer.model.cpu_kernels import applies_to, drop, multiply
 from shardprep_trainer.model.layers import (
     Dropout,
@@ -18,7 +20,6 @@ from shardprep_trainer.model.layers import (
     convolve_pointwise,
     zero_padding,
 )
-from torch import Tensor, nn
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

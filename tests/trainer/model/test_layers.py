@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from shardprep_trainer.model.layers import (
     MaskedBatchNorm1d,
     SelfAttention,
     masked_mean,
 )
-from torch import Tensor, nn
 
 
 def mask_of(lengths: list[int]) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardprep_trainer.learning.losses import AMSoftmaxLoss, SoftmaxLoss
-from shardprep_trainer.model.model import CosineClassifier, Embedding, SpeakerModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardprep_trainer.learning.losses import AMSoftmaxLoss, SoftmaxLoss
+from shardprep_trainer.model.model import CosineClassifier, Embedding, SpeakerModel
 
 CONFORMER = {
     "encoder": "conformer",

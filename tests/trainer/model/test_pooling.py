@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from shardprep_trainer.model.pooling import (
     AttentiveStatisticsPooling,
     MeanPooling,
     SelfAttentivePooling,
 )
-from torch import Tensor, nn
 
 Lengths = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 POOLINGS = {

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from shardprep_trainer.model.model import CosineClassifier
-from shardprep_trainer.model.precision import allow_tensor_float32, exact_product
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardprep_trainer.model.model import CosineClassifier
+from shardprep_trainer.model.precision import allow_tensor_float32, exact_product
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shardprep_trainer.model.stem import ConvolutionalStem, LinearStem, build_stem, join_neighbours
 
 

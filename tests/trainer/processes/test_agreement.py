@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import shardprep
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError
 from shardprep_trainer.processes.agreement import check_alike, exchange, together
 from shardprep_trainer.train import main
-
-import shardprep
 
 ConfigFactory = Callable[..., Config]
 

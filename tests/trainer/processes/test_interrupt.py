@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+
 from shardprep_trainer.processes.interrupt import StopSignals
 
 

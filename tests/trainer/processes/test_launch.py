@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.processes import launch
 from shardprep_trainer.processes.launch import (

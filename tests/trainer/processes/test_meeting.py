@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from shardprep_trainer.processes.meeting import group_options, meeting_place
 from torch._C._distributed_c10d import Store
 from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
+
+from shardprep_trainer.processes.meeting import group_options, meeting_place
 
 
 def meet(server: TCPStore, world_size: int, monkeypatch: pytest.MonkeyPatch) -> list[Store]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
+
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.processes.watchdog import (
     COMPUTING,
@@ -22,8 +24,6 @@ from shardprep_trainer.processes.watchdog import (
     Watchdog,
     describe,
 )
-from torch.distributed import HashStore
-
 from tests.conftest import PATIENCE, wait_until
 
 ConfigFactory = Callable[..., Config]

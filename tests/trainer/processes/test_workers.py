@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from shardprep_trainer.processes.launch import Share
 from shardprep_trainer.processes.workers import start_processes
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardprep_trainer.run import data
-from shardprep_trainer.train import main
 from torch import Tensor
 
 import shardprep
+from shardprep_trainer.run import data
+from shardprep_trainer.train import main
 
 ALONE_SECONDS = 0.3
 

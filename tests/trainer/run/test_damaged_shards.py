@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import shardprep
+from shardprep import CorruptShardError
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.learning.step import TrainStep
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Outcome, Trainer
-
-import shardprep
-from shardprep import CorruptShardError
 
 ConfigFactory = Callable[..., Config]
 SKIP = {"data.on_corrupt": "skip"}

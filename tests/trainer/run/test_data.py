@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+
+import shardprep
+from shardprep.format.manifest import encode_manifest
 from shardprep_trainer.config.checks import parse_config
 from shardprep_trainer.config.fields import Config, DataConfig
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.run.data import batch_of_each, build_train_loader, open_data
-
-import shardprep
-from shardprep.format.manifest import encode_manifest
 
 ConfigFactory = Callable[..., Config]
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import shardprep
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.model.layers import MaskedBatchNorm1d
 from shardprep_trainer.model.sync_norm import SyncedBatchNorm1d, synchronise
 from shardprep_trainer.run.data import build_train_loader
 from shardprep_trainer.train import main
-from torch import Tensor, nn
-
-import shardprep
 
 ConfigFactory = Callable[..., Config]
 SCRIPT = str(Path(__file__).resolve().parents[3] / "trainer" / "train.py")

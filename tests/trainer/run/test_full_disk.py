@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from saved_models import BEST
+
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.config.fields import Config
@@ -22,7 +23,6 @@ from shardprep_trainer.run.journal import Journal, MetricsLog
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main
-
 from tests.conftest import mounted
 
 ConfigFactory = Callable[..., Config]

@@ -10,6 +10,7 @@ import termios
 from pathlib import Path
 
 import pytest
+
 from shardprep_trainer.run.journal import MetricsLog, Progress, _on_terminal
 
 RECORD = {

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shardprep_trainer.config.fields import Config
-from shardprep_trainer.train import main
 from torch.distributed import TCPStore
 
 import shardprep
+from shardprep_trainer.config.fields import Config
+from shardprep_trainer.train import main
 from tests.conftest import PATIENCE, wait_until
 
 ConfigFactory = Callable[..., Config]

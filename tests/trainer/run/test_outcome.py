@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.train import main
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from saved_models import make_checkpoint, make_training
+
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from saved_models import BEST
+from torch import Tensor
+
+import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, to_plain
 from shardprep_trainer.config.fields import Config
@@ -22,9 +25,6 @@ from shardprep_trainer.evaluation.accuracy import Evaluation
 from shardprep_trainer.learning.step import StepPlan
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Outcome, Trainer
-from torch import Tensor
-
-import shardprep
 
 ConfigFactory = Callable[..., Config]
 TIMES = ("samples_per_second", "waiting", "network", "peak_memory_mib", "seconds")
