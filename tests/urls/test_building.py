@@ -96,6 +96,7 @@ def test_a_busy_web_server_costs_no_utterance(
     HTTPFileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_what_is_busy_or_cut_off_is_sent_again(
     source: Path, local: Path, proxy: Any, place: str
 ) -> None:

@@ -58,7 +58,7 @@ CONV = {"conv_expansion": 2, "kernel_size": 31, "head_dim": 64, "ff_dim": 2048}
 STRONG = {"encoder": "conformer", "dim": 512, "layers": 1, "heads": 8, **CONV}
 MEDIUM = {"encoder": "transformer", "dim": 160, "layers": 2, "heads": 8, "ff_dim": 256}
 SIMPLE = {"encoder": "transformer", "dim": 80, "layers": 1, "heads": 2, "ff_dim": 256}
-MODELS = {
+RECIPES = {
     "simple": {**SIMPLE, "pooling": "mean", "classifier": "mlp"},
     "medium": {**MEDIUM, "pooling": "mean", "classifier": "linear"},
     "strong": {**STRONG, "pooling": "mean", "classifier": "linear"},
@@ -76,12 +76,12 @@ def padded(utterances: list[Tensor], value: float = torch.nan) -> tuple[Tensor, 
     return mel, torch.tensor([len(u) for u in utterances])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_four_recipes_of_the_homework_can_be_built(name: str) -> None:
-    model = SpeakerModel(40, 600, dropout=0.1, **MODELS[name])
+    model = SpeakerModel(40, 600, dropout=0.1, **RECIPES[name])
     mel = torch.randn(2, 24, 40)
     assert model(mel).shape == (2, 600)
-    assert model.embed(mel, torch.tensor([24, 9])).shape == (2, MODELS[name]["dim"])
+    assert model.embed(mel, torch.tensor([24, 9])).shape == (2, RECIPES[name]["dim"])
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.1}
 
 

@@ -145,6 +145,7 @@ def long(make_config: ConfigFactory) -> Config:
     return make_config(**steps, **{"train.log_steps": 1, "train.hang_seconds": HANG_SECONDS})
 
 
+@pytest.mark.slow
 def test_data_that_never_come_end_a_run_of_one_process(
     make_config: ConfigFactory, tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_the_segments_of_a_step_do_not_depend_on_the_number_of_processes(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     make_config: ConfigFactory, tmp_path: Path
 ) -> None:
