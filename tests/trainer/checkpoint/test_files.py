@@ -34,7 +34,12 @@ def names(folder: CheckpointFolder) -> list[str]:
 def test_a_checkpoint_reads_back_to_the_bit(tmp_path: Path, checkpoint: Checkpoint) -> None:
     moments = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3)}}, "x": [None]}
     weights = {"w": torch.randn(3, 4), "n": torch.tensor(7)}
-    training = make_training(optimizer=moments, raw={**weights}, meter=[1, 0.5], launchers=["a"])
+    training = make_training(
+        optimizer=moments,
+        raw={n: w.clone() for n, w in weights.items()},
+        meter=[1, 0.5],
+        launchers=["a"],
+    )
     saved = msgspec.structs.replace(
         checkpoint, step=7, best=Best(0.25, 5), weights=weights, training=training
     )

@@ -31,21 +31,26 @@ ConfigFactory = Callable[..., Config]
 MIB = 2**20
 
 _OPEN_ALL = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.weights import load_model
 
+def peak_kib():
+    # Not ru_maxrss, which begins with the memory of the parent process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
 load_model(load(Path("good.pt")))
-before, told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+before, told = peak_kib(), {}
 for path in sorted(Path("kinds").iterdir()):
     try:
         load_model(load(path))
         told[path.stem] = "accepted"
     except CheckpointError as error:
         told[path.stem] = str(error)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_kib() - before
     print(path.stem, grown // 1024, "MiB", file=sys.stderr)
 print(json.dumps({"told": told, "grown_mib": grown / 1024}))
 """
@@ -128,6 +133,16 @@ def make_kinds(good: dict[str, Any], folder: Path, harm: Path) -> None:
     rewrite(base, folder / "is huge bytes.pt", pickled(b"\x8e" + struct.pack("<Q", 2**40)))
     rewrite(base, folder / "remembers far away.pt", pickled(b"Nr\xff\xff\xff\x7f"))
     rewrite(base, folder / "has a million lists.pt", pickled(b"(" + b"]" * 3_000_000 + b"l"))
+    rewrite(base, folder / "has a million sets.pt", pickled(b"\x8f" * 1_900_000))
+    # A dict with 20,000 entries, then OrderedDicts that each get a copy of it as attributes.
+    entries = b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(20_000))
+    large = b"ccollections\nOrderedDict\nq\x00}q\x01(" + entries + b"u"
+    instances = large + b"h\x00)\x81h\x01b" * 1000
+    rewrite(base, folder / "copies a dict into instances.pt", pickled(instances))
+    rewrite(base, folder / "copies a dict by building.pt", pickled(large + b"h\x00)Rh\x01b" * 60))
+    pairs = b"".join(b"J" + struct.pack("<i", number) + b"N\x86" for number in range(20_000))
+    listed = b"ccollections\nOrderedDict\nq\x00](" + pairs + b"e\x85q\x01"
+    rewrite(base, folder / "copies a list by calls.pt", pickled(listed + b"h\x00h\x01R" * 60))
     torch.save({**good, "speakers": torch.zeros(251)}, folder.parent / "one.pt")
     rewrite(folder.parent / "one.pt", folder / "claims a huge storage.pt", claim(2**30))
     save("is expanded", weights={**good["weights"], "x": expanded((10**6, 10**6))})

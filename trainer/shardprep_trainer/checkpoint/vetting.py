@@ -2,8 +2,8 @@
 
 Checked before `torch.load(weights_only=True)` reads a checkpoint, which may come from a stranger.
 PyTorch runs no code of a file. What it does not do is here: it compares no checksums, inflates
-compressed records, and makes a bytearray or a million lists of any size that a file asks for. A
-file that passes takes memory in proportion to its size. Faults of the container, as a torn or
+compressed records, and makes a bytearray of any size, or copies of one dict, that a file asks for.
+A file that passes takes memory in proportion to its size. Faults of the container, as a torn or
 flipped byte makes them, are `zipfile.BadZipFile`; contents that no checkpoint has are
 `pickle.UnpicklingError`.
 """
@@ -36,6 +36,12 @@ _GLOBAL = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2"
     r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
+# What a checkpoint never has, but PyTorch makes: an OrderedDict without a call, and a set.
+_UNUSED = {"NEWOBJ", "EMPTY_SET"}
+# What may be used again: a file that copies a container often takes the memory of all the copies.
+_SHARED = {"GLOBAL", "BINUNICODE"}
+_PUT = {"BINPUT", "LONG_BINPUT"}
+_GET = {"BINGET", "LONG_BINGET"}
 
 
 def vet(file: BinaryIO) -> None:
@@ -106,7 +112,7 @@ def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
 
 def _check_pickle(data: bytes, records: int) -> None:
     """Only plain values, and calls that put together about as many tensors as there are records."""
-    calls = 0
+    calls, before, shared = 0, "", set[object]()
     with warnings.catch_warnings():
         # Python warns of escapes in strings that no checkpoint has.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -114,9 +120,16 @@ def _check_pickle(data: bytes, records: int) -> None:
             for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
                 if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
                     raise UnpicklingError(f"it names {str(argument)[:80].replace(' ', '.')}")
+                if opcode.name in _UNUSED:
+                    raise UnpicklingError(f"its values are made by {opcode.name}")
+                if opcode.name in _PUT:
+                    (shared.add if before in _SHARED else shared.discard)(argument)
+                if opcode.name in _GET and argument not in shared:
+                    raise UnpicklingError("a value other than text lies in several places")
                 calls += opcode.name == "REDUCE"
                 if calls > 4 * records + 64 or number > _PICKLE_OPERATIONS:
                     raise UnpicklingError("it makes more values than its size allows")
+                before = opcode.name
         except ValueError as error:
             raise UnpicklingError(str(error)) from error
 
