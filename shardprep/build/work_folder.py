@@ -73,7 +73,7 @@ class FolderWork:
                 raise BuildError(
                     "the folder is not empty and holds no shards",
                     file=target,
-                    remedy="Name another folder, or empty this one.",
+                    remedy="Name a new folder, or one that is empty.",
                 )
             unfinished = (target / WORK_FOLDER).is_dir() or (target / REPAIR_FOLDER).is_dir()
             if _is_finished(target) and not unfinished and not overwrite:

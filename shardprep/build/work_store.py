@@ -76,7 +76,7 @@ class StoreWork:
             raise BuildError(
                 f"holds other things than shards, such as {foreign[0]}",
                 file=target,
-                remedy="Name another place, or empty this one.",
+                remedy="Name a place where nothing is yet.",
             )
         work = cls(target, replaces=finished)
         if not finished or overwrite:
