@@ -46,6 +46,9 @@ def verify(
             f"{shards}: {'intact' if report.intact else count(len(report.faults), 'fault')} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
+        if report.faults and report.files and against is None:
+            remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
+            click.echo(f"shardprep: note: {remedy}", err=True)
     context.exit(0 if report.intact else 1)
 
 
