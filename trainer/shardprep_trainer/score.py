@@ -266,7 +266,7 @@ def score(
     help="Trials to draw, half of them of one speaker; 0 for none.  [default: up to "
     f"{2 * _DRAWN:,}]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides which are drawn.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the draw of trials.")
 @click.option("--as-norm", "normalized", is_flag=True, help="Normalise scores (AS-norm).")
 @click.option(
     "--cohort-size",
