@@ -251,7 +251,13 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 def test_a_run_without_the_checkpoint_asked_for_says_what_to_do(run: Path, tmp_path: Path) -> None:
     (run / BEST).unlink()
     assert "take --checkpoint last" in predict(run).stderr
-    assert "train first: shardprep train" in predict(tmp_path / "empty").stderr
+    (tmp_path / "empty").mkdir()
+    assert "no best checkpoint; train first: shardprep train" in predict(tmp_path / "empty").stderr
+    assert "the folder does not exist; name that of a run" in predict(tmp_path / "none").stderr
+
+
+def test_the_folder_of_the_runs_is_answered_with_their_names(run: Path) -> None:
+    assert f"name one of the runs in it: {run}\n" in predict(run.parent).stderr
 
 
 def write(path: Path, *rows: str) -> Path:

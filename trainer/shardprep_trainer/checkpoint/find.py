@@ -8,6 +8,8 @@ from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.checkpoint.model_folder import WEIGHTS
 from shardprep_trainer.errors import CheckpointError
 
+_MOST_RUNS = 10
+
 
 def find_checkpoint(place: Path, choice: str = "best") -> Path:
     """The file to load.
@@ -32,7 +34,12 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
     if choice == "last" and newest is not None:
         return newest
     remedy = "train first: shardprep train"
-    if (folder.folder / "best.pt").exists():
+    runs = [str(file.parents[1]) for file in sorted(place.glob(f"*/model/{WEIGHTS}"))]
+    if not place.exists():
+        remedy = f"the folder does not exist; name that of a run, or {remedy}"
+    elif runs:
+        remedy = f"name one of the runs in it: {', '.join(runs[:_MOST_RUNS])}"
+    elif (folder.folder / "best.pt").exists():
         remedy = "best.pt is of version 0.1.0, which this version does not read: train again"
     elif choice == "best" and newest is not None:
         remedy = f"it has not been validated yet: take --checkpoint last, or {newest}"
