@@ -24,6 +24,7 @@ MOST_SHOWN = 300
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TOO_LARGE = "Split the data set into several, or remove from the file what is not needed."
+_USUAL_NAME = "Dataset"
 _HOMEWORK = "The folder must have the layout of the homework: metadata.json beside the .pt files."
 
 
@@ -101,7 +102,9 @@ def _read_json(
             raise SourceError("is larger than its files account for", file=path, remedy=_TOO_LARGE)
         content = json.loads(data, object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
-        raise SourceError("does not exist", file=path, remedy=_HOMEWORK) from None
+        inner = name == METADATA and _has(files, f"{_USUAL_NAME}/{METADATA}")
+        remedy = f"Name {folder / _USUAL_NAME}, which has one." if inner else _HOMEWORK
+        raise SourceError("does not exist", file=path, remedy=remedy) from None
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:

@@ -48,6 +48,11 @@ def into_folder(root: Path) -> None:
     (root / META).mkdir()
 
 
+def one_folder_deeper(root: Path) -> None:
+    (root / "Dataset").mkdir()
+    (root / META).rename(root / "Dataset" / META)
+
+
 def surrogate_speaker(root: Path) -> None:
     change(META, speakers={"\ud800": []})(root)
     (root / MAPPING).unlink()
@@ -57,6 +62,7 @@ NUMBERS = "does not number its 2 speakers 0 to 1"
 
 FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
     "no metadata": (lambda root: (root / META).unlink(), META, "does not exist. The folder must"),
+    "the folder above": (one_folder_deeper, META, "Dataset, which has one."),
     "metadata a folder": (into_folder, META, "cannot be read"),
     "empty": (text(META, ""), META, "is not valid JSON"),
     "broken JSON": (text(META, '{"n_mels": 40, "speakers": {'), META, "is not valid JSON"),
