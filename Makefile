@@ -35,6 +35,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-slow test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV), some gigabytes; pip says nothing for minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

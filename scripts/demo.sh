@@ -21,9 +21,8 @@ if [ -z "${DATA:-}" ]; then
     "$BIN/python" -m scripts.synthetic "$DATA" --seed 0
   }
 fi
-dataset=$DATA
-[ -f "$dataset/metadata.json" ] || dataset=$DATA/Dataset
-labels=$dataset/../test_labels.csv
+dataset=$DATA labels=$DATA/../test_labels.csv
+[ -f "$dataset/metadata.json" ] || dataset=$DATA/Dataset labels=$DATA/test_labels.csv
 
 step "shardprep build"
 rm -rf "$work/shards" "$work/runs"
@@ -52,3 +51,6 @@ else
 fi
 step "Done: $work/submission.csv, and the run in $work/runs/demo"
 head -3 "$work/submission.csv"
+if [ "$DATA" = "$work/synthetic" ]; then
+  echo "Test utterances come from other recordings than those of train and val, so fewer are right."
+fi
