@@ -62,6 +62,12 @@ def test_a_model_is_found_by_its_run_its_folder_and_its_file(
         assert find_checkpoint(Path("elsewhere"), str(place)) == file
 
 
+def test_a_run_may_have_the_name_of_a_file(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    run = tmp_path / "v1.pt"
+    write_model(run / "model", checkpoint)
+    assert find_checkpoint(run) == run / "model" / "model.safetensors"
+
+
 def test_a_run_of_version_0_1_0_is_refused_by_name(tmp_path: Path) -> None:
     best = tmp_path / "checkpoints" / "best.pt"
     best.parent.mkdir()

@@ -23,7 +23,9 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
     """
     if choice not in ("best", "last"):
         return find_checkpoint(Path(choice))
-    if place.is_file() or place.suffix in (".pt", Path(WEIGHTS).suffix):
+    # A file that is missing is for its reader to report. A run may have a name like v1.pt.
+    named = place.suffix in (".pt", Path(WEIGHTS).suffix)
+    if place.is_file() or (named and not place.is_dir()):
         return place
     if choice == "best" and (place / WEIGHTS).exists():
         return place / WEIGHTS
