@@ -55,7 +55,11 @@ class AnnouncedCommand(click.Command):
 
 def _summary(module: str) -> str:
     """What the first line of a module's docstring says before a colon, from the module's file."""
-    found = find_spec(module)
+    try:
+        found = find_spec(module)
+    # An uninstalled package may leave its entry points behind.
+    except ModuleNotFoundError:
+        return ""
     if found is None or found.origin is None:
         return ""
     source = Path(found.origin).read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from shardprep.cli.announced import announced_commands
+
 COMMANDS = ["embed", "export", "predict", "score", "train"]
 
 # Stands for an environment without these packages: importing them fails.
@@ -81,3 +83,16 @@ def test_exit_codes_are_those_of_the_command(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_entry_point_without_its_package_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "gone-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gone\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[shardprep.commands]\ngone = gone.command:main\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = announced_commands()
+    assert commands.keys() == {*COMMANDS, "gone"}
+    assert commands["gone"].get_short_help_str() == ""
