@@ -24,6 +24,8 @@ from .read.shard_set import open_shards as open_shards
 from .read.split import Split as Split
 from .read.webdataset import stream as stream
 from .storage.local import publish as publish
+from .storage.lock import LockHeldError as LockHeldError
+from .storage.lock import hold_lock as hold_lock
 from .storage.remote import Remote as Remote
 from .storage.remote import locate as locate
 

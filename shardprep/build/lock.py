@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 from shardprep.errors import BuildError
 from shardprep.format.manifest import REPAIR_FOLDER, WORK_FOLDER
+from shardprep.storage.lock import LockHeldError, hold_lock
 
 _LOCK_NAME = "lock"
 
@@ -33,24 +32,19 @@ def locked(target: Path) -> Iterator[Path]:
                 file=path,
                 remedy="Remove it.",
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    # A lock of the operating system: it ends with the process, however the process ends.
-    lock = filelock.FileLock(folder / _LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BuildError(
-            "another build or repair is running in this folder",
-            file=target,
-            remedy="Wait for it to end.",
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(hold_lock(folder / _LOCK_NAME))
+        except LockHeldError as error:
+            raise BuildError(
+                f"another build or repair is running in this folder: it {error.what}",
+                file=target,
+                remedy=error.remedy,
+            ) from None
         yield folder
-    finally:
-        lock.release()
 
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a work folder that contains nothing but the lock; the caller holds the lock."""
-    if all(path.name == _LOCK_NAME for path in folder.iterdir()):
+    if all(path.name.startswith(_LOCK_NAME) for path in folder.iterdir()):
         shutil.rmtree(folder)

@@ -191,11 +191,11 @@ def held(shards: Path) -> Iterator[None]:
 def test_second_build_is_refused_while_the_first_runs(
     source: Path, tmp_path: Path, unfinished: Path, build: Build, contents: Contents
 ) -> None:
-    before = contents(unfinished)
     with held(unfinished):
+        before = contents(unfinished)
         for overwrite in (False, True):
             with pytest.raises(
-                BuildError, match="another build or repair is running in this folder"
+                BuildError, match=r"another build .* in this folder: it is in use by process \d+ on"
             ):
                 build(source, unfinished, overwrite=overwrite, **OPTIONS)
         assert contents(unfinished) == before

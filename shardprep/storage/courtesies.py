@@ -1,0 +1,36 @@
+"""What a file system may refuse without harm to the data; a note says where a promise weakens."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+_log = logging.getLogger("shardprep")
+
+NOT_HERE = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EINVAL", "ENODEV", "ENOSYS", "ENOTSUP", "ENOTTY", "EOPNOTSUPP", "EPERM")
+    if hasattr(errno, name)
+)
+"""Errors of a file system that does not have a call, or does not permit it to anybody."""
+
+_noted: set[str] = set()
+_silent = False
+
+
+def note_once(promise: str, text: str) -> None:
+    """Log that a promise is weaker here than elsewhere, once in this process.
+
+    Args:
+        promise: Which promise; a second note of the same one is left out.
+        text: What the file system lacks, and what follows.
+    """
+    if promise not in _noted and not _silent:
+        _noted.add(promise)
+        _log.warning("note: %s", text)
+
+
+def silence_notes() -> None:
+    """Log no notes in this process; for a worker, whose parent logs the same ones."""
+    global _silent
+    _silent = True
