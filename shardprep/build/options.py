@@ -85,7 +85,7 @@ class BuildOptions:
 
 def options_of(manifest: Manifest) -> BuildOptions:
     """The options of the build that made a set, if they decide its bytes; else the defaults."""
-    build, codec = manifest.build, manifest.codec
+    build, codec = manifest.build or BuildOptions().record, manifest.codec
     return BuildOptions(
         dtype=manifest.dtype,
         codec=codec.name,

@@ -1,7 +1,7 @@
 """Write one shard: a plain POSIX tar of the utterances that the plan puts into it.
 
-The members of an utterance are adjacent: KEY.mel.npy (or .mel.npy.zst), KEY.cls (the label, if it
-is known) and KEY.json. Times, owners and modes are fixed, so equal contents are equal bytes.
+The members of an utterance are adjacent: KEY.mel.npy (or .mel.npy.zst), KEY.cls (the label, -1
+where unknown) and KEY.json. Times, owners and modes are fixed, so equal contents are equal bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from shardprep.build.plan import ShardTask
 from shardprep.format import codecs
-from shardprep.format.index import NO_LABEL, IndexRow
+from shardprep.format.index import IndexRow
 from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
 from shardprep.format.manifest import CodecInfo, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
@@ -176,9 +176,14 @@ def encode_file(
 def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
     """Append the members of an utterance; `payload` is its encoded matrix."""
     offset = tar.add(utterance.key + suffix, payload)
-    if utterance.label != NO_LABEL:
-        tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
-    about = {"frames": utterance.frames, "source": utterance.path, "speaker": utterance.speaker}
+    # The same members and JSON types in every split: Hugging Face `datasets` takes the columns of
+    # all splits from one.
+    tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
+    about = {
+        "frames": utterance.frames,
+        "source": utterance.path,
+        "speaker": utterance.speaker or "",
+    }
     tar.add(f"{utterance.key}.json", json.dumps(about, sort_keys=True).encode())
     return IndexRow(
         offset,

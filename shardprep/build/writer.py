@@ -266,6 +266,7 @@ def _publish_set(
         n_mels=source.n_mels,
         dtype=options.dtype,
         codec=options.codec_info,
+        features=None,
         speakers=source.speakers,
         splits=publish_indexes(work, records),
         rejects=publish_rejects(work, report.rejects),

@@ -175,7 +175,7 @@ class Repair:
         if REJECTS_NAME in self.damaged:
             self.report.notes.append(f"{REJECTS_NAME} was damaged: its readable lines are kept")
         origin = self.manifest.source_fingerprint
-        if lost:
+        if lost and origin is not None:
             # The set no longer has all of its source, and a build must not accept it as complete.
             listed = [origin, *(reject.file for reject in lost)]
             origin = hashlib.sha256("\n".join(listed).encode()).hexdigest()

@@ -44,16 +44,16 @@ def _rows(tar: io.BufferedReader, manifest: Manifest) -> Iterator[IndexRow]:
     members = walk(tar)
     for mel in members:
         key = mel.name.removesuffix(suffix)
-        about = next(members, None)
-        label = NO_LABEL
-        if about is not None and about.name == f"{key}.cls":
-            label, about = int(content(tar, about, _MOST_LABEL)), next(members, None)
-        if key == mel.name or about is None or about.name != f"{key}.json":
+        after = list(itertools.islice(members, 2))
+        names = [member.name for member in after]
+        if key == mel.name or names != [f"{key}.cls", f"{key}.json"]:
             raise tarfile.ReadError(f"{mel.name!a} is not the first member of an utterance")
+        label = int(content(tar, after[0], _MOST_LABEL))
         payload = content(tar, mel, mel.size)
         frames = len(codecs.decode(payload, manifest.codec))
         size = len(key.encode())
-        if "." in key or not 0 < size <= MAX_KEY_BYTES or not -1 <= label < len(manifest.speakers):
+        known = NO_LABEL <= label < len(manifest.speakers)
+        if "." in key or not 0 < size <= MAX_KEY_BYTES or not known:
             raise tarfile.ReadError(f"{mel.name!a} is not an utterance of this set")
         yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
 
@@ -102,16 +102,15 @@ def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
     try:
         key = row["key"].decode()
         offset, label = int(row["offset"]), int(row["label"])
-        mel, after, *_ = itertools.islice(walk(tar, offset - BLOCK), 2)
-        own_label = NO_LABEL
-        if after.name == f"{key}.cls":
-            own_label = int(content(tar, after, _MOST_LABEL))
+        mel, cls = itertools.islice(walk(tar, offset - BLOCK), 2)
         payload = content(tar, mel, mel.size)
         return (
             mel == (key + codecs.member_suffix(manifest.codec), offset, int(row["nbytes"]))
             and zlib.crc32(payload) == row["crc32"]
             and len(codecs.decode(payload, manifest.codec)) == row["frames"]
-            and label == own_label < len(manifest.speakers)
+            and cls.name == f"{key}.cls"
+            and label == int(content(tar, cls, _MOST_LABEL))
+            and NO_LABEL <= label < len(manifest.speakers)
         )
     except (OSError, tarfile.TarError, ValueError, OverflowError):
         return False

@@ -71,12 +71,11 @@ def _utterance_faults(
         faults.append("is at another place in the tar than the index says")
     elif zlib.crc32(content(tar, mel, mel.size)) != int(row["crc32"]):
         faults.append("the member's bytes do not match the crc32 in the index")
-    if label != NO_LABEL:
-        cls = _next(members)
-        if cls.name != f"{key}.cls" or content(tar, cls, _MOST_TEXT) != str(label).encode():
-            faults.append(f"{cls.name!a} is not the label {label}")
+    cls = _next(members)
+    if cls.name != f"{key}.cls" or content(tar, cls, _MOST_TEXT) != str(label).encode():
+        faults.append(f"{cls.name!a} is not the label {label}")
     json_member = _next(members)
-    speaker = None if label == NO_LABEL else manifest.speakers[label]
+    speaker = "" if label == NO_LABEL else manifest.speakers[label]
     try:
         found = json.loads(content(tar, json_member, _MOST_TEXT))
         expected = {"frames": int(split.frames[index]), "speaker": speaker}

@@ -1,4 +1,4 @@
-"""Shard format, version 1: the names of its files, and the manifest. FORMAT.md describes it."""
+"""Shard format, version 2: the names of its files, and the manifest. FORMAT.md describes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardprep.format.limits import (
 )
 
 FORMAT = "shardprep"
-VERSION = 1
+VERSION = 2
 
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -104,8 +104,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         speakers: Speaker names; the position is the label.
         splits: Split name to its contents.
         rejects: rejects.jsonl, where the build skipped anything.
-        source_fingerprint: SHA-256 over what was packed: keys, speakers, lengths, file sizes.
-        build: The options of the build.
+        features: The recipe from audio to mel, where it is known.
+        source_fingerprint: SHA-256 over what was packed: keys, speakers, lengths, file sizes; None
+            where no build of a data set made the set.
+        build: The options of the build; None likewise.
         fingerprint: SHA-256 over all fields above. They have the sha256 of every file of the
             set, so it stands for the contents of all files.
     """
@@ -115,11 +117,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     n_mels: int
     dtype: Literal["float16", "float32"]
     codec: CodecInfo
+    features: dict[str, str | int | float | bool | None] | None
     speakers: tuple[str, ...]
     splits: dict[str, SplitInfo]
     rejects: FileInfo | None
-    source_fingerprint: str
-    build: BuildRecord
+    source_fingerprint: str | None
+    build: BuildRecord | None
     fingerprint: str = ""
 
     @property
@@ -139,7 +142,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """An utterance that cannot be packed, and why; a line of rejects.jsonl.
+    """An entry of the data set that has no utterance of its own, and why; a line of rejects.jsonl.
 
     Attributes:
         file: The path as the metadata give it.
@@ -147,6 +150,8 @@ class Reject(msgspec.Struct, frozen=True):
         speaker: Speaker name, or None.
         split: "labelled" or "test".
         reason: What is wrong with it.
+        entry: Position in testdata.json; None for other splits, and where a repair has lost it.
+        repeats: Position of the earlier entry that lists the same file; None if there is none.
     """
 
     file: str
@@ -154,6 +159,8 @@ class Reject(msgspec.Struct, frozen=True):
     speaker: str | None
     split: str
     reason: str
+    entry: int | None = None
+    repeats: int | None = None
 
 
 def shard_name(split: str, number: int) -> str:
@@ -190,11 +197,21 @@ def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"is not a manifest ({error})", file=path, remedy=OTHER_RELEASE) from None
     if (name, version) != (FORMAT, VERSION):
+        folder = os.path.dirname(path) or "DST"
         raise FormatError(
             f"found format {name!r:.100} version {version!r:.100}, "
             f"expected {FORMAT!r} version {VERSION}",
             file=path,
-            remedy=OTHER_RELEASE,
+            remedy=f"Build the shards again: `shardprep build SRC {folder} --overwrite`."
+            if version == 1
+            else OTHER_RELEASE,
+        )
+    if bytes(head.get("dtype", b"")) == b'"uint8"':
+        raise FormatError(
+            "the elements are uint8, which this release cannot read yet",
+            file=path,
+            key="dtype",
+            remedy="Read the shards with a later release.",
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)

@@ -112,7 +112,8 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
         mel = codecs.decode(sample[found[0]], _CODECS[found[0]])
         about = json.loads(sample.get("json", b"{}"))
         label = int(sample.get("cls", NO_LABEL))
-        speaker = about.get("speaker")
+        # The type of a field is the same in every split: "" stands for no speaker.
+        speaker = about.get("speaker") or None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"cannot be decoded ({error})"[:300], file=url, key=key) from None
     return {

@@ -90,7 +90,7 @@ def unfinished(folder: Path) -> None:
 
 
 def other_version(folder: Path) -> None:
-    text = (folder / "manifest.json").read_text().replace('"version": 1', '"version": 9')
+    text = (folder / "manifest.json").read_text().replace('"version": 2', '"version": 9')
     (folder / "manifest.json").write_text(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from shardprep import FormatError, open_shards
+from shardprep import BuildOptions, FormatError, build_shards, open_shards
 from shardprep.format.index import index_dtype, is_index
 from shardprep.format.manifest import FileInfo, Manifest, decode_manifest, encode_manifest
 from shardprep.read.manifest_file import load_manifest
@@ -29,7 +30,7 @@ def test_manifest_survives_encoding_and_decoding(manifest: Manifest) -> None:
 
 def test_manifest_is_ordinary_json_with_the_counts_of_the_files(edge_set: Path) -> None:
     content = json.loads((edge_set / "manifest.json").read_text())
-    assert (content["format"], content["version"], content["n_mels"]) == ("shardprep", 1, 7)
+    assert (content["format"], content["version"], content["n_mels"]) == ("shardprep", 2, 7)
     assert content["speakers"] == ["ann", "bob", "cleo"]
     for name, split in content["splits"].items():
         rows = np.load(edge_set / split["index"]["file"])
@@ -42,10 +43,15 @@ def test_manifest_is_ordinary_json_with_the_counts_of_the_files(edge_set: Path) 
 @pytest.mark.parametrize(
     ("field", "value", "found"),
     [
-        ("version", 2, "found format 'shardprep' version 2, expected 'shardprep' version 1"),
-        ("version", "1", "version '1', expected 'shardprep' version 1"),
-        ("version", None, "version None, expected 'shardprep' version 1"),
-        ("format", "mds", "found format 'mds' version 1, expected 'shardprep' version 1"),
+        ("version", 3, "found format 'shardprep' version 3, expected 'shardprep' version 2"),
+        ("version", "2", "version '2', expected 'shardprep' version 2"),
+        ("version", None, "version None, expected 'shardprep' version 2"),
+        ("format", "mds", "found format 'mds' version 2, expected 'shardprep' version 2"),
+        (
+            "dtype",
+            "uint8",
+            "the elements are uint8, which this release cannot read yet",
+        ),
     ],
 )
 def test_other_format_or_version_is_refused_with_found_and_expected(
@@ -57,6 +63,38 @@ def test_other_format_or_version_is_refused_with_found_and_expected(
         open_shards(tmp_path)
     assert caught.value.file == str(tmp_path / "manifest.json")
     assert caught.value.remedy
+
+
+def test_version_1_is_refused_with_the_command_that_builds_anew(
+    edge_source: Path, edge_set: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "shards"
+    shutil.copytree(edge_set, old)
+    content = json.loads((old / "manifest.json").read_text())
+    del content["features"]
+    (old / "manifest.json").write_text(json.dumps({**content, "version": 1}))
+    with pytest.raises(FormatError, match="version 1, expected 'shardprep' version 2") as caught:
+        open_shards(old)
+    assert caught.value.remedy is not None
+    command = caught.value.remedy.split("`")[1].replace("SRC", str(edge_source)).split()
+    assert command == ["shardprep", "build", str(edge_source), str(old), "--overwrite"]
+    build_shards(edge_source, old, BuildOptions(workers=1, overwrite=True))
+    assert open_shards(old).manifest.version == 2
+
+
+def test_features_are_null_or_a_flat_object_that_readers_keep(manifest: Manifest) -> None:
+    assert manifest.features is None
+    recipe = {"sample_rate": 16000, "window": "hann", "floor": 1e-9, "normalised": False, "x": None}
+    known = msgspec.structs.replace(manifest, features=recipe)
+    assert decode_manifest(encode_manifest(known), Path("m")).features == recipe
+    nested = msgspec.structs.replace(manifest, features={"stft": {"hop": 160}})  # type: ignore[dict-item]
+    with pytest.raises(FormatError, match="features"):
+        decode_manifest(encode_manifest(nested), Path("m"))
+
+
+def test_a_set_that_no_build_made_is_read_without_build_and_source(manifest: Manifest) -> None:
+    written = msgspec.structs.replace(manifest, build=None, source_fingerprint=None)
+    assert decode_manifest(encode_manifest(written), Path("m")).build is None
 
 
 def test_every_flipped_bit_is_refused(manifest: Manifest) -> None:
@@ -83,9 +121,9 @@ def test_edit_by_hand_is_reported_as_altered(manifest: Manifest) -> None:
         b"null",
         b"\xff\xfe",
         b'{"format": "shard\xffprep"}',
-        b'{"format": "shardprep", "version": 1}',
-        b'{"format": "shardprep", "version": 1, "n_mels": "many"}',
-        b'{"format": "shardprep", "version": 1, "n_mels": ' + b"[" * 100_000,
+        b'{"format": "shardprep", "version": 2}',
+        b'{"format": "shardprep", "version": 2, "n_mels": "many"}',
+        b'{"format": "shardprep", "version": 2, "n_mels": ' + b"[" * 100_000,
     ],
     ids=range(9),
 )
