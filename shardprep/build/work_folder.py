@@ -41,9 +41,9 @@ from shardprep.storage.local import (
     publish_bytes,
     read_at_most,
     sha256_of,
-    storage_errors,
     sync_folder,
 )
+from shardprep.storage.trouble import storage_errors
 
 # Most bytes in the record of a shard for each utterance.
 _MOST_RECORD = 1 << 14

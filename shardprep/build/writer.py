@@ -31,8 +31,8 @@ from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.dataset import Source, scan_dataset, source_error
 from shardprep.source.metadata import METADATA
-from shardprep.storage.local import storage_errors
 from shardprep.storage.remote import Location, Remote, locate, modified_ns
+from shardprep.storage.trouble import storage_errors
 
 _CLOCKS_DIFFER_NS = 60 * 10**9
 

@@ -18,8 +18,9 @@ from shardprep.cache.folder import ROOM, CacheFolder, Held, NoRoomError
 from shardprep.cache.threads import BackgroundThreads
 from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
-from shardprep.storage.local import sha256_of, storage_errors
+from shardprep.storage.local import sha256_of
 from shardprep.storage.remote import PATIENCE, Remote
+from shardprep.storage.trouble import storage_errors
 
 _log = logging.getLogger("shardprep")
 

@@ -32,10 +32,10 @@ from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.split import Split
 from shardprep.storage.local import (
-    storage_errors,
     sync_folder,
 )
 from shardprep.storage.remote import locate
+from shardprep.storage.trouble import storage_errors
 
 
 def repair_shards(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import StorageError
 from shardprep.format.limits import MAX_INFLATION
 from shardprep.source.pt_tensor import read_tensor
 from shardprep.storage.local import open_regular
+from shardprep.storage.trouble import machine_errors
 
-# Errors that may pass: such a file must not be left out of the set.
-_NOT_THE_FILE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 # A file may have eight times the bytes of its matrix in float64, and 16 MiB around the matrix.
 _MOST_TIMES, _MOST_ITEMSIZE, _MOST_AROUND = 8, 8, 16 << 20
 
@@ -37,7 +34,7 @@ def load_features(file: Path | bytes, *, n_mels: int, frames: int) -> NDArray[np
         ValueError: What is wrong with the file, in words for `Reject.reason`.
         StorageError: The machine, not the file, is at fault; a later try may succeed.
     """
-    with _machine_or_file(file):
+    with _file_faults(file):
         data = file if isinstance(file, bytes) else _read(file, n_mels, frames)
         check_file_size(len(data), n_mels=n_mels, frames=frames)
         stored = read_tensor(data)
@@ -73,17 +70,12 @@ def _read(path: Path, n_mels: int, frames: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _machine_or_file(file: Path | bytes) -> Iterator[None]:
-    """Turn an error of the machine into a StorageError, and one of the file into a ValueError."""
+def _file_faults(file: Path | bytes) -> Iterator[None]:
+    """An error of the file becomes a ValueError, and trouble of the machine a StorageError."""
     try:
-        yield
-    except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or error.errno in _NOT_THE_FILE:
-            raise StorageError(
-                f"cannot be read: {error}",
-                file=None if isinstance(file, bytes) else file,
-                remedy="Check the disk and the memory, then run the same command again.",
-            ) from error
+        with machine_errors(None if isinstance(file, bytes) else file):
+            yield
+    except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 

@@ -9,7 +9,7 @@ _log = logging.getLogger("shardprep")
 
 NOT_HERE = frozenset(
     getattr(errno, name)
-    for name in ("EACCES", "EINVAL", "ENODEV", "ENOSYS", "ENOTSUP", "ENOTTY", "EOPNOTSUPP", "EPERM")
+    for name in ("EACCES", "EINVAL", "ENOSYS", "ENOTSUP", "ENOTTY", "EOPNOTSUPP", "EPERM")
     if hasattr(errno, name)
 )
 """Errors of a file system that does not have a call, or does not permit it to anybody."""

@@ -7,28 +7,17 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from shardprep.errors import StorageError
+from shardprep.storage.courtesies import NOT_HERE, note_once
+from shardprep.storage.trouble import BadPlaceError, FileFault, storage_errors
 
 _BLOCK = 1 << 20
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system error about `path` into a StorageError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            error.strerror or str(error),
-            file=error.filename or path,
-            remedy="Check free space and permissions, then run the same command again.",
-        ) from error
 
 
 @contextlib.contextmanager
@@ -57,8 +46,8 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
             with os.fdopen(handle, "wb", buffering=_BLOCK) as file:
                 yield file
                 file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                os.fsync(file.fileno())
+                _open_to_others(file.fileno())
+                _flush(file.fileno(), path)
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -74,12 +63,70 @@ def publish_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder (new names, removed names) to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush the entries of a folder (new names, removed names) to the disk.
+
+    Some file systems cannot (CIFS, vboxsf, WSL on a share), and some let nobody open a folder. Then
+    a note says so.
+    """
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NOT_HERE:
+            raise
+        _note_unflushed(folder, error)
+        return
+    try:
+        _flush(handle, folder)
     finally:
         os.close(handle)
+
+
+def _flush(handle: int, path: Path) -> None:
+    """Flush an open file or folder to the disk, if its file system can do that."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_HERE:
+            raise
+        _note_unflushed(path, error)
+
+
+def _note_unflushed(path: Path, error: OSError) -> None:
+    note_once(
+        "flush",
+        f"the file system of {path} cannot flush it to the disk ({error.strerror}): what is "
+        "written there may not survive a power cut",
+    )
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a complete file another name, in place of a file that has it.
+
+    Raises:
+        OSError: The file cannot be moved. It is where it was.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        # Some file systems are several disks behind one mount.
+        if error.errno != errno.EXDEV:
+            raise
+        with publish(target) as file, open_regular(source) as contents:
+            shutil.copyfileobj(contents, file, _BLOCK)
+        source.unlink()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or a folder of this name, or what a link leads to.
+
+    Raises:
+        OSError: Nobody can tell; `Path.exists` of newer Pythons says no.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def fetch(path: str | os.PathLike[str]) -> None:
@@ -95,32 +142,66 @@ def fetch(path: str | os.PathLike[str]) -> None:
             os.close(handle)
 
 
+_readinto = io.FileIO.readinto
+
+
+class _SecondLook(io.FileIO):
+    """A file whose reads are tried twice where the disk fails: some errors pass."""
+
+    def readinto(self, buffer: Any) -> Any:
+        """See `io.FileIO`. BadPlaceError if the disk fails again."""
+        try:
+            return _readinto(self, buffer)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        try:
+            return _readinto(self, buffer)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise BadPlaceError(os.fspath(self.name), self.tell()) from error
+
+
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file for reading.
+    """Open a regular file for reading; where the disk fails, each read is tried twice.
 
     Raises:
-        OSError: The file cannot be opened, or is a pipe, a device or a folder. Those could keep
-            their reader waiting, or never end.
+        FileFault: It is a pipe, a device or a folder. Those could keep their reader waiting, or
+            never end.
+        OSError: The file cannot be opened.
     """
     # Without O_NONBLOCK, to open a pipe waits for a writer.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
-    return io.BufferedReader(io.FileIO(handle))
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = _SecondLook(path, opener=lambda name, _: os.open(name, flags))
+    except OSError as error:
+        # A folder; or a socket, which cannot be opened.
+        if error.errno in (errno.EISDIR, errno.ENXIO) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise _not_regular(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _not_regular(path)
+    return io.BufferedReader(file)
+
+
+def _not_regular(path: str | os.PathLike[str]) -> FileFault:
+    return FileFault(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:
     """The bytes of a regular file of at most `most` bytes.
 
     Raises:
-        OSError: The file cannot be read, is larger, or is not a regular file.
+        FileFault: The file is larger, or is not a regular file.
+        OSError: The file cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             what = f"it has {size} bytes, more than the {most} that such a file may have"
-            raise OSError(errno.EFBIG, what, os.fspath(path))
+            raise FileFault(errno.EFBIG, what, os.fspath(path))
         return file.read(size)
 
 
@@ -128,6 +209,16 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex digits. OSError if it is no regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_to_others(handle: int) -> None:
+    """Give a temporary file, which is its owner's alone, the permissions of an ordinary file."""
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+    except OSError as error:
+        # The permissions of all files follow from the mount.
+        if error.errno not in NOT_HERE:
+            raise
 
 
 def _umask() -> int:

@@ -22,7 +22,7 @@ import msgspec
 
 from shardprep.errors import StorageError
 from shardprep.storage.courtesies import NOT_HERE, note_once
-from shardprep.storage.local import storage_errors
+from shardprep.storage.trouble import storage_errors
 
 fcntl: Any
 try:
@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows has no flock.
     fcntl = None
 
-_NO_LOCKS = NOT_HERE | {errno.ENOLCK}
+_NO_LOCKS = NOT_HERE | {errno.ENOLCK, errno.ENODEV}
 _SUFFIX = ".holder"
 _FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 # More bytes than a holder takes.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from shardprep.errors import StorageError
 from shardprep.storage.connections import filesystem, timed
 from shardprep.storage.failures import AFTER_THE_END, http_status, in_words, may_pass
-from shardprep.storage.local import storage_errors
+from shardprep.storage.trouble import NO_SPACE, OF_PROCESS, remedy_of, storage_errors
 
 # fsspec and tenacity take a while to import, and a set in a folder needs neither.
 if TYPE_CHECKING:
@@ -153,8 +153,10 @@ class Remote:
         its last part.
         """
         self.check_writable()
-        here = Path(tempfile.gettempdir())
-        with storage_errors(here), tempfile.NamedTemporaryFile(prefix="shardprep-") as file:
+        with (
+            storage_errors(os.environ.get("TMPDIR", "/tmp")),
+            tempfile.NamedTemporaryFile(prefix="shardprep-") as file,
+        ):
             yield file  # type: ignore[misc]
             file.flush()
             seconds = CALL_SECONDS + os.path.getsize(file.name) / _SLOWEST_UPLOAD
@@ -215,11 +217,16 @@ class Remote:
             raise
         except Exception as error:
             waited = f" for {self.patience:.0f} s" if may_pass(error) else ""
+            remedy = (
+                "Check the address, the credentials and the network, then run the same command "
+                "again."
+            )
+            if isinstance(error, OSError) and error.errno in OF_PROCESS | NO_SPACE:
+                remedy = remedy_of(error)
             raise StorageError(
                 f"the store refused or gave no answer{waited} ({in_words(error)})",
                 file=self,
-                remedy="Check the address, the credentials and the network, then run the same "
-                "command again.",
+                remedy=remedy,
             ) from error
 
     def _warn(self, state: tenacity.RetryCallState) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from shardprep import BuildOptions, BuildReport, Split, build_shards, open_shards
+from shardprep.storage import local
 
 # From one frame up, around the lengths of a zstd chunk (64) and of a segment (128).
 EDGE_LENGTHS = (1, 2, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 300, 517)
@@ -191,3 +195,32 @@ def contents() -> Callable[[Path], dict[str, str]]:
         }
 
     return read
+
+
+@pytest.fixture
+def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`failing_disk(name, places)`: reads of files of a name fail at these bytes with EIO.
+
+    As a disk does, a read that begins before such a byte ends there; `times` limits the failures,
+    and `code` is another error.
+    """
+
+    def install(
+        name: str, places: Container[int], *, times: int = 1 << 30, code: int = errno.EIO
+    ) -> None:
+        original, left = local._readinto, times
+
+        def readinto(file: io.FileIO, buffer: Any) -> Any:
+            nonlocal left
+            if not str(file.name).endswith(name) or not left:
+                return original(file, buffer)
+            begin, view = file.tell(), memoryview(buffer).cast("B")
+            bad = next((at for at in range(begin, begin + len(view)) if at in places), None)
+            if bad == begin:
+                left -= 1
+                raise OSError(code, os.strerror(code), str(file.name))
+            return original(file, view if bad is None else view[: bad - begin])
+
+        monkeypatch.setattr(local, "_readinto", readinto)
+
+    return install

@@ -236,7 +236,7 @@ def test_failing_disk_at_any_step_is_a_storage_error_and_the_build_continues(
         with injuries.refusing(step, number, 4096):
             fault = storage_fault(build, small_source, shards)
         if fault is not None:
-            assert f"{os.strerror(number)}. Check free space" in fault
+            assert f"{os.strerror(number)}. " in fault
             refused += 1
             if shards.exists():
                 assert_final_names_are_complete(shards)
@@ -267,7 +267,7 @@ def test_build_on_a_full_disk_continues_when_there_is_room(
     command = [sys.executable, "-m", "shardprep", "build", small_source, shards, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 6
-    assert "No space left on device. Check free space" in done.stderr
+    assert "No space left on device. The disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (shards / "manifest.json").exists()
     (small_disk / "ballast").unlink()

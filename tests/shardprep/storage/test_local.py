@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from shardprep import StorageError
+from shardprep.storage import courtesies
 from shardprep.storage.local import (
     fetch,
+    move,
     open_regular,
     publish,
     publish_bytes,
@@ -60,7 +62,7 @@ def test_full_disk_is_a_storage_error_that_names_the_file(
 
     monkeypatch.setattr(os, call, refuse)
     path = tmp_path / "shard.tar"
-    with pytest.raises(StorageError, match=r"shard\.tar: No space left on device\. Check"):
+    with pytest.raises(StorageError, match=r"shard\.tar: No space left on device\. The disk"):
         publish_bytes(path, b"data")
     assert list(tmp_path.iterdir()) == []
 
@@ -86,6 +88,84 @@ def test_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(
         monkeypatch.setattr(os, name, spy(name, getattr(os, name)))
     publish_bytes(tmp_path / "shard.tar", b"bytes")
     assert calls == ["fsync file", "replace", "fsync folder"]
+
+
+# What a file system says that cannot do something, and what it says when it fails to do it.
+LACKING = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)
+FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE)
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`refuse(call, code, folders)`: a call of `os` fails, for folders or for files."""
+    monkeypatch.setattr(courtesies, "_noted", set())
+
+    def install(call: str, code: int, *, folders: bool) -> None:
+        original = getattr(os, call)
+
+        def refusing(target: Any, *arguments: Any, **options: Any) -> Any:
+            path = f"/proc/self/fd/{target}" if isinstance(target, int) else target
+            if os.path.isdir(path) == folders:
+                raise OSError(code, os.strerror(code))
+            return original(target, *arguments, **options)
+
+        monkeypatch.setattr(os, call, refusing)
+
+    return install
+
+
+@pytest.mark.parametrize("code", LACKING, ids=lambda code: errno.errorcode[code])
+@pytest.mark.parametrize(
+    ("call", "folders", "notes"),
+    [("fsync", True, 1), ("fsync", False, 1), ("open", True, 1), ("fchmod", False, 0)],
+)
+def test_a_courtesy_that_a_file_system_lacks_is_passed_over_with_one_note(
+    tmp_path: Path,
+    refuse: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    call: str,
+    folders: bool,
+    notes: int,
+) -> None:
+    refuse(call, code, folders=folders)
+    for name in ("a", "b"):
+        publish_bytes(tmp_path / name, b"data")
+        assert (tmp_path / name).read_bytes() == b"data"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == notes
+    assert all("may not survive a power cut" in note for note in said)
+
+
+@pytest.mark.parametrize("code", FAILING, ids=lambda code: errno.errorcode[code])
+@pytest.mark.parametrize(
+    ("call", "folders"), [("fsync", True), ("fsync", False), ("open", True), ("fchmod", False)]
+)
+def test_a_failure_is_not_taken_for_a_lack(
+    tmp_path: Path, refuse: Callable[..., None], code: int, call: str, folders: bool
+) -> None:
+    refuse(call, code, folders=folders)
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        publish_bytes(tmp_path / "a", b"data")
+
+
+def test_a_file_moves_between_the_disks_of_one_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").write_bytes(b"new")
+    (tmp_path / "a").write_bytes(b"old")
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "cross-device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    move(tmp_path / "other" / "a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "other"]
 
 
 def test_scratch_folder_takes_the_temporary_name(tmp_path: Path) -> None:
