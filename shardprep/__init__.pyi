@@ -16,6 +16,7 @@ from .errors import MissingExtraError as MissingExtraError
 from .errors import ShardprepError as ShardprepError
 from .errors import SourceError as SourceError
 from .errors import StorageError as StorageError
+from .format.entries import Entry as Entry
 from .format.manifest import Manifest as Manifest
 from .load.segments import SegmentLoader as SegmentLoader
 from .load.utterances import UtteranceLoader as UtteranceLoader

@@ -87,7 +87,14 @@ def write_shard(
             )
         except ValueError as fault:
             split = "test" if utterance.speaker is None else "labelled"
-            reject = Reject(utterance.path, utterance.key, utterance.speaker, split, str(fault))
+            reject = Reject(
+                utterance.path,
+                utterance.key,
+                utterance.speaker,
+                split,
+                str(fault),
+                utterance.entry,
+            )
             if not task.skip:
                 raise source_error(reject, task.root) from None
             rejects.append(reject)

@@ -122,6 +122,7 @@ def is_of(record: ShardRecord, task: ShardTask) -> bool:
         and record.info.samples == len(keys) == len(set(keys))
         and record.info.frames == sum(row.frames for row in record.rows)
         and {*keys, *(reject.key for reject in record.rejects)} == planned.keys()
+        and all(reject.entry == planned[reject.key].entry for reject in record.rejects)
         and all(
             (row.frames, row.label) == (planned[row.key].frames, planned[row.key].label)
             and min(row.offset, row.nbytes, row.crc32) >= 0
@@ -154,7 +155,7 @@ def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, Spl
 
 
 def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
-    """Write rejects.jsonl, if there are rejects; returns its entry in the manifest."""
+    """Write rejects.jsonl, if it has lines; returns its entry in the manifest."""
     if not rejects:
         return None
     lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)

@@ -30,7 +30,7 @@ from shardprep.read.files import files_at
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.dataset import Source, scan_dataset, source_error
-from shardprep.source.metadata import METADATA
+from shardprep.source.metadata import METADATA, TESTDATA
 from shardprep.storage.remote import Location, Remote, locate, modified_ns
 from shardprep.storage.trouble import storage_errors
 
@@ -56,6 +56,7 @@ class BuildReport:
         splits: Totals by split.
         speakers: Number of speakers.
         rejects: Utterances that were left out.
+        repeats: Entries of testdata.json that list the file of an earlier entry again.
         notes: What a user should know about the result.
         shards_kept: Number of shards taken over from an unfinished build.
         up_to_date: Whether the set was there already, from the same source and options.
@@ -69,6 +70,7 @@ class BuildReport:
     splits: dict[str, SplitReport] = field(default_factory=dict)
     speakers: int = 0
     rejects: list[Reject] = field(default_factory=list)
+    repeats: list[Reject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shards_kept: int = 0
     up_to_date: bool = False
@@ -113,6 +115,13 @@ def build_shards(
     if not tasks:
         raise _nothing_to_pack(scanned)
     report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
+    report.repeats = list(scanned.repeats)
+    if report.repeats:
+        report.notes.append(
+            f"{len(report.repeats)} entries of {TESTDATA} list a file again, such as "
+            f"{report.repeats[0].file}; it is packed once, and each entry gets its row in "
+            "predictions"
+        )
     if options.dry_run:
         _count_read(report, tasks)
         pool = _pool(options, scanned.root, None)
@@ -196,7 +205,8 @@ def _report_finished(
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
-    report.rejects = list(read_rejects(files_at(target), manifest))
+    lines = read_rejects(files_at(target), manifest)
+    report.rejects = [line for line in lines if line.repeats is None]
 
 
 def _present(target: Location) -> tuple[dict[str, int], int]:
@@ -269,7 +279,7 @@ def _publish_set(
         features=None,
         speakers=source.speakers,
         splits=publish_indexes(work, records),
-        rejects=publish_rejects(work, report.rejects),
+        rejects=publish_rejects(work, [*report.rejects, *report.repeats]),
         source_fingerprint=source.fingerprint,
         build=options.record,
     )

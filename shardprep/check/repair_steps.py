@@ -24,6 +24,7 @@ from shardprep.check.report import RepairReport
 from shardprep.check.salvage_index import confirmed_rows, index_of_tar
 from shardprep.check.salvage_shard import SourcePayloads, rewrite_shard
 from shardprep.errors import BuildError, CorruptShardError, SourceError
+from shardprep.format.entries import row_positions
 from shardprep.format.index import index_bytes
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -145,7 +146,7 @@ class Repair:
             order = {task.plan.file: number for number, task in enumerate(tasks)}
             records.sort(key=lambda record: order[record.info.file])
             found = (reject for record in records for reject in record.rejects)
-            publish_rejects(self.work, [*scanned.rejects, *found])
+            publish_rejects(self.work, [*scanned.rejects, *found, *scanned.repeats])
             self._put(REJECTS_NAME)
 
     def restore_indexes(self) -> None:
@@ -169,11 +170,17 @@ class Repair:
         records, lost = self._without_damage()
         if not any(record.info.samples for record in records):
             raise BuildError("no utterance of the set is undamaged", file=self.folder)
-        self.report.lost += len(lost)
-        self.report.dropped.extend(lost)
         rejects = legible_rejects(self.folder, self.manifest)
         if REJECTS_NAME in self.damaged:
             self.report.notes.append(f"{REJECTS_NAME} was damaged: its readable lines are kept")
+        lost = self._with_positions(lost, rejects)
+        self.report.lost += len(lost)
+        self.report.dropped.extend(lost)
+        if any(line.split == "test" and line.entry is None for line in lost):
+            self.report.notes.append(
+                "the positions of lost test utterances in testdata.json are not known; their rows "
+                "of a submission come last"
+            )
         origin = self.manifest.source_fingerprint
         if lost and origin is not None:
             # The set no longer has all of its source, and a build must not accept it as complete.
@@ -216,6 +223,20 @@ class Repair:
                     lost.append(Reject(shard.file, "", None, name, reason))
                     self.report.lost += unnamed - 1
         return records, lost
+
+    def _with_positions(self, lost: list[Reject], rejects: list[Reject]) -> list[Reject]:
+        """The lost utterances with their positions in testdata.json, where these are known."""
+        test = self.manifest.splits.get("test")
+        if test is None or {test.index.file, REJECTS_NAME} & self.damaged:
+            return lost
+        keys = Split(FolderFiles(self.folder), "test", self.manifest).keys
+        position = dict(zip(map(str, keys), row_positions(len(keys), rejects), strict=True))
+        return [
+            msgspec.structs.replace(line, entry=position.get(line.key))
+            if line.split == "test"
+            else line
+            for line in lost
+        ]
 
     def _shards_of(self, name: str) -> Iterator[tuple[ShardInfo, NDArray[Any] | None]]:
         """The shards of a split with their index rows, None where the index is damaged."""

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -38,6 +38,9 @@ _MAX_COUNT = 2**40
 _MAX_BYTES = 2**56
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# In testdata.json.
+Position = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 OTHER_RELEASE = "Build the shards again, or read them with the release that made them."
 
@@ -159,8 +162,8 @@ class Reject(msgspec.Struct, frozen=True):
     speaker: str | None
     split: str
     reason: str
-    entry: int | None = None
-    repeats: int | None = None
+    entry: Position | None = None
+    repeats: Position | None = None
 
 
 def shard_name(split: str, number: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.errors import FormatError
+from shardprep.format.entries import Entry, merged_entries
 from shardprep.format.manifest import Manifest, Reject
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import read_rejects
@@ -44,12 +45,27 @@ class ShardSet(Mapping[str, Split]):
 
     @functools.cached_property
     def rejects(self) -> tuple[Reject, ...]:
-        """Utterances that the build left out, and why.
+        """Entries of the data set that have no utterance of their own, and why.
+
+        Those that the build left out, and entries of testdata.json that list a file again.
 
         Raises:
             CorruptShardError: rejects.jsonl is missing or damaged.
         """
         return read_rejects(self._files, self.manifest)
+
+    @functools.cached_property
+    def test_entries(self) -> tuple[Entry, ...]:
+        """Every entry of testdata.json in its order, with or without an utterance in the shards.
+
+            for entry in shard_set.test_entries:
+                entry.file, entry.index    # a file, and its position in shard_set["test"] or None
+
+        Raises:
+            CorruptShardError: The index of the split test or rejects.jsonl is missing or damaged.
+        """
+        keys = self["test"].keys.tolist() if "test" in self.manifest.splits else []
+        return merged_entries(keys, self.rejects)
 
     def fetch(self, split: str) -> list[Path]:
         """The shard files of a split on this machine, fetched if the set is behind a URL.

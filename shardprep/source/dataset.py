@@ -30,7 +30,14 @@ from shardprep.errors import SourceError
 from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL
 from shardprep.format.manifest import Reject
 from shardprep.source.listing import Listing, listing_of
-from shardprep.source.metadata import MAPPING, MOST_SHOWN, Metadata, is_unicode, read_metadata
+from shardprep.source.metadata import (
+    MAPPING,
+    MOST_SHOWN,
+    TESTDATA,
+    Metadata,
+    is_unicode,
+    read_metadata,
+)
 from shardprep.storage.remote import Location, locate
 
 # How many uses of a repeated file a reason lists; how many rejects a data set may have, far more
@@ -54,6 +61,7 @@ class Utterance(NamedTuple):
         nbytes: Size of the file in bytes.
         mtime_ns: When the file was modified [ns since the epoch], 0 if unknown; a resumed build
             finds by it that the file has changed.
+        entry: Position in testdata.json; None for the utterances of metadata.json.
     """
 
     key: str
@@ -63,6 +71,7 @@ class Utterance(NamedTuple):
     frames: int
     nbytes: int
     mtime_ns: int
+    entry: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Source:
         labelled: Utterances of metadata.json.
         test: Utterances of testdata.json, in its order.
         rejects: Utterances that cannot be packed.
+        repeats: Entries of testdata.json that list the file of an earlier entry again. They are no
+            fault: a test entry has no label that could be in doubt.
     """
 
     root: Location
@@ -84,6 +95,7 @@ class Source:
     labelled: tuple[Utterance, ...]
     test: tuple[Utterance, ...]
     rejects: tuple[Reject, ...]
+    repeats: tuple[Reject, ...] = ()
 
     @functools.cached_property
     def by_key(self) -> dict[str, Utterance]:
@@ -93,8 +105,9 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over speakers, utterances, lengths and file sizes."""
-        rows = [[*utterance[:-1]] for utterance in (*self.labelled, *self.test)]
-        listed = [self.n_mels, self.speakers, rows, [msgspec.to_builtins(r) for r in self.rejects]]
+        rows = [[*u._replace(mtime_ns=0)] for u in (*self.labelled, *self.test)]
+        lines = [msgspec.to_builtins(line) for line in (*self.rejects, *self.repeats)]
+        listed = [self.n_mels, self.speakers, rows, lines]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -112,8 +125,11 @@ class _Scan:
     uses: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
     rejects: list[Reject] = field(default_factory=list)
+    repeats: list[Reject] = field(default_factory=list)
 
-    def add(self, raw: Any, split: str, speaker: str | None, label: int) -> None:
+    def add(
+        self, raw: Any, split: str, speaker: str | None, label: int, number: int | None = None
+    ) -> None:
         path = raw.get("feature_path") if isinstance(raw, dict) else None
         shown = path[:MOST_SHOWN] if isinstance(path, str) else _shown(raw)
         key = ""
@@ -129,14 +145,16 @@ class _Scan:
         except (msgspec.ValidationError, ValueError) as error:
             # rejects.jsonl cannot hold a lone surrogate, which JSON can spell.
             shown = shown.encode(errors="backslashreplace").decode()
-            self._reject(Reject(shown, key, speaker, split, str(error)))
+            self._reject(Reject(shown, key, speaker, split, str(error), number))
             return
         self.uses[key] += 1
         if self.uses[key] > _MOST_REJECTS:
             raise SourceError(
                 f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
             )
-        self.found[split].append(Utterance(key, relative, speaker, label, entry.mel_len, *state))
+        self.found[split].append(
+            Utterance(key, relative, speaker, label, entry.mel_len, *state, number)
+        )
 
     def _reject(self, reject: Reject) -> None:
         self.rejects.append(reject)
@@ -145,22 +163,46 @@ class _Scan:
             error.what += f" (and {_MOST_REJECTS} more utterances are faulty)"
             raise error
 
-    def drop_repeated(self) -> None:
-        """Reject every use of a file that is listed more than once: its label is not certain."""
-        labels: dict[str, list[str]] = {}
+    def settle_repeated(self) -> None:
+        """Keep one use of a file that is listed again, or none if its label is in doubt."""
+        groups: dict[str, list[Utterance]] = {}
+        for utterance in (*self.found["test"], *self.found["labelled"]):
+            if self.uses[utterance.key] > 1:
+                groups.setdefault(utterance.key, []).append(utterance)
+        kept = {key: self._settle(uses) for key, uses in groups.items()}
         for split, utterances in self.found.items():
-            for utterance in utterances:
-                if self.uses[utterance.key] > 1:
-                    labels.setdefault(utterance.key, []).append(utterance.speaker or split)
-        for split, utterances in self.found.items():
-            for utterance in utterances:
-                if utterance.key in labels:
-                    listed = ", ".join(labels[utterance.key][:_MOST_LISTED])
-                    reason = f"the same file is listed {self.uses[utterance.key]} times: {listed}"
-                    self._reject(
-                        Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
-                    )
-            self.found[split] = [u for u in utterances if u.key not in labels]
+            self.found[split] = [u for u in utterances if u.key not in kept or kept[u.key] is u]
+
+    def _settle(self, uses: list[Utterance]) -> Utterance | None:
+        """The use of a file that is kept; the others become rejects or repeats."""
+        # A test entry, if there is one: its row in a submission is wanted, and it has no label.
+        first, *others = uses
+        if first.entry is None and len({use.speaker for use in uses}) > 1:
+            listed = ", ".join(str(use.speaker) for use in uses[:_MOST_LISTED])
+            reason = f"the same file is listed {len(uses)} times: {listed}"
+            for use in uses:
+                self._reject(_line(use, reason))
+            return None
+        for other in others:
+            if first.entry is None:
+                self._reject(_line(other, "the same speaker lists it again"))
+            elif other.entry is None:
+                reason = f"is entry {first.entry} of {TESTDATA} too, and stays in the test split"
+                self._reject(_line(other, reason))
+            elif other.frames != first.frames:
+                reason = f"mel_len is {other.frames}, but {first.frames} in entry {first.entry}"
+                self._reject(_line(other, reason))
+            else:
+                reason = f"listed again: the same file as entry {first.entry}"
+                self.repeats.append(_line(other, reason, first.entry))
+        return first
+
+
+def _line(utterance: Utterance, reason: str, repeats: int | None = None) -> Reject:
+    split = "labelled" if utterance.entry is None else "test"
+    return Reject(
+        utterance.path, utterance.key, utterance.speaker, split, reason, utterance.entry, repeats
+    )
 
 
 def source_error(reject: Reject, root: Location, remedy: str = _CORRECT) -> SourceError:
@@ -194,9 +236,9 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
     for speaker, entries in metadata.speakers.items():
         for entry in entries:
             scan.add(entry, "labelled", speaker, metadata.labels.get(speaker, NO_LABEL))
-    for entry in metadata.test:
-        scan.add(entry, "test", None, NO_LABEL)
-    scan.drop_repeated()
+    for number, entry in enumerate(metadata.test):
+        scan.add(entry, "test", None, NO_LABEL, number)
+    scan.settle_repeated()
     return Source(
         folder,
         metadata.n_mels,
@@ -204,6 +246,7 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
         tuple(scan.found["labelled"]),
         tuple(scan.found["test"]),
         tuple(scan.rejects),
+        tuple(sorted(scan.repeats, key=lambda line: line.entry or 0)),
     )
 
 

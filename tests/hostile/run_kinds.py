@@ -66,7 +66,7 @@ def read_shards(folder: Path, outcome: Outcome) -> None:
             outcome.attempt(split.segments, np.arange(len(split)), split.frames - 1, 100)
         outcome.attempt(stream_all, folder, name)
     if shard_set is not None:
-        outcome.attempt(getattr, shard_set, "rejects")
+        outcome.attempt(getattr, shard_set, "test_entries")
     report = outcome.attempt(shardprep.verify_shards, folder, deep=True)
     if report is not None:
         outcome.refusals.extend(f"{folder}: {fault}" for fault in report.faults)

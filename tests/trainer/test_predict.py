@@ -138,14 +138,14 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.csv"
-    write_submission(out, ["uttr-a"], ["id1"])
+    write_submission(out, [("uttr-a.pt", "id1")])
 
     def fail(source: str, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(shardprep.StorageError, match=r"out\.csv: No space"):
-        write_submission(out, ["uttr-b"], ["id2"])
+        write_submission(out, [("uttr-b.pt", "id2")])
     assert out.read_text() == "Id,Category\nuttr-a.pt,id1\n"
     assert os.listdir(tmp_path) == ["out.csv"]
 
@@ -180,10 +180,14 @@ def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
     assert result.exit_code == 0
     rows = [line.split(",")[0] for line in out.read_text().splitlines()[1:]]
     assert rows == [row["feature_path"] for row in listed if row["feature_path"] != lost]
-    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert "1 utterances" in notes[0]
-    assert str(folder / "rejects.jsonl") in notes[0]
-    assert notes[1].endswith(f": {lost}")
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert "1 utterances" in note
+    assert str(folder / "rejects.jsonl") in note
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert "1 of the 5 entries of testdata.json have no row" in warning
+    assert f"such as {lost} (the file does not exist)" in warning
+    assert "Kaggle refuses" in warning
+    assert "--fill SPEAKER" in warning
     labels = tmp_path / "test_labels.csv"
     scored = predict(run, "--shards", folder, "--out", out, "--labels", labels)
     assert scored.exit_code == 1
@@ -194,7 +198,61 @@ def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
         run, "--shards", folder, "--out", out, "--labels", labels, "--split", "val"
     ).stderr
     assert "was it made from another split?" in wrong
-    assert "test utterances" not in wrong
+    assert "warning" not in wrong
+
+
+@pytest.fixture
+def incomplete(tmp_path: Path, run: Path) -> tuple[Path, list[str]]:
+    """Shards of a data set whose third and fourth test entries have no utterance, and whose sixth
+    lists the second file again, the seventh the third; and the files of all seven."""
+    source = tmp_path / "Dataset"
+    testdata = json.loads((source / "testdata.json").read_text())
+    listed = testdata["utterances"]
+    listed += [listed[1], listed[2]]
+    (source / "testdata.json").write_text(json.dumps(testdata))
+    (source / listed[2]["feature_path"]).unlink()
+    (source / listed[3]["feature_path"]).write_bytes(b"no tensor")
+    options = shardprep.BuildOptions(val_fraction=0.2, workers=1, on_error="skip")
+    shardprep.build_shards(source, tmp_path / "incomplete", options)
+    return tmp_path / "incomplete", [entry["feature_path"] for entry in listed]
+
+
+@pytest.mark.parametrize("fill", [None, "id00001", "commonest"])
+def test_every_entry_gets_a_row_in_its_order_and_a_stand_in_if_asked_for(
+    run: Path, incomplete: tuple[Path, list[str]], tmp_path: Path, fill: str | None
+) -> None:
+    folder, files = incomplete
+    out = tmp_path / "out.csv"
+    options = () if fill is None else ("--fill", fill)
+    result = predict(run, "--shards", folder, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    a, b, e = expected_names(run, folder, "test")
+    stand_in = max([a, b, e], key=[a, b, e].count) if fill == "commonest" else fill
+    answers = [a, b, stand_in, stand_in, e, b, stand_in]
+    expected = [f"{file},{name}" for file, name in zip(files, answers, strict=True) if name]
+    assert out.read_text().splitlines() == ["Id,Category", *expected]
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    what = "7 entries of testdata.json have no row" if fill is None else "7 rows have a stand-in"
+    assert f"3 of the {what}" in warning
+    # The file can be scored: rows of one Id say the same.
+    truth = write(tmp_path / "truth.csv", "Id,Category", f"{files[1]},{b}", f"{files[5]},{b}")
+    assert score_submission(out, truth) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--fill", "nobody"], 1, "--fill nobody: the model knows no such speaker"),
+        (["--fill", "id00001", "--split", "val"], 2, "--fill goes with --split test"),
+    ],
+)
+def test_a_stand_in_that_makes_no_sense_is_refused_before_any_prediction(
+    run: Path, tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    result = predict(run, "--out", tmp_path / "out.csv", *options)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_too_little_memory_is_one_message(
@@ -269,6 +327,9 @@ def test_a_score_counts_the_rows_of_the_truth(tmp_path: Path) -> None:
     truth = write(tmp_path / "truth.csv", "Id,Category", "a,x", "b,y")
     found = write(tmp_path / "found.csv", "Id,Category", "b,y", "c,z", "a,y")
     assert score_submission(found, truth) == (1, 2)
+    # A test list may name a file twice.
+    twice = write(tmp_path / "twice.csv", "Id,Category", "b,y", "a,y", "b,y")
+    assert score_submission(twice, truth) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +338,7 @@ def test_a_score_counts_the_rows_of_the_truth(tmp_path: Path) -> None:
         (["Id,Category", "a,x"], "1 of the 2 utterances .* the first is b"),
         (["a,x", "b,y"], "under that header"),
         (["Id,Category", "a,x", "b"], "under that header"),
-        (["Id,Category", "a,x", "b,y", "a,y"], "an Id occurs twice"),
+        (["Id,Category", "a,x", "b,y", "a,y"], "an Id occurs with two names"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_refused(

@@ -170,8 +170,8 @@ def open_inference(options: ModelOptions, tell: Callable[[str], None]) -> Infere
             f"{expected}; build shards from features like those it was trained on"
         )
     left_out = read_left_out(shards)
-    for line in left_out.notes(options.split) if left_out else ():
-        tell(f"note: {line}")
+    if left_out is not None:
+        tell(f"note: {left_out.note}")
     frames = options.tta_frames or config.data.segment_frames
     inference = Inference(
         file=checkpoint.file,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shardprep import Split, publish
+from shardprep import Entry, Split, publish
 from shardprep_trainer.commands import (
     EXIT_CODES,
     backend_option,
@@ -19,8 +20,12 @@ from shardprep_trainer.commands import (
     reported_errors,
     tell,
 )
+from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import HEADER, LeftOut, missing_rows, read_labels
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
+
+COMMONEST = "commonest"
+"""The value of --fill that stands for the speaker who is predicted most often."""
 
 
 def predict_names(inference: Inference, part: Split) -> list[str]:
@@ -38,8 +43,25 @@ def predict_names(inference: Inference, part: Split) -> list[str]:
     return [inference.speakers[speaker] for speaker in found.predictions]
 
 
-def write_submission(path: Path, keys: Iterable[str], names: Sequence[str]) -> None:
-    """Write `Id,Category` rows, `KEY.pt` and a speaker's name, in the order given.
+def submission_rows(
+    entries: Iterable[Entry], names: Sequence[str], fill: str | None
+) -> list[tuple[str, str]]:
+    """The rows of a submission: a file and the name of its speaker.
+
+    Args:
+        entries: The entries of testdata.json; those that list a file again get its answer, too.
+        names: The speaker of each utterance of the split (N,).
+        fill: Stands in where an entry has no utterance, because its file could not be packed.
+            `COMMONEST` is the name that most utterances have. None writes no such row.
+    """
+    if fill == COMMONEST:
+        fill = Counter(names).most_common(1)[0][0]
+    found = ((e.file, fill if e.index is None else names[e.index]) for e in entries)
+    return [(file, name) for file, name in found if name is not None]
+
+
+def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write `Id,Category` rows, a file and the name of its speaker, in the order given.
 
     The file appears whole or not at all.
 
@@ -47,9 +69,9 @@ def write_submission(path: Path, keys: Iterable[str], names: Sequence[str]) -> N
         StorageError: The disk refused.
     """
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(HEADER)
-    rows.writerows((f"{key}.pt", name) for key, name in zip(keys, names, strict=True))
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(HEADER)
+    table.writerows(rows)
     with publish(path) as file:
         file.write(text.getvalue().encode())
 
@@ -75,12 +97,26 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
     return sum(answers[key] == name for key, name in labels.items()), len(labels)
 
 
-def _predict(options: ModelOptions, out: Path) -> LeftOut | None:
+def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | None:
     inference = open_inference(options, tell)
     shards, split, part = inference.shards, options.split, inference.split(options.split)
+    if fill not in (None, COMMONEST, *inference.speakers):
+        raise PredictionError(
+            f"--fill {fill}: the model knows no such speaker; take one that it knows, such as "
+            f"{inference.speakers[0]}, or {COMMONEST}"
+        )
     names = predict_names(inference, part)
-    write_submission(out, part.keys, names)
-    click.echo(f"{len(names):,} utterances of {split} -> {out}", err=True)
+    entries: Sequence[Entry] = (
+        shards.test_entries
+        if split == "test"
+        else [Entry(f"{key}.pt", index, "") for index, key in enumerate(part.keys)]
+    )
+    rows = submission_rows(entries, names, fill)
+    lost = [entry for entry in entries if entry.index is None]
+    write_submission(out, rows)
+    click.echo(f"{len(names):,} utterances of {split}, {len(rows):,} rows -> {out}", err=True)
+    if lost:
+        tell(f"warning: {_without_utterance(lost, len(rows), fill)}")
     truths = [shards.speakers[label] if label >= 0 else None for label in part.labels]
     known = [(name, truth) for name, truth in zip(names, truths, strict=True) if truth is not None]
     if known:
@@ -89,6 +125,20 @@ def _predict(options: ModelOptions, out: Path) -> LeftOut | None:
     if strangers:
         note(f"{len(strangers)} speakers of {split} cannot be named")
     return inference.left_out
+
+
+def _without_utterance(lost: list[Entry], rows: int, fill: str | None) -> str:
+    first = f"such as {lost[0].file} ({lost[0].reason})"
+    if fill is not None:
+        return (
+            f"{len(lost):,} of the {rows:,} rows have a stand-in, not a prediction: the shards "
+            f"have no utterance for them, {first}"
+        )
+    return (
+        f"{len(lost):,} of the {rows + len(lost):,} entries of testdata.json have no row: the "
+        f"shards have no utterance for them, {first}. Kaggle refuses a file that lacks rows; "
+        f"--fill SPEAKER or --fill {COMMONEST} writes a stand-in"
+    )
 
 
 def _tell_accuracy(what: str, correct: int, total: int) -> None:
@@ -100,7 +150,8 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     help=f"""Name the speaker of every utterance of a split with the model of RUN.
 
     RUN is a run folder, a model folder or a checkpoint. Whole utterances are embedded, in batches
-    of like length. The accuracy is printed where the labels are known. {EXIT_CODES}""",
+    of like length. Every entry of testdata.json gets a row, in its order. The accuracy is printed
+    where the labels are known. {EXIT_CODES}""",
 )
 @model_options(split="test")
 @backend_option
@@ -116,10 +167,19 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     default=None,
     help="CSV of true labels, Id,Category, to score the result against.",
 )
-def main(out: Path, labels: Path | None, **options: Any) -> None:
+@click.option(
+    "--fill",
+    metavar="SPEAKER",
+    default=None,
+    help="Speaker to write for entries of testdata.json whose files could not be packed, or "
+    f"{COMMONEST} for the one that is predicted most often.  [default: no row]",
+)
+def main(out: Path, labels: Path | None, fill: str | None, **options: Any) -> None:
     """The command; its help is above."""
+    if fill is not None and options["split"] != "test":
+        raise click.UsageError("--fill goes with --split test")
     with reported_errors():
-        left_out = _predict(ModelOptions(**options), out)
+        left_out = _predict(ModelOptions(**options), out, fill)
         if labels is not None:
             _tell_accuracy(str(labels), *score_submission(out, labels, left_out))
 

@@ -7,7 +7,7 @@ run makes a file `canary`.
 
 from __future__ import annotations
 
-from kinds import datasets, indexes, manifests, members, ptfiles, targets, tars
+from kinds import datasets, indexes, manifests, members, ptfiles, sidecars, targets, tars
 from kinds.registry import KINDS, Canary, Kind
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "manifests",
     "members",
     "ptfiles",
+    "sidecars",
     "targets",
     "tars",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -226,6 +227,42 @@ def test_dropping_leaves_out_what_is_lost_and_lists_it(
     flip(INDEX, lambda folder: -3)(shards)
     with pytest.raises(SourceError, match="or the set was repaired with --drop since"):
         repair_shards(shards, source=source)
+
+
+def test_a_dropped_test_utterance_keeps_its_place_in_testdata_json(
+    source_of: Callable[..., Path], tmp_path: Path, build: Build
+) -> None:
+    root = source_of({"ann": [5, 6, 7]}, [8, 9, 10, 11, 12, 13])
+    text = json.loads((root / "testdata.json").read_text())
+    listed = text["utterances"]
+    listed.insert(2, listed[0])
+    (root / "testdata.json").write_text(json.dumps(text))
+    (root / listed[1]["feature_path"]).write_bytes(b"garbage")
+    build(root, tmp_path / "shards", on_error="skip", samples_per_shard=2, val_fraction=0)
+    shards = tmp_path / "shards"
+    before = open_shards(shards).test_entries
+    assert [entry.index for entry in before] == [0, None, 0, 1, 2, 3, 4]
+    flip("test-000001.tar", lambda folder: 600)(shards)
+    lost = repair_shards(shards, drop=True).dropped
+    after = open_shards(shards).test_entries
+    assert [entry.file for entry in after] == [entry["feature_path"] for entry in listed]
+    gone = [n for n, entry in enumerate(after) if "damaged in test-000001" in entry.reason]
+    assert [line.entry for line in lost] == gone == [3]
+    assert [entry.index for entry in after] == [0, None, 0, None, 1, 2, 3]
+
+
+def test_without_its_index_a_lost_test_utterance_comes_last(
+    source_of: Callable[..., Path], tmp_path: Path, build: Build
+) -> None:
+    shards = tmp_path / "shards"
+    build(source_of({"ann": [5, 6, 7]}, [8, 9, 10]), shards, val_fraction=0)
+    (shards / "test.index.npy").write_bytes(b"")
+    rest = (shards / "test-000000.tar").read_bytes()
+    (shards / "test-000000.tar").write_bytes(rest[:-100])
+    report = repair_shards(shards, drop=True)
+    assert report.lost == 3
+    assert any("positions of lost test utterances" in note for note in report.notes)
+    assert open_shards(shards).test_entries == ()
 
 
 def test_confirmed_rows_of_a_damaged_index_are_used(original: Path, shards: Path) -> None:

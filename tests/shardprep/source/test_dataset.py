@@ -190,41 +190,120 @@ def test_the_malicious_pickle_of_these_tests_does_run_when_unpickled(
     assert tripped == [TRIPWIRE]
 
 
-def other_entry(split: str) -> Callable[[Entry, Entry], None]:
-    def edit(metadata: Entry, testdata: Entry) -> None:
-        first = metadata["speakers"]["id00000"][0]
-        listed = {
-            "same speaker": metadata["speakers"]["id00000"],
-            "other speaker": metadata["speakers"]["id00001"],
-            "test": testdata["utterances"],
-        }
-        # Another spelling of the same file.
-        listed[split].append({**first, "feature_path": f".//{first['feature_path']}"})
-
-    return edit
-
-
-@pytest.mark.parametrize("where", ["same speaker", "other speaker", "test"])
-def test_file_that_is_listed_twice_is_rejected_everywhere(
-    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli, where: str
-) -> None:
-    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+def list_again(root: Path, *names: str, **values: Any) -> str:
+    """List the first file of id00000 once more in each of these lists; returns its path."""
     metadata, testdata = (
         json.loads((root / f"{name}.json").read_text()) for name in ("metadata", "testdata")
     )
-    other_entry(where)(metadata, testdata)
+    entry = metadata["speakers"]["id00000"][0]
+    for name in names:
+        listed = testdata["utterances"] if name == "test" else metadata["speakers"][name]
+        # Another spelling of the same file.
+        again = {**entry, "feature_path": f".//{entry['feature_path']}", **values}
+        listed.insert(1, again)
     (root / "metadata.json").write_text(json.dumps(metadata))
     (root / "testdata.json").write_text(json.dumps(testdata))
-    path = metadata["speakers"]["id00000"][0]["feature_path"]
+    return str(entry["feature_path"])
+
+
+@pytest.mark.parametrize(
+    ("lists", "reason", "split", "lines"),
+    [
+        (["id00001"], "the same file is listed 2 times: id00000, id00001", None, 2),
+        (["id00000"], "the same speaker lists it again", "labelled", 1),
+        (["id00000", "id00001"], "the same file is listed 3 times: id00000, id00000, ", None, 3),
+        (["test"], "is entry 1 of testdata.json too, and stays in the test split", "test", 1),
+        (["test", "id00001"], "is entry 1 of testdata.json too, and stays", "test", 2),
+    ],
+)
+def test_a_file_that_is_listed_again_is_kept_where_its_label_is_not_in_doubt(
+    make_dataset: Callable[..., Path],
+    tmp_path: Path,
+    run_cli: Cli,
+    lists: list[str],
+    reason: str,
+    split: str | None,
+    lines: int,
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    path = list_again(root, *lists)
     done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
     assert done.returncode == 3
-    assert f"{path}: speaker id00000: the same file is listed 2 times: id00000, " in done.stderr
+    assert f"{path}: speaker id00000: {reason}" in done.stderr
+    assert "--on-error skip" in done.stderr
     assert run_cli("build", root, tmp_path / "shards", *SKIP).returncode == 0
-    lines = (tmp_path / "shards" / "rejects.jsonl").read_text().splitlines()
-    assert [json.loads(line)["file"] for line in lines] == [path, path]
-    keys = {str(key) for split in open_shards(tmp_path / "shards").values() for key in split.keys}
-    assert path.removesuffix(".pt") not in keys
-    assert len(keys) == 9
+    shard_set = open_shards(tmp_path / "shards")
+    assert [reject.file for reject in shard_set.rejects] == [path] * lines
+    assert all(reject.split == "labelled" for reject in shard_set.rejects)
+    key = path.removesuffix(".pt")
+    found = [name for name, own in shard_set.items() for name in [name] * list(own.keys).count(key)]
+    assert len(found) == (0 if split is None else 1)
+    assert (split == "test") == ("test" in found)
+    if split == "test":
+        assert [entry.file for entry in shard_set.test_entries][1] == path
+
+
+def test_a_test_file_that_is_listed_again_is_no_fault_and_keeps_both_places(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=4)
+    text = json.loads((root / "testdata.json").read_text())
+    listed = text["utterances"]
+    listed[2:2] = [listed[1], listed[0]]
+    (root / "testdata.json").write_text(json.dumps(text))
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 0
+    assert "note: 2 entries of testdata.json list a file again" in done.stderr
+    assert "left out" not in done.stderr
+    assert "0 utterances rejected" in done.stdout
+    shard_set = open_shards(tmp_path / "shards")
+    paths = [entry["feature_path"] for entry in listed]
+    assert [entry.file for entry in shard_set.test_entries] == paths
+    assert [entry.index for entry in shard_set.test_entries] == [0, 1, 1, 0, 2, 3]
+    assert [(line.entry, line.repeats) for line in shard_set.rejects] == [(2, 1), (3, 0)]
+    assert "up to date" in run_cli("build", root, tmp_path / "shards", "--workers", 1).stdout
+    # Another order of the same entries is another data set.
+    listed.append(listed.pop(0))
+    (root / "testdata.json").write_text(json.dumps(text))
+    assert run_cli("build", root, tmp_path / "shards", "--workers", 1).returncode == 5
+
+
+def test_test_entries_of_one_file_that_disagree_about_its_length_are_a_fault(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    text = json.loads((root / "testdata.json").read_text())
+    first = text["utterances"][0]
+    text["utterances"].append({**first, "mel_len": first["mel_len"] + 1})
+    (root / "testdata.json").write_text(json.dumps(text))
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    lengths = (first["mel_len"] + 1, first["mel_len"])
+    assert "mel_len is {}, but {} in entry 0".format(*lengths) in done.stderr
+    assert run_cli("build", root, tmp_path / "shards", *SKIP).returncode == 0
+    entries = open_shards(tmp_path / "shards").test_entries
+    assert [entry.index for entry in entries] == [0, 1, 0]
+
+
+def test_entries_that_cannot_be_packed_keep_their_places(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=5)
+    text = json.loads((root / "testdata.json").read_text())
+    listed = text["utterances"]
+    # One is missed when the data set is looked at, the other when it is read; one has no path.
+    (root / listed[1]["feature_path"]).unlink()
+    (root / listed[3]["feature_path"]).write_bytes(b"no tensor")
+    listed.insert(2, {"mel_len": 3})
+    listed.append(listed[1])
+    (root / "testdata.json").write_text(json.dumps(text))
+    options = (*SKIP, "--samples-per-shard", 1)
+    assert run_cli("build", root, tmp_path / "shards", *options).returncode == 0
+    entries = open_shards(tmp_path / "shards").test_entries
+    paths = [entry.get("feature_path", '{"mel_len": 3}') for entry in listed]
+    assert [entry.file for entry in entries] == paths
+    assert [entry.index for entry in entries] == [0, None, None, 1, None, 2, None]
+    assert "does not exist" in entries[1].reason
 
 
 def test_speaker_that_the_mapping_lacks_loses_all_utterances(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardprep
-from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
+from shardprep_trainer.evaluation.labels import read_left_out
 
 
 @pytest.fixture
@@ -36,8 +36,20 @@ def test_what_was_left_out_is_counted_and_named(
     found = read_left_out(shardprep.open_shards(folder))
     assert found is not None
     assert found.listing == folder / "rejects.jsonl"
-    assert (found.total, sorted(found.test)) == (3, sorted(hidden))
+    assert found.note == f"the build left 3 utterances out; {folder / 'rejects.jsonl'} lists them"
     assert found.ids >= {*labelled, *hidden}
+
+
+def test_a_test_entry_that_lists_a_file_again_is_not_left_out(
+    make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_dataset(test_utterances=3)
+    testdata = json.loads((source / "testdata.json").read_text())
+    testdata["utterances"].append(testdata["utterances"][0])
+    (source / "testdata.json").write_text(json.dumps(testdata))
+    shardprep.build_shards(source, tmp_path / "again", shardprep.BuildOptions(workers=1))
+    assert shardprep.open_shards(tmp_path / "again").rejects
+    assert read_left_out(shardprep.open_shards(tmp_path / "again")) is None
 
 
 def test_a_complete_data_set_has_nothing_left_out(shards: Path) -> None:
@@ -55,18 +67,3 @@ def test_a_damaged_list_is_refused_by_name(
         listing.write_bytes(content)
     with pytest.raises(shardprep.CorruptShardError, match=r"rejects\.jsonl: .*shardprep verify"):
         read_left_out(shardprep.open_shards(folder))
-
-
-def test_notes_on_test_rows_come_only_when_the_test_split_is_predicted() -> None:
-    test = tuple(f"uttr-{n}.pt" for n in range(5))
-    left_out = LeftOut(Path("x/rejects.jsonl"), 1234, test, frozenset(test))
-    first, second = left_out.notes("test")
-    assert "1,234 utterances" in first
-    assert "x/rejects.jsonl" in first
-    assert second.startswith("5 of them are test utterances")
-    assert second.endswith("uttr-0.pt, uttr-1.pt, uttr-2.pt, ...")
-    assert left_out.notes("val") == [first]
-    few = LeftOut(Path("x/rejects.jsonl"), 2, test[:2], frozenset(test))
-    assert few.notes("test")[1].endswith(" uttr-0.pt, uttr-1.pt")
-    none = LeftOut(Path("x/rejects.jsonl"), 2, (), frozenset())
-    assert len(none.notes("test")) == 1

@@ -12,7 +12,6 @@ from shardprep import ShardSet
 from shardprep_trainer.errors import PredictionError
 
 HEADER = ("Id", "Category")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -22,36 +21,28 @@ class LeftOut:
     listing: os.PathLike[str]
     """The file that lists them, with the reasons."""
     total: int
-    test: tuple[str, ...]
-    """Files of those without a label, which a submission needs."""
     ids: frozenset[str]
     """What a submission would call them, all splits together."""
 
-    def notes(self, split: str) -> list[str]:
-        """What a user who predicts `split` must know, as lines of text."""
-        lines = [f"the build left {self.total:,} utterances out; {self.listing} lists them"]
-        if split == "test" and self.test:
-            shown = ", ".join(self.test[:_SHOWN]) + (", ..." if len(self.test) > _SHOWN else "")
-            lines.append(
-                f"{len(self.test):,} of them are test utterances, for which there can be no row: "
-                f"{shown}"
-            )
-        return lines
+    @property
+    def note(self) -> str:
+        """What a user must know, as a line of text."""
+        return f"the build left {self.total:,} utterances out; {self.listing} lists them"
 
 
 def read_left_out(shards: ShardSet) -> LeftOut | None:
-    """Read rejects.jsonl; None where the build left nothing out.
+    """Read rejects.jsonl; None where the build left no utterance out.
 
     Raises:
         CorruptShardError: The file is missing or not as the build wrote it.
     """
-    if shards.manifest.rejects is None:
+    # A test entry that lists a file again has the utterance of that file.
+    rejects = [reject for reject in shards.rejects if reject.repeats is None]
+    if shards.manifest.rejects is None or not rejects:
         return None
-    rejects = shards.rejects
     return LeftOut(
         listing=shards.path / shards.manifest.rejects.file,
         total=len(rejects),
-        test=tuple(reject.file for reject in rejects if reject.split == "test"),
         ids=frozenset(name for reject in rejects for name in (reject.file, f"{reject.key}.pt")),
     )
 
@@ -70,8 +61,11 @@ def read_labels(path: Path) -> dict[str, str]:
     if header != HEADER or any(len(row) != len(HEADER) for row in rows):
         raise PredictionError(f"{path}: not a CSV of {','.join(HEADER)} rows under that header")
     found = {row[0]: row[1] for row in rows}
-    if len(found) != len(rows):
-        raise PredictionError(f"{path}: an Id occurs twice; leave one row for each utterance")
+    # A list of test utterances may name a file twice. Then its rows say the same.
+    if len(found) != len(set(rows)):
+        raise PredictionError(
+            f"{path}: an Id occurs with two names; leave one name for each utterance"
+        )
     return found
 
 
