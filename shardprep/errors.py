@@ -3,9 +3,9 @@
 ShardprepError
 ├── SourceError        3  the data set to pack has a fault
 ├── FormatError        4  not a shard folder, or one of a version that this release cannot read
-├── CorruptShardError  1  a shard, an index or the manifest is damaged
+├── CorruptShardError  1  a shard, an index or the manifest was read and is damaged, or is missing
 ├── BuildError         5  the build cannot start or continue
-├── StorageError       6  the disk or a store refused (full, read-only, gone)
+├── StorageError       6  the machine or a store refused (permissions, limits, mount, disk, network)
 └── MissingExtraError  2  a package is not installed; the message names the extra that brings it
 
 Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIGTERM.
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 REPAIR = (
-    "`shardprep verify DST --deep` names all damage, `shardprep repair DST --source Dataset/` "
-    "repairs it, and `shardprep repair DST --drop` leaves damaged utterances out."
+    "`shardprep verify DST --deep` names all damage, and `shardprep repair DST --source Dataset/` "
+    "repairs it."
 )
 """Remedy for a damaged set in a folder."""
 
@@ -93,7 +93,7 @@ class FormatError(ShardprepError):
 
 
 class CorruptShardError(ShardprepError):
-    """A shard, an index or the manifest is damaged."""
+    """A shard, an index or the manifest was read and is damaged, or is missing."""
 
     exit_code = 1
 
@@ -105,7 +105,11 @@ class BuildError(ShardprepError):
 
 
 class StorageError(ShardprepError):
-    """The disk or a store refused: full, read-only, gone."""
+    """The machine or a store refused, for the time being: nothing is known about the data.
+
+    Permissions, limits of the process, memory, a mount, a disk that is full or fails; or a store
+    that does not answer. `shardprep.storage.trouble` decides which errors these are.
+    """
 
     exit_code = 6
 

@@ -130,7 +130,7 @@ class Repair:
                 f"--drop since: its fingerprint is {scanned.fingerprint}, expected "
                 f"{self.manifest.source_fingerprint}",
                 file=scanned.root,
-                remedy="Name the source that it was built from, or repair the set with --drop.",
+                remedy="Name the source that it was built from.",
             )
         tasks = shard_tasks(scanned, options_of(self.manifest))
         missing = [task for task in tasks if task.plan.file in without_index]

@@ -30,7 +30,8 @@ Exit codes, of every command:
   3    the data set to pack is faulty
   4    not a shard folder, or one of a version that cannot be read
   5    the build cannot start or continue
-  6    the disk failed (full, read-only, gone), or a store did not answer
+  6    the machine refused (permissions, limits, mount, disk), or a store did
+       not answer; nothing is said about the data
   124  training stood still for train.hang_seconds
   130  Ctrl-C      143  SIGTERM
 """

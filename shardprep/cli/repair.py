@@ -89,7 +89,8 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         f"{count(report.lost, 'utterance')} dropped, {report.seconds:.1f} s)"
     )
     if not report.intact and not asked:
-        click.echo("shardprep: note: give --source SRC, or --drop to leave damage out", err=True)
+        note = "give the data set as --source SRC; without one, see `shardprep repair --help`"
+        click.echo(f"shardprep: note: {note}", err=True)
 
 
 def _print_some(lines: list[str], where: str) -> None:

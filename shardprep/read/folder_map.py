@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.read.address_space import AddressSpace
 from shardprep.storage.local import open_regular
+from shardprep.storage.trouble import machine_errors
 
 
 class FolderMap:
@@ -59,10 +60,8 @@ class FolderMap:
     def check_sizes(self) -> None:
         """See `ShardMap.check_sizes`."""
         for path, expected in self._files:
-            try:
+            with self._faults(path):
                 _check_size(path, os.stat(path).st_size, expected)
-            except OSError as error:
-                raise _unreadable(path, error) from None
 
     def read_ahead(self, shard: int) -> None:
         """See `ShardMap.read_ahead`: the file is read in one sweep."""
@@ -84,20 +83,26 @@ class FolderMap:
             if not self._space.missing(np.array([shard])):
                 return
             path, expected = self._files[shard]
-            try:
-                with open_regular(path) as file:
-                    _check_size(path, os.fstat(file.fileno()).st_size, expected)
-                    self._confirm()
-                    self._space.map(shard, file.fileno())
-            except OSError as error:
-                raise _unreadable(path, error) from None
+            with self._faults(path), open_regular(path) as file:
+                _check_size(path, os.fstat(file.fileno()).st_size, expected)
+                self._confirm()
+                self._space.map(shard, file.fileno(), path)
             self._missing -= 1
+
+    @contextlib.contextmanager
+    def _faults(self, path: Path) -> Iterator[None]:
+        """Errors while a shard is opened: its own, or trouble of the machine."""
+        try:
+            with machine_errors(path):
+                yield
+        except OSError as error:
+            # A shard that is missing may belong to a set that is gone as a whole.
+            self._confirm()
+            raise CorruptShardError(
+                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
+            ) from None
 
 
 def _check_size(path: Path, found: int, expected: int) -> None:
     if found != expected:
         raise CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)
-
-
-def _unreadable(path: Path, error: OSError) -> CorruptShardError:
-    return CorruptShardError(f"cannot be read: {error.strerror}", file=path, remedy=REPAIR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shardprep.errors import CorruptShardError, FormatError
+from shardprep.errors import CorruptShardError, FormatError, StorageError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -15,8 +15,9 @@ from shardprep.format.manifest import (
     Manifest,
     decode_manifest,
 )
-from shardprep.storage.local import read_at_most
+from shardprep.storage.local import exists, read_at_most
 from shardprep.storage.remote import Location, Remote
+from shardprep.storage.trouble import machine_errors, storage_errors
 
 
 def load_manifest(folder: Location) -> Manifest:
@@ -24,27 +25,34 @@ def load_manifest(folder: Location) -> Manifest:
 
     Raises:
         FormatError: There is no manifest, it is not of this format or version, or it was altered.
-        StorageError: The store behind the URL cannot be reached.
+        StorageError: The machine cannot read it now, or the store does not answer.
     """
     path = folder / MANIFEST_NAME
     if isinstance(path, Remote):
         return _fetched_manifest(path)
     assert isinstance(folder, Path)
     try:
-        data = read_at_most(path, MAX_MANIFEST_BYTES)
-    except OSError as error:
-        if path.exists():
-            raise FormatError(
-                f"cannot be read: {error.strerror}", file=path, remedy=OTHER_RELEASE
-            ) from None
-        what, remedy = "is not a shard folder: no manifest.json", _BUILD_REMEDY
-        if (folder / REPAIR_FOLDER / MANIFEST_NAME).exists():
-            what, remedy = "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
-        elif (folder / WORK_FOLDER).is_dir():
-            what = "holds an unfinished build"
-            remedy = "Run `shardprep build SRC DST` again to finish it."
+        with machine_errors(path):
+            data = read_at_most(path, MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        with machine_errors(folder):
+            what, remedy = _instead_of_manifest(folder)
         raise FormatError(what, file=folder, remedy=remedy) from error
+    except OSError as error:
+        raise FormatError(
+            f"cannot be read: {error.strerror}", file=path, remedy=OTHER_RELEASE
+        ) from None
     return decode_manifest(data, path)
+
+
+def _instead_of_manifest(folder: Path) -> tuple[str, str]:
+    """What a folder without a manifest is, and what to do with it."""
+    if exists(folder / REPAIR_FOLDER / MANIFEST_NAME):
+        return "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
+    if exists(folder / WORK_FOLDER):
+        remedy = "Run `shardprep build SRC DST` again to finish it."
+        return "holds an unfinished build", remedy
+    return "is not a shard folder: no manifest.json", _BUILD_REMEDY
 
 
 def _fetched_manifest(path: Remote) -> Manifest:
@@ -98,19 +106,41 @@ class ManifestWatch:
 
         Raises:
             CorruptShardError: The folder holds another set, or none.
+            StorageError: The folder is gone or empty, or the machine cannot look into it now.
         """
         state = manifest_state(self._folder)
         if state is None:
+            check_present(self._folder)
             raise _replaced(self._folder, _NONE)
         if state != self._seen:
             check_fingerprint(self._folder, self.fingerprint)
             self._seen = state
 
 
+def check_present(folder: Path) -> None:
+    """Make sure that a shard folder did not go away as a whole, as when its disk is unmounted.
+
+    Raises:
+        StorageError: The folder is gone or empty.
+    """
+    with storage_errors(folder):
+        if not os.listdir(folder):
+            raise StorageError(
+                "is empty, and was not when it was opened",
+                file=folder,
+                remedy="Make sure that its disk is mounted, then run the same command again.",
+            )
+
+
 def manifest_state(folder: Path) -> tuple[int, ...] | None:
-    """Numbers that change whenever the manifest of a folder does; None if it cannot be read."""
+    """Numbers that change whenever the manifest of a folder does; None if there is none.
+
+    Raises:
+        StorageError: The machine cannot look at it now.
+    """
     try:
-        found = os.stat(folder / MANIFEST_NAME)
+        with machine_errors(folder):
+            found = os.stat(folder / MANIFEST_NAME)
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -121,7 +151,7 @@ def check_fingerprint(place: Location, expected: str) -> None:
 
     Raises:
         CorruptShardError: There is another set, or none.
-        StorageError: The store behind the URL cannot be reached.
+        StorageError: The machine cannot read it now, or the store does not answer.
     """
     try:
         found = load_manifest(place).fingerprint

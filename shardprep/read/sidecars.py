@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import REPAIR, CorruptShardError
+from shardprep.errors import REPAIR, CorruptShardError, StorageError
 from shardprep.format.codecs import NPY_FAULTS
 from shardprep.format.index import is_index
 from shardprep.format.limits import MAX_REJECTS_BYTES
@@ -23,8 +24,15 @@ from shardprep.format.manifest import (
     ShardInfo,
     SplitInfo,
 )
+from shardprep.read.address_space import (
+    MOST_COPIED,
+    NO_SHARED_MAPS,
+    NOT_MAPPED,
+    TO_LOCAL_DISK,
+)
 from shardprep.read.files import Files
 from shardprep.storage.local import open_regular, read_at_most
+from shardprep.storage.trouble import machine_errors
 
 # Index rows whose keys are checked at a time.
 _BLOCK = 1 << 18
@@ -37,17 +45,19 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
 
     Raises:
         CorruptShardError: The file is missing or damaged.
+        StorageError: The machine cannot read it now, or the store does not answer.
     """
     path = files.local(split.index)
     try:
-        try:
-            check_file(path, split.index)
-        except CorruptShardError:
-            if not files.renew(split.index):
-                raise
-            path = files.local(split.index)
-        rows = _map_index(path)
-        _check_keys(rows)
+        with machine_errors(path):
+            try:
+                check_file(path, split.index)
+            except CorruptShardError:
+                if not files.renew(split.index):
+                    raise
+                path = files.local(split.index)
+            rows = _map_index(path)
+            _check_keys(rows)
     except OSError as error:
         raise CorruptShardError(
             f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
@@ -59,9 +69,30 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
 
 def _map_index(path: Path) -> NDArray[Any]:
     # Not np.load, which would also open pickles and zip files.
-    rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    try:
+        rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except OSError as error:
+        if error.errno not in NO_SHARED_MAPS:
+            raise
+        rows = _read_index(path)
     if not is_index(rows):
         raise CorruptShardError(f"has rows {rows.dtype}"[:300], file=path, remedy=REPAIR)
+    return rows
+
+
+def _read_index(path: Path) -> NDArray[Any]:
+    """The same rows from a file system without shared memory maps, read-only too."""
+    try:
+        # Copy on write: a private map.
+        rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="c"))
+    except OSError as error:
+        if error.errno not in NO_SHARED_MAPS:
+            raise
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MOST_COPIED:
+                raise StorageError(NOT_MAPPED, file=path, remedy=TO_LOCAL_DISK) from error
+            rows = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+    rows.flags.writeable = False
     return rows
 
 
@@ -103,6 +134,7 @@ def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
 
     Raises:
         CorruptShardError: rejects.jsonl is missing or damaged.
+        StorageError: The machine cannot read it now, or the store does not answer.
     """
     if manifest.rejects is None:
         return ()
@@ -110,8 +142,9 @@ def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
     try:
         if manifest.rejects.bytes > MAX_REJECTS_BYTES:
             raise ValueError(f"it has more than {MAX_REJECTS_BYTES} bytes")
-        check_file(path, manifest.rejects)
-        lines = read_at_most(path, MAX_REJECTS_BYTES).splitlines()
+        with machine_errors(path):
+            check_file(path, manifest.rejects)
+            lines = read_at_most(path, MAX_REJECTS_BYTES).splitlines()
         return tuple(msgspec.json.decode(line, type=Reject) for line in lines)
     except OSError as error:
         why = error.strerror or str(error)

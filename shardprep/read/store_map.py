@@ -211,7 +211,7 @@ class StoreMap:
             if self._space.mapped[shard]:
                 held.close()
                 return
-            self._space.map(shard, held.handle)
+            self._space.map(shard, held.handle, held.path)
             # The lock belongs to the open file, which the mapping keeps. The descriptor is free.
             held.close()
             self._held[shard] = None

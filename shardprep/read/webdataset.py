@@ -31,6 +31,7 @@ from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
 from shardprep.storage.local import open_regular
 from shardprep.storage.remote import Location, Remote, locate
+from shardprep.storage.trouble import machine_errors
 
 # Found in the URL of a shard or in a pattern of shards, and not in the URL of a folder.
 _NO_FOLDER = re.compile(r"\.tar(\.|$)|[{}]|::")
@@ -157,7 +158,7 @@ def _check_shards(
     for shard in shards:
         with files.lend(infos[shard["url"]]) as path:
             try:
-                with open_regular(path) as file:
+                with machine_errors(path), open_regular(path) as file:
                     _check_members(file)
             except OSError as error:
                 raise CorruptShardError(

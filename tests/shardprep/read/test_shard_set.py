@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardprep import CorruptShardError, FormatError, open_shards
+from shardprep import (
+    CorruptShardError,
+    FormatError,
+    StorageError,
+    open_shards,
+)
 from shardprep.format.manifest import Manifest
 from shardprep.read import manifest_file
 
@@ -87,3 +95,65 @@ def test_an_unchanged_set_passes(damaged: Callable[..., Path]) -> None:
         shard_set.check_unchanged()
     (folder / "manifest.json").write_bytes(data)
     shard_set.check_unchanged()
+
+
+MACHINE = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+MACHINE += (errno.ETIMEDOUT, errno.ENODEV, errno.EIO, errno.EINVAL, errno.ENOSYS, errno.EHOSTDOWN)
+
+
+@pytest.mark.parametrize("code", MACHINE, ids=lambda code: errno.errorcode[code])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("open", "manifest.json"),
+        ("open", "train.index.npy"),
+        ("open", "train-000000.tar"),
+        ("stat", "manifest.json"),
+        ("stat", "train-000000.tar"),
+    ],
+)
+def test_a_file_that_the_machine_cannot_open_is_not_called_damaged(
+    edge_set: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str, name: str
+) -> None:
+    original = getattr(os, call)
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(name):
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StorageError, match=f"{name}: .*{os.strerror(code)}") as caught:
+        open_shards(edge_set)["train"].segments([0], [0], 1)
+    assert "repair" not in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_set_that_goes_away_as_a_whole_is_not_called_changed(
+    edge_set: Path, tmp_path: Path
+) -> None:
+    for gone in (shutil.rmtree, empty):
+        shutil.copytree(edge_set, tmp_path / "shards")
+        split = open_shards(tmp_path / "shards")["train"]
+        gone(tmp_path / "shards")
+        with pytest.raises(StorageError, match="mounted"):
+            split.read(0)
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def test_a_shard_behind_a_link_to_nowhere_is_not_called_missing(
+    edge_set: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(edge_set, tmp_path / "shards")
+    shard = tmp_path / "shards" / "train-000000.tar"
+    shard.rename(tmp_path / "elsewhere.tar")
+    shard.symlink_to(tmp_path / "elsewhere.tar")
+    open_shards(tmp_path / "shards")["train"].read(0)
+    (tmp_path / "elsewhere.tar").unlink()
+    with pytest.raises(StorageError, match="It is a link to a file that is not there"):
+        open_shards(tmp_path / "shards")["train"]
