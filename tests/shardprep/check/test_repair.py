@@ -500,7 +500,8 @@ def test_command_says_what_it_did(
     done = run_cli("repair", shards)
     assert done.returncode == 1
     assert f"{SHARD}: its sha256 is not the one in the manifest" in done.stdout
-    assert "give --source SRC, or --drop" in done.stderr
+    assert "give the data set as --source SRC" in done.stderr
+    assert "--drop" not in done.stderr
     assert run_cli("repair", shards, "--drop", "--source", source).returncode == 2
     copy = Path(shutil.copytree(shards, shards.parent / "copy"))
     done = run_cli("repair", shards, "--source", source, "--workers", 1)
