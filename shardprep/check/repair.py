@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shardprep.build.lock import locked, remove_if_unused
@@ -21,19 +21,18 @@ from shardprep.check.repair_steps import Repair
 from shardprep.check.report import Fault, RepairReport
 from shardprep.check.salvage_shard import SourcePayloads
 from shardprep.check.verify import verify_shards
-from shardprep.errors import CorruptShardError
+from shardprep.errors import CorruptShardError, StorageError
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
     REPAIR_FOLDER,
     Manifest,
+    Reject,
 )
 from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.split import Split
-from shardprep.storage.local import (
-    sync_folder,
-)
+from shardprep.storage.local import exists, sync_folder
 from shardprep.storage.remote import locate
 from shardprep.storage.trouble import storage_errors
 
@@ -45,6 +44,7 @@ def repair_shards(
     drop: bool = False,
     workers: int = 0,
     listener: ProgressListener | None = None,
+    before_drop: Callable[[list[Reject]], None] = lambda lost: None,
 ) -> RepairReport:
     """Repair a shard set.
 
@@ -58,6 +58,8 @@ def repair_shards(
         drop: Whether to leave out what is damaged; not together with a source.
         workers: Processes that build shards; 0 for the number of cores.
         listener: Receives the progress.
+        before_drop: Called with the utterances that will be left out, before the set is changed;
+            an error that it raises stops the repair.
 
     Returns:
         What was done, and the faults that `verify_shards` finds now.
@@ -68,7 +70,8 @@ def repair_shards(
             plan is needed: for a shard whose index is damaged too, and for rejects.jsonl.
         BuildError: Another build or repair is running in the folder, or nothing would be left.
         CorruptShardError: A file has the right sha256, but is not what a build writes.
-        StorageError: The disk failed.
+        StorageError: The machine could not read or write a file. If a file of the set could not be
+            read, nothing was changed.
     """
     began = time.monotonic()
     folder = Path(path)
@@ -76,7 +79,9 @@ def repair_shards(
         raise ValueError("give a source or drop, not both")
     report = RepairReport(str(folder))
     pending = folder / REPAIR_FOLDER / MANIFEST_NAME
-    if (folder / MANIFEST_NAME).exists() or not pending.exists():
+    with storage_errors(folder):
+        is_set = exists(folder / MANIFEST_NAME) or not exists(pending)
+    if is_set:
         # Raises before anything is written in a folder that holds no set.
         load_manifest(folder)
     with storage_errors(folder), locked(folder) as build_folder:
@@ -86,7 +91,7 @@ def repair_shards(
                     f"an interrupted repair is finished now; {REJECTS_NAME} lists what it dropped"
                 )
             _run_steps(
-                Repair(folder, report),
+                Repair(folder, report, before_drop),
                 source,
                 drop,
                 LocalPool(workers),
@@ -94,11 +99,14 @@ def repair_shards(
             )
         finally:
             with contextlib.suppress(OSError):
-                if (folder / MANIFEST_NAME).exists():
+                if exists(folder / MANIFEST_NAME):
                     shutil.rmtree(folder / REPAIR_FOLDER, ignore_errors=True)
                 remove_if_unused(build_folder)
         sync_folder(folder)
-    report.faults = verify_shards(folder).faults
+    checked = verify_shards(folder)
+    if checked.unread:
+        raise StorageError(checked.unread[0].what, file=folder / checked.unread[0].file)
+    report.faults = checked.faults
     manifest = load_manifest(folder)
     if report.intact:
         report.faults.extend(_index_faults(folder, manifest))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,37 @@ from shardprep.build.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import is_ours, publish_indexes, publish_rejects
 from shardprep.build.work_folder import FolderWork
+from shardprep.check.file_faults import fault_of, read_legible
 from shardprep.check.report import RepairReport
 from shardprep.check.salvage_index import confirmed_rows, index_of_tar
 from shardprep.check.salvage_shard import SourcePayloads, rewrite_shard
-from shardprep.errors import BuildError, CorruptShardError, SourceError
+from shardprep.errors import BuildError, SourceError
 from shardprep.format.entries import row_positions
 from shardprep.format.index import index_bytes
+from shardprep.format.limits import MAX_REJECTS_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
     REPAIR_FOLDER,
+    SET_ASIDE_FOLDER,
     Reject,
     ShardInfo,
     encode_manifest,
 )
 from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
-from shardprep.read.sidecars import check_file, legible_rejects
+from shardprep.read.sidecars import legible_rejects
 from shardprep.read.split import Split
 from shardprep.source.dataset import Source
-from shardprep.storage.local import publish, publish_bytes, sha256_of, sync_folder
+from shardprep.storage.local import (
+    exists,
+    move,
+    publish,
+    publish_bytes,
+    sha256_of,
+    sync_folder,
+)
+from shardprep.storage.trouble import BadPlaceError
 
 
 class Repair:
@@ -48,16 +60,27 @@ class Repair:
     Args:
         folder: The shard folder; the caller holds its lock.
         report: Records what the repair does.
+        before_drop: Called with the utterances that `drop` leaves out, before anything is changed.
+
+    Raises:
+        StorageError: The machine cannot read a file of the set now. Nothing was changed.
     """
 
-    def __init__(self, folder: Path, report: RepairReport) -> None:
+    def __init__(
+        self, folder: Path, report: RepairReport, before_drop: Callable[[list[Reject]], None]
+    ) -> None:
+        self.before_drop = before_drop
         self.folder = folder
         self.work = FolderWork(folder / REPAIR_FOLDER)
-        self.work.folder.mkdir(exist_ok=True)
         self.report = report
         self.manifest = load_manifest(folder)
         self.files = self.manifest.files()
-        self.damaged = {name for name in self.files if not self._is_undamaged(folder / name)}
+        self._put_back()
+        # Everything is read before anything is changed.
+        findings = {name: fault_of(folder / name, info) for name, info in self.files.items()}
+        self.damaged = {name for name, finding in findings.items() if finding is not None}
+        self._bad = {name for name, found in findings.items() if found and found.has_bad_places}
+        self.work.folder.mkdir(exist_ok=True)
 
     def restore_manifest(self) -> None:
         """Write the manifest as a build does, if its content is right but its bytes are not."""
@@ -72,9 +95,9 @@ class Repair:
         names_by_hash = {self.files[name].sha256: name for name in self.damaged}
         found = []
         for path in sorted(self.folder.iterdir()) if names_by_hash else ():
-            # A file that cannot be read is skipped.
-            with contextlib.suppress(OSError):
-                misnamed = path.name in self.damaged or path.name not in self.files
+            misnamed = path.name in self.damaged or path.name not in self.files
+            # A file in which the disk cannot read some places has another sha256.
+            with contextlib.suppress(BadPlaceError):
                 if misnamed and path.is_file() and path.stat().st_size in sizes:
                     found.append((path, names_by_hash.get(sha256_of(path))))
         # Copy all files before the first is replaced: two may have swapped names.
@@ -170,10 +193,13 @@ class Repair:
         records, lost = self._without_damage()
         if not any(record.info.samples for record in records):
             raise BuildError("no utterance of the set is undamaged", file=self.folder)
-        rejects = legible_rejects(self.folder, self.manifest)
+        rejects = []
+        if self.manifest.rejects is not None:
+            rejects = legible_rejects(read_legible(self.folder / REJECTS_NAME, MAX_REJECTS_BYTES))
         if REJECTS_NAME in self.damaged:
             self.report.notes.append(f"{REJECTS_NAME} was damaged: its readable lines are kept")
         lost = self._with_positions(lost, rejects)
+        self.before_drop(lost)
         self.report.lost += len(lost)
         self.report.dropped.extend(lost)
         if any(line.split == "test" and line.entry is None for line in lost):
@@ -195,6 +221,8 @@ class Repair:
         data = encode_manifest(manifest)
         # With this file, `finish_repair` can finish a repair that is killed while it moves files.
         publish_bytes(self.work.folder / MANIFEST_NAME, data)
+        for name in sorted(self._bad):
+            self._set_aside(name)
         self.work.install(manifest.files(), data)
 
     def _without_damage(self) -> tuple[list[ShardRecord], list[Reject]]:
@@ -260,17 +288,34 @@ class Repair:
 
     def _put(self, name: str) -> bool:
         """Move a file from the work folder to its place, if it has the sha256 of the manifest."""
-        if not self._is_undamaged(self.work.folder / name):
+        if fault_of(self.work.folder / name, self.files[name]) is not None:
             return False
-        os.replace(self.work.folder / name, self.folder / name)
+        if name in self._bad:
+            self._set_aside(name)
+        move(self.work.folder / name, self.folder / name)
         sync_folder(self.folder)
         self.damaged.remove(name)
         self.report.repaired.append(name)
         return True
 
-    def _is_undamaged(self, path: Path) -> bool:
-        try:
-            check_file(path, self.files[path.name])
-        except (OSError, CorruptShardError):
-            return False
-        return True
+    def _set_aside(self, name: str) -> None:
+        """Keep a file that the disk cannot read everywhere: other means may read more of it."""
+        aside = self.folder / SET_ASIDE_FOLDER
+        aside.mkdir(exist_ok=True)
+        number = next(n for n in itertools.count() if not os.path.lexists(aside / f"{name}.{n}"))
+        os.rename(self.folder / name, aside / f"{name}.{number}")
+        sync_folder(aside)
+        self._bad.discard(name)
+        self.report.notes.append(
+            f"the disk cannot read all of the old {name}; it is kept as "
+            f"{SET_ASIDE_FOLDER}/{name}.{number}"
+        )
+
+    def _put_back(self) -> None:
+        """Put back files that a repair set aside before it was killed."""
+        aside = self.folder / SET_ASIDE_FOLDER
+        kept = os.listdir(aside) if exists(aside) else []
+        newest = {name.rpartition(".")[0]: name for name in sorted(kept, key=lambda n: (len(n), n))}
+        for name in newest.keys() & self.files.keys():
+            if not os.path.lexists(self.folder / name):
+                os.rename(aside / newest[name], self.folder / name)

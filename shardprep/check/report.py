@@ -24,7 +24,8 @@ class VerifyReport:
     """What `verify_shards` checked and found.
 
     Attributes:
-        faults: All faults; empty for an intact set.
+        faults: All faults that were found; empty for an intact set.
+        unread: Files that the machine could not read now, and why. Nothing is known about them.
         files: Number of files checked.
         bytes: Their size, by the manifest.
         samples: Number of utterances that were read (with deep or against), else 0.
@@ -32,6 +33,7 @@ class VerifyReport:
     """
 
     faults: list[Fault] = field(default_factory=list)
+    unread: list[Fault] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     samples: int = 0
@@ -39,8 +41,8 @@ class VerifyReport:
 
     @property
     def intact(self) -> bool:
-        """Whether there is no fault."""
-        return not self.faults
+        """Whether everything was read, and there is no fault."""
+        return not self.faults and not self.unread
 
 
 @dataclass

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardprep.check.file_faults import read_legible
 from shardprep.errors import CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.codecs import NPY_FAULTS
 from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL, IndexRow, is_index
 from shardprep.format.manifest import Manifest
 from shardprep.format.tar import BLOCK, content, walk
-from shardprep.storage.local import open_regular, read_at_most
+from shardprep.storage.local import open_regular
+from shardprep.storage.trouble import BadPlaceError, machine_errors
 
 # Bytes; more than a label in decimal text needs.
 _MOST_LABEL = 20
@@ -31,9 +33,10 @@ def index_of_tar(path: Path, manifest: Manifest) -> tuple[IndexRow, ...]:
 
     Raises:
         CorruptShardError: It is not a tar that a build writes.
+        StorageError: The machine cannot read it now.
     """
     try:
-        with open_regular(path) as tar:
+        with machine_errors(path), open_regular(path) as tar:
             return tuple(_rows(tar, manifest))
     except (OSError, tarfile.TarError, ValueError) as error:
         raise CorruptShardError(f"is not a shard of a build ({error})", file=path) from None
@@ -75,21 +78,25 @@ def confirmed_rows(
 
     Returns:
         The rows, or None where the index cannot be read at all.
+
+    Raises:
+        StorageError: The machine cannot read a file now.
     """
+    data = read_legible(path, size)
+    file = io.BytesIO(data)
     try:
-        data = read_at_most(path, size)
-        file = io.BytesIO(data)
         np.lib.format.read_magic(file)
         dtype = np.lib.format.read_array_header_1_0(file)[2]
         count = (len(data) - file.tell()) // dtype.itemsize
         rows: NDArray[Any] = np.frombuffer(data, dtype, count, file.tell())
         if not is_index(rows):
             return None
-    except (OSError, *NPY_FAULTS):
+    except NPY_FAULTS:
         return None
     rows = rows[rows["shard"] == number]
     confirmed = np.zeros(len(rows), bool)
-    with contextlib.suppress(OSError), open_regular(shard) as tar:
+    # A shard that is missing, or is no file, confirms nothing.
+    with contextlib.suppress(OSError), machine_errors(shard), open_regular(shard) as tar:
         for place, row in enumerate(rows):
             confirmed[place] = _is_confirmed(row, tar, manifest)
     rows = rows[confirmed]
@@ -102,6 +109,8 @@ def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
     try:
         key = row["key"].decode()
         offset, label = int(row["offset"]), int(row["label"])
+        if offset < BLOCK:
+            return False
         mel, cls = itertools.islice(walk(tar, offset - BLOCK), 2)
         payload = content(tar, mel, mel.size)
         return (
@@ -112,5 +121,5 @@ def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
             and label == int(content(tar, cls, _MOST_LABEL))
             and NO_LABEL <= label < len(manifest.speakers)
         )
-    except (OSError, tarfile.TarError, ValueError, OverflowError):
+    except (BadPlaceError, tarfile.TarError, ValueError, OverflowError):
         return False

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
 from shardprep.build.shard import ShardRecord, add_utterance, encode_file, fetch_file
+from shardprep.check.file_faults import payloads
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
 from shardprep.source.dataset import Utterance, scan_dataset
-from shardprep.storage.local import open_regular
 from shardprep.storage.remote import Location
+from shardprep.storage.trouble import BadPlaceError
 
 FromSource = Callable[[str, int], bytes | None]
 
@@ -47,50 +46,38 @@ def rewrite_shard(
 
     Returns:
         The record of the new shard; its rejects are the lost utterances.
+
+    Raises:
+        StorageError: The machine cannot read the shard now.
     """
     tar = TarWriter(file)
     suffix = codecs.member_suffix(manifest.codec)
     kept: list[IndexRow] = []
     lost: list[Reject] = []
-    for row, stored in zip(rows, _payloads(damaged, rows), strict=True):
+    for row, stored in zip(rows, payloads(damaged, rows), strict=True):
         utterance, payload = _utterance(row, manifest), _if_undamaged(stored, row)
         if payload is None and from_source is not None:
             payload = _if_undamaged(from_source(utterance.key, utterance.frames), row)
         if payload is not None:
             kept.append(add_utterance(tar, utterance, payload, suffix))
         else:
-            lost.append(_lost(utterance, info.file))
+            how = "could not be read" if isinstance(stored, BadPlaceError) else "were damaged"
+            lost.append(_lost(utterance, info.file, how))
     tar.close()
     frames = sum(row.frames for row in kept)
     new = ShardInfo(info.file, len(kept), frames, tar.size, tar.sha256.hexdigest())
     return ShardRecord("", new, tuple(kept), tuple(lost), 0)
 
 
-def _if_undamaged(payload: bytes | None, row: Any) -> bytes | None:
+def _if_undamaged(payload: bytes | BadPlaceError | None, row: Any) -> bytes | None:
     """Stored bytes, if they are those of the index row; else None."""
-    return payload if payload is not None and zlib.crc32(payload) == row["crc32"] else None
+    return payload if isinstance(payload, bytes) and zlib.crc32(payload) == row["crc32"] else None
 
 
-def _lost(utterance: Utterance, shard: str) -> Reject:
+def _lost(utterance: Utterance, shard: str, how: str) -> Reject:
     split = "test" if shard.startswith("test-") else "labelled"
-    reason = f"its stored bytes were damaged in {shard}"
+    reason = f"its stored bytes {how} in {shard}"
     return Reject(utterance.path, utterance.key, utterance.speaker, split, reason)
-
-
-def _payloads(path: Path, rows: NDArray[Any]) -> Iterator[bytes | None]:
-    """The stored bytes of each row, None where the file cannot be read."""
-    with contextlib.ExitStack() as opened:
-        file: io.BufferedReader | None = None
-        with contextlib.suppress(OSError):
-            file = opened.enter_context(open_regular(path))
-        for row in rows:
-            payload = None
-            # A folder may be in its place, or the disk may fail to read a sector.
-            with contextlib.suppress(OSError):
-                if file is not None:
-                    file.seek(int(row["offset"]))
-                    payload = file.read(int(row["nbytes"]))
-            yield payload
 
 
 def _utterance(row: Any, manifest: Manifest) -> Utterance:

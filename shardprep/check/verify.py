@@ -18,13 +18,16 @@ import numpy as np
 
 from shardprep.build.shard import Advance
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
+from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
 from shardprep.check.verify_against import missing_faults, original_files, source_faults
 from shardprep.check.verify_tar import tar_faults
-from shardprep.errors import CorruptShardError, FormatError
+from shardprep.errors import CorruptShardError, FormatError, StorageError
+from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REPAIR_FOLDER,
+    SET_ASIDE_FOLDER,
     WORK_FOLDER,
     FileInfo,
     Manifest,
@@ -35,11 +38,12 @@ from shardprep.read.files import Files, FolderFiles, StoreFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.split import Split
 from shardprep.source.dataset import Source, scan_dataset
-from shardprep.storage.local import sha256_of
+from shardprep.storage.local import read_at_most, temporary_place
 from shardprep.storage.remote import Location, Remote, locate
+from shardprep.storage.trouble import storage_errors
 
 # What may be there besides the files that the manifest lists.
-_ALLOWED = (MANIFEST_NAME, WORK_FOLDER, REPAIR_FOLDER)
+_ALLOWED = (MANIFEST_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
 
 
 def verify_shards(
@@ -59,11 +63,12 @@ def verify_shards(
         advance: Called with the bytes done since the last call.
 
     Returns:
-        The report; damage is reported, not raised.
+        The report; damage is reported, not raised, and so are files of a folder that the machine
+        cannot read now.
 
     Raises:
         SourceError: `against` is no data set.
-        StorageError: A store does not answer.
+        StorageError: The machine cannot read the manifest now, or a store does not answer.
     """
     began = time.monotonic()
     place = locate(path)
@@ -76,25 +81,32 @@ def verify_shards(
         return report
     report.files = 1 + len(manifest.files())
     report.bytes = sum(info.bytes for info in manifest.files().values())
-    written = place / MANIFEST_NAME
-    data = written.read() if isinstance(written, Remote) else written.read_bytes()
-    if data != encode_manifest(manifest):
+    if _written(place / MANIFEST_NAME) != encode_manifest(manifest):
         report.faults.append(
             Fault(MANIFEST_NAME, "", "has the right content, but not the bytes that a build writes")
         )
     with _opened(place) as files:
+        check = _Check(files, manifest, report, advance)
         if isinstance(files, FolderFiles):
-            report.faults.extend(_file_faults(files.place, manifest, advance))
+            check.note(MANIFEST_NAME, check.file_faults(files.place))
         else:
             report.faults.extend(_store_faults(files, manifest, advance))
         if deep or source is not None:
-            for name in manifest.splits:
-                report.samples += manifest.splits[name].samples
-                report.faults.extend(_split_faults(files, name, manifest, deep, source, advance))
+            for name, split in manifest.splits.items():
+                report.samples += split.samples
+                check.note(split.index.file, check.split_faults(name, deep, source))
         if source is not None:
-            report.faults.extend(missing_faults(files, manifest, source))
+            check.note(MANIFEST_NAME, missing_faults(files, manifest, source))
     report.seconds = time.monotonic() - began
     return report
+
+
+def _written(path: Location) -> bytes:
+    """The bytes of a manifest."""
+    if isinstance(path, Remote):
+        return path.read()
+    with storage_errors(path):
+        return read_at_most(path, MAX_MANIFEST_BYTES)
 
 
 @contextlib.contextmanager
@@ -103,8 +115,11 @@ def _opened(place: Location) -> Iterator[FolderFiles | StoreFiles]:
     if not isinstance(place, Remote):
         yield FolderFiles(place)
         return
-    with tempfile.TemporaryDirectory(prefix="shardprep-verify-") as folder:
-        yield StoreFiles(place, ShardCache(folder, shutil.disk_usage(folder).free // 2))
+    with contextlib.ExitStack() as opened:
+        with storage_errors(temporary_place()):
+            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="shardprep-verify-"))
+            room = shutil.disk_usage(folder).free // 2
+        yield StoreFiles(place, ShardCache(folder, room))
 
 
 def _store_faults(files: StoreFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
@@ -129,58 +144,109 @@ def _store_faults(files: StoreFiles, manifest: Manifest, advance: Advance) -> It
                 yield Fault(name, "", "does not belong to the set")
 
 
-def _file_faults(folder: Path, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
-    """Files of another size or sha256, and files that should not be there."""
-    files = manifest.files()
-    for name, info in files.items():
-        path = folder / name
+class _Check:
+    """The check of a set, which goes on with the next file where the machine cannot read one.
+
+    Args:
+        files: The files of the set.
+        manifest: Its manifest.
+        report: Gets the faults, and the files that cannot be read.
+        advance: Called with the bytes done since the last call.
+    """
+
+    def __init__(
+        self, files: Files, manifest: Manifest, report: VerifyReport, advance: Advance
+    ) -> None:
+        self._files = files
+        self._manifest = manifest
+        self._report = report
+        self._advance = advance
+        # Files that the disk cannot read somewhere: a process that maps them may be killed.
+        self._bad: set[str] = set()
+
+    def note(self, file: str, faults: Iterator[Fault]) -> None:
+        """Put faults into the report, and the file if the machine cannot read it."""
+        with self._noting_unread(file):
+            for fault in faults:
+                self._report.faults.append(fault)
+
+    @contextlib.contextmanager
+    def _noting_unread(self, file: str) -> Iterator[None]:
         try:
-            size = path.stat().st_size
-            if size != info.bytes:
-                yield Fault(name, "", f"has {size} bytes, expected {info.bytes}")
-            elif sha256_of(path) != info.sha256:
-                yield Fault(name, "", "its sha256 is not the one in the manifest")
-        except FileNotFoundError:
-            yield Fault(name, "", "is missing")
-        except OSError as error:
-            yield Fault(name, "", f"cannot be read: {error.strerror}")
-        advance(info.bytes)
-    for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in _ALLOWED:
-            yield Fault(path.name, "", "does not belong to the set")
+            yield
+        except StorageError as error:
+            name = file if error.file is None else os.path.basename(error.file)
+            self._report.unread.append(Fault(name, "", f"{error.what}. {error.remedy}"))
+
+    def file_faults(self, folder: Path) -> Iterator[Fault]:
+        """Files of another size or sha256, and files that should not be there."""
+        infos = self._manifest.files()
+        for name, info in infos.items():
+            with self._noting_unread(name):
+                finding = fault_of(folder / name, info)
+                if finding is not None and finding.has_bad_places:
+                    self._bad.add(name)
+                    found = list(self._bad_utterances(folder, name))
+                    yield from found or [Fault(name, "", finding.what)]
+                elif finding is not None:
+                    yield Fault(name, "", finding.what)
+            self._advance(info.bytes)
+        with storage_errors(folder):
+            present = sorted(os.listdir(folder))
+        for name in present:
+            if name not in infos and name not in _ALLOWED:
+                yield Fault(name, "", "does not belong to the set")
+
+    def _bad_utterances(self, folder: Path, file: str) -> Iterator[Fault]:
+        """The utterances of a shard that the disk cannot read; none if the index is damaged."""
+        for name, split in self._manifest.splits.items():
+            for number, shard in enumerate(split.shards):
+                if shard.file == file:
+                    try:
+                        rows = Split(self._files, name, self._manifest).locations
+                    except CorruptShardError:
+                        return
+                    rows = rows[rows["shard"] == number]
+                    for row, what in bad_rows(folder / file, rows):
+                        yield Fault(file, rows[row]["key"].decode(), what)
+
+    def split_faults(self, name: str, deep: bool, source: Source | None) -> Iterator[Fault]:
+        """Faults of a split that only reading every utterance finds."""
+        info = self._manifest.splits[name]
+        closed = self._bad | {fault.file for fault in self._report.unread}
+        if info.index.file in closed:
+            return
+        try:
+            split = Split(self._files, name, self._manifest)
+        except CorruptShardError as error:
+            yield Fault(info.index.file, "", error.what)
+            return
+        shards = split.locations["shard"]
+        for number, shard in enumerate(info.shards):
+            if shard.file not in closed:
+                indices = np.flatnonzero(shards == number)
+                with self._noting_unread(shard.file):
+                    if deep:
+                        yield from tar_faults(self._files, shard, split, indices, self._manifest)
+                    yield from _utterance_faults(shard, split, indices, source)
+            self._advance(shard.bytes)
 
 
-def _split_faults(
-    files: Files,
-    name: str,
-    manifest: Manifest,
-    deep: bool,
-    source: Source | None,
-    advance: Advance,
+def _utterance_faults(
+    info: ShardInfo, split: Split, indices: np.ndarray, source: Source | None
 ) -> Iterator[Fault]:
-    """Faults of a split that only reading every utterance finds."""
-    try:
-        split = Split(files, name, manifest)
-    except CorruptShardError as error:
-        yield Fault(manifest.splits[name].index.file, "", error.what)
-        return
-    shards = split.locations["shard"]
-    for number, info in enumerate(manifest.splits[name].shards):
-        indices = np.flatnonzero(shards == number)
-        if deep:
-            yield from tar_faults(files, info, split, indices, manifest)
-        originals = original_files(source, split, indices)
-        for index, original in zip(map(int, indices), originals, strict=False):
-            try:
-                mel = split.read(index)
-            except CorruptShardError as error:
-                if error.key is None:
-                    # The file is missing or has another size. This fault is reported already.
-                    break
-                yield Fault(info.file, error.key, error.what)
-                continue
-            if not np.isfinite(mel).all():
-                yield Fault(info.file, str(split.keys[index]), "has values that are not finite")
-            if source is not None:
-                yield from source_faults(info.file, split, index, mel, source, original)
-        advance(info.bytes)
+    """Faults of the utterances of a shard, read one by one."""
+    originals = original_files(source, split, indices)
+    for index, original in zip(map(int, indices), originals, strict=False):
+        try:
+            mel = split.read(index)
+        except CorruptShardError as error:
+            if error.key is None:
+                # The file is missing or has another size. This fault is reported already.
+                return
+            yield Fault(info.file, error.key, error.what)
+            continue
+        if not np.isfinite(mel).all():
+            yield Fault(info.file, str(split.keys[index]), "has values that are not finite")
+        if source is not None:
+            yield from source_faults(info.file, split, index, mel, source, original)

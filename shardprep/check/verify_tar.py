@@ -19,6 +19,7 @@ from shardprep.format.tar import Member, content, walk
 from shardprep.read.files import Files
 from shardprep.read.split import Split
 from shardprep.storage.local import open_regular
+from shardprep.storage.trouble import machine_errors
 
 # Bytes; more than a .cls or a .json member needs.
 _MOST_TEXT = 1 << 16
@@ -35,10 +36,13 @@ def tar_faults(
         split: Its split.
         indices: The utterances of the split that the shard holds, in order.
         manifest: Manifest of the set.
+
+    Raises:
+        StorageError: The machine cannot read the shard now.
     """
     suffix = codecs.member_suffix(manifest.codec)
     try:
-        with files.lend(info) as path, open_regular(path) as tar:
+        with files.lend(info) as path, machine_errors(path), open_regular(path) as tar:
             members = walk(tar)
             for index in map(int, indices):
                 for fault in _utterance_faults(tar, members, split, index, suffix, manifest):

@@ -11,7 +11,7 @@ from shardprep.check.report import RepairReport
 from shardprep.cli.output import count, print_json
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
-from shardprep.format.manifest import REJECTS_NAME
+from shardprep.format.manifest import REJECTS_NAME, Reject
 from shardprep.storage.remote import Location, Remote
 
 _MOST_LINES = 20
@@ -65,6 +65,7 @@ def repair(
         drop=drop,
         workers=workers,
         listener=BuildProgress("repair"),
+        before_drop=_announce,
     )
     if as_json:
         print_json({**dataclasses.asdict(report), "intact": report.intact})
@@ -73,12 +74,24 @@ def repair(
     context.exit(0 if report.intact else 1)
 
 
+def _announce(lost: list[Reject]) -> None:
+    """Say on stderr what will be left out, before it is."""
+    for reject in lost[:_MOST_LINES]:
+        click.echo(f"shardprep: leaving out {_line(reject)}", err=True)
+    if len(lost) > _MOST_LINES:
+        click.echo(f"shardprep: and {len(lost) - _MOST_LINES} more", err=True)
+
+
+def _line(reject: Reject, done: str = "") -> str:
+    return f"{reject.key or reject.file}: {done}{reject.reason}"
+
+
 def _print(report: RepairReport, *, asked: bool) -> None:
     for name in report.repaired:
         click.echo(f"{name}: restored")
     for name in report.removed:
         click.echo(f"{name}: removed, belongs to no set")
-    dropped = [f"{one.key or one.file}: dropped, {one.reason}" for one in report.dropped]
+    dropped = [_line(one, "dropped, ") for one in report.dropped]
     _print_some(dropped, f"{REJECTS_NAME} lists them all")
     _print_some([f"note: {note}" for note in report.notes], "--json has them all")
     for fault in report.faults:

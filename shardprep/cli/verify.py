@@ -9,7 +9,7 @@ import click
 from shardprep.check.verify import verify_shards
 from shardprep.cli.output import count, print_json, progress_bar, size
 from shardprep.cli.places import Place
-from shardprep.errors import FormatError
+from shardprep.errors import FormatError, StorageError
 from shardprep.read.manifest_file import load_manifest
 from shardprep.storage.remote import Location
 
@@ -32,7 +32,8 @@ def verify(
 
     A set behind a URL is first copied into a temporary folder.
 
-    The exit code is 0 for an intact set and 1 for faults; stdout names each fault.
+    The exit code is 0 for an intact set, 1 for faults, and 6 if the machine could not read all
+    files; stdout names each fault and each file that was not read.
     """
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
         report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
@@ -41,14 +42,21 @@ def verify(
     else:
         for fault in report.faults:
             click.echo(str(fault))
+        for fault in report.unread:
+            click.echo(f"{fault.file}: not verified, {fault.what}")
         read = f", {report.samples:,} utterances read" if report.samples else ""
+        state = "intact" if report.intact else count(len(report.faults), "fault")
+        if report.unread:
+            state += f", {count(len(report.unread), 'file')} not verified"
         click.echo(
-            f"{shards}: {'intact' if report.intact else count(len(report.faults), 'fault')} "
+            f"{shards}: {state} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
-        if report.faults and report.files and against is None:
+        if report.faults and report.files and not report.unread and against is None:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
             click.echo(f"shardprep: note: {remedy}", err=True)
+    if report.unread:
+        context.exit(StorageError.exit_code)
     context.exit(0 if report.intact else 1)
 
 

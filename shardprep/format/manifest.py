@@ -29,6 +29,7 @@ MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
 WORK_FOLDER = ".shardprep-build"
 REPAIR_FOLDER = ".shardprep-repair"
+SET_ASIDE_FOLDER = ".shardprep-set-aside"
 
 # Of mels with hop 160 at 16 kHz; for hours of speech in reports, never for data.
 FRAMES_PER_SECOND = 100

@@ -157,14 +157,10 @@ def read_rejects(files: Files, manifest: Manifest) -> tuple[Reject, ...]:
     )
 
 
-def legible_rejects(folder: Path, manifest: Manifest) -> list[Reject]:
+def legible_rejects(data: bytes) -> list[Reject]:
     """The readable lines of a rejects.jsonl that may be damaged."""
     found: list[Reject] = []
-    if manifest.rejects is not None:
-        with contextlib.suppress(OSError):
-            for line in read_at_most(
-                folder / manifest.rejects.file, MAX_REJECTS_BYTES
-            ).splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    found.append(msgspec.json.decode(line, type=Reject))
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(msgspec.json.decode(line, type=Reject))
     return found

@@ -12,7 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.trouble import BadPlaceError, FileFault, storage_errors
@@ -116,6 +116,11 @@ def move(source: Path, target: Path) -> None:
         source.unlink()
 
 
+def temporary_place() -> str:
+    """Where temporary files go, for messages."""
+    return os.environ.get("TMPDIR") or "/tmp"
+
+
 def exists(path: Path) -> bool:
     """Whether there is a file or a folder of this name, or what a link leads to.
 
@@ -188,6 +193,24 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 def _not_regular(path: str | os.PathLike[str]) -> FileFault:
     return FileFault(errno.EINVAL, "it is not a regular file", os.fspath(path))
+
+
+def read_span(file: io.BufferedReader, offset: int, size: int) -> bytes:
+    """The bytes of a file of `open_regular` from a place on; fewer where the file ends.
+
+    Nothing around them is read, which a failing disk may refuse.
+
+    Raises:
+        BadPlaceError: The disk cannot read them.
+        OSError: They cannot be read.
+    """
+    raw = cast(io.FileIO, file.raw)
+    raw.seek(offset)
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size and (count := raw.readinto(view[done:])):
+        done += count
+    return bytes(view[:done])
 
 
 def read_at_most(path: str | os.PathLike[str], most: int) -> bytes:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from shardprep.errors import StorageError
 from shardprep.storage.connections import filesystem, timed
 from shardprep.storage.failures import AFTER_THE_END, http_status, in_words, may_pass
+from shardprep.storage.local import temporary_place
 from shardprep.storage.trouble import NO_SPACE, OF_PROCESS, remedy_of, storage_errors
 
 # fsspec and tenacity take a while to import, and a set in a folder needs neither.
@@ -154,7 +155,7 @@ class Remote:
         """
         self.check_writable()
         with (
-            storage_errors(os.environ.get("TMPDIR", "/tmp")),
+            storage_errors(temporary_place()),
             tempfile.NamedTemporaryFile(prefix="shardprep-") as file,
         ):
             yield file  # type: ignore[misc]
