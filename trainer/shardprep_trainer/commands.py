@@ -10,7 +10,7 @@ from typing import NoReturn, get_args
 
 import click
 
-from shardprep import ShardprepError, StorageError
+from shardprep import ShardprepError, StorageError, storage_error
 from shardprep_trainer.config.fields import Backend
 from shardprep_trainer.errors import TrainerError, is_out_of_memory
 
@@ -83,8 +83,7 @@ def reported_errors() -> Iterator[None]:
     except (TrainerError, ShardprepError) as error:
         _exit(str(error), error.exit_code)
     except OSError as error:
-        what = error.strerror or str(error)
-        _exit(str(StorageError(what, file=error.filename)), StorageError.exit_code)
+        _exit(str(storage_error(error)), StorageError.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -2,7 +2,7 @@
 
     TrainerError            1   the run failed
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
-    ├── CheckpointError     1   a checkpoint is missing, cannot be used or cannot be written
+    ├── CheckpointError     1   a checkpoint is missing or cannot be used
     │   └── DamagedCheckpointError  a checkpoint is incomplete, or a byte of it has changed
     ├── ElsewhereError      *   another process of the launch failed, with this code
     ├── DivergedError       1   loss or gradient was not finite for too many steps in a row
@@ -10,7 +10,8 @@
     └── PredictionError     1   a checkpoint, a data set and a label file do not match
 
 The number is the exit code of the process. Other codes: 130 and 143 mean that Ctrl-C or SIGTERM
-ended a run after it saved, 124 that no process did a step for `train.hang_seconds`.
+ended a run after it saved, 124 that no process did a step for `train.hang_seconds`. A disk or a
+machine that refuses is a StorageError of `shardprep`, 6.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ConfigError(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint is missing, cannot be used or cannot be written."""
+    """A checkpoint is missing or cannot be used."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from shardprep import ShardprepError, StorageError
+from shardprep import ShardprepError, StorageError, storage_error
 from shardprep_trainer.config.command_line import Invocation, parse_args
 from shardprep_trainer.errors import TrainerError, is_lost_peer, is_out_of_memory
 from shardprep_trainer.processes.launch import (
@@ -53,10 +53,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         _report(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        # From trackers, or from folders that cannot be listed.
-        what = error.strerror or str(error)
-        remedy = "Check free space and permissions, --train.runs and --name."
-        _report(f"error: {StorageError(what, file=error.filename, remedy=remedy)}")
+        _report(f"error: {storage_error(error)}")
         return StorageError.exit_code
     except (MemoryError, RuntimeError) as error:
         if is_lost_peer(error):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 import torch
 from saved_models import make_checkpoint, make_training
 
+from shardprep import StorageError, storage_errors
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.state import Best, Checkpoint
 from shardprep_trainer.config.fields import Config
@@ -114,9 +116,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: cannot be written .*No space left"
-    ):
+    with pytest.raises(StorageError, match=r"model\.safetensors: No space left"):
         folder.save_best(at(checkpoint, 2))
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert load(folder.best).step == 1
@@ -184,6 +184,105 @@ def test_a_checkpoint_that_lacks_an_entry_is_refused_by_name(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pt: there is no such checkpoint"):
         load(tmp_path / "x.pt")
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, number: int, most: int = 10**9) -> list[str]:
+    """Let the first reads of files fail with an errno, at most so many; the names of these."""
+    real, failed = Path.read_bytes, list[str]()
+
+    def read_bytes(path: Path) -> bytes:
+        if len(failed) < most:
+            failed.append(path.name)
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    return failed
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ENOMEM])
+def test_trouble_of_the_machine_is_no_fault_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, number: int
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(at(checkpoint, 5))
+    failing_reads(monkeypatch, number)
+    for read in (lambda: load(path), folder.load_newest):
+        with pytest.raises(StorageError, match=rf"5\.pt: .*{os.strerror(number)}") as caught:
+            read()
+        assert caught.value.remedy
+        assert "damaged" not in str(caught.value)
+
+
+def test_a_read_that_the_disk_refuses_once_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
+    path = CheckpointFolder(tmp_path).save(at(checkpoint, 5))
+    failed = failing_reads(monkeypatch, errno.EIO, most=1)
+    assert load(path).step == 5
+    assert failed == [path.name]
+
+
+def test_a_checkpoint_where_the_disk_fails_is_passed_over_and_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    first, second = (CheckpointFolder(tmp_path, 9).save(at(checkpoint, step)) for step in (1, 2))
+    with monkeypatch.context() as patch:
+        failed = failing_reads(patch, errno.EIO, most=2)
+        found = folder.load_newest()
+    assert failed == [second.name] * 2
+    assert found.checkpoint.step == 1
+    (error,) = found.unusable
+    assert isinstance(error, StorageError)
+    folder.save(at(checkpoint, 3))
+    assert names(folder) == [second.name, "step-00000003.pt"]
+    assert not first.exists()
+    with monkeypatch.context() as patch:
+        failing_reads(patch, errno.EIO)
+        with pytest.raises(StorageError, match=r"step-00000003\.pt: .*Input/output error"):
+            folder.load_newest()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, number: int
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(at(checkpoint, 5))
+
+    def refuse(path: Path) -> list[str]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        for look in (folder.latest, folder.load_newest):
+            with pytest.raises(StorageError, match=rf"checkpoints: .*{os.strerror(number)}"):
+                look()
+        # What only tidies up is left for the next time.
+        folder.sweep()
+        folder.save(at(checkpoint, 6))
+    assert names(folder) == ["step-00000005.pt", "step-00000006.pt"]
+
+
+def test_the_reason_why_a_checkpoint_cannot_be_written_is_that_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
+    class Refusing:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        def flush(self) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def publish(path: Path) -> Iterator[Refusing]:
+        with storage_errors(path):
+            yield Refusing()
+
+    monkeypatch.setattr("shardprep_trainer.checkpoint.files.publish", publish)
+    with pytest.raises(StorageError, match=r"5\.pt: Disk quota exceeded"):
+        CheckpointFolder(tmp_path).save(at(checkpoint, 5))
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from saved_models import change_best, make_checkpoint
 from shardprep_trainer.checkpoint import model_folder
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
-from shardprep_trainer.checkpoint.model_folder import read_model, write_model
+from shardprep_trainer.checkpoint.model_folder import write_model
 from shardprep_trainer.checkpoint.state import Best, Checkpoint
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, DamagedCheckpointError
@@ -100,7 +100,7 @@ def test_a_failure_at_any_point_leaves_one_whole_model(
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(KeyboardInterrupt):
         write_model(folder, newer)
-    found = read_model(folder / "model.safetensors")
+    found = load(folder / "model.safetensors")
     assert (found.step, found.speakers) in (
         (5, checkpoint.speakers),
         (6, newer.speakers),
@@ -138,11 +138,11 @@ def test_a_kill_at_any_moment_leaves_weights_with_their_own_description(
         time.sleep(0.05 + 0.013 * number)
         # A reader beside the writer sees one model or the next, too.
         for _ in range(20):
-            found = read_model(tmp_path / "model" / "model.safetensors")
+            found = load(tmp_path / "model" / "model.safetensors")
             assert {float(x) for w in found.weights.values() for x in w.flatten()} == {found.step}
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
-        found = read_model(tmp_path / "model" / "model.safetensors")
+        found = load(tmp_path / "model" / "model.safetensors")
         assert {float(x) for w in found.weights.values() for x in w.flatten()} == {found.step}
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import shardprep
-from shardprep_trainer.evaluation.labels import read_left_out
+from shardprep_trainer.evaluation.labels import read_labels, read_left_out
+from shardprep_trainer.evaluation.trials import read_trials
 
 
 @pytest.fixture
@@ -67,3 +70,18 @@ def test_a_damaged_list_is_refused_by_name(
         listing.write_bytes(content)
     with pytest.raises(shardprep.CorruptShardError, match=r"rejects\.jsonl: .*shardprep verify"):
         read_left_out(shardprep.open_shards(folder))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("read", [read_labels, lambda path: read_trials(path, ["a"])])
+def test_trouble_of_the_machine_is_no_fault_of_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, read: Callable[[Path], object]
+) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    for name in ("open", "read_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(shardprep.StorageError, match=rf"list: .*{os.strerror(number)}") as caught:
+        read(tmp_path / "list")
+    assert caught.value.remedy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,6 +75,9 @@ def test_a_process_on_its_own_agrees_with_itself() -> None:
         together(lambda: (_ for _ in ()).throw(CheckpointError("own")))
     with pytest.raises(ConfigError, match="begins"):
         together(lambda: (_ for _ in ()).throw(ConfigError("begins")))
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "runs/x")
+    with pytest.raises(shardprep.StorageError, match=r"^runs/x: Stale file handle"):
+        together(lambda: (_ for _ in ()).throw(stale))
 
 
 @pytest.mark.remote

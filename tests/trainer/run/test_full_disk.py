@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from saved_models import BEST
 
+from shardprep import StorageError
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.errors import CheckpointError
 from shardprep_trainer.run import trainer as run
 from shardprep_trainer.run.journal import Journal, MetricsLog
 from shardprep_trainer.run.start import prepare
@@ -28,6 +28,7 @@ from tests.conftest import mounted
 ConfigFactory = Callable[..., Config]
 SCRIPT = str(Path(__file__).resolve().parents[3] / "trainer" / "train.py")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+NO_ROOM = StorageError("no room", file="x.pt", remedy="Buy a disk.")
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_training_goes_on_without_a_checkpoint_and_the_next_save_tries_again(
     make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(**{"train.save_steps": 3, "train.valid_steps": 0})
-    refuse(monkeypatch, CheckpointFolder, "save", {2, 3}, CheckpointError("x.pt: no room"))
+    refuse(monkeypatch, CheckpointFolder, "save", {2, 3}, NO_ROOM)
     assert fit(config).step == 12
     err = capsys.readouterr().err
     warnings = [line for line in err.splitlines() if line.startswith("WARNING: ")]
@@ -88,7 +89,7 @@ def test_training_goes_on_without_a_checkpoint_and_the_next_save_tries_again(
 
 
 @pytest.mark.parametrize("end", [{}, {"train.stop_step": 10}])
-def test_a_run_whose_last_checkpoint_is_refused_ends_with_the_code_of_checkpoints(
+def test_a_run_whose_last_checkpoint_is_refused_ends_with_the_code_of_disks(
     end: dict[str, int],
     make_config: ConfigFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,13 +98,14 @@ def test_a_run_whose_last_checkpoint_is_refused_ends_with_the_code_of_checkpoint
 ) -> None:
     config = make_config(**{"train.save_steps": 6, **end})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    refuse(monkeypatch, CheckpointFolder, "save", {2}, CheckpointError("x.pt: no room"))
-    assert main(["--config", str(tmp_path / "config.yaml")]) == CheckpointError.exit_code
+    refuse(monkeypatch, CheckpointFolder, "save", {2}, NO_ROOM)
+    assert main(["--config", str(tmp_path / "config.yaml")]) == StorageError.exit_code
     err = capsys.readouterr().err
     assert err.count("WARNING: ") == 1
     (last,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert f"step {end.get('train.stop_step', 12)}, at which the run ends, is not saved" in last
-    assert "step-00000006.pt with --resume" in last
+    assert "(no room); --resume continues from " in last
+    assert last.endswith("step-00000006.pt. Buy a disk.")
 
 
 def test_the_best_is_what_is_on_the_disk(
@@ -121,13 +123,13 @@ def test_the_best_is_what_is_on_the_disk(
     monkeypatch.setattr(
         "shardprep_trainer.run.trainer.evaluate", lambda *a, **o: Scored(evaluate(*a, **o))
     )
-    refuse(monkeypatch, CheckpointFolder, "save_best", {2}, CheckpointError("model: no room"))
+    refuse(monkeypatch, CheckpointFolder, "save_best", {2}, NO_ROOM)
     # The .8 of step 6 was never saved, so that the .6 of step 9 is the best.
     assert fit(config).best == Best(0.6, 9)
     best = load(config.run / BEST)
     assert (best.step, best.best) == (9, Best(0.6, 9))
     assert load(config.run / "checkpoints" / "step-00000012.pt").best == best.best
-    assert "step 6: model: no room; the newest that is saved is" in capsys.readouterr().err
+    assert "step 6: x.pt: no room; the newest that is saved is" in capsys.readouterr().err
 
 
 def test_records_that_had_no_room_are_written_later_and_that_is_said_once(
@@ -180,7 +182,7 @@ def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
         **{"train.runs": small_disk, "train.save_steps": 4, "train.valid_steps": 0}
     )
     trainer = Trainer(prepare(config))
-    with pytest.raises(CheckpointError, match=r"step 12, at which the run ends, is not saved"):
+    with pytest.raises(StorageError, match=r"step 12, at which the run ends, is not saved"):
         trainer.fit()
     trainer.close()
     err = capsys.readouterr().err
@@ -209,7 +211,7 @@ def test_no_process_waits_for_one_that_could_not_save(
         capture_output=True,
         text=True,
     )
-    assert done.returncode == CheckpointError.exit_code
+    assert done.returncode == StorageError.exit_code
     assert "step 12/12" in done.stderr
     assert done.stderr.count("WARNING: step ") == 2
     # A slow machine may let the other process say it as well.

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import os
 import pickle
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from shardprep import StorageError, publish
-from shardprep_trainer.checkpoint.model_folder import WEIGHTS, read_model, write_model
+from shardprep import StorageError, machine_errors, publish
+from shardprep_trainer.checkpoint.model_folder import WEIGHTS, parse_model, write_model
 from shardprep_trainer.checkpoint.state import (
     FORMAT,
     Checkpoint,
@@ -49,29 +51,25 @@ def load(path: Path) -> Checkpoint:
         DamagedCheckpointError: The file is torn, or a byte of it has changed.
         CheckpointError: It is missing, of another format version, lacks an entry, or holds
             what a checkpoint never does.
+        StorageError: The disk or the machine refused. This says nothing about the checkpoint.
     """
     try:
-        # To open a pipe would wait for a writer; a folder is refused by name.
-        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-            raise OSError("neither a file nor a folder")
-        return read_model(path) if path.suffix == ".safetensors" else _read_step(path)
-    except FileNotFoundError as error:
+        # To open a pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: cannot be read (it is not a file)")
+        data = _read(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
-    except OSError as error:
-        kind = DamagedCheckpointError if error.errno == errno.EIO else CheckpointError
-        raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_model(data, path) if path.suffix == ".safetensors" else _parse_step(data, path)
 
 
-def _read_step(path: Path) -> Checkpoint:
+def _parse_step(data: bytes, path: Path) -> Checkpoint:
     try:
-        with path.open("rb") as file:
-            vet(file)
-            entries = torch.load(file, map_location="cpu", weights_only=True)
+        vet(io.BytesIO(data))
+        entries = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         check_values(entries)
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, for it holds what no checkpoint does ({brief(error)}); take a "
@@ -89,6 +87,17 @@ def _read_step(path: Path) -> Checkpoint:
     return parse(entries, path)
 
 
+def _read(path: Path) -> bytes:
+    """The bytes of a file; where the disk fails, it is read once more."""
+    with machine_errors(path):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return path.read_bytes()
+
+
 @dataclass(frozen=True)
 class Newest:
     """The newest undamaged checkpoint of a run."""
@@ -96,7 +105,7 @@ class Newest:
     checkpoint: Checkpoint
     training: Training
     """What continuing takes, which a step checkpoint always has."""
-    damaged: tuple[DamagedCheckpointError, ...]
+    unusable: tuple[DamagedCheckpointError | StorageError, ...]
     """Of newer ones, what is the matter with each; the newest first."""
 
 
@@ -117,7 +126,7 @@ class CheckpointFolder:
         self.model = run / "model"
         self.keep = keep
         self.newest: Path | None = None
-        self._damaged: set[Path] = set()
+        self._unusable: set[Path] = set()
 
     @property
     def best(self) -> Path:
@@ -125,29 +134,36 @@ class CheckpointFolder:
         return self.model / WEIGHTS
 
     def steps(self) -> list[Path]:
-        """The step checkpoints, oldest first."""
-        found = [path for path in self.folder.glob("step-*.pt") if _STEP_NAME.fullmatch(path.name)]
+        """The step checkpoints, oldest first.
+
+        Raises:
+            StorageError: The folder cannot be listed. There may be checkpoints in it.
+        """
+        found = [self.folder / name for name in _names(self.folder) if _STEP_NAME.fullmatch(name)]
         return sorted(found, key=_step_of)
 
     def latest(self) -> Path | None:
-        """The newest step checkpoint, or None."""
+        """The newest step checkpoint, or None; raises as `steps`."""
         found = self.steps()
         return found[-1] if found else None
 
     def load_newest(self) -> Newest:
-        """Read the newest step checkpoint, or if that is damaged, the one before it.
+        """Read the newest step checkpoint; if it is damaged or its disk fails, the one before it.
 
         Raises:
             CheckpointError: There is none, all are damaged, or the newest undamaged one is not
                 one to resume from.
+            StorageError: The machine refused to read one, or the disk fails under all of them.
         """
-        damaged: list[DamagedCheckpointError] = []
+        unusable: list[DamagedCheckpointError | StorageError] = []
         for file in reversed(self.steps()):
             try:
                 checkpoint = load(file)
-            except DamagedCheckpointError as error:
-                damaged.append(error)
-                self._damaged.add(file)
+            except (DamagedCheckpointError, StorageError) as error:
+                if isinstance(error, StorageError) and not _is_of_disk(error):
+                    raise
+                unusable.append(error)
+                self._unusable.add(file)
             else:
                 if checkpoint.training is None:
                     raise CheckpointError(
@@ -155,39 +171,47 @@ class CheckpointFolder:
                         "--train.start_from instead"
                     )
                 self.newest = file
-                return Newest(checkpoint, checkpoint.training, tuple(damaged))
-        if not damaged:
+                return Newest(checkpoint, checkpoint.training, tuple(unusable))
+        if not unusable:
             raise CheckpointError(
                 f"{self.folder}: there is no checkpoint to resume from; start without --resume, "
                 "or name the run with --name and --train.runs"
             )
+        for refusal in unusable:
+            if isinstance(refusal, StorageError):
+                raise refusal
         raise CheckpointError(
-            f"{self.folder}: all of the {len(damaged)} checkpoints are damaged; check the disk, "
+            f"{self.folder}: all of the {len(unusable)} checkpoints are damaged; check the disk, "
             "then start another run with --name NAME, from the best model so far if that is "
             "undamaged: "
-            f"--train.start_from {self.model} ({damaged[0]})"
+            f"--train.start_from {self.model} ({unusable[0]})"
         )
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a step checkpoint, then delete the oldest beyond `keep`.
 
         Only checkpoints older than the one just written are deleted, and none that `load_newest`
-        has found to be damaged.
+        could not use.
 
         Raises:
-            CheckpointError: The disk refused; earlier checkpoints are as they were.
+            StorageError: The disk refused; earlier checkpoints are as they were.
         """
         step = checkpoint.step
         path = self.folder / f"step-{step:08d}.pt"
-        with _refused(path), publish(path) as file:
-            torch.save({"format": FORMAT, **to_plain(checkpoint)}, file)
+        with publish(path) as file:
+            target = _Target(file)
+            try:
+                # It takes whatever has `write` and `flush`.
+                torch.save({"format": FORMAT, **to_plain(checkpoint)}, target)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                # PyTorch makes this of an error of the file.
+                raise (target.error or error) from None
         self.newest = path
-        self._damaged.discard(path)
-        # One that is known to be damaged does not count.
-        older = [p for p in self.steps() if _step_of(p) < step and p not in self._damaged]
-        for stale in older[: max(0, len(older) + 1 - self.keep)]:
-            # One that cannot be deleted now is tried again after the next save.
-            with contextlib.suppress(OSError):
+        self._unusable.discard(path)
+        # One that cannot be deleted now, or not be listed, is tried again after the next save.
+        with contextlib.suppress(OSError, StorageError):
+            older = [p for p in self.steps() if _step_of(p) < step and p not in self._unusable]
+            for stale in older[: max(0, len(older) + 1 - self.keep)]:
                 stale.unlink()
         return path
 
@@ -195,15 +219,49 @@ class CheckpointFolder:
         """Write the model folder, in place of the model before.
 
         Raises:
-            CheckpointError: The disk refused; the best model so far is as it was.
+            StorageError: The disk refused; the best model so far is as it was.
         """
-        with _refused(self.best):
-            write_model(self.model, checkpoint)
+        write_model(self.model, checkpoint)
 
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
-        for leftover in (*self.folder.glob("*.pt.*.tmp"), *self.model.glob("*.tmp")):
-            leftover.unlink()
+        # What cannot be removed does no harm, and is tried again at the next start.
+        for folder, ending in ((self.folder, r".*\.pt\..*\.tmp"), (self.model, r".*\.tmp")):
+            with contextlib.suppress(OSError, StorageError):
+                for name in _names(folder):
+                    if re.fullmatch(ending, name):
+                        (folder / name).unlink()
+
+
+class _Target:
+    """A file to write to that remembers why it could not be written.
+
+    Attributes:
+        error: The error, if there was one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder; none if there is no such folder."""
+    try:
+        with machine_errors(folder):
+            return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _step_of(path: Path) -> int:
@@ -212,13 +270,6 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-@contextlib.contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Turn the refusal of a disk into a CheckpointError."""
-    try:
-        yield
-    # torch.save reports a full disk as a RuntimeError of its zip writer.
-    except (StorageError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}); make room or choose another --train.runs"
-        ) from error
+def _is_of_disk(error: StorageError) -> bool:
+    """Whether the disk fails where a file lies, for good: another file may lie elsewhere."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO

@@ -11,9 +11,8 @@ also has a checksum of both, which safetensors itself lacks. config.json is neve
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import safetensors
@@ -64,22 +63,22 @@ def write_model(folder: Path, checkpoint: Checkpoint) -> None:
             file.write(data)
 
 
-def read_model(path: Path) -> Checkpoint:
-    """Read a model file, which may come from a stranger; `training` is None.
+def parse_model(data: bytes, path: Path) -> Checkpoint:
+    """Make a checkpoint of a model file, which may come from a stranger; `training` is None.
 
     The memory taken is in proportion to the size of the file.
 
+    Args:
+        data: Its bytes.
+        path: Where they come from, for errors to name.
+
     Raises:
-        OSError: It cannot be read.
         DamagedCheckpointError: The file is torn, or a byte of it has changed.
         CheckpointError: It has no description of ours, or describes no model.
     """
-    # By one handle: `safe_open` opens the file twice, and may find another model the second time.
-    with path.open("rb") as file:
-        header = _read_header(file, path)
-        data = header + file.read()
+    header = _header(data, path)
     try:
-        metadata = msgspec.json.decode(header[8:], type=_Header).metadata
+        metadata = msgspec.json.decode(header, type=_Header).metadata
         # safetensors gives them in an order that differs from one reading to the next.
         weights = dict(sorted(safetensors.torch.load(data).items()))
         text = metadata.get("description")
@@ -101,18 +100,17 @@ class _Header(msgspec.Struct):
     metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
 
 
-def _read_header(file: BinaryIO, path: Path) -> bytes:
-    """The length of the header and the header itself, if both are within bounds."""
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if length > os.fstat(file.fileno()).st_size - 8:
+def _header(data: bytes, path: Path) -> bytes:
+    """The header, if it is within bounds."""
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data) - 8:
         raise _damaged(path, "its header is longer than the file")
     if length > _HEADER_BYTES:
         raise CheckpointError(f"{path}: refused, for its header has {length:,} bytes")
-    header = file.read(length)
+    header = data[8 : 8 + length]
     if (tensors := header.count(b"data_offsets")) > _TENSORS:
         raise CheckpointError(f"{path}: refused, for it has {tensors:,} tensors")
-    return prefix + header
+    return header
 
 
 def _decode(text: str, path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from shardprep import machine_errors
 from shardprep_trainer.config.checks import parse_config, shorten_warmup
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
@@ -47,8 +48,9 @@ def parse_args(argv: Sequence[str], program: str = "shardprep train") -> Invocat
         The checked configuration and what to do with it.
 
     Raises:
-        ConfigError: An unknown or ill-typed field, an unreadable file, or a bad combination; the
+        ConfigError: An unknown or ill-typed field, a missing file, or a bad combination; the
             message begins with the file, or says that it was the command line.
+        StorageError: The disk or the machine refused to read a file.
     """
     arguments = _with_recipes(argv)
     files = {path: _read_file(path) for path in _config_files(arguments)}
@@ -118,7 +120,8 @@ def _config_files(arguments: Sequence[str]) -> list[str]:
 def _read_file(path: str) -> dict[str, Any]:
     """Read a file of `--config` on its own, so that its faults are told from later options'."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with machine_errors(path):
+            text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read ({error.strerror})") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardprep import ShardSet
+from shardprep import ShardSet, machine_errors
 from shardprep_trainer.errors import PredictionError
 
 HEADER = ("Id", "Category")
@@ -51,10 +51,11 @@ def read_labels(path: Path) -> dict[str, str]:
     """Read rows of an utterance's file name and a speaker's name.
 
     Raises:
-        PredictionError: The file cannot be read or is not such a CSV.
+        PredictionError: There is no such file, or it is not such a CSV.
+        StorageError: The disk or the machine refused.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with machine_errors(path), path.open(newline="", encoding="utf-8") as file:
             header, *rows = [tuple(row) for row in csv.reader(file)] or [()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PredictionError(f"{path}: cannot be read ({error})") from error

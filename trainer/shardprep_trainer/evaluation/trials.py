@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardprep import machine_errors
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import LeftOut
 
@@ -153,7 +154,8 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
     positions = positions_of(keys)
     target, enroll, test = [], [], []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with machine_errors(path):
+            lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PredictionError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):

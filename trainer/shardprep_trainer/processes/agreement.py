@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from shardprep import ShardprepError
+from shardprep import ShardprepError, storage_error
 from shardprep_trainer.errors import ConfigError, ElsewhereError, TrainerError
 
 Result = TypeVar("Result")
@@ -24,16 +24,18 @@ def together(work: Callable[[], Result]) -> Result:
 
     Raises:
         TrainerError: The error of this process, or else that of the lowest rank with an error. A
-            ShardprepError and an OSError are treated alike.
+            ShardprepError is treated alike, and an OSError becomes a StorageError.
         ElsewhereError: Another process had an error, and this one had none.
     """
     result: Result | None = None
-    own: TrainerError | ShardprepError | OSError | None = None
+    own: TrainerError | ShardprepError | None = None
     try:
         result = work()
-    except (TrainerError, ShardprepError, OSError) as error:
+    except (TrainerError, ShardprepError) as error:
         own = error
-    errors = exchange(None if own is None else (str(own), getattr(own, "exit_code", 1)))
+    except OSError as error:
+        own = storage_error(error)
+    errors = exchange(None if own is None else (str(own), own.exit_code))
     if own is not None:
         raise own
     for place, failure in errors:

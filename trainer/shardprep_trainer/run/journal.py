@@ -13,11 +13,11 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from shardprep import publish
+from shardprep import machine_errors, publish
 
 Record = dict[str, Any]
 
-_TRACKERS = "the files of train.trackers"
+_TRACKERS, _NO_MORE = "the files of train.trackers", "no more is written there"
 
 
 class MetricsLog:
@@ -38,7 +38,12 @@ class MetricsLog:
             OSError: The file is unchanged; the record is written with the next one.
         """
         self._waiting += json.dumps(record).encode() + b"\n"
-        self.write(self._waiting)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the records that could not be written before; raises as `append`."""
+        if self._waiting:
+            self.write(self._waiting)
         self._waiting = b""
 
     def write(self, data: bytes) -> None:
@@ -61,11 +66,17 @@ class MetricsLog:
         """Drop the records after `step`, and lines that are no records, as a kill may leave.
 
         A resumed run writes these records again, so that the file is that of an uninterrupted run.
+
+        Raises:
+            StorageError: The disk or the machine refused; the file is unchanged.
         """
-        if not self.path.exists():
+        try:
+            with machine_errors(self.path):
+                lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
             return
         kept = []
-        for line in self.path.read_bytes().splitlines():
+        for line in lines:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -151,9 +162,10 @@ class Journal:
         self._refused: set[str] = set()
         if self._main:
             self._log.truncate(step)
-        purge = {"tensorboard": {"purge_step": step + 1}}
-        accelerator.init_trackers(run.name, init_kwargs=purge)
         self.progress = Progress(total, step, enabled=self._main)
+        purge = {"tensorboard": {"purge_step": step + 1}}
+        with self._tolerating(_TRACKERS, _NO_MORE):
+            accelerator.init_trackers(run.name, init_kwargs=purge)
 
     def record(self, record: Record) -> None:
         """Write an event, a dict with `event` and `step`, to metrics.jsonl and the trackers."""
@@ -165,7 +177,7 @@ class Journal:
         }
         # A tracker that failed once may hang the next time.
         if _TRACKERS not in self._refused:
-            with self._tolerating(_TRACKERS, "no more is written there"):
+            with self._tolerating(_TRACKERS, _NO_MORE):
                 self._accelerator.log(values, step=record["step"])
 
     def warn(self, step: int, text: str) -> None:
@@ -174,8 +186,10 @@ class Journal:
         self._append({"event": "warning", "step": step, "text": text})
 
     def close(self) -> None:
-        """Leave the bar as it is, and finish the trackers."""
+        """Leave the bar as it is, write what could not be written, and finish the trackers."""
         self.progress.close()
+        with self._tolerating("the end of metrics.jsonl", "its last lines are missing"):
+            self._log.flush()
         for tracker in self._accelerator.trackers:
             with self._tolerating(_TRACKERS, "the end of the curves may be missing"):
                 tracker.finish()
@@ -183,7 +197,7 @@ class Journal:
 
     def _append(self, record: Record) -> None:
         if self._main:
-            with self._tolerating("metrics.jsonl", "what is missing is written once there is room"):
+            with self._tolerating("metrics.jsonl", "what is missing is written with the next line"):
                 self._log.append(record)
 
     @contextlib.contextmanager

@@ -257,7 +257,7 @@ def _introduce(run: Prepared, newest: Newest | None, changes: Changes) -> None:
     )
     if device.type == "cpu" and precision == "bf16" and cpu.is_slow_in_bfloat16():
         run.journal.warn(run.step, cpu.SLOW_BFLOAT16)
-    for error in newest.damaged if newest else ():
+    for error in newest.unusable if newest else ():
         say(f"WARNING: {error}; continues from step {run.step:,}")
     for key, (before, now) in changes.items():
         say(f"note: {key} was {before} and is now {now}")

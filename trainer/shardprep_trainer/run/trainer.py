@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardprep import CorruptShardError
+from shardprep import CorruptShardError, StorageError
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
 from shardprep_trainer.checkpoint.training import gather_training
-from shardprep_trainer.errors import CheckpointError, DivergedError
+from shardprep_trainer.errors import DivergedError
 from shardprep_trainer.evaluation.accuracy import evaluate
 from shardprep_trainer.learning.metrics import Sums, combine, peak_memory_mib
 from shardprep_trainer.model.sync_norm import share_buffers
@@ -75,7 +75,7 @@ class Trainer:
 
         Raises:
             DivergedError: The loss or the gradient was not a finite number for too many steps.
-            CheckpointError: The last checkpoint cannot be saved.
+            StorageError: The last checkpoint cannot be saved.
         """
         train = self.config.train
         batches = self._batches()
@@ -200,7 +200,7 @@ class Trainer:
             before, self.best = self.best, Best(result.accuracy, self.step)
             # If the disk refuses, the model that was saved before stays the best: a later model
             # need only be better than that one.
-            if self.accelerator.is_main_process and not self._try(self._save_best):
+            if self.accelerator.is_main_process and self._try(self._save_best):
                 self.best = before
         self.progress.say(
             f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
@@ -240,11 +240,11 @@ class Trainer:
         """Write a checkpoint; every rank waits until it is on the disk or the disk has refused.
 
         Raises:
-            CheckpointError: The disk refused the last checkpoint of the run.
+            StorageError: The disk refused the last checkpoint of the run.
         """
         sums = self._sums()
         self._check_shards()
-        failed = False
+        refusal: StorageError | None = None
         main = self.accelerator.is_main_process
         self.watchdog.enter(SAVING if main else WAITING, self.step)
         if main:
@@ -259,34 +259,37 @@ class Trainer:
                 raw=self.train_step.bare.state_dict() if averaged else None,
             )
             checkpoint = self._checkpoint(training)
-            failed = not self._try(lambda: self.checkpoints.save(checkpoint))
-        failures = self.accelerator.gather(torch.tensor([int(failed)], device=self.device))
-        if last and bool(failures.any()):
-            newest = self.checkpoints.newest or "the beginning"
-            raise CheckpointError(
-                f"step {self.step:,}, at which the run ends, is not saved: see the warning above; "
-                f"make room, then continue from {newest} with --resume"
+            refusal = self._try(lambda: self.checkpoints.save(checkpoint))
+        failed = torch.tensor([int(refusal is not None)], device=self.device)
+        if last and bool(self.accelerator.gather(failed).any()):
+            newest = self.checkpoints.newest
+            kept = "nothing is" if newest is None else f"--resume continues from {newest}"
+            why = "process 0 says why" if refusal is None else refusal.what
+            raise StorageError(
+                f"step {self.step:,}, at which the run ends, is not saved ({why}); {kept}",
+                file=self.checkpoints.folder,
+                remedy=None if refusal is None else refusal.remedy,
             )
         self.train_step.throughput.restart()
 
     def _save_best(self) -> None:
         self.checkpoints.save_best(self._checkpoint())
 
-    def _try(self, save: Callable[[], object]) -> bool:
-        """Save; a disk that refuses costs a checkpoint, not the run. Returns whether it worked."""
+    def _try(self, save: Callable[[], object]) -> StorageError | None:
+        """Save; a disk that refuses costs a checkpoint, not the run. Returns the refusal."""
         try:
             save()
-        except CheckpointError as error:
+        except StorageError as error:
             newest = "none is saved yet"
             if self.checkpoints.newest is not None:
                 newest = f"the newest that is saved is {self.checkpoints.newest.name}"
             self.journal.warn(
                 self.step,
-                f"step {self.step:,}: {error}; {newest}, training continues, and the next save "
-                "tries again",
+                f"step {self.step:,}: {error.file}: {error.what}; {newest}, training continues, "
+                "and the next save tries again",
             )
-            return False
-        return True
+            return error
+        return None
 
     def _check_shards(self) -> None:
         """Warn once if another set has replaced the one that is trained on.
