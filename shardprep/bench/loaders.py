@@ -168,6 +168,8 @@ def from_shards(place: Location, split: str, shape: SegmentShape) -> Iterator[Ba
         batch_size=shape.batch_size,
         segment_frames=shape.frames,
         pad_value=shape.pad_value,
+        rank=0,
+        world_size=1,
     )
     for batch in epochs(loader):
         yield batch["mel"], batch["label"]

@@ -36,14 +36,17 @@ from shardprep.format.manifest import (
     ShardInfo,
     decode_manifest,
 )
+from shardprep.storage.courtesies import without_notes
 from shardprep.storage.local import (
+    exists,
+    move,
     publish,
     publish_bytes,
     read_at_most,
     sha256_of,
     sync_folder,
 )
-from shardprep.storage.trouble import storage_errors
+from shardprep.storage.trouble import machine_errors, storage_errors
 
 # Most bytes in the record of a shard for each utterance.
 _MOST_RECORD = 1 << 14
@@ -75,7 +78,7 @@ class FolderWork:
                     file=target,
                     remedy="Name a new folder, or one that is empty.",
                 )
-            unfinished = (target / WORK_FOLDER).is_dir() or (target / REPAIR_FOLDER).is_dir()
+            unfinished = _is_folder(target / WORK_FOLDER) or _is_folder(target / REPAIR_FOLDER)
             if _is_finished(target) and not unfinished and not overwrite:
                 yield None
                 return
@@ -86,7 +89,7 @@ class FolderWork:
                 if _is_finished(target) and not overwrite:
                     # Without shards, a build left the work folder that was killed in its last
                     # step. With shards, it is that of an unfinished build with --overwrite.
-                    if not any(folder.glob("*.tar")):
+                    if not any(name.endswith(".tar") for name in os.listdir(folder)):
                         shutil.rmtree(folder)
                     yield None
                     return
@@ -103,7 +106,8 @@ class FolderWork:
 
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
         """See `Work.__call__`."""
-        with publish(self.folder / task.plan.file) as file:
+        # The build itself flushes files to the same disk, and logs a note for all workers.
+        with without_notes(), publish(self.folder / task.plan.file) as file:
             record = write_shard(task, file, advance)
             publish_bytes(self._record(task), msgspec.json.encode(record))
         return record
@@ -131,8 +135,8 @@ class FolderWork:
                 if path.name not in files:
                     path.unlink()
             for name in files:
-                if (self.folder / name).exists():
-                    os.replace(self.folder / name, target / name)
+                if exists(self.folder / name):
+                    move(self.folder / name, target / name)
             sync_folder(target)
             publish_bytes(target / MANIFEST_NAME, manifest, scratch=self.folder)
             shutil.rmtree(self.folder)
@@ -144,15 +148,17 @@ class FolderWork:
     def _kept(self, task: ShardTask) -> ShardRecord | None:
         most = _MOST_RECORD * (1 + len(task.plan.utterances))
         try:
-            record = msgspec.json.decode(read_at_most(self._record(task), most), type=ShardRecord)
-            shard = self.folder / task.plan.file
-            if not shard.exists():
-                # An earlier build, killed during `install`, has moved the shard already.
-                shard = self.target / task.plan.file
-            # From the cheap check to the costly one.
-            if not is_of(record, task) or shard.stat().st_size != record.info.bytes:
-                return None
-            same = not shard.is_symlink() and sha256_of(shard) == record.info.sha256
+            with machine_errors(self.folder):
+                data = read_at_most(self._record(task), most)
+                record = msgspec.json.decode(data, type=ShardRecord)
+                shard = self.folder / task.plan.file
+                if not exists(shard):
+                    # An earlier build, killed during `install`, has moved the shard already.
+                    shard = self.target / task.plan.file
+                # From the cheap check to the costly one.
+                if not is_of(record, task) or shard.stat().st_size != record.info.bytes:
+                    return None
+                same = not shard.is_symlink() and sha256_of(shard) == record.info.sha256
             return record if same else None
         except (OSError, ValueError, RecursionError):
             return None
@@ -169,7 +175,7 @@ def finish_repair(target: Path) -> bool:
     """
     work = FolderWork(target / REPAIR_FOLDER)
     manifest = work.folder / MANIFEST_NAME
-    if not _is_finished(target) and manifest.exists():
+    if not _is_finished(target) and exists(manifest):
         data = read_at_most(manifest, MAX_MANIFEST_BYTES)
         files = decode_manifest(data, manifest).files()
         if all(_has_size(work, name, info.bytes) for name, info in files.items()):
@@ -181,8 +187,8 @@ def finish_repair(target: Path) -> bool:
 
 def _has_size(work: FolderWork, name: str, expected: int) -> bool:
     """Whether a file, moved to its place already or not, has the expected size."""
-    path = work.folder / name if (work.folder / name).exists() else work.target / name
-    return path.is_file() and path.stat().st_size == expected
+    path = work.folder / name if exists(work.folder / name) else work.target / name
+    return exists(path) and path.is_file() and path.stat().st_size == expected
 
 
 def _ours(folder: Path) -> list[Path]:
@@ -192,7 +198,8 @@ def _ours(folder: Path) -> list[Path]:
 def _check_manifest_of(target: Path) -> None:
     path = target / MANIFEST_NAME
     try:
-        data = read_at_most(path, MAX_MANIFEST_BYTES)
+        with machine_errors(path):
+            data = read_at_most(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError:
@@ -201,11 +208,15 @@ def _check_manifest_of(target: Path) -> None:
 
 
 def _is_finished(target: Path) -> bool:
-    return (target / MANIFEST_NAME).exists()
+    return exists(target / MANIFEST_NAME)
 
 
 def _is_foreign(target: Path) -> bool:
     ours = _is_finished(target) or any(
-        (target / name).is_dir() for name in (WORK_FOLDER, REPAIR_FOLDER)
+        _is_folder(target / name) for name in (WORK_FOLDER, REPAIR_FOLDER)
     )
-    return target.is_dir() and not ours and any(target.iterdir())
+    return _is_folder(target) and not ours and bool(os.listdir(target))
+
+
+def _is_folder(path: Path) -> bool:
+    return exists(path) and path.is_dir()

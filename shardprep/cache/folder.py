@@ -27,9 +27,11 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple
 
-from shardprep.cache.ledger import Ledger, hold_ledger
+from shardprep.cache.ledger import Ledger, hold_ledger, lock
 from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
+from shardprep.storage.courtesies import NOT_HERE, note_once
+from shardprep.storage.local import exists
 
 ROOM = (
     "Give the cache more room (data.cache_gb of the trainer, SHARDPREP_CACHE_GB), or take fewer "
@@ -44,6 +46,8 @@ _ON_THEIR_WAY = 8 << 30
 _AT_A_TIME = 50
 # Left free on the disk for others: so many bytes, or this part of a small disk.
 _MARGIN, _MARGIN_SHARE = 256 << 20, 20
+# Bytes of the cache on a disk that does not tell how much is free.
+_UNTOLD = 8 << 30
 _NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\.(?P<bytes>\d+)\.part)?")
 
 # Descriptors of the parts that threads of this process are fetching.
@@ -121,7 +125,7 @@ class CacheFolder:
             return None
         held = Held(path, handle)
         # This waits for moments only: an exclusive lock is held while a file is removed.
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        lock(handle, fcntl.LOCK_SH, self.path)
         found = os.fstat(handle)
         if found.st_nlink and found.st_size == info.bytes:
             with contextlib.suppress(OSError):
@@ -163,9 +167,9 @@ class CacheFolder:
                 remedy=ROOM,
             )
         with self.lock() as ledger:
-            if (self.path / info.sha256).exists():
+            if exists(self.path / info.sha256):
                 return None
-            new = not path.exists()
+            new = not exists(path)
             if new and not self._make_room(ledger, info.bytes):
                 raise NoRoomError
             # Counted before the part exists: a process that is killed leaves too much counted,
@@ -173,7 +177,7 @@ class CacheFolder:
             ledger.add(info.bytes if new else 0)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
                 # A part that was left behind was given room once. The disk may be full since.
                 if not new and not self._make_room(ledger, 0):
                     raise NoRoomError
@@ -196,7 +200,7 @@ class CacheFolder:
         with self.lock():
             os.rename(self.part(info), self.path / info.sha256)
             # From the exclusive lock to the shared lock of a reader, while nobody can remove it.
-            fcntl.flock(file, fcntl.LOCK_SH)
+            lock(file, fcntl.LOCK_SH, self.path)
         _claimed.discard(file)
         return Held(self.path / info.sha256, file)
 
@@ -232,10 +236,11 @@ class CacheFolder:
         for entry in sorted(self._entries() if entries is None else entries):
             if freed >= wanted:
                 break
-            with contextlib.suppress(FileNotFoundError):
+            # A file of another user may be one that only that user removes.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 handle = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
                     os.unlink(entry.path)
                     freed += entry.size
                 except BlockingIOError:
@@ -251,8 +256,7 @@ class CacheFolder:
         Returns:
             False if they are not.
         """
-        disk = shutil.disk_usage(self.path)
-        free = disk.free - min(_MARGIN, disk.total // _MARGIN_SHARE)
+        free = self._free()
         used = ledger.used
         if used is not None and used + size <= self.budget <= free + used - _ON_THEIR_WAY:
             # To look at every file takes a while if there are many.
@@ -293,7 +297,7 @@ class CacheFolder:
         try:
             # A file that is being read was opened after the start; perhaps by another machine
             # that has the same folder as its cache.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
             os.rename(entry.path, f"{entry.path}.{entry.size}.part")
         except BlockingIOError:
             pass
@@ -302,4 +306,29 @@ class CacheFolder:
 
     def _half(self) -> int:
         held = sum(entry.stored for entry in self._entries())
-        return (held + shutil.disk_usage(self.path).free) // 2
+        disk = self._disk()
+        if disk is None:
+            note_once(
+                "room",
+                f"the file system of {self.path} does not tell how much is free: the cache keeps "
+                f"at most {_UNTOLD >> 30} GiB, or as many GB as SHARDPREP_CACHE_GB says",
+            )
+        return _UNTOLD if disk is None else (held + disk[1]) // 2
+
+    def _free(self) -> int:
+        """Bytes of the disk that the cache may still fill; where nobody knows, without end."""
+        disk = self._disk()
+        if disk is None:
+            return 1 << 62
+        total, free = disk
+        return free - min(_MARGIN, total // _MARGIN_SHARE)
+
+    def _disk(self) -> tuple[int, int] | None:
+        """Total and free bytes of the disk; None if the file system does not tell."""
+        try:
+            disk = shutil.disk_usage(self.path)
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                raise
+            return None
+        return disk.total, disk.free

@@ -6,10 +6,20 @@ The file has two lines: the id that the system gave itself at its start, and the
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from shardprep.errors import StorageError
+from shardprep.storage.courtesies import NOT_HERE
+
+NO_LOCKS = NOT_HERE | {errno.ENOLCK, errno.ENODEV, errno.EBADF}
+"""Errors of a file system without locks; EBADF: NFS locks only files that are open for writing."""
+
+TO_LOCAL_DISK = "Put the cache on a local disk: SHARDPREP_CACHE (data.cache_folder of the trainer)."
+"""Remedy where the cache lies on a file system that it cannot use."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -65,13 +75,40 @@ def hold_ledger(path: Path) -> Iterator[Ledger]:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield Ledger(handle)
+        lock(handle, fcntl.LOCK_EX, path.parent)
+        try:
+            yield Ledger(handle)
+        finally:
+            # Unlocked first: a process that was forked meanwhile has the same open file, and
+            # would keep the lock as long as it lives.
+            fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
-        # Unlocked first: a process that was forked meanwhile has the same open file, and would
-        # keep the lock as long as it lives.
-        fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def lock(handle: int, kind: int, folder: Path) -> None:
+    """Lock an open file of a cache.
+
+    Args:
+        handle: Its descriptor.
+        kind: LOCK_EX or LOCK_SH of `fcntl`, perhaps with LOCK_NB.
+        folder: The folder of the cache.
+
+    Raises:
+        BlockingIOError: Another process has it locked, and `kind` has LOCK_NB.
+        StorageError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise StorageError(
+            f"the file system of the cache has no locks ({error.strerror}), and the processes of "
+            "this machine share the cache by them",
+            file=folder,
+            remedy=TO_LOCAL_DISK,
+        ) from error
 
 
 def _boot_id() -> bytes:

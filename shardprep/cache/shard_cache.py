@@ -20,7 +20,7 @@ from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.local import sha256_of
 from shardprep.storage.remote import PATIENCE, Remote
-from shardprep.storage.trouble import storage_errors
+from shardprep.storage.trouble import BadPlaceError, storage_errors
 
 _log = logging.getLogger("shardprep")
 
@@ -31,6 +31,8 @@ DOWNLOADS = 8
 """Files that a process fetches at once."""
 
 _POLL_SECONDS = 0.05
+
+_ELSEWHERE = f"{FOLDER_VARIABLE} (data.cache_folder of the trainer) names another folder."
 
 
 class Borrower(Protocol):
@@ -94,7 +96,7 @@ class ShardCache:
         patience: float = PATIENCE,
     ) -> None:
         path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
-        with storage_errors(path):
+        with storage_errors(path, _ELSEWHERE):
             self.folder = CacheFolder(path, _asked_budget() if budget is None else budget)
         self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
         self.patience = patience
@@ -174,9 +176,14 @@ class ShardCache:
         Returns:
             False if the cache has the bytes of the manifest: then these are the ones in the store.
         """
-        with contextlib.closing(self.hold(remote, info)) as held:
-            if sha256_of(held.path) == info.sha256:
-                return False
+        with (
+            storage_errors(self.folder.path, _ELSEWHERE),
+            contextlib.closing(self.hold(remote, info)) as held,
+        ):
+            # A place that the disk cannot read is damage, too: the store has another copy.
+            with contextlib.suppress(BadPlaceError):
+                if sha256_of(held.path) == info.sha256:
+                    return False
             _log.warning("%s: was damaged in the cache; fetched again (%s)", remote, held.path)
             self.folder.discard(held)
         self.hold(remote, info).close()
@@ -212,7 +219,7 @@ class ShardCache:
         come, came_at = -1, time.monotonic()
         while True:
             try:
-                with storage_errors(self.folder.path):
+                with storage_errors(self.folder.path, _ELSEWHERE):
                     if (held := self.folder.open(info)) is not None:
                         return held
                     if (part := self.folder.claim(info)) is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import click
 
 from shardprep.storage.remote import Location, Remote, locate
+from shardprep.storage.trouble import machine_errors
 
 
 # Generic for type checkers, but for Python only since click 8.4.
@@ -23,8 +27,11 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> Location:
-        """Check a folder; leave a URL unchecked."""
+        """Check a folder; leave a URL unchecked. StorageError if nobody can tell now."""
         place = locate(str(value))
         if not isinstance(place, Remote):
+            # click takes every error for a folder that does not exist.
+            with contextlib.suppress(OSError), machine_errors(place):
+                os.stat(place)
             self._path.convert(str(place), param, ctx)
         return place

@@ -6,46 +6,54 @@ Axis legend: B batch, T frames, F mel bins.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import weakref
+from collections.abc import Generator, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
+from shardprep.load.epochs import Place, after_first_batch, after_set_epoch
 from shardprep.load.on_device import ResidentSplit, fits
-from shardprep.load.order import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
-from shardprep.load.order_windowed import WindowedOrder, check_lanes
-from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
+from shardprep.load.order import Indices
+from shardprep.load.plan import BatchPlan, Order, Sampling, check_split
+from shardprep.load.world import check_given, find_world
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
-Order = Literal["global", "windowed"]
 Placement = Literal["auto", "host", "device"]
 # Indices, starts, segments (None where the split lies on the device), labels, lengths.
 Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
 # The position behind a batch, how many of its segments replace damaged ones, and the batch.
 Planned = tuple[int, int, Segments]
 
+_log = logging.getLogger("shardprep")
 
-class SegmentLoader:
+
+class SegmentLoader(IterableDataset[Batch]):
     """Random segments of fixed length; over all ranks, every utterance once an epoch.
 
+    It behaves as PyTorch's DataLoader does: `iter` begins a new epoch with an order of its own,
+    whether the iteration before ran out, stopped after `len` batches or was broken off, and ends
+    that iteration. Only after `load_state_dict` it continues within an epoch.
+
     Global batch k of an epoch holds the same utterances with the same segments at any world size,
-    as long as batch_size * world_size is the same; each rank gathers only its own part. One
-    iteration yields the rest of the current epoch, and then stands at the start of the next epoch.
-    If an iteration is broken off, the next one continues it.
+    as long as batch_size * world_size is the same; each rank gathers only its own part.
 
     Args:
         split: What to read.
         batch_size: Segments a batch of this rank.
         segment_frames: Frames T a segment; shorter utterances are padded at their end.
         seed: Decides order and segments.
-        rank: This process's number.
-        world_size: Number of processes.
+        rank: This process's number. By default it is found whenever an epoch begins: from
+            torch.distributed where that is initialised, else from the variable RANK.
+        world_size: Number of processes; by default found likewise, from WORLD_SIZE.
         shuffle: Whether utterances come in random order with random segments. Otherwise they come
             in the split's order, and each segment begins at the first frame.
         drop_last: Whether to leave out the last len(split) % (batch_size * world_size)
@@ -77,6 +85,7 @@ class SegmentLoader:
             and so is a batch in which every utterance is damaged.
 
     Attributes:
+        epoch: The epoch that is read, or after its end the next one.
         placement: "host" or "device"; what "auto" chose.
         replaced: Segments delivered so far in place of those of damaged utterances.
 
@@ -86,11 +95,13 @@ class SegmentLoader:
 
     Raises:
         ValueError: An argument is out of range; or the split is smaller than one global batch and
-            drop_last is on; or on_corrupt is "skip" and verify_reads "never".
+            drop_last is on; or on_corrupt is "skip" and verify_reads "never". What depends on a
+            world size that is not given is checked when an epoch begins.
         StorageError: The split comes from a store, and the cache has less room than the order
             needs at a time.
         CorruptShardError: A split that goes to the device is damaged. While iterating: a shard
             cannot be read, or an utterance is damaged.
+        ShardprepError: When an epoch begins: RANK and WORLD_SIZE cannot be right.
     """
 
     def __init__(
@@ -100,8 +111,8 @@ class SegmentLoader:
         batch_size: int,
         segment_frames: int = 128,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
         pad_value: float = -20.0,
@@ -116,42 +127,39 @@ class SegmentLoader:
         on_corrupt: OnCorrupt = "raise",
         max_corrupt: int = 100,
     ) -> None:
-        if batch_size < 1 or segment_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
-            raise ValueError(
-                f"batch_size {batch_size}, segment_frames {segment_frames}, prefetch {prefetch}, "
-                f"rank {rank} of {world_size}: sizes must be positive and the rank below the "
-                "world size"
-            )
-        self._global_batch = batch_size * world_size
-        if drop_last and len(split) < self._global_batch:
-            raise ValueError(
-                f"split {split.name} has {len(split)} utterances, fewer than one batch of "
-                f"{batch_size} on each of {world_size} ranks; take a smaller batch_size"
-            )
-        self._lanes, self._window_shards = lanes, window_shards
-        self._stride = PLANNED
-        if order == "windowed":
-            check_lanes(lanes, window_shards, self._global_batch, world_size)
-        if split.room is not None:
-            self._stride = plan_for_cache(
-                split, order, lanes // world_size, window_shards, split.room
-            )
+        if prefetch < 0:
+            raise ValueError(f"prefetch {prefetch}: must not be negative")
+        self._sampling = Sampling(
+            batch_size=batch_size,
+            segment_frames=segment_frames,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            order=order,
+            lanes=lanes,
+            window_shards=window_shards,
+        )
+        check_given(rank, world_size)
+        check_split(split, self._sampling, world_size or 1)
         self.split = split
         self.epoch = 0
         self.replaced = 0
-        self._segment_frames = segment_frames
-        self._seed = seed
         self._rank, self._world_size = rank, world_size
-        self._shuffle = shuffle
         self._pad_value = pad_value
-        self._order: Order = order
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
         self._prefetch = prefetch
         self._buffers = BufferPool(keep=prefetch + 2)
-        self._position = 0
-        rest = len(split) % self._global_batch
-        self._end = len(split) - rest if drop_last else len(split)
+        self._plan: BatchPlan | None = None
+        # Where the next iteration begins.
+        self._upcoming = Place()
+        # Where the loader stands: with the newest iteration, or where the next one begins.
+        self._place = Place()
+        # The global batch of a loaded state, by which the windowed order counts.
+        self._loaded_batch: int | None = None
+        self._running: _Iteration | None = None
+        if world_size is not None:
+            self._plan_now()
         if placement == "auto":
             placement = "device" if fits(split, self._device) else "host"
         self.placement = placement
@@ -159,21 +167,10 @@ class SegmentLoader:
         self._resident = None
         if placement == "device":
             self._resident = ResidentSplit(split, self._device, self._guard)
-        self._orders = _Orders(
-            split,
-            order,
-            seed,
-            global_batch=self._global_batch,
-            lanes=lanes,
-            window_shards=window_shards,
-        )
-        own = lanes // world_size
-        own_lanes = range(rank * own, (rank + 1) * own)
-        self._read_ahead = ReadAhead(split, self._orders, self._end, own_lanes, lanes)
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
-        return -(-self._end // self._global_batch)
+        return len(self._plan_now())
 
     @property
     def damaged(self) -> dict[str, CorruptShardError]:
@@ -181,104 +178,114 @@ class SegmentLoader:
         return {error.key or "": error for error in list(self._guard.damaged.values())}
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; do nothing if it is the current one."""
-        if epoch != self.epoch:
-            self.epoch, self._position = epoch, 0
+        """Let the next iteration read an epoch, from its begin.
+
+        A place within this epoch that was loaded stays.
+        """
+        self._place = self._upcoming = after_set_epoch(self._upcoming, epoch)
+        self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on every rank.
 
-        The position counts the utterances of all ranks, so that a run can continue at another
-        world size.
+        After the last batch of an epoch, it stands at the begin of the next one. The position
+        counts the utterances of all ranks, so that a run can continue at another world size.
         """
-        state = {
-            "epoch": self.epoch,
-            "position": self._position,
-            "seed": self._seed,
-            "split": self.split.name,
-            "fingerprint": self.split.fingerprint,
-            "order": self._order,
-        }
-        if self._order == "windowed":
-            # These decide which utterances came already.
-            state["lanes"], state["window_shards"] = self._lanes, self._window_shards
-            state["global_batch"] = self._global_batch
+        state = {**self._place._asdict(), **self._identity()}
+        if self._sampling.order == "windowed":
+            state["global_batch"] = self._plan_now().global_batch
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where a loader stood when its `state_dict` was taken.
+        """Go to where a loader stood when its `state_dict` was taken; ends a running iteration.
 
         Raises:
             ShardprepError: The state belongs to other data, another seed or another order.
         """
-        own = self.state_dict()
-        for name in own.keys() - {"epoch", "position"}:
+        for name, own in self._identity().items():
             # Older states, from when there was one order, do not name the order.
-            found = state.get(name, "global" if name == "order" else None)
-            if found != own[name]:
-                raise ShardprepError(
-                    f"the saved position has {name} {found!r}, this loader {own[name]!r}",
-                    key=name,
-                    remedy="Resume with the data set, the seed and the order that the run began "
-                    "with.",
-                )
-        self.epoch, self._position = int(state["epoch"]), int(state["position"])
+            _check_same(name, state.get(name, "global" if name == "order" else None), own)
+        batch = state.get("global_batch") if self._sampling.order == "windowed" else None
+        if batch is not None:
+            _check_same("global_batch", batch, self._plan_now().global_batch)
+        self._end_running()
+        self._loaded_batch = batch
+        self._place = self._upcoming = Place(int(state["epoch"]), int(state["position"]))
+        self.epoch = self._place.epoch
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree on with the loader that loads it."""
+        sampling = self._sampling
+        identity = {
+            "seed": sampling.seed,
+            "split": self.split.name,
+            "fingerprint": self.split.fingerprint,
+            "order": sampling.order,
+        }
+        if sampling.order == "windowed":
+            # These decide which utterances came already.
+            identity |= {"lanes": sampling.lanes, "window_shards": sampling.window_shards}
+        return identity
+
+    def _plan_now(self) -> BatchPlan:
+        """The plan for the world at this moment."""
+        world = find_world(self._rank, self._world_size)
+        if self._plan is None or self._plan.world != world:
+            self._plan = BatchPlan(self.split, self._sampling, world)
+        return self._plan
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._order == "global" and self._resident is None:
-            self._read_ahead.warm()
-        ready = ahead(self._segments(self.epoch, self._position), self._prefetch)
+        plan = self._plan_now()
+        if self._loaded_batch is not None and self._upcoming.position:
+            _check_same("global_batch", self._loaded_batch, plan.global_batch)
+        self._end_running()
+        self._place = self._upcoming = start = self._upcoming.within(plan.end)
+        self.epoch = start.epoch
+        self._running = running = _Iteration()
+        return self._batches(plan, start, running)
+
+    def _end_running(self) -> None:
+        if self._running is not None:
+            self._running.end()
+        self._running = None
+
+    def _batches(self, plan: BatchPlan, start: Place, running: _Iteration) -> Iterator[Batch]:
+        """The batches of an iteration; the loader moves with them until the iteration is ended."""
+        if running.is_over():
+            return
+        if self._sampling.order == "global" and self._resident is None:
+            plan.read_ahead.warm()
+        ready = ahead(self._segments(plan, start), self._prefetch)
+        running.reads(ready)
+        first = True
         with contextlib.closing(ready):
             for end, replaced, segments in ready:
-                self._position = end
+                if first:
+                    self._upcoming, first = after_first_batch(self._upcoming, start), False
+                self._place = Place(start.epoch, end).within(plan.end)
                 self.replaced += replaced
                 yield self._deliver(segments)
-        self.epoch, self._position = self.epoch + 1, 0
+                if running.is_over():
+                    return
+        self.epoch = self._upcoming.epoch
 
-    def _segments(self, epoch: int, position: int) -> Iterator[Planned]:
+    def _segments(self, plan: BatchPlan, start: Place) -> Iterator[Planned]:
         """Segments of this rank's batches on the host."""
-        order = self._orders(epoch)
-        step = self._global_batch
-        # Order and segments of many batches at once: NumPy's calls cost more than their work.
-        stride = max(1, self._stride // step) * step
-        for block in range(position, self._end, stride):
-            if self._resident is None:
-                self._read_ahead.want(epoch, block, stride)
-            begins = range(block, min(block + stride, self._end), step)
-            ends = [min(begin + step, self._end) for begin in begins]
-            shares = [
-                rank_slice(end - begin, self._rank, self._world_size)
-                for begin, end in zip(begins, ends, strict=True)
-            ]
-            indices, starts = self._plan(order, epoch, begins, shares)
-            labels = torch.from_numpy(self.split.labels[indices].astype(np.int64))
-            lengths = np.minimum(self.split.frames[indices], self._segment_frames)
+        split, length = self.split, self._sampling.segment_frames
+        for block in plan.blocks(start, say_ahead=self._resident is None):
+            indices, starts = block.indices, block.starts
+            labels = torch.from_numpy(split.labels[indices].astype(np.int64))
+            lengths = np.minimum(split.frames[indices], length)
             at = 0
-            for end, share in zip(ends, shares, strict=True):
-                own: Any = np.arange(at, at := at + share.stop - share.start)
+            for end, size in zip(block.ends, block.sizes, strict=True):
+                own: Any = np.arange(at, at := at + size)
                 replaced = 0
                 if (places := self._guard.replacements(indices[own])) is not None:
                     replaced = int((places != np.arange(len(own))).sum())
                     own = own[places]
                 mel = self._host_mel(indices[own], starts[own])
-                length = torch.from_numpy(lengths[own])
-                yield end, replaced, (indices[own], starts[own], mel, labels[own], length)
-
-    def _plan(
-        self, order: EpochOrder, epoch: int, begins: range, shares: list[slice]
-    ) -> tuple[Indices, Indices]:
-        """Indices and segment starts of this rank's part of some batches."""
-        positions = np.concatenate(
-            [
-                np.arange(begin + share.start, begin + share.stop)
-                for begin, share in zip(begins, shares, strict=True)
-            ]
-        )
-        if not self._shuffle:
-            return positions, np.zeros_like(positions)
-        indices, length = order(positions), self._segment_frames
-        frames = self.split.frames[indices]
-        return indices, segment_starts(indices, frames, length, seed=self._seed, epoch=epoch)
+                valid = torch.from_numpy(lengths[own])
+                yield end, replaced, (indices[own], starts[own], mel, labels[own], valid)
 
     def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
         """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.
@@ -288,14 +295,16 @@ class SegmentLoader:
         if self._resident is not None:
             return None
         split = self.split
-        shape = (len(indices), self._segment_frames, split.n_mels)
+        shape = (len(indices), self._sampling.segment_frames, split.n_mels)
         if self._device.type == "cuda":
             # PyTorch keeps pinned buffers, and uses a buffer again when its copy is done.
             stored = torch.from_numpy(np.empty(0, split.dtype)).dtype
             mel = torch.empty(shape, dtype=stored, pin_memory=True)
         else:
             mel = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        split.segments(indices, starts, self._segment_frames, self._pad_value, out=mel.numpy())
+        split.segments(
+            indices, starts, self._sampling.segment_frames, self._pad_value, out=mel.numpy()
+        )
         return mel
 
     def _deliver(self, segments: Segments) -> Batch:
@@ -303,7 +312,9 @@ class SegmentLoader:
         indices, starts, mel, label, length = segments
         if mel is None:
             assert self._resident is not None
-            mel = self._resident.segments(indices, starts, self._segment_frames, self._pad_value)
+            mel = self._resident.segments(
+                indices, starts, self._sampling.segment_frames, self._pad_value
+            )
         if self._device.type == "cuda":
             label = label.pin_memory()
         # Converted on the device, after the copy: fewer bytes are copied.
@@ -311,36 +322,39 @@ class SegmentLoader:
         return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
 
 
-class _Orders:
-    """The order of each epoch; remembers those of the windowed order while they are needed."""
+class _Iteration:
+    """An iteration over a loader, until another one ends it."""
 
-    def __init__(
-        self,
-        split: Split,
-        order: Order,
-        seed: int,
-        *,
-        global_batch: int,
-        lanes: int,
-        window_shards: int,
-    ) -> None:
-        self._split = split
-        self._order = order
-        self._seed = seed
-        self._options = {
-            "global_batch": global_batch,
-            "lanes": lanes,
-            "window_shards": window_shards,
-        }
-        self._windowed: dict[int, WindowedOrder] = {}
+    def __init__(self) -> None:
+        self._over = False
+        self._ready: weakref.ref[Generator[Planned]] | None = None
 
-    def __call__(self, epoch: int) -> EpochOrder:
-        if self._order == "global":
-            return epoch_order(len(self._split), self._seed, epoch)
-        if epoch not in self._windowed:
-            # The end of an epoch looks at the next one already. Other epochs are needed no longer.
-            kept = {n: order for n, order in self._windowed.items() if abs(n - epoch) == 1}
-            shards = self._split.shard_samples
-            kept[epoch] = WindowedOrder(shards, self._seed, epoch, **self._options)
-            self._windowed = kept
-        return self._windowed[epoch]
+    def reads(self, ready: Generator[Planned]) -> None:
+        """Say what prepares the batches of this iteration."""
+        self._ready = weakref.ref(ready)
+
+    def end(self) -> None:
+        """End it, with the thread that prepares its batches."""
+        self._over = True
+        if self._ready is not None and (ready := self._ready()) is not None:
+            # In use by another thread, which notices the end by itself.
+            with contextlib.suppress(ValueError):
+                ready.close()
+
+    def is_over(self) -> bool:
+        """Whether another iteration began; says so in the log, since the caller asked for more."""
+        if self._over:
+            _log.warning(
+                "an iteration over a loader gives no more batches: another one began, or a state "
+                "was loaded; to read twice at a time, make two loaders"
+            )
+        return self._over
+
+
+def _check_same(name: str, found: object, own: object) -> None:
+    if found != own:
+        raise ShardprepError(
+            f"the saved position has {name} {found!r}, this loader {own!r}",
+            key=name,
+            remedy="Resume with the data set, the seed and the order that the run began with.",
+        )

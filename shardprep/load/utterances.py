@@ -11,18 +11,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import IterableDataset
 
 from shardprep.load.buffers import ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.order import length_batches
 from shardprep.load.segments import Batch
+from shardprep.load.world import World, check_given, find_world
 from shardprep.read.split import Split
 
 # Part of the room for wanted shards that is read at a time; the next part comes meanwhile.
 _AT_A_TIME = 0.45
 
 
-class UtteranceLoader:
+class UtteranceLoader(IterableDataset[Batch]):
     """Whole utterances, batched by length; over all ranks, each once. Their crc32 is checked.
 
     Ranks may yield different numbers of batches: do not synchronise ranks batch by batch.
@@ -31,8 +33,9 @@ class UtteranceLoader:
         split: What to read.
         max_frames: Most frames of a batch, padding included; a longer utterance is a batch of
             its own.
-        rank: This process's number.
-        world_size: Number of processes.
+        rank: This process's number; by default found when an iteration begins, as `SegmentLoader`
+            does.
+        world_size: Number of processes; by default found likewise.
         pad_value: Fills padded frames.
         prefetch: Batches that a thread prepares ahead; with 0, each is prepared when it is due.
         on_corrupt: What happens at a damaged utterance: "raise" an error, or "skip" it.
@@ -52,42 +55,43 @@ class UtteranceLoader:
         split: Split,
         *,
         max_frames: int = 32_768,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         pad_value: float = -20.0,
         prefetch: int = 1,
         on_corrupt: OnCorrupt = "raise",
         max_corrupt: int = 100,
     ) -> None:
-        if max_frames < 1 or not 0 <= rank < world_size or prefetch < 0:
+        if max_frames < 1 or prefetch < 0:
             raise ValueError(
-                f"max_frames {max_frames}, rank {rank} of {world_size}, prefetch {prefetch}"
+                f"max_frames {max_frames}, prefetch {prefetch}: frames must be positive, and "
+                "batches not negative"
             )
+        check_given(rank, world_size)
+        self._rank, self._world_size = rank, world_size
         self._prefetch = prefetch
         self.split = split
         self._pad_value = pad_value
         self._guard = ReadGuard(split, "always", on_corrupt, max_corrupt)
-        # Groups of shards, each with as many shards as there is room for at a time.
+        # Groups of shards, each with as many shards as there is room for at a time, and the batches
+        # of all ranks from each.
         self._groups = [
-            (
-                shards,
-                [indices[own] for own in length_batches(split.frames[indices], max_frames)][
-                    rank::world_size
-                ],
-            )
+            (shards, [indices[own] for own in length_batches(split.frames[indices], max_frames)])
             for shards, indices in _groups(split)
         ]
 
     def __len__(self) -> int:
         """Batches that this rank yields if no utterance is skipped."""
-        return sum(len(batches) for _, batches in self._groups)
+        rank, size = find_world(self._rank, self._world_size)
+        return sum(len(batches[rank::size]) for _, batches in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        return ahead(self._read(), self._prefetch)
+        return ahead(self._read(find_world(self._rank, self._world_size)), self._prefetch)
 
-    def _read(self) -> Iterator[Batch]:
+    def _read(self, world: World) -> Iterator[Batch]:
         with contextlib.closing(self.split.wanted_shards()) as wanted:
-            for number, (shards, batches) in enumerate(self._groups):
+            for number, (shards, all_batches) in enumerate(self._groups):
+                batches = all_batches[world.rank :: world.size]
                 if not batches:
                     continue
                 wanted.want(shards, self._groups[(number + 1) % len(self._groups)][0])

@@ -33,7 +33,10 @@ MOST_COPIED = 1 << 30
 """Most bytes of files that are read into memory where they cannot be mapped."""
 
 NOT_MAPPED = "its file system cannot be memory-mapped"
-TO_LOCAL_DISK = "Copy the set to a local disk, and read it there."
+TO_LOCAL_DISK = (
+    "Copy the set to a local disk; for a set behind a URL, put the cache there (SHARDPREP_CACHE, "
+    "data.cache_folder)."
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

@@ -32,7 +32,7 @@ from shardprep.read.address_space import (
 )
 from shardprep.read.files import Files
 from shardprep.storage.local import open_regular, read_at_most
-from shardprep.storage.trouble import machine_errors
+from shardprep.storage.trouble import BadPlaceError, machine_errors
 
 # Index rows whose keys are checked at a time.
 _BLOCK = 1 << 18
@@ -52,7 +52,7 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
         with machine_errors(path):
             try:
                 check_file(path, split.index)
-            except CorruptShardError:
+            except (CorruptShardError, BadPlaceError):
                 if not files.renew(split.index):
                     raise
                 path = files.local(split.index)

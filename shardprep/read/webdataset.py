@@ -29,7 +29,7 @@ from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, SplitInfo
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
-from shardprep.storage.local import open_regular
+from shardprep.storage.local import exists, open_regular
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import machine_errors
 
@@ -133,7 +133,8 @@ def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
     place = locate(source)
     if isinstance(place, Remote):
         return None if _NO_FOLDER.search(place.url) else place
-    return place if place.is_dir() else None
+    with machine_errors(place):
+        return place if exists(place) and place.is_dir() else None
 
 
 def _info(files: Files, split: str) -> SplitInfo:

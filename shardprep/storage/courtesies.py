@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import threading
+from collections.abc import Iterator
 
 _log = logging.getLogger("shardprep")
 
@@ -15,7 +18,7 @@ NOT_HERE = frozenset(
 """Errors of a file system that does not have a call, or does not permit it to anybody."""
 
 _noted: set[str] = set()
-_silent = False
+_silent = threading.local()
 
 
 def note_once(promise: str, text: str) -> None:
@@ -25,12 +28,17 @@ def note_once(promise: str, text: str) -> None:
         promise: Which promise; a second note of the same one is left out.
         text: What the file system lacks, and what follows.
     """
-    if promise not in _noted and not _silent:
+    if promise not in _noted and not getattr(_silent, "on", False):
         _noted.add(promise)
         _log.warning("note: %s", text)
 
 
-def silence_notes() -> None:
-    """Log no notes in this process; for a worker, whose parent logs the same ones."""
-    global _silent
-    _silent = True
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """Log no notes in this thread while the context lasts; for work that many processes share."""
+    before = getattr(_silent, "on", False)
+    _silent.on = True
+    try:
+        yield
+    finally:
+        _silent.on = before

@@ -48,7 +48,10 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
                 file.flush()
                 _open_to_others(file.fileno())
                 _flush(file.fileno(), path)
-            os.replace(name, path)
+            if scratch is None:
+                os.replace(name, path)
+            else:
+                move(Path(name), path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)

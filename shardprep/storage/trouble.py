@@ -45,6 +45,8 @@ _OF_FILE = _codes("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG")
 NO_SPACE = _codes("ENOSPC", "EDQUOT")
 """Errors of a disk that is full, for all or for this user."""
 
+_OF_PLACE = NO_SPACE | _codes("EACCES", "EPERM", "EROFS", "ENOSYS", "ENOTSUP", "EINVAL", "ENOLCK")
+
 OF_PROCESS = _codes("EMFILE", "ENFILE", "ENOMEM")
 """Errors of limits of this process or this machine, whatever it wanted to open."""
 
@@ -119,12 +121,20 @@ def storage_error(
 
 
 @contextlib.contextmanager
-def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn every error of the operating system about `path` into a StorageError."""
+def storage_errors(path: str | os.PathLike[str], elsewhere: str = "") -> Iterator[None]:
+    """Turn every error of the operating system about `path` into a StorageError.
+
+    Args:
+        path: What is written or read.
+        elsewhere: How to name another place, a sentence; added where that may help.
+    """
     try:
         yield
     except OSError as error:
-        raise storage_error(error, path) from error
+        found = storage_error(error, path)
+        if elsewhere and error.errno in _OF_PLACE:
+            found.remedy = f"{found.remedy} {elsewhere}"
+        raise found from error
 
 
 @contextlib.contextmanager

@@ -102,8 +102,10 @@ class Inference:
         return tuple(self.shards.speakers[number] for number in self._enrolled.speakers)
 
     def batches(self, part: Split) -> UtteranceLoader:
-        """The whole utterances of a split, batched by length."""
-        return UtteranceLoader(part, max_frames=self.max_frames, pad_value=self.pad_value)
+        """The whole utterances of a split, batched by length; all of them, in every process."""
+        return UtteranceLoader(
+            part, max_frames=self.max_frames, pad_value=self.pad_value, rank=0, world_size=1
+        )
 
     def embed(self, part: Split, classes: Labels | None = None) -> Collected:
         """Embed every utterance of a split, and classify it by the head of the model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -161,6 +162,59 @@ def test_folder_of_another_program_is_not_taken_for_ours(
     with pytest.raises(BuildError, match="not empty and holds no shards"):
         build(source, tmp_path / "project", **OPTIONS)
     assert (tmp_path / "project" / ".build" / "x.o").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("suffix", ["", ".json"])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_a_shard_that_cannot_be_read_now_is_not_written_again(
+    source: Path,
+    unfinished: Path,
+    build: Build,
+    contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    suffix: str,
+    call: str,
+) -> None:
+    before = contents(unfinished)
+    original = getattr(os, call)
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(f"train-000001.tar{suffix}"):
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        if (call, suffix) == ("stat", ".json"):
+            # A record is opened without another look.
+            build(source, unfinished, workers=1, **OPTIONS)
+            return
+        with pytest.raises(StorageError, match=f"train-000001.*{os.strerror(code)}"):
+            build(source, unfinished, workers=1, **OPTIONS)
+    assert contents(unfinished) == before
+    assert build(source, unfinished, **OPTIONS).shards_kept == 4
+
+
+def test_a_folder_of_several_disks_takes_a_set(
+    source: Path,
+    tmp_path: Path,
+    build: Build,
+    contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = os.replace
+
+    def replace(before: Path, after: Path) -> None:
+        if Path(before).parent != Path(after).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        original(before, after)
+
+    build(source, tmp_path / "one", **OPTIONS)
+    monkeypatch.setattr(os, "replace", replace)
+    build(source, tmp_path / "several", workers=1, **OPTIONS)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
 
 
 def test_unfinished_set_does_not_open(unfinished: Path) -> None:

@@ -170,18 +170,6 @@ def test_epochs_follow_one_another_and_differ(split: Split) -> None:
     assert not same(list(loader(split, seed=1)), epochs[0])
 
 
-def test_set_epoch_starts_another_epoch_but_keeps_the_place_in_the_current(split: Split) -> None:
-    whole = list(loader(split))
-    own = loader(split)
-    next(iter(own))
-    own.set_epoch(0)
-    assert same(list(own), whole[1:])
-    own.set_epoch(1)
-    following = list(own)
-    own.set_epoch(1)
-    assert same(list(own), following)
-
-
 @given(st.integers(1, 17), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.booleans())
 @settings(deadline=None, max_examples=25)
 def test_resume_is_exact_mid_epoch_across_its_end_and_at_another_world_size(
@@ -252,21 +240,29 @@ def test_state_of_another_seed_or_data_set_is_refused(
     ],
 )
 def test_arguments_out_of_range_are_refused(split: Split, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="batch_size|batch of"):
+    with pytest.raises(ValueError, match="batch_size|batch of|rank|prefetch"):
         loader(split, **options)
 
 
 WINDOWED: dict[str, Any] = {"order": "windowed", "lanes": 4, "window_shards": 1}
 
 
-@pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": 3}, {"window_shards": 0}])
-def test_lanes_that_cannot_be_divided_evenly_are_refused(
-    split: Split, options: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("options", [{"lanes": 0}, {"window_shards": 0}])
+def test_lanes_that_are_not_positive_are_refused(split: Split, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="lanes"):
         loader(split, **{**WINDOWED, **options})
+
+
+def test_lanes_that_cannot_be_divided_evenly_are_refused(split: Split) -> None:
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
         loader(split, **WINDOWED, world_size=3)
+    with pytest.raises(ValueError, match="lanes 3: .* divide the 4 segments"):
+        loader(split, **{**WINDOWED, "lanes": 3}, world_size=1)
+    # The world size may be found later, and then lanes may fit.
+    own = loader(split, **{**WINDOWED, "lanes": 3})
+    for ask in (iter, len):
+        with pytest.raises(ValueError, match="lanes 3: .* divide the 4 segments"):
+            ask(own)
 
 
 @pytest.mark.parametrize("options", [{}, WINDOWED], ids=["global", "windowed"])
@@ -371,7 +367,6 @@ def test_a_dropped_loader_is_freed_at_once(split: Split, order: str) -> None:
 def test_no_thread_remains(split: Split) -> None:
     before = set(threading.enumerate())
     own = loader(split, prefetch=3)
-    own._read_ahead._warmed = True  # That thread ends by itself.
     for _ in range(3):
         iterator = iter(own)
         next(iterator)

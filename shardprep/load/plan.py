@@ -1,0 +1,195 @@
+"""Which segments the batches of one rank hold: the order of an epoch, divided among the ranks.
+
+Axis legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shardprep.load.epochs import Place
+from shardprep.load.order import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
+from shardprep.load.order_windowed import WindowedOrder, check_lanes
+from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
+from shardprep.load.world import World
+from shardprep.read.split import Split
+
+Order = Literal["global", "windowed"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the utterances of a split become batches; the arguments of `SegmentLoader`."""
+
+    batch_size: int
+    segment_frames: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    order: Order
+    lanes: int
+    window_shards: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.segment_frames < 1:
+            raise ValueError(
+                f"batch_size {self.batch_size}, segment_frames {self.segment_frames}: both must be "
+                "positive"
+            )
+        if self.order == "windowed" and (self.lanes < 1 or self.window_shards < 1):
+            raise ValueError(
+                f"lanes {self.lanes}, window_shards {self.window_shards}: both must be positive"
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """The plan of a few batches of one rank, one after another.
+
+    Attributes:
+        ends: Position in the epoch behind each batch, of all ranks.
+        sizes: Segments of each batch.
+        indices: Position in the split of each segment, of all these batches (B,).
+        starts: First frame of each segment (B,).
+    """
+
+    ends: list[int]
+    sizes: list[int]
+    indices: Indices
+    starts: Indices
+
+
+class BatchPlan:
+    """The batches of one rank, of any epoch.
+
+    Args:
+        split: What is read.
+        sampling: How it becomes batches.
+        world: The rank, and how many there are.
+
+    Attributes:
+        world: As given.
+        global_batch: Utterances of a batch of all ranks.
+        end: Utterances of an epoch, of all ranks.
+        read_ahead: Which shards come next.
+
+    Raises:
+        ValueError: The split is smaller than a batch of all ranks, and the last smaller batch is
+            left out; or the ranks cannot share the lanes.
+        StorageError: The cache has less room than the order needs at a time.
+    """
+
+    def __init__(self, split: Split, sampling: Sampling, world: World) -> None:
+        self._split = split
+        self._sampling = sampling
+        self.world = world
+        self.global_batch = sampling.batch_size * world.size
+        check_split(split, sampling, world.size)
+        if sampling.order == "windowed":
+            check_lanes(sampling.lanes, sampling.window_shards, self.global_batch, world.size)
+        rest = len(split) % self.global_batch
+        self.end = len(split) - rest if sampling.drop_last else len(split)
+        own = sampling.lanes // world.size
+        planned = PLANNED
+        if split.room is not None:
+            planned = plan_for_cache(split, sampling.order, own, sampling.window_shards, split.room)
+        # Order and segments of many batches at once: NumPy's calls cost more than their work.
+        self._batches_planned = max(1, planned // self.global_batch)
+        orders = _Orders(split, sampling, self.global_batch)
+        self._order_of = orders
+        lanes = range(world.rank * own, (world.rank + 1) * own)
+        self.read_ahead = ReadAhead(split, orders, self.end, lanes, sampling.lanes)
+
+    def __len__(self) -> int:
+        return -(-self.end // self.global_batch)
+
+    def blocks(self, start: Place, *, say_ahead: bool) -> Iterator[Block]:
+        """The rest of an epoch, planned a few batches at a time.
+
+        Args:
+            start: Where it begins.
+            say_ahead: Whether to say which shards the batches of a block need, before it comes.
+        """
+        step = self.global_batch
+        stride = self._batches_planned * step
+        order = self._order_of(start.epoch)
+        for first in range(start.position, self.end, stride):
+            if say_ahead:
+                self.read_ahead.want(start.epoch, first, stride)
+            begins = range(first, min(first + stride, self.end), step)
+            ends = [min(begin + step, self.end) for begin in begins]
+            shares = [
+                rank_slice(end - begin, *self.world)
+                for begin, end in zip(begins, ends, strict=True)
+            ]
+            positions = np.concatenate(
+                [
+                    np.arange(begin + share.start, begin + share.stop)
+                    for begin, share in zip(begins, shares, strict=True)
+                ]
+            )
+            sizes = [share.stop - share.start for share in shares]
+            yield Block(ends, sizes, *self._segments(order, start.epoch, positions))
+
+    def _segments(
+        self, order: EpochOrder, epoch: int, positions: Indices
+    ) -> tuple[Indices, Indices]:
+        """Indices and segment starts at some positions (B,) of an epoch."""
+        sampling = self._sampling
+        if not sampling.shuffle:
+            return positions, np.zeros_like(positions)
+        indices = order(positions)
+        frames = self._split.frames[indices]
+        starts = segment_starts(
+            indices, frames, sampling.segment_frames, seed=sampling.seed, epoch=epoch
+        )
+        return indices, starts
+
+
+def check_split(split: Split, sampling: Sampling, world_size: int) -> None:
+    """Refuse what cannot work, neither at this world size nor at a larger one.
+
+    Raises:
+        ValueError: The split has fewer utterances than a batch of all ranks, and the last smaller
+            batch is left out.
+        StorageError: The cache has less room than the global order needs.
+    """
+    if sampling.drop_last and len(split) < sampling.batch_size * world_size:
+        raise ValueError(
+            f"split {split.name} has {len(split)} utterances, fewer than one batch of "
+            f"{sampling.batch_size} on each of {world_size} ranks; take a smaller batch_size"
+        )
+    if sampling.order == "global" and split.room is not None:
+        plan_for_cache(split, sampling.order, sampling.lanes, sampling.window_shards, split.room)
+
+
+class _Orders:
+    """The order of each epoch; remembers those of the windowed order while they are needed."""
+
+    def __init__(self, split: Split, sampling: Sampling, global_batch: int) -> None:
+        self._split = split
+        self._sampling = sampling
+        self._global_batch = global_batch
+        self._windowed: dict[int, WindowedOrder] = {}
+
+    def __call__(self, epoch: int) -> EpochOrder:
+        sampling = self._sampling
+        if sampling.order == "global":
+            return epoch_order(len(self._split), sampling.seed, epoch)
+        if epoch not in self._windowed:
+            # The end of an epoch looks at the next one already. Other epochs are needed no longer.
+            kept = {n: order for n, order in self._windowed.items() if abs(n - epoch) == 1}
+            kept[epoch] = WindowedOrder(
+                self._split.shard_samples,
+                sampling.seed,
+                epoch,
+                global_batch=self._global_batch,
+                lanes=sampling.lanes,
+                window_shards=sampling.window_shards,
+            )
+            self._windowed = kept
+        return self._windowed[epoch]
