@@ -22,7 +22,7 @@ from shardprep import (
     build_shards,
     open_shards,
 )
-from shardprep.load.segments import PLANNED, plan_for_cache
+from shardprep.load.read_ahead import PLANNED, plan_for_cache
 from shardprep.read.files import StoreFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.storage import connections
