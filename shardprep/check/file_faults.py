@@ -51,9 +51,7 @@ def fault_of(path: Path, info: FileInfo | ShardInfo) -> Finding | None:
     except CorruptShardError as error:
         return Finding(error.what)
     except BadPlaceError as error:
-        # An index or a list of rejects can be made again; a shard holds what may exist once.
-        if isinstance(info, ShardInfo):
-            _check_disk(path, error)
+        _check_disk(path, error)
         return Finding(f"cannot be read everywhere: {error.strerror}", has_bad_places=True)
     except OSError as error:
         if not blames_file(error):

@@ -236,7 +236,7 @@ def test_what_the_disk_reads_is_kept_and_the_old_file_set_aside(
     assert set(map(str, open_shards(shards)["train"].keys)) == keys - {lost}
 
 
-@pytest.mark.parametrize("name", [SHARD, INDEX, "rejects.jsonl"])
+@pytest.mark.parametrize("name", [SHARD, INDEX])
 def test_the_source_restores_what_the_disk_cannot_read(
     shards: Path, source: Path, original: Path, contents: Contents, failing_disk: FailingDisk,
     name: str,
