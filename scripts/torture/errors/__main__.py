@@ -9,7 +9,8 @@ later ones of its kind on the same path. Every cell of the matrix is one of thes
 
 - works: exit code 0 and the result of an undisturbed run.
 - works with a note: the same, and a line of output that an undisturbed run does not have.
-- exit 6 with a remedy: the remedy fits the errno, and the same command succeeds afterwards.
+- exit 6 with a remedy: the remedy fits the errno, and the same command succeeds afterwards (which is
+  tried once for each call and place).
 - not reached: the command has no such call.
 - wrong: everything else. A file that was healthy is gone or another, the message speaks of damage,
   there is a traceback, the result is another, or the command does not end.

@@ -168,6 +168,8 @@ class Matrix:
         self._url = url
         self._cache_bytes = cache_bytes
         self._known: dict[str, Undisturbed] = {}
+        # Calls after whose failure a command was given again.
+        self._repeated: set[tuple[str, str, str, bool]] = set()
 
     def undisturbed(self, command: Command) -> Undisturbed:
         """Run a command without errors, and count its calls.
@@ -209,13 +211,13 @@ class Matrix:
             return Outcome(UNREACHED)
         said = _lines(ended.out) + _lines(ended.err)
         new = "\n".join(line for line in said if _plain(line) not in usual.lines)
-        faults = self._faults(command, ended, usual)
+        faults = [*self._lost(command, usual), *self._unlike(cell, ended, usual)]
         found = judge(cell.error, ended, new, faults)
         path = calls.path.replace(f"{self._cell}/", "")
         return Outcome(found.what, found.why, path, found.code, new.replace(str(self._cell), ""))
 
-    def _faults(self, command: Command, ended: Ended, usual: Undisturbed) -> Iterable[str]:
-        """What a command has left that is not right."""
+    def _lost(self, command: Command, usual: Undisturbed) -> Iterable[str]:
+        """What was healthy before a command and is not any more."""
         before = {
             f"{part}/{path}": value
             for part in command.parts
@@ -227,22 +229,29 @@ class Matrix:
             old, new = (place / name for place in (self._template, self._cell))
             if not new.exists() or not new.read_bytes().startswith(old.read_bytes()):
                 yield f"{name} is lost or cut"
-        if command.model:
-            path = [str(self._cell / command.model)]
-            ended = self._server.run(COMMANDS_MODULE, "loads", path, self._nothing())
+        now = command.result(self._cell)
+        if command.model and now.get(command.model) != usual.result[command.model]:
+            path = str(self._cell / command.model)
+            ended = self._server.run(COMMANDS_MODULE, "loads", [path], self._nothing())
             if ended.code:
                 yield f"the model does not load: {_lines(ended.err)[-1:]}"
+
+    def _unlike(self, cell: Cell, ended: Ended, usual: Undisturbed) -> Iterable[str]:
+        """What a command has not done, at once or after an error when it is given again."""
+        command = cell.command
         if ended.code == 0:
             yield from self._differences(command, ended, usual)
-        elif ended.code == _STORAGE_ERROR:
+        # What is left does not depend on the errno, and a command takes a while.
+        key = (command.name, cell.kind, cell.place, cell.lasting)
+        if ended.code == _STORAGE_ERROR and key not in self._repeated:
             again = self._run(command, self._nothing(), anew=False)
             if again.code:
                 yield f"the same command again: exit code {again.code} ({_lines(again.err)[-1:]})"
-            else:
-                yield from (
-                    f"the same command again: {fault}"
-                    for fault in self._differences(command, again, usual)
-                )
+                return
+            faults = list(self._differences(command, again, usual))
+            yield from (f"the same command again: {fault}" for fault in faults)
+            if not faults:
+                self._repeated.add(key)
 
     def _differences(self, command: Command, ended: Ended, usual: Undisturbed) -> Iterable[str]:
         found = command.result(self._cell)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from saved_models import BEST
 
 from shardprep import StorageError
@@ -173,6 +174,25 @@ def test_trackers_that_fail_are_left_alone_from_then_on(
     assert len(records(config, "train")) == 6
     err = capsys.readouterr().err
     assert err.count("WARNING: the files of train.trackers cannot be written (No space") == 1
+
+
+def test_trackers_that_cannot_begin_do_not_stop_a_run(
+    make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(monkeypatch, Accelerator, "init_trackers", {1}, FULL)
+    config = make_config()
+    assert fit(config).step == 12
+    assert len(records(config, "train")) == 6
+    err = capsys.readouterr().err
+    assert err.count("WARNING: the files of train.trackers cannot be written (No space") == 1
+
+
+def test_records_that_have_no_room_until_the_end_are_said_to_be_missing(
+    make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(monkeypatch, MetricsLog, "write", set(range(1, 100)), FULL)
+    fit(make_config())
+    assert "WARNING: the end of metrics.jsonl cannot be written" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_really_full_keeps_the_old_checkpoint_whole(
