@@ -12,6 +12,12 @@ from typing import Any, NamedTuple, Protocol
 
 from shardprep.storage.local import read_at_most
 from shardprep.storage.remote import Location, Remote, modified_ns
+from shardprep.storage.trouble import (
+    FileFault,
+    blames_file,
+    machine_errors,
+    storage_error,
+)
 
 _ABSENT = "the file does not exist"
 # A web server is asked for each file: so many requests at a time.
@@ -41,6 +47,7 @@ class Listing(Protocol):
 
         Raises:
             ValueError: The file does not exist, or lies outside; in words for `Reject.reason`.
+            StorageError: The machine cannot look at it now.
         """
 
     def size(self, name: str) -> int:
@@ -75,6 +82,8 @@ class FolderListing:
         except FileNotFoundError:
             raise ValueError(_ABSENT) from None
         except OSError as error:
+            if not blames_file(error):
+                raise storage_error(error, path, "cannot be read") from error
             raise ValueError(f"the file cannot be read: {error.strerror}") from None
         if not (self._is_inside(path) if is_link else self._is_folder_inside(path)):
             raise ValueError("the path leads outside the data set through a link")
@@ -92,7 +101,8 @@ class FolderListing:
 
     def count(self) -> int:
         """See `Listing.count`."""
-        return sum(len(names) for _, _, names in os.walk(self._root))
+        with machine_errors(self._root):
+            return sum(len(names) for _, _, names in os.walk(self._root, onerror=_raise))
 
     def _is_inside(self, path: str) -> bool:
         return os.path.commonpath([self._real_root, os.path.realpath(path)]) == self._real_root
@@ -103,6 +113,12 @@ class FolderListing:
         if folder not in self._folders:
             self._folders[folder] = self._is_inside(folder)
         return self._folders[folder]
+
+
+def _raise(error: OSError) -> None:
+    # os.walk would leave out what it cannot list: right for a folder such as lost+found only.
+    if not isinstance(error, PermissionError):
+        raise error
 
 
 class StoreListing:
@@ -143,7 +159,7 @@ class StoreListing:
         """See `Listing.read`."""
         data = (self._root / name).read(0, most + 1)
         if len(data) > most:
-            raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+            raise FileFault(errno.EFBIG, f"it has more than {most} bytes")
         return data
 
     def count(self) -> int:

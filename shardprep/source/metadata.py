@@ -16,6 +16,7 @@ from shardprep.errors import SourceError
 from shardprep.format.limits import MAX_N_MELS, json_fits, most_json_bytes
 from shardprep.source.listing import Listing
 from shardprep.storage.remote import Location
+from shardprep.storage.trouble import blames_file, storage_error
 
 METADATA, MAPPING, TESTDATA = "metadata.json", "mapping.json", "testdata.json"
 
@@ -50,7 +51,7 @@ def read_metadata(folder: Location, files: Listing) -> Metadata:
 
     Raises:
         SourceError: A file is missing or too large, or its contents do not have the layout.
-        StorageError: The store behind the URL gives no answer.
+        StorageError: The machine cannot read a file now, or the store gives no answer.
     """
     metadata = _read_json(folder, files, METADATA, {"n_mels": int, "speakers": dict})
     n_mels = _n_mels(metadata, folder / METADATA)
@@ -106,6 +107,8 @@ def _read_json(
         remedy = f"Name {folder / _USUAL_NAME}, which has one." if inner else _HOMEWORK
         raise SourceError("does not exist", file=path, remedy=remedy) from None
     except OSError as error:
+        if not blames_file(error):
+            raise storage_error(error, path, "cannot be read") from error
         raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON: {error}", file=path) from None
