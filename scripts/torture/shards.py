@@ -54,7 +54,7 @@ from shardprep import (
     verify_shards,
 )
 from shardprep.bench.machine import machine
-from shardprep.format.manifest import WORK_FOLDER
+from shardprep.format.manifest import SOURCE_TIMES_NAME, WORK_FOLDER
 from shardprep.storage.local import sha256_of
 
 SAMPLES_PER_SHARD = 40
@@ -65,6 +65,11 @@ def contents(folder: Path) -> dict[str, str]:
     """Every file in a folder and its subfolders, with its sha256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a set; source-times.npy is no part of it."""
+    return sorted(path for path in folder.iterdir() if path.name != SOURCE_TIMES_NAME)
 
 
 class Case:
@@ -89,7 +94,7 @@ class Case:
 def flips(case: Case) -> Result:
     """Flip random single bits, one at a time."""
     folder, rounds = case.copy("flips"), case.counts["flips"]
-    files = sorted(folder.iterdir())
+    files = files_of(folder)
     sizes = [path.stat().st_size for path in files]
     found = {"verify": 0, "verify --deep": 0}
     missed = []
@@ -125,7 +130,7 @@ def truncations(case: Case) -> Result:
         for at in range(0, path.stat().st_size, 512)
         if at % 10_240 == 0 or is_boundary(path, at)
     ]
-    files = sorted(folder.iterdir())
+    files = files_of(folder)
     for _ in range(case.counts["truncations"]):
         path = case.rng.choice(files)
         cuts.append((path, case.rng.randrange(path.stat().st_size)))

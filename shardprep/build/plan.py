@@ -52,7 +52,7 @@ class ShardTask:
 
     @property
     def inputs(self) -> str:
-        """SHA-256 over everything that decides the bytes; of files, their sizes and times."""
+        """SHA-256 over everything that decides the bytes; of files, their sizes and versions."""
         codec = msgspec.to_builtins(self.codec)
         listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -45,6 +45,9 @@ class ProgressListener:
     def advance(self, utterances: int, nbytes: int) -> None:
         """Called with the utterances and bytes read since the last call."""
 
+    def note(self, text: str) -> None:
+        """Called before work that the user may not expect, with its reason."""
+
     def close(self) -> None:
         """Called last."""
 

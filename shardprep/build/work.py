@@ -18,6 +18,7 @@ from shardprep.format.manifest import (
     FORMAT,
     MANIFEST_NAME,
     REJECTS_NAME,
+    SOURCE_TIMES_NAME,
     FileInfo,
     Reject,
     ShardInfo,
@@ -27,7 +28,10 @@ from shardprep.format.manifest import (
 from shardprep.storage.remote import Location
 
 # Names of the files of a set, except the manifest.
-_OURS = re.compile(r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|" + re.escape(REJECTS_NAME))
+_OURS = re.compile(
+    r"(?:train|val|test)(?:-\d{6,}\.tar|\.index\.npy)|"
+    + "|".join(map(re.escape, (REJECTS_NAME, SOURCE_TIMES_NAME)))
+)
 # `publish` appends this to the name of a file that is not complete yet.
 _TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 
@@ -82,7 +86,7 @@ class Work(Protocol):
         If a build is killed here, the next one finds the files where they are and moves the rest.
 
         Args:
-            files: All files of the set but the manifest, each in the work folder or moved already.
+            files: All files to be there but the manifest, each in the work folder or moved already.
             manifest: Content of manifest.json.
         """
 
@@ -147,7 +151,7 @@ def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, Spl
         name: SplitInfo(
             samples=sum(record.info.samples for record in own),
             frames=sum(record.info.frames for record in own),
-            index=_publish_file(work, index_name(name), index_bytes(record.rows for record in own)),
+            index=publish_file(work, index_name(name), index_bytes(record.rows for record in own)),
             shards=tuple(record.info for record in own),
         )
         for name, own in by_split.items()
@@ -159,10 +163,11 @@ def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
     if not rejects:
         return None
     lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
-    return _publish_file(work, REJECTS_NAME, lines)
+    return publish_file(work, REJECTS_NAME, lines)
 
 
-def _publish_file(work: Work, name: str, data: bytes) -> FileInfo:
+def publish_file(work: Work, name: str, data: bytes) -> FileInfo:
+    """Write a file of the set; returns its entry in the manifest."""
     work.publish(name, data)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 

@@ -7,20 +7,21 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from shardprep.build.finished import changed_since, check_contents, check_same_build, times_of
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask, shard_tasks
 from shardprep.build.pool import Pool, ProgressListener, run_shards
 from shardprep.build.pool_local import LocalPool
 from shardprep.build.pool_ray import RayPool
 from shardprep.build.shard import ShardRecord, check_shard
-from shardprep.build.work import Work, publish_indexes, publish_rejects, split_of
+from shardprep.build.work import Work, publish_file, publish_indexes, publish_rejects, split_of
 from shardprep.build.work_folder import FolderWork
 from shardprep.build.work_store import StoreWork
 from shardprep.errors import BuildError, ShardprepError, SourceError
 from shardprep.format.limits import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, json_values
 from shardprep.format.manifest import (
     FORMAT,
-    MANIFEST_NAME,
+    SOURCE_TIMES_NAME,
     VERSION,
     Manifest,
     Reject,
@@ -31,10 +32,7 @@ from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.dataset import Source, scan_dataset, source_error
 from shardprep.source.metadata import METADATA, TESTDATA
-from shardprep.storage.remote import Location, Remote, locate, modified_ns
-from shardprep.storage.trouble import storage_errors
-
-_CLOCKS_DIFFER_NS = 60 * 10**9
+from shardprep.storage.remote import Location, Remote, locate
 
 
 @dataclass
@@ -129,7 +127,7 @@ def build_shards(
     else:
         with _claim(target, options.overwrite) as work:
             if work is None:
-                _report_finished(report, target, scanned, options)
+                _report_finished(report, target, scanned, options, tasks, listener)
             else:
                 pool = _pool(options, scanned.root, work.folder)
                 records = _write_missing(tasks, work, pool, listener, report)
@@ -165,60 +163,33 @@ def _nothing_to_pack(source: Source) -> ShardprepError:
 
 
 def _report_finished(
-    report: BuildReport, target: Location, source: Source, options: BuildOptions
+    report: BuildReport,
+    target: Location,
+    source: Source,
+    options: BuildOptions,
+    tasks: list[ShardTask],
+    listener: ProgressListener,
 ) -> None:
     """Accept a finished set if this build would make the same one; refuse any other."""
     manifest = load_manifest(target)
-    wanted = (source.fingerprint, options.record, options.dtype, options.codec_info)
-    found = (
-        manifest.source_fingerprint,
-        manifest.build,
-        manifest.dtype,
-        manifest.codec,
-    )
-    if wanted != found:
-        raise BuildError(
-            "the folder holds a finished set, built from another source or with other options",
-            file=target,
-            remedy="Name another folder, or give --overwrite to replace the set.",
+    check_same_build(manifest, target, source, options)
+    if changed := changed_since(target, source):
+        listener.note(
+            f"{len(changed)} of {len(source.utterances)} files of the data set may have changed "
+            "since the set was built, by their times; comparing their contents"
         )
-    present, built_ns = _present(target)
-    # Clocks of stores differ from ours, and count whole seconds.
-    between = isinstance(target, Remote) or isinstance(source.root, Remote)
-    late_ns = built_ns + (_CLOCKS_DIFFER_NS if between else 0)
-    newer = [u for u in (*source.labelled, *source.test) if u.mtime_ns > late_ns]
-    if newer:
-        raise BuildError(
-            f"the set is older than {len(newer)} files of the data set, such as {newer[0].path}",
-            file=target,
-            remedy="Compare them with `shardprep verify --against`, or build the set again with "
-            "--overwrite.",
-        )
-    for name, info in manifest.files().items():
-        if present.get(name) != info.bytes:
-            raise BuildError(
-                f"{name} of the finished set is missing or has another size",
-                file=target,
-                remedy="Give --overwrite to build the set again.",
-            )
+        report.utterances_read = len(changed)
+        report.source_bytes = sum(utterance.nbytes for utterance in changed)
+        pool = _pool(options, source.root, None)
+        note = check_contents(manifest, target, source, tasks, changed, pool, listener)
+        if note is not None:
+            report.notes.append(note)
     report.up_to_date = True
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)
     lines = read_rejects(files_at(target), manifest)
     report.rejects = [line for line in lines if line.repeats is None]
-
-
-def _present(target: Location) -> tuple[dict[str, int], int]:
-    """Sizes of the files in a place, by name; and when its manifest was written [ns]."""
-    if isinstance(target, Remote):
-        found = target.listing()
-        return {name: info["size"] for name, info in found.items()}, modified_ns(
-            found[MANIFEST_NAME]
-        )
-    with storage_errors(target):
-        present = {path.name: path.stat().st_size for path in target.iterdir()}
-        return present, (target / MANIFEST_NAME).stat().st_mtime_ns
 
 
 def _write_missing(
@@ -229,7 +200,11 @@ def _write_missing(
     report: BuildReport,
 ) -> list[ShardRecord]:
     """Write every shard that an earlier run has not finished; the records of all, in order."""
-    records = work.keep_finished(tasks)
+    # Where a place does not say whether a file has changed, a shard of an earlier run may hold
+    # another file than there is now.
+    records = work.keep_finished(
+        [task for task in tasks if all(utterance.version for utterance in task.plan.utterances)]
+    )
     report.shards_kept = len(records)
     missing = [task for task in tasks if task.plan.file not in records]
     _count_read(report, missing)
@@ -291,4 +266,5 @@ def _publish_set(
             file=work.target,
             remedy="Give a larger --samples-per-shard, or split the data set.",
         )
-    work.install(manifest.files(), data)
+    times = publish_file(work, SOURCE_TIMES_NAME, times_of(source))
+    work.install({**manifest.files(), SOURCE_TIMES_NAME: times}, data)

@@ -21,11 +21,12 @@ from shardprep.build.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import is_ours, publish_indexes, publish_rejects
 from shardprep.build.work_folder import FolderWork
+from shardprep.check.beside import times_fault
 from shardprep.check.file_faults import fault_of, read_legible
 from shardprep.check.report import RepairReport
 from shardprep.check.salvage_index import confirmed_rows, index_of_tar
 from shardprep.check.salvage_shard import SourcePayloads, rewrite_shard
-from shardprep.errors import BuildError, SourceError
+from shardprep.errors import BuildError, SourceError, StorageError
 from shardprep.format.entries import row_positions
 from shardprep.format.index import index_bytes
 from shardprep.format.limits import MAX_REJECTS_BYTES
@@ -34,6 +35,7 @@ from shardprep.format.manifest import (
     REJECTS_NAME,
     REPAIR_FOLDER,
     SET_ASIDE_FOLDER,
+    SOURCE_TIMES_NAME,
     Reject,
     ShardInfo,
     encode_manifest,
@@ -78,6 +80,11 @@ class Repair:
         self._put_back()
         # Everything is read before anything is changed.
         findings = {name: fault_of(folder / name, info) for name, info in self.files.items()}
+        # No part of the set: trouble with this file must not keep a repair from its work.
+        self._intact_times = [SOURCE_TIMES_NAME]
+        with contextlib.suppress(StorageError):
+            if times_fault(folder, self.manifest) is not None:
+                self._intact_times = []
         self.damaged = {name for name, finding in findings.items() if finding is not None}
         self._bad = {name for name, found in findings.items() if found and found.has_bad_places}
         self.work.folder.mkdir(exist_ok=True)
@@ -109,9 +116,9 @@ class Repair:
             self._put(name)
 
     def remove_leftovers(self) -> None:
-        """Remove files that builds write but that do not belong to this set."""
+        """Remove files that builds write but that do not belong to this set, or are damaged."""
         for path in sorted(self.folder.iterdir()):
-            known = path.name in self.files or path.name == MANIFEST_NAME
+            known = path.name in (*self.files, MANIFEST_NAME, *self._intact_times)
             if not known and is_ours(path.name) and path.is_file():
                 path.unlink()
                 self.report.removed.append(path.name)

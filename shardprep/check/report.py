@@ -26,6 +26,7 @@ class VerifyReport:
     Attributes:
         faults: All faults that were found; empty for an intact set.
         unread: Files that the machine could not read now, and why. Nothing is known about them.
+        notes: What a user should know besides, such as files that are no part of the set.
         files: Number of files checked.
         bytes: Their size, by the manifest.
         samples: Number of utterances that were read (with deep or against), else 0.
@@ -34,6 +35,7 @@ class VerifyReport:
 
     faults: list[Fault] = field(default_factory=list)
     unread: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     samples: int = 0

@@ -19,7 +19,7 @@ from shardprep.source.dataset import Utterance, scan_dataset
 from shardprep.storage.remote import Location
 from shardprep.storage.trouble import BadPlaceError
 
-FromSource = Callable[[str, int], bytes | None]
+FromSource = Callable[[str, int, int], bytes | None]
 
 
 def rewrite_shard(
@@ -41,8 +41,8 @@ def rewrite_shard(
         rows: Its rows of the index, which are known to be right.
         manifest: Manifest of the set.
         file: Where to write the new shard.
-        from_source: For a damaged utterance, its stored bytes by key and frames, or None; see
-            `SourcePayloads`.
+        from_source: For a damaged utterance, its stored bytes by key, frames and crc32, or None;
+            see `SourcePayloads`.
 
     Returns:
         The record of the new shard; its rejects are the lost utterances.
@@ -57,7 +57,7 @@ def rewrite_shard(
     for row, stored in zip(rows, payloads(damaged, rows), strict=True):
         utterance, payload = _utterance(row, manifest), _if_undamaged(stored, row)
         if payload is None and from_source is not None:
-            payload = _if_undamaged(from_source(utterance.key, utterance.frames), row)
+            payload = from_source(utterance.key, utterance.frames, int(row["crc32"]))
         if payload is not None:
             kept.append(add_utterance(tar, utterance, payload, suffix))
         else:
@@ -101,22 +101,28 @@ class SourcePayloads:
     def __init__(self, source: Location, manifest: Manifest) -> None:
         self.scanned = scan_dataset(source)
         self.notes: list[str] = []
+        self._other = "is not the file that the set was built from"
+        if manifest.codec.name == "zstd":
+            self._other += ", or the set was built by another release of zstandard"
         self._manifest = manifest
 
-    def __call__(self, key: str, frames: int) -> bytes | None:
-        """The bytes that a build would store for an utterance, or None."""
+    def __call__(self, key: str, frames: int, crc32: int) -> bytes | None:
+        """The bytes that a build has stored for an utterance, or None if there are others now."""
         utterance = self.scanned.by_key.get(key)
         path = self.scanned.root / (f"{key}.pt" if utterance is None else utterance.path)
         try:
             if utterance is None:
                 raise ValueError("is not in the data set, or is faulty there")
-            return encode_file(
+            payload = encode_file(
                 fetch_file(self.scanned.root, utterance, self._manifest.n_mels),
                 n_mels=self._manifest.n_mels,
                 frames=frames,
                 dtype=self._manifest.dtype,
                 codec=self._manifest.codec,
             )
+            if zlib.crc32(payload) != crc32:
+                raise ValueError(self._other)
+            return payload
         except ValueError as error:
             self.notes.append(f"{path}: {error}")
             return None

@@ -18,6 +18,7 @@ import numpy as np
 
 from shardprep.build.shard import Advance
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
+from shardprep.check.beside import names_in, notes_on_others, stray_faults, times_fault
 from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
 from shardprep.check.verify_against import missing_faults, original_files, source_faults
@@ -26,9 +27,7 @@ from shardprep.errors import CorruptShardError, FormatError, StorageError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
-    REPAIR_FOLDER,
-    SET_ASIDE_FOLDER,
-    WORK_FOLDER,
+    SOURCE_TIMES_NAME,
     FileInfo,
     Manifest,
     ShardInfo,
@@ -42,9 +41,6 @@ from shardprep.storage.local import read_at_most, temporary_place
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import storage_errors
 
-# What may be there besides the files that the manifest lists.
-_ALLOWED = (MANIFEST_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
-
 
 def verify_shards(
     path: str | os.PathLike[str],
@@ -53,7 +49,7 @@ def verify_shards(
     against: str | os.PathLike[str] | None = None,
     advance: Advance = lambda nbytes: None,
 ) -> VerifyReport:
-    """Verify a shard set: sizes and sha256 of all files, and that no file is there besides them.
+    """Verify a shard set: sizes and sha256 of all files, and that it has no stray shard or index.
 
     Args:
         path: The shard folder, or its URL, from which each file is fetched.
@@ -90,7 +86,8 @@ def verify_shards(
         if isinstance(files, FolderFiles):
             check.note(MANIFEST_NAME, check.file_faults(files.place))
         else:
-            report.faults.extend(_store_faults(files, manifest, advance))
+            report.faults.extend(_store_faults(files, manifest, report, advance))
+        check.times_fault()
         if deep or source is not None:
             for name, split in manifest.splits.items():
                 report.samples += split.samples
@@ -122,7 +119,9 @@ def _opened(place: Location) -> Iterator[FolderFiles | StoreFiles]:
         yield StoreFiles(place, ShardCache(folder, room))
 
 
-def _store_faults(files: StoreFiles, manifest: Manifest, advance: Advance) -> Iterator[Fault]:
+def _store_faults(
+    files: StoreFiles, manifest: Manifest, report: VerifyReport, advance: Advance
+) -> Iterator[Fault]:
     """Damaged files of a store, and files that should not be there."""
     infos = manifest.files()
 
@@ -139,9 +138,9 @@ def _store_faults(files: StoreFiles, manifest: Manifest, advance: Advance) -> It
                 yield Fault(info.file, "", what)
             advance(info.bytes)
     if not files.place.is_http:
-        for name in sorted(files.place.listing()):
-            if name not in infos and name.split("/")[0] not in _ALLOWED:
-                yield Fault(name, "", "does not belong to the set")
+        names = sorted(files.place.listing())
+        yield from stray_faults(names, manifest, repairable=False)
+        report.notes.extend(notes_on_others(names, manifest))
 
 
 class _Check:
@@ -191,11 +190,15 @@ class _Check:
                 elif finding is not None:
                     yield Fault(name, "", finding.what)
             self._advance(info.bytes)
-        with storage_errors(folder):
-            present = sorted(os.listdir(folder))
-        for name in present:
-            if name not in infos and name not in _ALLOWED:
-                yield Fault(name, "", "does not belong to the set")
+        names = names_in(folder)
+        yield from stray_faults(names, self._manifest, repairable=True)
+        self._report.notes.extend(notes_on_others(names, self._manifest))
+
+    def times_fault(self) -> None:
+        """Put damage of source-times.npy into the report."""
+        with self._noting_unread(SOURCE_TIMES_NAME):
+            if (fault := times_fault(self._files.place, self._manifest)) is not None:
+                self._report.faults.append(fault)
 
     def _bad_utterances(self, folder: Path, file: str) -> Iterator[Fault]:
         """The utterances of a shard that the disk cannot read; none if the index is damaged."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import click
+
 from shardprep.build.pool import ProgressListener
 from shardprep.cli.output import progress_bar
 
@@ -13,6 +15,10 @@ class BuildProgress(ProgressListener):
 
     def __init__(self, action: str) -> None:
         self._action = action
+
+    def note(self, text: str) -> None:
+        """Show a line on stderr; see `ProgressListener`."""
+        click.echo(f"shardprep: note: {text}", err=True)
 
     def start(self, utterances: int, nbytes: int) -> None:
         """Show a bar; see `ProgressListener`."""

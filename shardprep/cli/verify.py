@@ -52,6 +52,8 @@ def verify(
             f"{shards}: {state} "
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
+        for note in report.notes:
+            click.echo(f"shardprep: note: {note}", err=True)
         if report.faults and report.files and not report.unread and against is None:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
             click.echo(f"shardprep: note: {remedy}", err=True)

@@ -27,6 +27,7 @@ VERSION = 2
 
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
+SOURCE_TIMES_NAME = "source-times.npy"
 WORK_FOLDER = ".shardprep-build"
 REPAIR_FOLDER = ".shardprep-repair"
 SET_ASIDE_FOLDER = ".shardprep-set-aside"

@@ -59,8 +59,8 @@ class Utterance(NamedTuple):
         label: Speaker number, or -1.
         frames: Length in mel frames.
         nbytes: Size of the file in bytes.
-        mtime_ns: When the file was modified [ns since the epoch], 0 if unknown; a resumed build
-            finds by it that the file has changed.
+        version: A number that changes when the file does, 0 if unknown; a later build finds by it
+            that the file has changed.
         entry: Position in testdata.json; None for the utterances of metadata.json.
     """
 
@@ -70,7 +70,7 @@ class Utterance(NamedTuple):
     label: int
     frames: int
     nbytes: int
-    mtime_ns: int
+    version: int
     entry: int | None = None
 
 
@@ -98,14 +98,19 @@ class Source:
     repeats: tuple[Reject, ...] = ()
 
     @functools.cached_property
+    def utterances(self) -> tuple[Utterance, ...]:
+        """Every utterance that can be packed, in the order of the data set."""
+        return (*self.labelled, *self.test)
+
+    @functools.cached_property
     def by_key(self) -> dict[str, Utterance]:
         """Every utterance that can be packed, by its key."""
-        return {utterance.key: utterance for utterance in (*self.labelled, *self.test)}
+        return {utterance.key: utterance for utterance in self.utterances}
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over speakers, utterances, lengths and file sizes."""
-        rows = [[*u._replace(mtime_ns=0)] for u in (*self.labelled, *self.test)]
+        rows = [[*u._replace(version=0)] for u in self.utterances]
         lines = [msgspec.to_builtins(line) for line in (*self.rejects, *self.repeats)]
         listed = [self.n_mels, self.speakers, rows, lines]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ from shardprep.storage.trouble import (
 )
 
 _ABSENT = "the file does not exist"
+# What stores call the version of an object, beside its time. Times of a folder can be set to any
+# value, and copies keep them; the time of the last change of an inode cannot be set.
+_TAGS = ("ETag", "etag", "generation", "version_id", "Content-MD5")
 # A web server is asked for each file: so many requests at a time.
 _REQUESTS = 64
 
@@ -29,11 +33,11 @@ class FileState(NamedTuple):
 
     Attributes:
         nbytes: Size in bytes.
-        mtime_ns: When the file was modified [ns since the epoch]; 0 if unknown.
+        version: A number that changes when the file does; 0 if the place does not say.
     """
 
     nbytes: int
-    mtime_ns: int
+    version: int
 
 
 class Listing(Protocol):
@@ -89,7 +93,7 @@ class FolderListing:
             raise ValueError("the path leads outside the data set through a link")
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("not a regular file")
-        return FileState(info.st_size, info.st_mtime_ns)
+        return FileState(info.st_size, _number(info.st_mtime_ns, info.st_ctime_ns))
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""
@@ -144,7 +148,7 @@ class StoreListing:
             raise ValueError(_ABSENT)
         if info.get("size") is None:
             raise ValueError("the server does not tell its size")
-        return FileState(int(info["size"]), modified_ns(info))
+        return FileState(int(info["size"]), _store_version(info))
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""
@@ -171,6 +175,18 @@ class StoreListing:
             return (self._root / relative).info()
         except FileNotFoundError:
             return None
+
+
+def _store_version(info: dict[str, Any]) -> int:
+    """A number that changes when a file of a store does; 0 if the store says nothing of it."""
+    said = [info.get(name) for name in _TAGS]
+    time_ns = modified_ns(info)
+    return _number(said, time_ns) if any(said) or time_ns else 0
+
+
+def _number(*parts: Any) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def listing_of(root: Location) -> Listing:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from forge import (
-    edit_record,
-    holes,
-)
+import numpy as np
+from forge import edit_record, holes, options, pipe
 
-from kinds.registry import GB, kind
+from kinds.registry import GB, Canary, kind
+from shardprep import build_shards
 
 
 def work(folder: Path) -> Path:
@@ -65,6 +64,45 @@ def work_folder_link(folder: Path) -> None:
 def unfinished_shard_link(folder: Path) -> None:
     """an unfinished shard is a link to ../outside/secret"""
     (work(folder) / "train-000000.tar").symlink_to(folder.parent / "outside" / "secret")
+
+
+def finished(folder: Path) -> Path:
+    """Build a finished set of the data set beside it; the path of its source-times.npy."""
+    build_shards(folder.parent / "Dataset", folder, options())
+    return folder / "source-times.npy"
+
+
+@kind("target")
+def times_of_10_gb(folder: Path) -> None:
+    """source-times.npy of a finished set is 10 GB long"""
+    holes(finished(folder), 10 * GB)
+
+
+@kind("target")
+def times_pipe(folder: Path) -> None:
+    """source-times.npy of a finished set is a named pipe"""
+    pipe(finished(folder))
+
+
+@kind("target")
+def times_link(folder: Path) -> None:
+    """source-times.npy of a finished set is a link to ../outside/secret"""
+    path = finished(folder)
+    path.unlink()
+    path.symlink_to(folder.parent / "outside" / "secret")
+
+
+@kind("target")
+def times_pickle(folder: Path) -> None:
+    """source-times.npy of a finished set is a pickled array that runs a command"""
+    np.save(finished(folder), np.array([Canary()], object), allow_pickle=True)
+
+
+@kind("target")
+def times_header_of_2_60_numbers(folder: Path) -> None:
+    """source-times.npy of a finished set claims 2^60 numbers"""
+    path = finished(folder)
+    path.write_bytes(path.read_bytes().replace(b"(15,)", b"(%d,)" % 2**60, 1))
 
 
 @kind("target")

@@ -182,7 +182,7 @@ def test_inputs_change_with_whatever_decides_the_bytes(task: ShardTask) -> None:
         with_plan(*rest),
         with_plan(first._replace(label=9), *rest),
         with_plan(first._replace(nbytes=first.nbytes + 1), *rest),
-        with_plan(first._replace(mtime_ns=first.mtime_ns + 1), *rest),
+        with_plan(first._replace(version=first.version + 1), *rest),
     ]
     inputs = {ShardTask(**{**vars(task), **change}).inputs for change in changes}
     assert len(inputs | {task.inputs}) == len(changes) + 1

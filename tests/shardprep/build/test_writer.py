@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from shardprep import (
     BuildError,
@@ -54,7 +53,7 @@ def test_order_of_the_metadata_and_times_of_files_do_not_change_the_shards(
     build(source, tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     # The fingerprint of the source in the manifest depends on the order of the metadata.
-    del one["manifest.json"], two["manifest.json"]
+    assert one.pop("manifest.json") != two.pop("manifest.json")
     assert one == two
 
 
@@ -230,7 +229,8 @@ def test_foreign_files_beside_the_shards_survive_every_build(
     assert all(path.exists() for path in foreign.values())
     assert foreign["notes.txt"].read_text() == "notes.txt"
     faults = {fault.file for fault in verify_shards(shards).faults}
-    assert faults == set(foreign)
+    # Readers may take these two for shards.
+    assert faults == {"train.tar", "train-0.tar"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -280,17 +280,6 @@ def test_seconds_are_measured(source: Path, tmp_path: Path, build: Build) -> Non
     began = time.monotonic()
     report = build(source, tmp_path / "shards")
     assert 0 < report.seconds <= time.monotonic() - began
-
-
-def test_set_older_than_its_source_is_not_up_to_date(
-    source: Path, tmp_path: Path, build: Build
-) -> None:
-    build(source, tmp_path / "shards")
-    assert build(source, tmp_path / "shards").up_to_date
-    path = sorted(source.glob("*.pt"))[0]
-    torch.save(torch.load(path) * 0.9, path)
-    with pytest.raises(BuildError, match=r"older than 1 files .*verify --against.*--overwrite"):
-        build(source, tmp_path / "shards")
 
 
 def test_speakers_that_rejects_leave_only_in_val_are_named(

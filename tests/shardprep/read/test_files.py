@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -13,13 +11,10 @@ import numpy as np
 import pytest
 
 from shardprep import (
-    BuildError,
-    BuildOptions,
     CorruptShardError,
     Remote,
     ShardCache,
     StorageError,
-    build_shards,
     open_shards,
 )
 from shardprep.load.read_ahead import PLANNED, plan_for_cache
@@ -161,22 +156,3 @@ def test_the_cache_may_be_removed_while_nobody_reads(
     shutil.rmtree(cache.folder.path)
     cache.folder.path.mkdir()
     assert open_shards(stored, cache)["val"].read(0).size
-
-
-@pytest.mark.parametrize(("seconds", "refused"), [(30, False), (600, True)])
-def test_clocks_of_stores_may_differ_a_little(
-    make_dataset: Callable[..., Path], seconds: int, refused: bool
-) -> None:
-    source, options = make_dataset(), BuildOptions(workers=1)
-    try:
-        build_shards(source, URL, options)
-        newest = next(source.glob("*.pt"))
-        os.utime(newest, (time.time() + seconds,) * 2)
-        if refused:
-            with pytest.raises(BuildError, match="older than 1 files"):
-                build_shards(source, URL, options)
-        else:
-            assert build_shards(source, URL, options).up_to_date
-    finally:
-        fsspec.filesystem("memory").store.clear()
-        connections.forget_connections()
