@@ -9,8 +9,8 @@ later ones of its kind on the same path. Every cell of the matrix is one of thes
 
 - works: exit code 0 and the result of an undisturbed run.
 - works with a note: the same, and a line of output that an undisturbed run does not have.
-- exit 6 with a remedy: the remedy fits the errno, and the same command succeeds afterwards (which is
-  tried once for each call and place).
+- exit 6 with a remedy: the remedy fits the errno, and the same command succeeds afterwards. That is
+  tried once for each call and place.
 - not reached: the command has no such call.
 - wrong: everything else. A file that was healthy is gone or another, the message speaks of damage,
   there is a traceback, the result is another, or the command does not end.
@@ -100,9 +100,12 @@ def try_all(asked: Sequence[Cell], folder: Path, jobs: int) -> Found:
         def attempt(cell: Cell) -> Outcome:
             matrix = free.get()
             try:
-                return matrix.try_cell(cell)
+                outcome = matrix.try_cell(cell)
             finally:
                 free.put(matrix)
+            if outcome.what == WRONG:
+                tqdm.write(" | ".join(described(cell, outcome)), file=sys.stderr)
+            return outcome
 
         threads = stack.enter_context(ThreadPoolExecutor(jobs))
         outcomes = threads.map(attempt, asked)
@@ -120,6 +123,13 @@ def _run(server: ForkServer, words: Sequence[str], folder: Path) -> None:
     if ended.code:
         raise RuntimeError(f"{words[0]} fails without errors:\n{ended.err}")
     server.learn()
+
+
+def described(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
+    """What somebody needs to know who mends a cell."""
+    mode = "lasting" if cell.lasting else "once"
+    place = f"{cell.place} {cell.kind}"
+    return cell.command.name, place, cell.error, mode, outcome.path, outcome.why
 
 
 def summary(found: Mapping[Cell, Outcome]) -> dict[str, Any]:
@@ -200,11 +210,7 @@ def main(
         own = {c: outcome for c, outcome in found.items() if c.lasting == MODES[name]}
         results[name] = summary(own)
         tables.append(f"## {name}\n\n{table(own, commands)}\n")
-    for name, result in results.items():
-        click.echo(f"{name}: {result['counts']}")
-        for wrong in result["wrong"]:
-            keys = ("command", "call", "errno", "place", "path", "code", "why")
-            click.echo("  " + " | ".join(str(wrong[key]) for key in keys))
+        click.echo(f"{name}: {results[name]['counts']}")
     if out is not None:
         about = {**asdict(machine()), "jobs": jobs, "seconds": round(time.monotonic() - began)}
         out.parent.mkdir(parents=True, exist_ok=True)
