@@ -2,11 +2,10 @@
 
 import shardprep
 
-if __name__ == "__main__":
-    shardprep.build_shards("Dataset/", "shards/")
-    train = shardprep.open_shards("shards/")["train"]
-    for batch in shardprep.SegmentLoader(train, batch_size=32):
-        ...
+shardprep.build_shards("Dataset/", "shards/")
+train = shardprep.open_shards("shards/")["train"]
+for batch in shardprep.SegmentLoader(train, batch_size=32):
+    ...
 """
 
 import lazy_loader

@@ -13,6 +13,7 @@ from .errors import BuildError as BuildError
 from .errors import CorruptShardError as CorruptShardError
 from .errors import FormatError as FormatError
 from .errors import MissingExtraError as MissingExtraError
+from .errors import PlatformError as PlatformError
 from .errors import ShardprepError as ShardprepError
 from .errors import SourceError as SourceError
 from .errors import StorageError as StorageError
@@ -25,11 +26,11 @@ from .read.shard_set import open_shards as open_shards
 from .read.split import Split as Split
 from .read.webdataset import stream as stream
 from .storage.local import publish as publish
+from .storage.lock import HeldLock as HeldLock
 from .storage.lock import LockHeldError as LockHeldError
 from .storage.lock import hold_lock as hold_lock
 from .storage.remote import Remote as Remote
 from .storage.remote import locate as locate
-from .storage.sniff import sniff as sniff
 from .storage.trouble import machine_errors as machine_errors
 from .storage.trouble import storage_error as storage_error
 from .storage.trouble import storage_errors as storage_errors

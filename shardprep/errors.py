@@ -6,7 +6,8 @@ ShardprepError
 ├── CorruptShardError  1  a shard, an index or the manifest was read and is damaged, or is missing
 ├── BuildError         5  the build cannot start or continue
 ├── StorageError       6  the machine or a store refused (permissions, limits, mount, disk, network)
-└── MissingExtraError  2  a package is not installed; the message names the extra that brings it
+├── MissingExtraError  2  a package is not installed; the message names the extra
+└── PlatformError      2  this operating system lacks what shardprep needs
 
 Exit code 0 is success and 2 a usage error; 130 and 143 stand for Ctrl-C and SIGTERM.
 """
@@ -116,6 +117,12 @@ class StorageError(ShardprepError):
 
 class MissingExtraError(ShardprepError, ImportError):
     """A package is not installed; the message names the extra of shardprep that brings it."""
+
+    exit_code = 2
+
+
+class PlatformError(ShardprepError):
+    """This operating system lacks what shardprep needs; nothing was made."""
 
     exit_code = 2
 

@@ -22,20 +22,22 @@ MOST_MODULES = 12
 
 # Each room, a folder or a module of its package, and the rooms that it may import besides itself.
 BASE = {"errors"}
-READ = {*BASE, "format", "storage", "cache", "read", "load"}
-BUILD = {*BASE, "format", "storage", "source", "build", "read"}
+CORE = {*BASE, "system"}
+READ = {*CORE, "format", "storage", "cache", "read", "load"}
+BUILD = {*CORE, "format", "storage", "source", "build", "read"}
 LEARN = {*BASE, "config", "processes", "model"}
 USE = {*LEARN, "checkpoint", "evaluation"}
 MAY_IMPORT: dict[str, dict[str, set[str]]] = {
     "shardprep": {
         "errors": set(),
         "format": BASE,
-        "storage": BASE,
-        "cache": {*BASE, "format", "storage"},
-        "read": {*BASE, "format", "storage", "cache"},
-        "load": {*BASE, "format", "storage", "cache", "read"},
-        "source": {*BASE, "format", "storage"},
-        "build": {*BASE, "format", "storage", "source", "read"},
+        "system": BASE,
+        "storage": CORE,
+        "cache": {*CORE, "format", "storage"},
+        "read": {*CORE, "format", "storage", "cache"},
+        "load": {*CORE, "format", "storage", "cache", "read"},
+        "source": {*CORE, "format", "storage"},
+        "build": {*CORE, "format", "storage", "source", "read"},
         "check": READ | BUILD,
         "bench": READ | BUILD,
         "cli": READ | BUILD | {"check", "bench"},

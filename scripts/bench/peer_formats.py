@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 import shardprep
-from shardprep.bench.machine import usable_cores
+from shardprep.system import usable_cores
 
 SHARD_SAMPLES = 1000
 CHUNK_BYTES = "64MB"

@@ -40,7 +40,8 @@ import shardprep
 from scripts.bench_train.arithmetic import COUNTED, DTYPES, worthwhile_precisions
 from scripts.bench_train.measurement import FRAMES, MEASURED, WARM, Spec
 from scripts.bench_train.summary import ratios, summarise, table
-from shardprep.bench.machine import machine, usable_cores
+from shardprep.bench.machine import machine
+from shardprep.system import usable_cores
 
 WORKERS = (0, 2)
 SPEAKERS = 100

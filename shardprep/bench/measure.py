@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import time
@@ -124,10 +123,17 @@ def measure(batches: Iterator[tuple[Any, Any]], seconds: float, workers: int = 0
         for _ in range(workers):
             next(batches)
         _draw(batches, seconds / 2)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        faults = _major_faults()
         samples, count, passed = _draw(batches, seconds)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+        faults = _major_faults() - faults
     return Rate(samples / passed, count, faults)
+
+
+def _major_faults() -> int:
+    # Windows has no such module, and `shardprep --help` works there.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _draw(batches: Iterator[tuple[Any, Any]], seconds: float) -> tuple[int, int, float]:

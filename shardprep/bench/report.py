@@ -16,7 +16,7 @@ from shardprep.bench.loaders import (
     shard_candidate,
     webdataset_candidate,
 )
-from shardprep.bench.machine import Machine, machine, usable_cores
+from shardprep.bench.machine import Machine, machine
 from shardprep.bench.measure import Candidate, Measurements, in_own_process, measure_in_rounds, warm
 from shardprep.bench.memory_limit import limit_candidates, limit_rows
 from shardprep.bench.results import LimitResult, LoaderResult, best_limit, summarise
@@ -26,6 +26,7 @@ from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.read.split import Split
 from shardprep.source.dataset import scan_dataset
 from shardprep.storage.remote import Location
+from shardprep.system import check_linux, usable_cores
 
 _STAGES_TIMEOUT = 300.0
 
@@ -113,7 +114,9 @@ def bench_shards(
             from those of the first set.
         CorruptShardError: A shard is missing or damaged.
         SourceError: The source is no data set, or not the one that the shards were built from.
+        PlatformError: This system does not tell what is measured.
     """
+    check_linux("shardprep bench")
     sets = [open_shards(place) for place in dict.fromkeys(destinations)]
     splits = [shard_set[options.split] for shard_set in sets]
     _check_same(sets, splits)

@@ -27,10 +27,7 @@ class BuildOptions:
             0 for as many as the cluster has CPUs.
         on_error: "fail": a faulty utterance stops the build; "skip": it is left out and listed.
         overwrite: Whether to replace a finished set of other contents.
-        dry_run: Read and check everything, write nothing. Faulty utterances do not stop it; the
-            report lists them.
-        follow_links: Whether files of the data set may be links out of it, as download caches make
-            them. Only for a data set that you trust: a link can name any file of this machine.
+        dry_run: Read and check everything, write nothing.
         engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
         address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
@@ -45,7 +42,6 @@ class BuildOptions:
     on_error: Literal["fail", "skip"] = "fail"
     overwrite: bool = False
     dry_run: bool = False
-    follow_links: bool = False
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
 
@@ -76,7 +72,7 @@ class BuildOptions:
         """The codec as the manifest states it."""
         if self.codec == "none":
             return CodecInfo("none")
-        return CodecInfo("zstd", self.level or DEFAULT_ZSTD_LEVEL, CHUNK_FRAMES)
+        return CodecInfo("zstd", int(self.level or DEFAULT_ZSTD_LEVEL), CHUNK_FRAMES)
 
     @property
     def record(self) -> BuildRecord:

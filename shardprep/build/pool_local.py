@@ -1,35 +1,46 @@
-"""A pool of worker processes on this machine; they report progress, stop, and end with us."""
+"""A pool of worker processes on this machine; they report progress, stop, and end with us.
+
+A worker is a Python program of its own, which is connected by a socket. Unlike multiprocessing,
+this needs no shared memory and no semaphores, never runs the caller's main module, and works from a
+thread, a notebook, a daemonic process, `python -c` and a script without `if __name__ ==
+"__main__":`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import pickle
+import queue
 import signal
+import subprocess
+import sys
 import threading
+import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_connections
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from shardprep.build.pool import Result, Task
 from shardprep.build.shard import Advance
-from shardprep.errors import BuildError
+from shardprep.errors import BuildError, ShardprepError
+from shardprep.system import usable_cores
 
-_POLL_SECONDS = 0.2
+_REPORT_SECONDS = 0.1
+_STOP = b""
+
+# The parent's path of imports may be another one than that of a new interpreter.
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r}; from shardprep.build.pool_local import serve; serve()"
+)
 
 
 class Stopped(Exception):
     """Raised within a task, by its `advance`, when the pool stops."""
-
-
-# Shared memory, which `_enter_worker` sets in each worker. There is no lock: a worker that is
-# killed while it holds a lock would block all others for ever. `_progress` holds the utterances
-# and the bytes done of each task, so that each cell has a single writer.
-_progress: Any
-_stop: Any
 
 
 @dataclass(frozen=True)
@@ -53,90 +64,212 @@ class LocalPool:
         Raises:
             BuildError: A worker process died.
         """
-        workers = min(self.workers or len(os.sched_getaffinity(0)), len(tasks))
-        if workers <= 1:
+        number = min(self.workers or usable_cores(), len(tasks))
+        # A program that embeds Python may have no interpreter to start.
+        if number <= 1 or not sys.executable:
             for task in tasks:
                 yield work(task, lambda nbytes: on_progress(1, nbytes))
             return
-        # A fork server gives workers a clean start, without the threads and locks of the caller,
-        # and imports the modules once for all workers. A forked process would use the fork server
-        # of its parent.
-        forked = multiprocessing.parent_process() is not None
-        context = multiprocessing.get_context("spawn" if forked else "forkserver")
-        context.set_forkserver_preload(["shardprep.build.writer"])
-        progress, stop = context.RawArray("Q", 2 * len(tasks)), context.RawValue("b", 0)
-        executor = ProcessPoolExecutor(
-            workers, context, _enter_worker, (progress, stop, dict(os.environ))
-        )
+        workers: dict[Connection[Any, Any], _Worker] = {}
+        waiting = deque(tasks)
         try:
-            futures = {
-                executor.submit(_run_one, work, number, task) for number, task in enumerate(tasks)
-            }
-            yield from _results(futures, _Meter(progress, on_progress))
-        except BrokenProcessPool:
-            raise BuildError(
-                "a worker process died, perhaps for lack of memory",
-                remedy="Run the same command again, with fewer --workers if memory is short; "
-                "finished shards are kept. A script of your own must call build_shards under "
-                "`if __name__ == '__main__':`.",
-            ) from None
+            for _ in range(number):
+                worker = _Worker(work)
+                workers[worker.connection] = worker
+                worker.begin(waiting.popleft())
+            yield from _results(workers, waiting, on_progress)
         finally:
-            stop.value = 1
-            executor.shutdown(cancel_futures=True)
+            for worker in workers.values():
+                worker.ask_to_stop()
+            for worker in workers.values():
+                worker.wait()
 
 
-class _Meter:
-    """Reports the progress of the workers since the last call."""
-
-    def __init__(self, progress: Any, report: Callable[[int, int], None]) -> None:
-        self._progress = progress
-        self._seen = 0, 0
-        self._report = report
-
-    def __call__(self) -> None:
-        now = sum(self._progress[0::2]), sum(self._progress[1::2])
-        self._report(now[0] - self._seen[0], now[1] - self._seen[1])
-        self._seen = now
-
-
-def _results(futures: set[Future[Result | None]], meter: _Meter) -> Iterator[Result]:
-    while futures:
-        done, futures = wait(futures, _POLL_SECONDS, FIRST_COMPLETED)
-        meter()
-        for future in done:
-            result = future.result()
-            # A task returns None only after `_stop` was set, and then nobody reads the results.
-            assert result is not None
-            yield result
+def _results(
+    workers: dict[Connection[Any, Any], _Worker],
+    waiting: deque[Any],
+    on_progress: Callable[[int, int], None],
+) -> Iterator[Any]:
+    """The result of each task; each worker is busy with one. Idle workers are let go."""
+    busy = set(workers)
+    while busy:
+        for connection in wait(busy):
+            worker = workers[connection]  # type: ignore[index]
+            answer = worker.receive()
+            on_progress(answer.utterances, answer.nbytes)
+            if answer.error is not None:
+                raise answer.error
+            if answer.done:
+                if waiting:
+                    worker.begin(waiting.popleft())
+                else:
+                    busy.discard(worker.connection)
+                yield answer.result
 
 
-def _enter_worker(progress: Any, stop: Any, environment: dict[str, str]) -> None:
-    global _progress, _stop
-    _progress, _stop = progress, stop
-    # The fork server keeps the environment of its start; stores are found by the current one.
-    os.environ.clear()
-    os.environ.update(environment)
-    # Ctrl-C reaches the whole process group; the parent decides what happens to the tasks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # For PyTorch, if a file needs it: the workers already use all cores.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+@dataclass(frozen=True)
+class _Answer:
+    """What a worker sends: its progress since the last answer, and the end of a task, if any."""
+
+    utterances: int
+    nbytes: int
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_connections([parent.sentinel])
+class _Worker:
+    """A worker process, as its parent sees it.
+
+    Args:
+        work: What it does with each task.
+    """
+
+    def __init__(self, work: Callable[[Any, Advance], Any]) -> None:
+        self.connection, theirs = Pipe()
+        # For PyTorch, if a file needs it: the workers already use all cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        program = _PROGRAM.format(path=sys.path)
+        with theirs, _ctrl_c_blocked():
+            self._process = subprocess.Popen(
+                [sys.executable, *flags, "-c", program], stdin=theirs.fileno(), env=environment
+            )
+        self._send(pickle.dumps(work))
+
+    def begin(self, task: Any) -> None:
+        """Give it a task. It must not be busy."""
+        self._send(pickle.dumps(task))
+
+    def receive(self) -> _Answer:
+        """Its next answer.
+
+        Raises:
+            BuildError: It died.
+        """
+        try:
+            answer: _Answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        return answer
+
+    def ask_to_stop(self) -> None:
+        """Ask it to leave its task at the next utterance, and to end."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(_STOP)
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        # It may wait itself, for somebody to take its last answer.
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.connection.recv_bytes()
+        self.connection.close()
+        self._process.wait()
+
+    def _send(self, data: bytes) -> None:
+        # Its death is reported where its answer is waited for.
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(data)
+
+    def _death(self) -> BuildError:
+        code = self._process.wait()
+        why = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return BuildError(
+            f"a worker process died ({why}), perhaps for lack of memory",
+            remedy="Run the same command again, with fewer --workers if memory is short; finished "
+            "shards are kept.",
+        )
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Processes that are started meanwhile never get the Ctrl-C of the whole process group.
+
+    The parent gets it, and decides what happens to the tasks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve() -> None:
+    """What a worker process does, whose standard input is a socket to its parent."""
+    parent: Connection[Any, Any] = Connection(os.dup(0))
+    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(parent, tasks, stop), daemon=True).start()
+    progress = _Progress(parent, stop)
+    work: Any = None
+    while data := tasks.get():
+        progress.begin()
+        try:
+            if work is None:
+                work = pickle.loads(data)
+                continue
+            result = work(pickle.loads(data), progress.advance)
+            progress.send(done=True, result=result)
+        except Stopped:
+            return
+        except Exception as error:
+            _send_error(progress, error)
+
+
+def _listen(parent: Connection[Any, Any], tasks: queue.SimpleQueue[bytes], stop: Any) -> None:
+    """Take what the parent sends; if the parent dies, end this process in the middle of its task.
+
+    Otherwise it might publish a shard while the next build already writes to the folder.
+    """
+    try:
+        while data := parent.recv_bytes():
+            tasks.put(data)
+        stop.set()
+        tasks.put(_STOP)
+        parent.recv_bytes()
+    except (EOFError, OSError):
         os._exit(1)
 
 
-def _run_one(work: Callable[[Task, Advance], Result], number: int, task: Task) -> Result | None:
-    def advance(nbytes: int) -> None:
-        if _stop.value:
-            raise Stopped
-        _progress[2 * number] += 1
-        _progress[2 * number + 1] += nbytes
+class _Progress:
+    """Counts what a task has done, and tells the parent now and then."""
 
-    with contextlib.suppress(Stopped):
-        return work(task, advance)
-    return None
+    def __init__(self, parent: Connection[Any, Any], stop: threading.Event) -> None:
+        self._parent = parent
+        self._stop = stop
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a task."""
+        self._utterances, self._nbytes = 0, 0
+        self._due = time.monotonic() + _REPORT_SECONDS
+
+    def advance(self, nbytes: int) -> None:
+        """Count an utterance of a task.
+
+        Raises:
+            Stopped: The pool stops.
+        """
+        if self._stop.is_set():
+            raise Stopped
+        self._utterances += 1
+        self._nbytes += nbytes
+        if time.monotonic() >= self._due:
+            self.send()
+
+    def send(self, **end: Any) -> None:
+        """Send the progress, and the end of the task if it is given."""
+        self._parent.send(_Answer(self._utterances, self._nbytes, **end))
+        self.begin()
+
+
+def _send_error(progress: _Progress, error: Exception) -> None:
+    if not isinstance(error, ShardprepError):
+        # An error of our own making: whoever looks for its cause needs to know where it arose.
+        error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError("".join(traceback.format_exception(error)))
+    progress.send(error=error)

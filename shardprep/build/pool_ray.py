@@ -23,6 +23,7 @@ from shardprep.build.pool import Result, Task
 from shardprep.build.shard import Advance
 from shardprep.errors import BuildError, ShardprepError
 from shardprep.storage.remote import Location
+from shardprep.system import usable_cores
 
 # How often a task is started again after its node or its process is lost.
 _RETRIES = 10
@@ -179,7 +180,7 @@ def _start(ray: Any, address: str | None, workers: int) -> None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 "local",
-                num_cpus=workers or len(os.sched_getaffinity(0)),
+                num_cpus=workers or usable_cores(),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 **quiet,

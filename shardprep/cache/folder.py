@@ -19,7 +19,6 @@ part, which is checked before it is used again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.local import exists
+from shardprep.system import after_fork_in_child, fcntl
 
 ROOM = (
     "Give the cache more room (data.cache_gb of the trainer, SHARDPREP_CACHE_GB), or take fewer "
@@ -61,7 +61,7 @@ def _after_fork() -> None:
     _claimed.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork_in_child(_after_fork)
 
 
 class NoRoomError(Exception):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from shardprep.errors import StorageError
 from shardprep.storage.courtesies import NOT_HERE
+from shardprep.system import fcntl
 
 NO_LOCKS = NOT_HERE | {errno.ENOLCK, errno.ENODEV, errno.EBADF}
 """Errors of a file system without locks; EBADF: NFS locks only files that are open for writing."""

@@ -21,6 +21,7 @@ from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.local import sha256_of
 from shardprep.storage.remote import PATIENCE, Remote
 from shardprep.storage.trouble import BadPlaceError, storage_errors
+from shardprep.system import after_fork_in_child, check_supported
 
 _log = logging.getLogger("shardprep")
 
@@ -95,7 +96,9 @@ class ShardCache:
         readers: int | None = None,
         patience: float = PATIENCE,
     ) -> None:
-        path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder())
+        check_supported()
+        # Files are opened later, perhaps when the program has gone to another folder.
+        path = Path(folder or os.environ.get(FOLDER_VARIABLE) or _default_folder()).absolute()
         with storage_errors(path, _ELSEWHERE):
             self.folder = CacheFolder(path, _asked_budget() if budget is None else budget)
         self.readers = readers or max(1, int(_number(READERS_VARIABLE) or 1))
@@ -272,7 +275,7 @@ def _after_fork() -> None:
         cache.reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork_in_child(_after_fork)
 
 
 def _loader_workers() -> int:
@@ -283,7 +286,22 @@ def _loader_workers() -> int:
 
 
 def _default_folder() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    """Where caches belong.
+
+    Raises:
+        StorageError: This user has no home folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    # By the standard, a relative path counts as none.
+    if not os.path.isabs(caches):
+        caches = os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):
+        raise StorageError(
+            "there is no folder for the cache: HOME is not set, and this user has no home",
+            key=FOLDER_VARIABLE,
+            remedy=f"Set {FOLDER_VARIABLE} (data.cache_folder of the trainer) to a folder on a "
+            "disk of this machine.",
+        )
     return Path(caches) / "shardprep"
 
 

@@ -35,6 +35,7 @@ from shardprep.read.split import Split
 from shardprep.storage.local import exists, sync_folder
 from shardprep.storage.remote import locate
 from shardprep.storage.trouble import storage_errors
+from shardprep.system import check_supported
 
 
 def repair_shards(
@@ -42,7 +43,6 @@ def repair_shards(
     *,
     source: str | os.PathLike[str] | None = None,
     drop: bool = False,
-    follow_links: bool = False,
     workers: int = 0,
     listener: ProgressListener | None = None,
     before_drop: Callable[[list[Reject]], None] = lambda lost: None,
@@ -57,7 +57,6 @@ def repair_shards(
         path: The shard folder.
         source: The data set that it was built from.
         drop: Whether to leave out what is damaged; not together with a source.
-        follow_links: Whether files of the data set may be links out of it.
         workers: Processes that build shards; 0 for the number of cores.
         listener: Receives the progress.
         before_drop: Called with the utterances that will be left out, before the set is changed;
@@ -76,6 +75,7 @@ def repair_shards(
             read, nothing was changed.
     """
     began = time.monotonic()
+    check_supported()
     folder = Path(path)
     if source is not None and drop:
         raise ValueError("give a source or drop, not both")
@@ -96,7 +96,6 @@ def repair_shards(
                 Repair(folder, report, before_drop),
                 source,
                 drop,
-                follow_links,
                 LocalPool(workers),
                 listener or ProgressListener(),
             )
@@ -122,7 +121,6 @@ def _run_steps(
     repair: Repair,
     source: str | os.PathLike[str] | None,
     drop: bool,
-    follow_links: bool,
     pool: Pool,
     listener: ProgressListener,
 ) -> None:
@@ -130,9 +128,7 @@ def _run_steps(
     repair.restore_manifest()
     repair.restore_names()
     repair.remove_leftovers()
-    from_source = None
-    if source is not None:
-        from_source = SourcePayloads(locate(source), repair.manifest, follow_links)
+    from_source = SourcePayloads(locate(source), repair.manifest) if source is not None else None
     repair.rewrite_shards(from_source, listener)
     if from_source is not None:
         repair.rebuild(from_source.scanned, pool, listener)

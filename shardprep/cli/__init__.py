@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -18,8 +19,9 @@ from shardprep.cli.bench import bench
 from shardprep.cli.build import build
 from shardprep.cli.inspect import inspect
 from shardprep.cli.repair import repair
+from shardprep.cli.streams import READER_LEFT, discard_output, open_closed_streams
 from shardprep.cli.verify import verify
-from shardprep.errors import ShardprepError
+from shardprep.errors import PlatformError, ShardprepError, StorageError
 
 _EPILOG = """
 \b
@@ -33,7 +35,7 @@ Exit codes, of every command:
   6    the machine refused (permissions, limits, mount, disk), or a store did
        not answer; nothing is said about the data
   124  training stood still for train.hang_seconds
-  130  Ctrl-C      143  SIGTERM
+  130  Ctrl-C      143  SIGTERM      141  nobody reads the output any longer
 """
 
 
@@ -41,8 +43,26 @@ class _Terminated(BaseException):
     """SIGTERM, raised in the main thread, so that open files get closed."""
 
 
+class _NobodyReads(Exception):
+    """A BrokenPipeError, of which click would make the exit code 1, that of damage."""
+
+
 class _Commands(click.Group):
     """Our own commands in order of use; those of other packages are looked up when needed."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the command line, and print the help; see `click.Command`."""
+        try:
+            return super().make_context(*arguments, **options)
+        except BrokenPipeError:
+            raise _NobodyReads from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; see `click.Command`."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _NobodyReads from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands; see `click.Group`."""
@@ -86,22 +106,60 @@ for _command in (build, inspect, verify, repair, bench):
 
 def main() -> NoReturn:
     """Run the command line and exit with the documented code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    open_closed_streams()
+    # Python gives signals to the main thread only.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As `head` does, once it has its lines.
+        discard_output()
+        code = READER_LEFT
+    except OSError as error:
+        discard_output()
+        code = _report(StorageError(error.strerror or str(error), file=error.filename))
+    sys.exit(code)
+
+
+def _run() -> int | str | None:
+    """Run the command line; its exit code.
+
+    Raises:
+        OSError: The output cannot be written.
+    """
     try:
         code = cli.main(prog_name="shardprep", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
+    except SystemExit as stop:
+        return stop.code
+    except _NobodyReads:
+        raise BrokenPipeError from None
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except ShardprepError as error:
-        click.echo(f"shardprep: error: {error}", err=True)
-        sys.exit(error.exit_code)
+        return _report(error)
+    except UnicodeEncodeError as error:
+        return _report(
+            PlatformError(
+                f"the locale's encoding, {error.encoding}, cannot express the name",
+                key=ascii(error.object),
+                remedy="Set PYTHONUTF8=1, or a locale such as C.UTF-8.",
+            )
+        )
     except (click.Abort, KeyboardInterrupt):
-        click.echo("shardprep: interrupted; run the same command again to continue", err=True)
-        sys.exit(130)
+        click.echo("interrupted; run the same command again to continue", err=True)
+        return 128 + signal.SIGINT
     except _Terminated:
-        click.echo("shardprep: terminated; run the same command again to continue", err=True)
-        sys.exit(143)
+        click.echo("terminated; run the same command again to continue", err=True)
+        return 128 + signal.SIGTERM
+
+
+def _report(error: ShardprepError) -> int:
+    click.echo(f"error: {error}", err=True)
+    return error.exit_code
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

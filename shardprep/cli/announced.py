@@ -46,11 +46,11 @@ class AnnouncedCommand(click.Command):
         Raises:
             MissingExtraError: A package is not installed.
         """
-        # The command may import more while it runs.
+        # Not around the run: a module that is missing there is a fault of its own.
         with needs(_EXTRA):
             command: click.Command = self._entry.load()
-            words = list(ctx.params["words"])
-            return command.main(words, prog_name=ctx.command_path, standalone_mode=False)
+        words = list(ctx.params["words"])
+        return command.main(words, prog_name=ctx.command_path, standalone_mode=False)
 
 
 def _summary(module: str) -> str:

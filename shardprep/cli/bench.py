@@ -71,7 +71,7 @@ def bench(shards: tuple[Location, ...], source: Path | None, as_json: bool, **op
     else:
         _print_report(report)
     for note in report.notes:
-        click.echo(f"shardprep: note: {note}", err=True)
+        click.echo(f"note: {note}", err=True)
 
 
 class _Progress:

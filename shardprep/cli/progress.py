@@ -18,7 +18,7 @@ class BuildProgress(ProgressListener):
 
     def note(self, text: str) -> None:
         """Show a line on stderr; see `ProgressListener`."""
-        click.echo(f"shardprep: note: {text}", err=True)
+        click.echo(f"note: {text}", err=True)
 
     def start(self, utterances: int, nbytes: int) -> None:
         """Show a bar; see `ProgressListener`."""

@@ -29,11 +29,6 @@ _MOST_LINES = 20
     "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
 )
 @click.option(
-    "--follow-links",
-    is_flag=True,
-    help="Take files that are links out of SRC; see `shardprep build --help`.",
-)
-@click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
@@ -47,7 +42,6 @@ def repair(
     shards: Location,
     source: Location | None,
     drop: bool,
-    follow_links: bool,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -69,7 +63,6 @@ def repair(
         shards,
         source=source,
         drop=drop,
-        follow_links=follow_links,
         workers=workers,
         listener=BuildProgress("repair"),
         before_drop=_announce,
@@ -110,7 +103,7 @@ def _print(report: RepairReport, *, asked: bool) -> None:
     )
     if not report.intact and not asked:
         note = "give the data set as --source SRC; without one, see `shardprep repair --help`"
-        click.echo(f"shardprep: note: {note}", err=True)
+        click.echo(f"note: {note}", err=True)
 
 
 def _print_some(lines: list[str], where: str) -> None:

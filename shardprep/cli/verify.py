@@ -23,20 +23,10 @@ from shardprep.storage.remote import Location
     metavar="SRC",
     help="Also compare every utterance with the data set that DST was built from.",
 )
-@click.option(
-    "--follow-links",
-    is_flag=True,
-    help="Take files that are links out of SRC; see `shardprep build --help`.",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
 def verify(
-    context: click.Context,
-    shards: Location,
-    deep: bool,
-    against: Location | None,
-    follow_links: bool,
-    as_json: bool,
+    context: click.Context, shards: Location, deep: bool, against: Location | None, as_json: bool
 ) -> None:
     """Check the integrity of the shard set DST: sizes and sha256 of all files.
 
@@ -46,9 +36,7 @@ def verify(
     files; stdout names each fault and each file that was not read.
     """
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
-        report = verify_shards(
-            shards, deep=deep, against=against, follow_links=follow_links, advance=bar.update
-        )
+        report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
     if as_json:
         print_json({**dataclasses.asdict(report), "intact": report.intact})
     else:
@@ -65,10 +53,10 @@ def verify(
             f"({report.files} files, {size(report.bytes)}{read}, {report.seconds:.1f} s)"
         )
         for note in report.notes:
-            click.echo(f"shardprep: note: {note}", err=True)
+            click.echo(f"note: {note}", err=True)
         if report.faults and report.files and not report.unread and against is None:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
-            click.echo(f"shardprep: note: {remedy}", err=True)
+            click.echo(f"note: {remedy}", err=True)
     if report.unread:
         context.exit(StorageError.exit_code)
     context.exit(0 if report.intact else 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import weakref
@@ -22,6 +23,7 @@ from shardprep.errors import StorageError
 from shardprep.storage.courtesies import NOT_HERE
 from shardprep.storage.trouble import storage_error
 
+# The same on Linux and macOS.
 _MAP_FIXED = 0x10
 _MADV_WILLNEED = 3
 _FAILED = ctypes.c_void_p(-1).value
@@ -38,19 +40,24 @@ TO_LOCAL_DISK = (
     "data.cache_folder)."
 )
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+@functools.cache
+def _libc() -> Any:
+    """The C library. Loaded when it is needed: on Windows it has other functions."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 class AddressSpace:
@@ -147,13 +154,13 @@ class AddressSpace:
         # Where the file ends before `size`, zeros stay.
         while done < size and (count := os.preadv(handle, [place[done:]], done)):
             done += count
-        _libc.mprotect(self._address(file), int(self._pages[file]), mmap.PROT_READ)
+        _libc().mprotect(self._address(file), int(self._pages[file]), mmap.PROT_READ)
         self._copied.add(file)
 
     def read_ahead(self, file: int) -> None:
         """Ask the system to read a mapped file into memory, in the background."""
         # Advice: where the system refuses it, each page is read when it is touched.
-        _libc.madvise(self._address(file), int(self._pages[file]), _MADV_WILLNEED)
+        _libc().madvise(self._address(file), int(self._pages[file]), _MADV_WILLNEED)
 
     def _address(self, file: int) -> int:
         return int(self._stretch.address + self.begins[file])
@@ -174,13 +181,13 @@ class _Stretch:
             "typestr": "|u1",
             "version": 3,
         }
-        weakref.finalize(self, _libc.munmap, self.address, max(size, mmap.PAGESIZE))
+        weakref.finalize(self, _libc().munmap, self.address, max(size, mmap.PAGESIZE))
 
 
 def _mmap(
     address: int | None, size: int, flags: int, handle: int, protection: int = mmap.PROT_READ
 ) -> Any:
-    found = _libc.mmap(address, size, protection, flags, handle, 0)
+    found = _libc().mmap(address, size, protection, flags, handle, 0)
     if found == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

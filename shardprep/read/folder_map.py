@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.read.address_space import AddressSpace
 from shardprep.storage.local import open_regular
-from shardprep.storage.sniff import wrong_size
 from shardprep.storage.trouble import machine_errors
+from shardprep.system import after_fork_in_child
 
 
 class FolderMap:
@@ -41,6 +42,11 @@ class FolderMap:
         self._space = AddressSpace(np.array([size for _, size in files], np.int64))
         self.begins, self.bytes = self._space.begins, self._space.bytes
         self._missing = len(files)
+        self._lock = threading.Lock()
+        _maps.add(self)
+
+    def reset_after_fork(self) -> None:
+        """Be unlocked: another thread of the parent may have been mapping a shard."""
         self._lock = threading.Lock()
 
     def reading(self, shards: NDArray[np.int64]) -> contextlib.AbstractContextManager[None]:
@@ -104,6 +110,17 @@ class FolderMap:
             ) from None
 
 
+_maps: weakref.WeakSet[FolderMap] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for one in list(_maps):
+        one.reset_after_fork()
+
+
+after_fork_in_child(_after_fork)
+
+
 def _check_size(path: Path, found: int, expected: int) -> None:
     if found != expected:
-        raise wrong_size(path, found, expected)
+        raise CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)

@@ -16,6 +16,7 @@ from shardprep.format.manifest import Manifest, Reject
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
+from shardprep.storage.local import lasting
 from shardprep.storage.remote import locate
 
 
@@ -135,5 +136,8 @@ def open_shards(path: str | os.PathLike[str], cache: ShardCache | None = None) -
         FormatError: There is no complete shard set, or one of another version.
         StorageError: The store behind the URL cannot be reached.
     """
-    files = files_at(locate(path), cache)
+    place = locate(path)
+    if isinstance(place, Path):
+        place = lasting(place)
+    files = files_at(place, cache)
     return ShardSet(files, files.load_manifest())

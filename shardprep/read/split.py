@@ -6,7 +6,6 @@ The index says where every mel matrix lies, so nothing here parses a tar or a JS
 from __future__ import annotations
 
 import functools
-import os
 import zlib
 from typing import Any
 
@@ -22,6 +21,7 @@ from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
 from shardprep.read.shard_map import WantedShards
 from shardprep.read.sidecars import load_index
 from shardprep.storage.remote import Location, Remote
+from shardprep.system import usable_cores
 
 
 class Split:
@@ -215,7 +215,7 @@ class Split:
     def _gather(self) -> Gather:
         if self._codec.chunk_frames is None:
             return PlainGather(self._map, self.dtype)
-        return ZstdGather(self._map, self._codec.chunk_frames, len(os.sched_getaffinity(0)))
+        return ZstdGather(self._map, self._codec.chunk_frames, usable_cores())
 
     def read_ahead(self, shard: int) -> None:
         """Have a whole shard read into memory, or fetched, in the background.

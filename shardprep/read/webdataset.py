@@ -29,7 +29,7 @@ from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, SplitInfo
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
-from shardprep.storage.local import exists, open_regular
+from shardprep.storage.local import exists, lasting, open_regular
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import machine_errors
 
@@ -134,7 +134,7 @@ def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
     if isinstance(place, Remote):
         return None if _NO_FOLDER.search(place.url) else place
     with machine_errors(place):
-        return place if exists(place) and place.is_dir() else None
+        return lasting(place) if exists(place) and place.is_dir() else None
 
 
 def _info(files: Files, split: str) -> SplitInfo:

@@ -59,6 +59,14 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def lasting(path: Path) -> Path:
+    """The same path where the program goes to another folder before it opens the file."""
+    # There is no such path from a folder that was removed.
+    with contextlib.suppress(FileNotFoundError):
+        return path.absolute()
+    return path
+
+
 def publish_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
     """Publish `data` as the file `path`; see `publish`."""
     with publish(path, scratch) as file:
@@ -145,7 +153,8 @@ def fetch(path: str | os.PathLike[str]) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(handle)
 
@@ -248,6 +257,11 @@ def _open_to_others(handle: int) -> None:
 
 
 def _umask() -> int:
+    # To ask by os.umask changes the umask of all threads for a moment.
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

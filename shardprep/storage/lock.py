@@ -16,19 +16,13 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from shardprep.errors import StorageError
 from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.trouble import storage_errors
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows has no flock.
-    fcntl = None
+from shardprep.system import after_fork_in_child, fcntl
 
 _NO_LOCKS = NOT_HERE | {errno.ENOLCK, errno.ENODEV}
 _SUFFIX = ".holder"
@@ -50,12 +44,43 @@ def _after_fork() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+after_fork_in_child(_after_fork)
 
 
 class LockHeldError(StorageError):
-    """A lock is held already; the message names the process and its machine."""
+    """A lock is held already; the message names the process and its machine.
+
+    Attributes:
+        note: What the process says of itself; see `HeldLock.say`.
+        leftover: The file to remove if the process runs no longer; None where the lock ends by
+            itself.
+    """
+
+    note = ""
+    leftover: Path | None = None
+
+
+class HeldLock:
+    """A lock that this process holds.
+
+    Args:
+        file: The file that names this process, or its descriptor.
+    """
+
+    def __init__(self, file: int | Path) -> None:
+        self._file = file
+
+    def say(self, note: str) -> None:
+        """Leave a note for other processes that want the lock; nothing else depends on it."""
+        with contextlib.suppress(OSError):
+            if isinstance(self._file, int):
+                _write(self._file, note)
+                return
+            handle = os.open(self._file, _FLAGS)
+            try:
+                _write(handle, note)
+            finally:
+                os.close(handle)
 
 
 class _Holder(msgspec.Struct, frozen=True):
@@ -68,6 +93,7 @@ class _Holder(msgspec.Struct, frozen=True):
         boot: Id of this start of the machine; "" if unknown.
         numbers: Id of the numbers of processes: a container has its own; "" if unknown.
         began: When the process was started, in the system's own unit; "" if unknown.
+        note: What it says of itself.
     """
 
     pid: int
@@ -76,6 +102,11 @@ class _Holder(msgspec.Struct, frozen=True):
     boot: str
     numbers: str
     began: str
+    note: str = ""
+
+    def is_this_process(self) -> bool:
+        """Whether it is this process."""
+        return msgspec.structs.replace(self, note="") == _this_process()
 
     def has_ended(self) -> bool:
         """Whether the process certainly runs no longer."""
@@ -99,11 +130,14 @@ class _Holder(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[HeldLock]:
     """Hold a lock file as long as the context lasts; never waits for the lock.
 
     Args:
         path: The lock file; it and its folder are made if need be. It stays there afterwards.
+
+    Yields:
+        The lock.
 
     Raises:
         LockHeldError: Another process holds the lock, or this process does already.
@@ -120,7 +154,7 @@ def hold_lock(path: Path) -> Iterator[None]:
             # The name of the holder is for messages only.
             with contextlib.suppress(OSError):
                 _write(handle)
-            yield
+            yield HeldLock(handle)
         else:
             _check_holder(path, path)
             with storage_errors(holder_file):
@@ -132,10 +166,11 @@ def hold_lock(path: Path) -> Iterator[None]:
                 "machine starts",
             )
             try:
-                yield
+                yield HeldLock(holder_file)
             finally:
                 # The folder may have been removed meanwhile, and made again by another process.
-                if _read(holder_file) == _this_process():
+                found = _read(holder_file)
+                if found is not None and found.is_this_process():
                     holder_file.unlink(missing_ok=True)
     finally:
         # In a forked process, `_after_fork` has closed it.
@@ -228,13 +263,17 @@ def _check_holder(path: Path, file: Path) -> None:
     holder = _read(file)
     # A lock file is empty unless a process holds it; a holder file never is for long.
     if (size or file != path) and (holder is None or not holder.has_ended()):
-        raise _held_error(path, holder, f" If it no longer runs, remove {file}.")
+        raise _held_error(path, holder, leftover=file)
 
 
-def _held_error(path: Path, holder: _Holder | None, more: str = "") -> LockHeldError:
+def _held_error(path: Path, holder: _Holder | None, leftover: Path | None = None) -> LockHeldError:
     who = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
-    remedy = f"Wait for its end, or end it.{more}"
-    return LockHeldError(f"is in use by {who}", file=path, remedy=remedy)
+    remedy = "Wait for its end, or end it."
+    if leftover is not None:
+        remedy += f" If it no longer runs, remove {leftover}."
+    error = LockHeldError(f"is in use by {who}", file=path, remedy=remedy)
+    error.note, error.leftover = holder.note if holder is not None else "", leftover
+    return error
 
 
 def _read(file: Path) -> _Holder | None:
@@ -246,9 +285,10 @@ def _read(file: Path) -> _Holder | None:
         return None
 
 
-def _write(handle: int) -> None:
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, msgspec.json.encode(_this_process()) + b"\n", 0)
+def _write(handle: int, note: str = "") -> None:
+    data = msgspec.json.encode(msgspec.structs.replace(_this_process(), note=note))
+    # In one go and never shorter than before: somebody may read it meanwhile.
+    os.pwrite(handle, data.ljust(os.fstat(handle).st_size) + b"\n", 0)
 
 
 def _this_process() -> _Holder:

@@ -27,6 +27,7 @@ from shardprep.storage.connections import filesystem, timed
 from shardprep.storage.failures import AFTER_THE_END, http_status, in_words, may_pass
 from shardprep.storage.local import temporary_place
 from shardprep.storage.trouble import NO_SPACE, OF_PROCESS, remedy_of, storage_errors
+from shardprep.system import check_supported
 
 # fsspec and tenacity take a while to import, and a set in a folder needs neither.
 if TYPE_CHECKING:
@@ -260,7 +261,12 @@ Location: TypeAlias = Path | Remote
 
 
 def locate(place: str | os.PathLike[str]) -> Location:
-    """A path on this machine, or the `Remote` of a URL such as s3://BUCKET/NAME."""
+    """A path on this machine, or the `Remote` of a URL such as s3://BUCKET/NAME.
+
+    Raises:
+        PlatformError: This system can read no shards.
+    """
+    check_supported()
     if isinstance(place, Remote):
         return place
     text = os.fspath(place)

@@ -17,6 +17,7 @@ EXIT_CODES = {
     errors.BuildError: 5,
     errors.StorageError: 6,
     errors.MissingExtraError: 2,
+    errors.PlatformError: 2,
 }
 
 

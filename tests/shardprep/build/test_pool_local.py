@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import pytest
 from shardprep import BuildError, SourceError
 from shardprep.build.plan import ShardPlan, ShardTask, plan_shards
 from shardprep.build.pool_local import LocalPool
-from shardprep.build.shard import ShardRecord
+from shardprep.build.shard import Advance, ShardRecord
 from shardprep.build.work_folder import FolderWork
 from shardprep.format.manifest import CodecInfo
 from shardprep.source.dataset import scan_dataset
@@ -34,6 +34,19 @@ def tasks(make_dataset: Callable[..., Path], tmp_path: Path) -> list[ShardTask]:
 def work(tmp_path: Path) -> FolderWork:
     (tmp_path / "shards" / ".shardprep-build").mkdir(parents=True)
     return FolderWork(tmp_path / "shards" / ".shardprep-build")
+
+
+def workers_of_this_process() -> list[str]:
+    """Command lines of the processes that a pool of this process has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process may end just now.
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (folder / "cmdline").read_text()
+            if int(parent) == os.getpid() and "pool_local" in command:
+                found.append(command)
+    return found
 
 
 def ignore(samples: int, nbytes: int) -> None:
@@ -73,7 +86,7 @@ def test_error_of_a_task_arrives_with_all_its_fields(
     assert caught.value.file == str(tasks[5].root / bad.path)
     assert caught.value.key == f"speaker {bad.speaker}"
     assert caught.value.remedy
-    assert multiprocessing.active_children() == []
+    assert workers_of_this_process() == []
 
 
 def test_error_of_a_task_stops_the_others_at_their_next_utterance(
@@ -95,37 +108,49 @@ def test_closing_early_leaves_no_process_and_no_partial_file(
     results = LocalPool(2).run(work, tasks, ignore)
     first: ShardRecord = next(results)
     results.close()
-    assert multiprocessing.active_children() == []
+    assert workers_of_this_process() == []
     for path in work.folder.glob("*.tar"):
         assert (work.folder / f"{path.name}.json").exists()
     assert (work.folder / first.info.file).stat().st_size == first.info.bytes
     assert list(work.folder.glob("*.tmp")) == []
 
 
-def test_killed_worker_is_a_build_error_with_a_remedy(
-    tasks: list[ShardTask], work: FolderWork
+def kill_this_worker(number: int, advance: Advance) -> int:
+    """A task of which number 3 ends its process."""
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_killed_worker_is_a_build_error_with_a_remedy() -> None:
+    expected = r"worker process died \(SIGKILL\).* Run the same command again"
+    with pytest.raises(BuildError, match=expected):
+        list(LocalPool(2).run(kill_this_worker, range(9), ignore))
+    assert workers_of_this_process() == []
+
+
+class Odd(Exception):
+    """An error that cannot be unpickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raise_odd(number: int, advance: Advance) -> int:
+    raise Odd(number, 2) if number else ValueError("plain")
+
+
+@pytest.mark.parametrize(("task", "kind"), [(0, ValueError), (1, RuntimeError)])
+def test_a_fault_of_our_own_arrives_with_the_place_where_it_arose(
+    task: int, kind: type[Exception]
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one(samples: int, nbytes: int) -> None:
-        if not killed:
-            (child, *_) = multiprocessing.active_children()
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
-            killed.append(child.pid)
-
-    # More tasks than can be done before the first report of progress.
-    many = tasks * 40
-    with pytest.raises(BuildError, match=r"worker process died.* Run the same command again"):
-        list(LocalPool(2).run(work, many, kill_one))
-    assert killed
-    assert multiprocessing.active_children() == []
+    with pytest.raises(kind) as caught:
+        list(LocalPool(2).run(raise_odd, [task, task], ignore))
+    told = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert any("in raise_odd" in text for text in told)
 
 
-def test_work_runs_in_this_process_when_there_is_one_task(
-    tasks: list[ShardTask], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(multiprocessing, "get_context", lambda name: pytest.fail("a pool"))
+def test_work_runs_in_this_process_when_there_is_one_task(tasks: list[ShardTask]) -> None:
     pids = list(LocalPool(8).run(lambda task, advance: os.getpid(), tasks[:1], ignore))
     assert pids == [os.getpid()]
     assert list(LocalPool(8).run(lambda task, advance: io.BytesIO(), [], ignore)) == []

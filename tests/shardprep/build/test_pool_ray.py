@@ -381,7 +381,7 @@ def test_terminated_build_continues_on_another_cluster(
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "")
     assert done.stderr.split("\n")[-2:] == [
-        "shardprep: terminated; run the same command again to continue",
+        "terminated; run the same command again to continue",
         "",
     ]
     assert not list(shards.glob(f"{WORK_FOLDER}/*.tmp"))

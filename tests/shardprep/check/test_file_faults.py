@@ -312,7 +312,7 @@ def test_commands_end_with_6_and_say_what_was_not_read(
     assert "repair" not in done.stderr
     done = run_cli("repair", shards, "--drop")
     assert done.returncode == 6
-    assert re.search(rf"shardprep: error: .*{SHARD}: cannot be read", done.stderr)
+    assert re.search(rf"error: .*{SHARD}: cannot be read", done.stderr)
     assert "--drop" not in done.stderr
 
 

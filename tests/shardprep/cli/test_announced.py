@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import shardprep
 from shardprep.cli.announced import announced_commands
 
 COMMANDS = ["embed", "export", "predict", "score", "train"]
@@ -44,7 +45,7 @@ def test_without_the_extra_a_command_names_it(command: str) -> None:
     done = run_without_extra(command, "--help")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("shardprep: error: the package ")
+    assert line.startswith("error: the package ")
     assert line.endswith(" is not installed. Run: pip install 'shardprep[train]'")
 
 
@@ -83,6 +84,22 @@ def test_exit_codes_are_those_of_the_command(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_module_that_is_missing_while_a_command_runs_is_no_missing_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "late-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[shardprep.commands]\nlate = late_command:main\n")
+    (tmp_path / "late_command.py").write_text(
+        "import click\n\n\n@click.command()\ndef main():\n    import no_such_package\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package") as caught:
+        announced_commands()["late"].main([], standalone_mode=False)
+    assert not isinstance(caught.value, shardprep.MissingExtraError)
 
 
 def test_an_entry_point_without_its_package_leaves_the_others_alone(

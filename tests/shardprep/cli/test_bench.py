@@ -65,9 +65,7 @@ def test_json_has_all_that_the_table_has(run_cli: Cli, edge_set: Path) -> None:
 def test_a_smaller_batch_is_said_on_stderr(run_cli: Cli, edge_set: Path) -> None:
     done = run_cli("bench", edge_set, "--split", "test", "--rounds", 1, "--seconds", 0.01)
     assert done.returncode == 0
-    assert done.stderr == (
-        "shardprep: note: batches of 6, not 256: the split has no more utterances\n"
-    )
+    assert done.stderr == "note: batches of 6, not 256: the split has no more utterances\n"
 
 
 @pytest.mark.parametrize(

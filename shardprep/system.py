@@ -1,0 +1,56 @@
+"""What differs between operating systems."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from shardprep.errors import PlatformError
+
+fcntl: Any
+"""The module of this name, None on Windows."""
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+
+def check_supported() -> None:
+    """Make sure that this system can read and write shards, before anything is made.
+
+    Raises:
+        PlatformError: It cannot.
+    """
+    if sys.platform == "win32":
+        raise PlatformError(
+            "shardprep reads and writes shards on Linux and macOS, not on Windows",
+            remedy="On Windows, run it in WSL.",
+        )
+
+
+def check_linux(what: str) -> None:
+    """Make sure that this system is Linux, for what needs its own calls.
+
+    Args:
+        what: What does, as the subject of a sentence.
+
+    Raises:
+        PlatformError: It is another system.
+    """
+    if sys.platform != "linux":
+        raise PlatformError(f"{what} needs Linux, and this system is {sys.platform}")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def after_fork_in_child(call: Callable[[], None]) -> None:
+    """Have a function called in every process that is forked from this one."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
