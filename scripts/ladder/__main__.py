@@ -172,11 +172,15 @@ def main(
         return
     # SIGTERM, which schedulers send, has the same effect as Ctrl-C: the runs save and end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Existing shards are kept if they were built from the same data.
-    shardprep.build_shards(places.dataset, places.shards, shardprep.BuildOptions(overwrite=True))
-    write_trials(places.trials, places.dataset, places.labels)
+    replace = shardprep.BuildOptions(overwrite=True)
     try:
-        runs, failed = run_all(jobs, places, parallel=parallel, threads=threads)
+        with shardprep.hold_lock(places.work / "lock"):
+            # Existing shards are kept if they were built from the same data.
+            shardprep.build_shards(places.dataset, places.shards, replace)
+            write_trials(places.trials, places.dataset, places.labels)
+            runs, failed = run_all(jobs, places, parallel=parallel, threads=threads)
+    except shardprep.LockHeldError as error:
+        raise click.UsageError(f"--work {places.work}: {error.what}; name another folder") from None
     except KeyboardInterrupt:
         click.echo("interrupted; run the same command to continue", err=True)
         sys.exit(130)

@@ -125,6 +125,15 @@ def test_accuracy_of_a_labelled_split_matches_labels_by_name(
     assert result.stdout == f"accuracy on val: {right / 6:.4f} ({right} of 6)\n"
 
 
+def test_labels_that_cannot_be_read_are_named_before_the_long_work(
+    run: Path, tmp_path: Path
+) -> None:
+    result = predict(run, "--out", tmp_path / "out.csv", "--labels", tmp_path / "nope.csv")
+    assert result.exit_code == 1
+    assert f"error: {tmp_path / 'nope.csv'}: cannot be read" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_labels_score_the_file(run: Path, shards: Path, tmp_path: Path) -> None:
     truth = tmp_path / "test_labels.csv"
     result = predict(run, "--out", tmp_path / "out.csv", "--labels", truth)
@@ -336,9 +345,9 @@ def test_a_score_counts_the_rows_of_the_truth(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         (["Id,Category", "a,x"], "1 of the 2 utterances .* the first is b"),
-        (["a,x", "b,y"], "the first row is 'a,x', expected Id,Category"),
-        (["Id,Category", "a,x", "b"], "line 3: 1 values, expected Id,Category"),
-        (["Id,Category", "a,x", "b,y", "a,y"], "line 4: a occurs with two names"),
+        (["a,x", "b,y"], "under that header"),
+        (["Id,Category", "a,x", "b"], "under that header"),
+        (["Id,Category", "a,x", "b,y", "a,y"], "an Id occurs with two names"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import distributed
 
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
+from shardprep_trainer.predict import main as predict_command
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main
 from tests.conftest import PATIENCE, wait_until
@@ -100,6 +103,43 @@ def test_a_run_ends_with_what_comes_next_and_can_be_continued_from_its_folder(
     assert f"finished all 12 steps; the run is in {run}\n" in err
     given = f"{run} --shards {tmp_path / 'shards'} --out submission.csv"
     assert f"next: shardprep predict {given}\n" in err
+
+
+def test_a_thread_trains_and_predicts(
+    config_file: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--config", config_file(**{"train.runs": tmp_path / "runs"})]
+    run, out = tmp_path / "runs" / "smoke", tmp_path / "out.csv"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, words).result() == 0
+        predict = [str(run), "--shards", str(tmp_path / "shards"), "--out", str(out)]
+        pool.submit(predict_command.main, predict, standalone_mode=False).result()
+    assert len(out.read_text().splitlines()) == 6
+
+
+def test_a_program_without_streams_trains(
+    config_file: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As in a service, or with pythonw.
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["--config", config_file(), "--print-config"]) == 0
+    assert main(["--config", config_file()]) == 0
+    assert main(["--config", config_file()]) == 2
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_run_goes_on_where_nobody_reads_its_progress(
+    config_file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert main(["--config", config_file()]) == 0
 
 
 def test_a_run_without_validation_is_predicted_from_its_last_checkpoint(

@@ -82,6 +82,9 @@ def reported_errors() -> Iterator[None]:
         yield
     except (TrainerError, ShardprepError) as error:
         _exit(str(error), error.exit_code)
+    except BrokenPipeError:
+        # Nobody reads our output any longer, which is no error of ours.
+        raise
     except OSError as error:
         _exit(str(storage_error(error)), StorageError.exit_code)
     except (MemoryError, RuntimeError) as error:

@@ -91,12 +91,10 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
         PredictionError: A file is not such a CSV, or the submission lacks an utterance.
     """
     answers, labels = read_labels(path), read_labels(truth)
-    # The labels may name utterances with or without .pt, as `shardprep score` takes them.
-    names = {key: key if key in answers else f"{key}.pt" for key in labels}
-    missing = [key for key, name in names.items() if name not in answers]
+    missing = [key for key in labels if key not in answers]
     if missing:
         raise missing_rows(str(path), missing, truth, len(labels), left_out)
-    return sum(answers[names[key]] == name for key, name in labels.items()), len(labels)
+    return sum(answers[key] == name for key, name in labels.items()), len(labels)
 
 
 def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | None:
@@ -181,6 +179,9 @@ def main(out: Path, labels: Path | None, fill: str | None, **options: Any) -> No
     if fill is not None and options["split"] != "test":
         raise click.UsageError("--fill goes with --split test")
     with reported_errors():
+        if labels is not None:
+            # What is wrong with them is said before the long work.
+            read_labels(labels)
         left_out = _predict(ModelOptions(**options), out, fill)
         if labels is not None:
             _tell_accuracy(str(labels), *score_submission(out, labels, left_out))

@@ -6,6 +6,7 @@ shardprep_trainer.train` from a wheel.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from shardprep import ShardprepError, StorageError, storage_error
+from shardprep import ShardprepError, StorageError, locate, storage_error
 from shardprep_trainer.config.command_line import Invocation, parse_args
 from shardprep_trainer.errors import TrainerError, is_lost_peer, is_out_of_memory
 from shardprep_trainer.processes.launch import (
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     except (TrainerError, ShardprepError) as error:
         _report(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does once it has its lines.
+        raise
     except OSError as error:
         _report(f"error: {storage_error(error)}")
         return StorageError.exit_code
@@ -82,8 +86,10 @@ def _run(asked: Invocation) -> int:
     if asked.print_config:
         if _rank() == 0:
             _note(asked.notes)
-            sys.stdout.write(asked.config.to_yaml())
+            click.echo(asked.config.to_yaml(), nl=False)
         return 0
+    # Refuses a system without what shards need, before anything is made.
+    locate(asked.config.data.shards)
     environment, command = dict(os.environ), parent_command()
     check_launch(environment, command)
     share = processes_to_start(environment, command)
@@ -110,7 +116,7 @@ def _train(asked: Invocation) -> int:
                     device=trainer.device.type,
                     precision=trainer.accelerator.mixed_precision,
                 )
-                print(text, file=sys.stderr, flush=True)
+                _tell(text)
             # A launcher ends all processes as soon as one exits with a code other than 0.
             trainer.accelerator.wait_for_everyone()
         finally:
@@ -120,7 +126,7 @@ def _train(asked: Invocation) -> int:
 
 def _note(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        _tell(f"note: {note}")
 
 
 def _report(message: str) -> None:
@@ -131,7 +137,13 @@ def _report(message: str) -> None:
     """
     if _rank() != 0:
         time.sleep(_MAIN_PROCESS_FIRST_SECONDS)
-    print(message, file=sys.stderr, flush=True)
+    _tell(message)
+
+
+def _tell(text: str) -> None:
+    """Print on stderr, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def _rank() -> int:
@@ -140,14 +152,22 @@ def _rank() -> int:
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
     """Train as the command line says, and exit with the code of `main`."""
-    # A mapped shard that is truncated, or whose disk fails, ends the process by SIGBUS.
-    faulthandler.enable()
-    code = main(argv, program)
+    # A mapped shard that is truncated, or whose disk fails, ends the process by SIGBUS. Its
+    # traceback needs a stderr.
+    with contextlib.suppress(RuntimeError, OSError):
+        faulthandler.enable()
+    try:
+        code = main(argv, program)
+    except BrokenPipeError:
+        # Nobody reads our output any longer, as after `| head -1`: end as SIGPIPE would.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        code = 128 + signal.SIGPIPE
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Everything is written and closed. Do not let the interpreter clean up: a thread of gloo
         # sometimes aborts the process meanwhile.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

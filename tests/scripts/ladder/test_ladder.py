@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import shardprep
 from scripts.ladder import __main__ as ladder
 from scripts.ladder import jobs, plot, summary, trials
 from shardprep_trainer.config.command_line import RECIPES, parse_args
@@ -42,6 +44,19 @@ def plan(tmp_path: Path, rung: str, seed: int = 0, data: str = "d", **options: A
 def config_of(job: Any) -> Any:
     script = job.train.index(str(jobs.TRAIN))
     return parse_args(job.train[script + 1 :]).config
+
+
+def test_two_ladders_in_one_work_folder_are_refused(
+    make_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset()
+    monkeypatch.setattr(ladder.signal, "signal", lambda *arguments: None)
+    work = tmp_path / "work"
+    with shardprep.hold_lock(work / "lock"):
+        done = invoke("--data", tmp_path, "--work", work, "--rung", "simple", "--seed", 0, "--cpu")
+        assert [path.name for path in work.iterdir()] == ["lock"]
+    assert done.exit_code == 2
+    assert f"--work {work}: is in use by process {os.getpid()} on " in done.output
 
 
 def test_means_spreads_and_checks_are_those_of_the_runs() -> None:

@@ -128,9 +128,12 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path, checkpoint: Checkpoi
     (folder.folder / "step-00000002.pt.abc.tmp").write_bytes(b"half")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors.abc.tmp").write_bytes(b"half")
+    (tmp_path / "model" / "config.json.abc.tmp").write_bytes(b"half")
+    # Of `shardprep export` at the same time.
+    (tmp_path / "model" / "model.onnx.abc.tmp").write_bytes(b"half")
     folder.sweep()
     assert names(folder) == ["step-00000001.pt"]
-    assert os.listdir(tmp_path / "model") == []
+    assert os.listdir(tmp_path / "model") == ["model.onnx.abc.tmp"]
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.999])

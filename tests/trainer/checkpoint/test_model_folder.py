@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import change_best, make_checkpoint
 
 from shardprep_trainer.checkpoint import model_folder
-from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.model_folder import write_model
 from shardprep_trainer.checkpoint.state import Best, Checkpoint
@@ -60,6 +60,20 @@ def test_a_model_is_found_by_its_run_its_folder_and_its_file(
     for place in (tmp_path, tmp_path / "model", file):
         assert find_checkpoint(place) == file
         assert find_checkpoint(Path("elsewhere"), str(place)) == file
+
+
+def test_where_only_the_best_model_is_the_last_is_not_asked_for_in_vain(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", checkpoint)
+    only = r"there is no last checkpoint; only the best model is there: leave out --checkpoint$"
+    for place in (tmp_path, tmp_path / "model"):
+        with pytest.raises(CheckpointError, match=only):
+            find_checkpoint(place, "last")
+    CheckpointFolder(tmp_path).save(checkpoint)
+    with pytest.raises(CheckpointError, match=f"or name the run folder {tmp_path}$"):
+        find_checkpoint(tmp_path / "model", "last")
+    assert find_checkpoint(tmp_path, "last") == CheckpointFolder(tmp_path).latest()
 
 
 def test_a_run_may_have_the_name_of_a_file(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -112,7 +126,7 @@ _WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 import msgspec, torch
-from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.model_folder import write_model
 
 first = load(Path("model/model.safetensors"))
@@ -249,7 +263,7 @@ def test_hostile_models_are_refused_in_one_message_and_little_memory(
 import json
 from pathlib import Path
 from shardprep_trainer.errors import CheckpointError
-from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 def peak_kib():
     # Not ru_maxrss, which begins with the memory of the parent process.
     status = Path("/proc/self/status").read_text()

@@ -28,6 +28,7 @@ from shardprep_trainer.processes.agreement import together
 from shardprep_trainer.errors import ConfigError, TrainerError
 from shardprep_trainer.processes.meeting import join_processes, parting
 from shardprep_trainer.config.command_line import parse_args
+from shardprep_trainer.run.claim import RunClaim
 from shardprep_trainer.run.start import find_start
 
 rank = int(os.environ["RANK"])
@@ -48,7 +49,11 @@ def fail():
         raise ConfigError("no disk")
 
 def begin(config, resume=True):
-    found = find_start(config, resume=resume).newest
+    claim = RunClaim(config.run, main=rank == 0)
+    try:
+        found = find_start(config, claim, resume=resume).newest
+    finally:
+        claim.release()
     return None if found is None else found.checkpoint.file.name
 
 with parting():

@@ -91,7 +91,11 @@ def test_the_report_names_the_silent_then_those_who_keep_the_others_waiting() ->
     assert "computing for 3 s, no answer since" in text
     assert "process 3: has never reported" in describe({0: reading}, [3], 3.0)
     # Without the store of process 0, no process gets the reports of the others.
-    assert "or process 0 hangs" in describe({2: reading}, [0, 1], 3.0)
+    text = describe({2: reading}, [0, 1], 3.0)
+    assert "; processes 0 and 1 no longer answer: they were stopped, or a machine hangs, " in text
+    assert "or process 0 hangs" in text
+    text = describe({0: reading, 1: reading}, [], 3.0)
+    assert "; processes 0 and 1 are stuck in reading data: look at their disks\n" in text
     assert "all are computing" in describe({0: computing(9), 1: computing(9)}, [], 3.0)
 
 

@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 import torch
 
-from shardprep import StorageError, machine_errors, publish, sniff
-from shardprep_trainer.checkpoint.model_folder import WEIGHTS, parse_model, write_model
+from shardprep import StorageError, machine_errors, publish
+from shardprep_trainer.checkpoint.model_folder import DESCRIPTION, WEIGHTS, parse_model, write_model
 from shardprep_trainer.checkpoint.state import (
     FORMAT,
     Checkpoint,
@@ -62,15 +62,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
-    _refuse_stand_in(data, path)
     return parse_model(data, path) if path.suffix == ".safetensors" else _parse_step(data, path)
-
-
-def _refuse_stand_in(data: bytes, path: Path) -> None:
-    """CheckpointError if a file only stands for a checkpoint that was not downloaded."""
-    found = sniff(data[:4096])
-    if found is not None and found.kind in ("pointer", "page"):
-        raise CheckpointError(f"{path}: {found.what}")
 
 
 def _parse_step(data: bytes, path: Path) -> Checkpoint:
@@ -234,10 +226,12 @@ class CheckpointFolder:
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
         # What cannot be removed does no harm, and is tried again at the next start.
-        for folder, ending in ((self.folder, r".*\.pt\..*\.tmp"), (self.model, r".*\.tmp")):
+        models = "|".join(re.escape(name) for name in (WEIGHTS, DESCRIPTION))
+        ours = ((self.folder, r"step-\d+\.pt"), (self.model, models))
+        for folder, written in ours:
             with contextlib.suppress(OSError, StorageError):
                 for name in _names(folder):
-                    if re.fullmatch(ending, name):
+                    if re.fullmatch(rf"(?:{written})\..*\.tmp", name):
                         (folder / name).unlink()
 
 

@@ -39,6 +39,10 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
     runs = [str(file.parents[1]) for file in sorted(place.glob(f"*/model/{WEIGHTS}"))]
     if not place.exists():
         remedy = f"the folder does not exist; name that of a run, or {remedy}"
+    elif (place / WEIGHTS).exists() or folder.best.exists():
+        remedy = "only the best model is there: leave out --checkpoint"
+        if CheckpointFolder(place.parent).latest() is not None:
+            remedy += f", or name the run folder {place.parent}"
     elif runs:
         remedy = f"name one of the runs in it: {', '.join(runs[:_MOST_RUNS])}"
     elif (folder.folder / "best.pt").exists():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,11 +22,18 @@ class StopSignals:
     Another signal, more than five seconds after the first, raises KeyboardInterrupt: a run that is
     stuck within a step can still be ended from the keyboard.
 
+    Python gives signals to the main thread only. A program that trains in another thread decides
+    about them itself.
+
     The death of the launcher counts as SIGTERM: `accelerate launch` with one process does not pass
     signals on, and its worker would continue to train unnoticed.
+
+    Args:
+        on_stop: Called at the first signal, between two statements of the program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._on_stop = on_stop
         self._signal = 0
         self._since = 0.0
         self._previous: dict[int, Any] = {}
@@ -39,6 +48,8 @@ class StopSignals:
         return self._signal
 
     def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -51,5 +62,6 @@ class StopSignals:
         now = time.monotonic()
         if not self._signal:
             self._signal, self._since = number, now
+            self._on_stop()
         elif now - self._since > _IMPATIENT_SECONDS:
             raise KeyboardInterrupt

@@ -92,7 +92,12 @@ def training_program() -> str:
         The path of the script if it lies below the current folder, else `-m` and the module.
     """
     # A wheel has no such script; a train.py beside the installed package belongs to another one.
-    script, here = Path(__file__).resolve().parents[2] / "train.py", Path.cwd()
+    script = Path(__file__).resolve().parents[2] / "train.py"
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        # The current folder was removed.
+        return "-m shardprep_trainer.train"
     if script.parent.name == "trainer" and script.is_file() and script.is_relative_to(here):
         return shlex.quote(str(script.relative_to(here)))
     return "-m shardprep_trainer.train"
@@ -183,12 +188,17 @@ def launcher_identity(environment: Mapping[str, str]) -> str | None:
         environment: Of this process.
 
     Returns:
-        Machine, process number and time of start; None if the launcher never restarts processes.
+        Machine, process number and time of start; None if the launcher never restarts processes,
+        or where the system does not tell the time of start (macOS): there, a process that is
+        restarted needs `--resume`.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     pid = os.getppid()
-    # The 22nd field. The second, the program's name, may contain anything: count from behind it.
-    began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {pid} {began}"
+    try:
+        # The 22nd field. The second, the program's name, may contain anything: count from behind.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+    except OSError:
+        return None
+    return f"{socket.gethostname()} {boot} {pid} {fields[19]}"

@@ -13,13 +13,13 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
+import click
 from torch._C._distributed_c10d import Store
 
 # That of `timeout`, so that scripts can tell a hang from a failure.
@@ -142,7 +142,7 @@ class Watchdog:
     def _end(self, reports: Mapping[int, Report], silent: Sequence[int]) -> None:
         """Report, unless a process of lower rank answers and so reports itself; then leave."""
         if self._store is None or set(silent).issuperset(range(self.rank)):
-            print(describe(reports, silent, self.seconds), file=sys.stderr, flush=True)
+            click.echo(describe(reports, silent, self.seconds), err=True)
         else:
             # The launcher ends all processes once one has left: let the other report first.
             time.sleep(1.0 + 3 * self._interval)
@@ -201,6 +201,8 @@ def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: floa
     alone = sorted(rank for rank, phase in phases.items() if phase in _ALONE)
     if silent:
         what = f"{_named(silent)} no longer answers: it was stopped, or its machine hangs"
+        if len(silent) > 1:
+            what = f"{_named(silent)} no longer answer: they were stopped, or a machine hangs"
         if len(silent) > 1 and 0 in silent:
             what += ", or process 0 hangs, through which the others report"
     elif MEETING in phases.values():
@@ -208,6 +210,8 @@ def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: floa
     elif alone:
         doing = " and ".join(sorted({phases[rank] for rank in alone}))
         what = f"{_named(alone)} is stuck in {doing}: look at its disks"
+        if len(alone) > 1:
+            what = f"{_named(alone)} are stuck in {doing}: look at their disks"
     else:
         what = "all are computing, or waiting for one another"
     lines = [f"error: no process has begun anything for {seconds:g} s, train.hang_seconds; {what}"]
@@ -224,4 +228,4 @@ def describe(reports: Mapping[int, Report], silent: Sequence[int], seconds: floa
 
 
 def _named(ranks: Sequence[int]) -> str:
-    return "process " + " and ".join(map(str, ranks))
+    return f"process{'es' if len(ranks) > 1 else ''} {' and '.join(map(str, ranks))}"

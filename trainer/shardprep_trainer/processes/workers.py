@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import click
+
 from shardprep_trainer.processes.interrupt import StopSignals
 from shardprep_trainer.processes.launch import Share
 
@@ -79,7 +81,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], signals: StopSignals, first: i
     code = failed or _first(codes)
     # A negative code names the signal that killed a worker.
     if code < 0 and not signals.received:
-        print(_describe_death(first + codes.index(code), -code), file=sys.stderr, flush=True)
+        click.echo(_describe_death(first + codes.index(code), -code), err=True)
     return code if code >= 0 else 128 - code
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -91,6 +92,8 @@ class MetricsLog:
 def _on_terminal() -> bool:
     """Whether stderr can show a bar; some terminals of CI systems have no width and cannot."""
     try:
+        if sys.stderr is None:
+            return False
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except OSError:
         return False
@@ -137,8 +140,12 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self.enabled:
-            self._bar.write(text, file=sys.stderr)
+        # A run does not end because nobody reads its progress any longer.
+        with contextlib.suppress(OSError):
+            if self._bar.disable and self.enabled:
+                click.echo(text, err=True)
+            elif self.enabled:
+                self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

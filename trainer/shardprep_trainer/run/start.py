@@ -32,6 +32,7 @@ from shardprep_trainer.processes.agreement import check_alike, exchange, togethe
 from shardprep_trainer.processes.launch import launcher_identity
 from shardprep_trainer.processes.meeting import join_processes, meeting_place
 from shardprep_trainer.processes.watchdog import Watchdog
+from shardprep_trainer.run.claim import RunClaim, jobs_of
 from shardprep_trainer.run.data import batch_of_each, build_train_loader, open_data
 from shardprep_trainer.run.journal import Journal
 from shardprep_trainer.run.resume import (
@@ -78,6 +79,8 @@ class Prepared:
     train_step: TrainStep
     """Takes a step; holds model, optimiser, criterion and average."""
     checkpoints: CheckpointFolder
+    claim: RunClaim
+    """Keeps other runs out of the run folder, until it is released."""
     launchers: list[str]
     """Identities of the launchers of all machines, to be saved in the checkpoints."""
     journal: Journal
@@ -90,7 +93,7 @@ class Prepared:
 
 
 def prepare(config: Config, *, resume: bool = False) -> Prepared:
-    """Join the other processes and prepare the run together with them.
+    """Join the other processes, claim the run folder, and prepare the run together.
 
     Args:
         config: A checked configuration.
@@ -107,13 +110,25 @@ def prepare(config: Config, *, resume: bool = False) -> Prepared:
     accelerator = join_processes(
         config.run, trackers=train.trackers, hang_seconds=train.hang_seconds
     )
+    claim = RunClaim(config.run, main=accelerator.is_main_process)
+    try:
+        return _prepare(config, accelerator, claim, resume=resume)
+    except BaseException:
+        claim.release()
+        raise
+
+
+def _prepare(
+    config: Config, accelerator: Accelerator, claim: RunClaim, *, resume: bool
+) -> Prepared:
+    train = config.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
     device = accelerator.device
     if device.type == "cpu":
         cpu.keep_memory()
     elif train.tf32:
         allow_tensor_float32()
-    found = find_start(config, resume=resume)
+    found = find_start(config, claim, resume=resume)
     loader = together(lambda: build_train_loader(config, found.shards, rank, world_size, device))
     global_batch = batch_of_each(config.data, world_size) * world_size * train.accumulate
     train_step = build_train_step(config, _build_model(config, found.shards), accelerator)
@@ -134,6 +149,7 @@ def prepare(config: Config, *, resume: bool = False) -> Prepared:
         loader=loader,
         train_step=train_step,
         checkpoints=found.checkpoints,
+        claim=claim,
         launchers=found.launchers,
         journal=Journal(accelerator, config.run, step=step, total=train.total_steps),
         watchdog=Watchdog(
@@ -147,11 +163,12 @@ def prepare(config: Config, *, resume: bool = False) -> Prepared:
     return run
 
 
-def find_start(config: Config, *, resume: bool) -> Found:
-    """Open the data, and find the checkpoint to continue from; all processes together.
+def find_start(config: Config, claim: RunClaim, *, resume: bool) -> Found:
+    """Open the data, claim the run folder, and find the checkpoint to continue from, all together.
 
     Args:
         config: Of the run.
+        claim: On the run folder; taken before anything there is read.
         resume: As in `prepare`.
 
     Raises:
@@ -165,6 +182,7 @@ def find_start(config: Config, *, resume: bool) -> Found:
 
     def find() -> Found:
         shards = open_data(config.data, validated=config.train.valid_steps > 0)
+        claim.take([*launchers, *jobs_of(os.environ)])
         folder = CheckpointFolder(config.run, config.train.keep)
         newest = choose_checkpoint(folder, config, resume=resume, launchers=launchers)
         return Found(shards, folder, newest, launchers)

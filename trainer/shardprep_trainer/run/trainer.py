@@ -58,6 +58,7 @@ class Trainer:
         self.global_batch = run.global_batch
         self.train_step = run.train_step
         self.checkpoints = run.checkpoints
+        self.claim = run.claim
         self.journal = run.journal
         self.progress = run.journal.progress
         self.watchdog = run.watchdog
@@ -82,7 +83,7 @@ class Trainer:
         signal = 0
         self.train_step.throughput.network_seconds = lambda: self.shards.network_seconds
         self.train_step.throughput.restart()
-        with StopSignals() as signals, self.watchdog:
+        with StopSignals(self.claim.leave_soon) as signals, self.watchdog:
             while self.step < train.total_steps:
                 self.train_step(batches, self.step)
                 self.step += 1
@@ -94,6 +95,8 @@ class Trainer:
                     self._validate()
                 signal = self._agree(signals.received)
                 stop = last or bool(signal) or self.step == train.stop_step
+                if stop:
+                    self.claim.leave_soon()
                 if stop or self.step % train.save_steps == 0:
                     self._save(last=stop)
                 if stop:
@@ -309,6 +312,9 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Finish the trackers, the bar and the process group."""
-        self.journal.close()
-        self.accelerator.end_training()
+        """Finish the trackers, the bar and the process group, and give up the run folder."""
+        try:
+            self.journal.close()
+            self.accelerator.end_training()
+        finally:
+            self.claim.release()
