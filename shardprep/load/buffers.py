@@ -27,6 +27,9 @@ class BufferPool:
     def __init__(self, keep: int) -> None:
         self._idle: deque[NDArray[np.uint8]] = deque(maxlen=keep)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BufferPool, (self._idle.maxlen,)
+
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with undefined contents; a tensor made by `torch.from_numpy` is a view too."""
         nbytes = int(np.prod(shape)) * dtype.itemsize

@@ -51,13 +51,13 @@ class Block:
     """The plan of a few batches of one rank, one after another.
 
     Attributes:
-        ends: Position in the epoch behind each batch, of all ranks.
+        nexts: Where in the epoch the batch after each begins.
         sizes: Segments of each batch.
         indices: Position in the split of each segment, of all these batches (B,).
         starts: First frame of each segment (B,).
     """
 
-    ends: list[int]
+    nexts: list[int]
     sizes: list[int]
     indices: Indices
     starts: Indices
@@ -107,25 +107,23 @@ class BatchPlan:
     def __len__(self) -> int:
         return -(-self.end // self.global_batch)
 
-    def blocks(self, start: Place, *, say_ahead: bool) -> Iterator[Block]:
+    def blocks(self, start: Place, every: int = 1, *, say_ahead: bool) -> Iterator[Block]:
         """The rest of an epoch, planned a few batches at a time.
 
         Args:
             start: Where it begins.
+            every: Plan only the first of so many batches, and so on.
             say_ahead: Whether to say which shards the batches of a block need, before it comes.
         """
         step = self.global_batch
-        stride = self._batches_planned * step
         order = self._order_of(start.epoch)
-        for first in range(start.position, self.end, stride):
+        all_begins = range(start.position, self.end, every * step)
+        count = max(1, self._batches_planned // every)
+        for first in range(0, len(all_begins), count):
+            begins = all_begins[first : first + count]
             if say_ahead:
-                self.read_ahead.want(start.epoch, first, stride)
-            begins = range(first, min(first + stride, self.end), step)
-            ends = [min(begin + step, self.end) for begin in begins]
-            shares = [
-                rank_slice(end - begin, *self.world)
-                for begin, end in zip(begins, ends, strict=True)
-            ]
+                self.read_ahead.want(start.epoch, begins[0], count * every * step)
+            shares = [rank_slice(min(step, self.end - begin), *self.world) for begin in begins]
             positions = np.concatenate(
                 [
                     np.arange(begin + share.start, begin + share.stop)
@@ -133,7 +131,8 @@ class BatchPlan:
                 ]
             )
             sizes = [share.stop - share.start for share in shares]
-            yield Block(ends, sizes, *self._segments(order, start.epoch, positions))
+            nexts = [begin + every * step for begin in begins]
+            yield Block(nexts, sizes, *self._segments(order, start.epoch, positions))
 
     def _segments(
         self, order: EpochOrder, epoch: int, positions: Indices

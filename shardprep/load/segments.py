@@ -19,18 +19,18 @@ from torch.utils.data import IterableDataset
 from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
-from shardprep.load.epochs import Place, after_first_batch, after_set_epoch
 from shardprep.load.on_device import ResidentSplit, fits
 from shardprep.load.order import Indices
 from shardprep.load.plan import BatchPlan, Order, Sampling, check_split
-from shardprep.load.world import check_given, find_world
+from shardprep.load.position import Position, Stretch
+from shardprep.load.world import Part, refuse_second_division, this_worker
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
 Placement = Literal["auto", "host", "device"]
 # Indices, starts, segments (None where the split lies on the device), labels, lengths.
 Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
-# The position behind a batch, how many of its segments replace damaged ones, and the batch.
+# Where the batch after this one begins, how many segments replace damaged ones, and the batch.
 Planned = tuple[int, int, Segments]
 
 _log = logging.getLogger("shardprep")
@@ -85,7 +85,6 @@ class SegmentLoader(IterableDataset[Batch]):
             and so is a batch in which every utterance is damaged.
 
     Attributes:
-        epoch: The epoch that is read, or after its end the next one.
         placement: "host" or "device"; what "auto" chose.
         replaced: Segments delivered so far in place of those of damaged utterances.
 
@@ -139,22 +138,17 @@ class SegmentLoader(IterableDataset[Batch]):
             lanes=lanes,
             window_shards=window_shards,
         )
-        check_given(rank, world_size)
+        self._part = Part(rank, world_size)
         check_split(split, self._sampling, world_size or 1)
         self.split = split
-        self.epoch = 0
         self.replaced = 0
-        self._rank, self._world_size = rank, world_size
         self._pad_value = pad_value
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
         self._prefetch = prefetch
         self._buffers = BufferPool(keep=prefetch + 2)
         self._plan: BatchPlan | None = None
-        # Where the next iteration begins.
-        self._upcoming = Place()
-        # Where the loader stands: with the newest iteration, or where the next one begins.
-        self._place = Place()
+        self._position = Position()
         # The global batch of a loaded state, by which the windowed order counts.
         self._loaded_batch: int | None = None
         self._running: _Iteration | None = None
@@ -164,13 +158,17 @@ class SegmentLoader(IterableDataset[Batch]):
             placement = "device" if fits(split, self._device) else "host"
         self.placement = placement
         self._guard = ReadGuard(split, verify_reads, on_corrupt, max_corrupt)
-        self._resident = None
-        if placement == "device":
-            self._resident = ResidentSplit(split, self._device, self._guard)
+        self._resident: ResidentSplit | None = None
+        self._load_resident()
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
         return len(self._plan_now())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is read, or after its end the next one."""
+        return self._position.epoch
 
     @property
     def damaged(self) -> dict[str, CorruptShardError]:
@@ -181,17 +179,24 @@ class SegmentLoader(IterableDataset[Batch]):
         """Let the next iteration read an epoch, from its begin.
 
         A place within this epoch that was loaded stays.
+
+        Raises:
+            ShardprepError: accelerate would divide the batches of a rank once more.
         """
-        self._place = self._upcoming = after_set_epoch(self._upcoming, epoch)
-        self.epoch = epoch
+        refuse_second_division(self, self._part)
+        self._position.ask(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on every rank.
 
         After the last batch of an epoch, it stands at the begin of the next one. The position
         counts the utterances of all ranks, so that a run can continue at another world size.
+
+        Raises:
+            ShardprepError: The workers of a DataLoader read, and their batches are on their way.
+                In these workers, for a StatefulDataLoader, it works.
         """
-        state = {**self._place._asdict(), **self._identity()}
+        state = {**self._position.state(), **self._identity()}
         if self._sampling.order == "windowed":
             state["global_batch"] = self._plan_now().global_batch
         return state
@@ -200,7 +205,8 @@ class SegmentLoader(IterableDataset[Batch]):
         """Go to where a loader stood when its `state_dict` was taken; ends a running iteration.
 
         Raises:
-            ShardprepError: The state belongs to other data, another seed or another order.
+            ShardprepError: The state belongs to other data, another seed or another order, or to
+                another worker of a DataLoader.
         """
         for name, own in self._identity().items():
             # Older states, from when there was one order, do not name the order.
@@ -208,10 +214,9 @@ class SegmentLoader(IterableDataset[Batch]):
         batch = state.get("global_batch") if self._sampling.order == "windowed" else None
         if batch is not None:
             _check_same("global_batch", batch, self._plan_now().global_batch)
+        self._position.load(state)
         self._end_running()
         self._loaded_batch = batch
-        self._place = self._upcoming = Place(int(state["epoch"]), int(state["position"]))
-        self.epoch = self._place.epoch
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on with the loader that loads it."""
@@ -229,55 +234,74 @@ class SegmentLoader(IterableDataset[Batch]):
 
     def _plan_now(self) -> BatchPlan:
         """The plan for the world at this moment."""
-        world = find_world(self._rank, self._world_size)
+        world = self._part.world()
         if self._plan is None or self._plan.world != world:
             self._plan = BatchPlan(self.split, self._sampling, world)
         return self._plan
 
     def __iter__(self) -> Iterator[Batch]:
         plan = self._plan_now()
-        if self._loaded_batch is not None and self._upcoming.position:
+        refuse_second_division(self, self._part)
+        if self._loaded_batch is not None and self._position.inside_an_epoch:
             _check_same("global_batch", self._loaded_batch, plan.global_batch)
+        if this_worker() is not None and (self._device.type != "cpu" or self.placement != "host"):
+            raise ShardprepError(
+                f"device {self._device}, placement {self.placement}: workers of a DataLoader give "
+                "batches on the host only",
+                key="device",
+                remedy="Leave out device and placement, and move each batch in the training loop; "
+                "or read without workers (num_workers=0): a thread prepares the batches.",
+            )
+        self._load_resident()
         self._end_running()
-        self._place = self._upcoming = start = self._upcoming.within(plan.end)
-        self.epoch = start.epoch
         self._running = running = _Iteration()
-        return self._batches(plan, start, running)
+        return self._batches(plan, self._position.begin(plan.end, plan.global_batch), running)
+
+    def _load_resident(self) -> None:
+        """Load a split that goes to the device, unless that is done."""
+        if self.placement == "device" and self._resident is None:
+            self._resident = ResidentSplit(self.split, self._device, self._guard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to this process stays here, and a split on the device too.
+        return {**self.__dict__, "_plan": None, "_running": None, "_resident": None}
 
     def _end_running(self) -> None:
         if self._running is not None:
             self._running.end()
         self._running = None
 
-    def _batches(self, plan: BatchPlan, start: Place, running: _Iteration) -> Iterator[Batch]:
+    def _batches(self, plan: BatchPlan, stretch: Stretch, running: _Iteration) -> Iterator[Batch]:
         """The batches of an iteration; the loader moves with them until the iteration is ended."""
         if running.is_over():
             return
         if self._sampling.order == "global" and self._resident is None:
             plan.read_ahead.warm()
-        ready = ahead(self._segments(plan, start), self._prefetch)
+        ready = ahead(self._segments(plan, stretch), self._prefetch)
         running.reads(ready)
         first = True
         with contextlib.closing(ready):
-            for end, replaced, segments in ready:
+            for following, replaced, segments in ready:
                 if first:
-                    self._upcoming, first = after_first_batch(self._upcoming, start), False
-                self._place = Place(start.epoch, end).within(plan.end)
+                    self._position.give_first_batch(stretch)
+                    first = False
+                self._position.move(stretch, following, plan.end)
                 self.replaced += replaced
                 yield self._deliver(segments)
                 if running.is_over():
                     return
-        self.epoch = self._upcoming.epoch
+        self._position.finish()
 
-    def _segments(self, plan: BatchPlan, start: Place) -> Iterator[Planned]:
+    def _segments(self, plan: BatchPlan, stretch: Stretch) -> Iterator[Planned]:
         """Segments of this rank's batches on the host."""
         split, length = self.split, self._sampling.segment_frames
-        for block in plan.blocks(start, say_ahead=self._resident is None):
+        say_ahead = self._resident is None
+        for block in plan.blocks(stretch.start, stretch.every, say_ahead=say_ahead):
             indices, starts = block.indices, block.starts
             labels = torch.from_numpy(split.labels[indices].astype(np.int64))
             lengths = np.minimum(split.frames[indices], length)
             at = 0
-            for end, size in zip(block.ends, block.sizes, strict=True):
+            for following, size in zip(block.nexts, block.sizes, strict=True):
                 own: Any = np.arange(at, at := at + size)
                 replaced = 0
                 if (places := self._guard.replacements(indices[own])) is not None:
@@ -285,7 +309,7 @@ class SegmentLoader(IterableDataset[Batch]):
                     own = own[places]
                 mel = self._host_mel(indices[own], starts[own])
                 valid = torch.from_numpy(lengths[own])
-                yield end, replaced, (indices[own], starts[own], mel, labels[own], valid)
+                yield following, replaced, (indices[own], starts[own], mel, labels[own], valid)
 
     def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
         """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.

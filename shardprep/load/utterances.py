@@ -17,7 +17,7 @@ from shardprep.load.buffers import ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.order import length_batches
 from shardprep.load.segments import Batch
-from shardprep.load.world import World, check_given, find_world
+from shardprep.load.world import Part, refuse_second_division, this_worker
 from shardprep.read.split import Split
 
 # Part of the room for wanted shards that is read at a time; the next part comes meanwhile.
@@ -67,8 +67,7 @@ class UtteranceLoader(IterableDataset[Batch]):
                 f"max_frames {max_frames}, prefetch {prefetch}: frames must be positive, and "
                 "batches not negative"
             )
-        check_given(rank, world_size)
-        self._rank, self._world_size = rank, world_size
+        self._part = Part(rank, world_size)
         self._prefetch = prefetch
         self.split = split
         self._pad_value = pad_value
@@ -82,16 +81,29 @@ class UtteranceLoader(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Batches that this rank yields if no utterance is skipped."""
-        rank, size = find_world(self._rank, self._world_size)
-        return sum(len(batches[rank::size]) for _, batches in self._groups)
+        return sum(len(batches) for batches in self._own_batches())
 
     def __iter__(self) -> Iterator[Batch]:
-        return ahead(self._read(find_world(self._rank, self._world_size)), self._prefetch)
+        refuse_second_division(self, self._part)
+        batches = self._own_batches()
+        if (worker := this_worker()) is not None:
+            # Workers take turns, from the first batch of the rank to its last.
+            before = np.cumsum([0, *map(len, batches)])
+            firsts = (worker.number - before) % worker.count
+            batches = [
+                own[first :: worker.count]
+                for own, first in zip(batches, firsts[:-1].tolist(), strict=True)
+            ]
+        return ahead(self._read(batches), self._prefetch)
 
-    def _read(self, world: World) -> Iterator[Batch]:
+    def _own_batches(self) -> list[list[NDArray[np.int64]]]:
+        """The batches of this rank, from each group of shards."""
+        rank, size = self._part.world()
+        return [batches[rank::size] for _, batches in self._groups]
+
+    def _read(self, own: list[list[NDArray[np.int64]]]) -> Iterator[Batch]:
         with contextlib.closing(self.split.wanted_shards()) as wanted:
-            for number, (shards, all_batches) in enumerate(self._groups):
-                batches = all_batches[world.rank :: world.size]
+            for number, ((shards, _), batches) in enumerate(zip(self._groups, own, strict=True)):
                 if not batches:
                     continue
                 wanted.want(shards, self._groups[(number + 1) % len(self._groups)][0])

@@ -1,4 +1,4 @@
-"""Which part of the data this process reads: found when an epoch begins, unless it is given.
+"""Which part of a split this process reads: found when an epoch begins, unless it is given.
 
 A loader is often built before its process learns its rank: Lightning, for one, starts the other
 processes only in `fit`.
@@ -6,10 +6,14 @@ processes only in `fit`.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import NamedTuple
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import get_worker_info
 
 from shardprep.errors import ShardprepError
 
@@ -23,16 +27,56 @@ class World(NamedTuple):
     size: int = 1
 
 
-def check_given(rank: int | None, size: int | None) -> None:
-    """Make sure that a given rank and a given world size are possible.
+@dataclass(frozen=True)
+class Worker:
+    """A worker of a DataLoader."""
+
+    number: int
+    count: int
+    """How many there are."""
+    seed: int
+    """What the workers of one iteration have in common, if they are new in it."""
+
+
+class Part:
+    """Which part of a split a loader reads.
+
+    Args:
+        rank: As given to the loader.
+        world_size: As given to the loader.
 
     Raises:
-        ValueError: They are not.
+        ValueError: The given ones are not possible.
     """
-    if (size is not None and size < 1) or (rank is not None and rank < 0):
-        raise ValueError(f"rank {rank}, world_size {size}: the rank counts from 0, the size from 1")
-    if rank is not None:
-        find_world(rank, size)
+
+    def __init__(self, rank: int | None, world_size: int | None) -> None:
+        if (world_size is not None and world_size < 1) or (rank is not None and rank < 0):
+            raise ValueError(
+                f"rank {rank}, world_size {world_size}: the rank counts from 0, the size from 1"
+            )
+        self._given = rank, world_size
+        self._copied_from: World | None = None
+        if rank is not None:
+            self.world()
+
+    def world(self) -> World:
+        """The world at this moment; raises as `find_world` does."""
+        if self._copied_from is not None and this_worker() is not None:
+            return self._copied_from
+        return find_world(*self._given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned has no torch.distributed: it belongs to the rank that starts it.
+        found = None
+        with contextlib.suppress(ShardprepError, ValueError):
+            found = self.world()
+        return {**self.__dict__, "_copied_from": found}
+
+
+def this_worker() -> Worker | None:
+    """The worker of a DataLoader that this process is; None if it is none."""
+    info = get_worker_info()
+    return None if info is None else Worker(info.id, info.num_workers, info.seed - info.id)
 
 
 def find_world(rank: int | None = None, size: int | None = None) -> World:
@@ -62,6 +106,36 @@ def find_world(rank: int | None = None, size: int | None = None) -> World:
             "or neither"
         )
     return World(rank, size)
+
+
+def refuse_second_division(loader: object, part: Part) -> None:
+    """Refuse that accelerate divides the batches of a rank among all ranks once more.
+
+    Accelerator.prepare makes a DataLoader over an iterable send the batches of rank 0 to all ranks,
+    or makes each rank keep some of its own batches only.
+
+    Args:
+        loader: What is iterated over.
+        part: What it reads of its split.
+
+    Raises:
+        ShardprepError: accelerate would do so.
+    """
+    module = sys.modules.get("accelerate.data_loader")
+    if module is None:
+        return
+    active = module.GradientState().active_dataloader
+    dataset = getattr(active, "dataset", None)
+    divided = isinstance(dataset, module.IterableDatasetShard) and dataset.dataset is loader
+    dispatched = isinstance(active, module.DataLoaderDispatcher) and dataset is loader
+    if (divided or dispatched) and (world := part.world()).size > 1:
+        raise ShardprepError(
+            "accelerate would divide the batches of a rank among all ranks once more, and "
+            f"{world.size - 1} of every {world.size} utterances would be lost",
+            key="accelerator.prepare",
+            remedy="Do not prepare a DataLoader over a loader of shardprep: the loader finds its "
+            "rank by itself. Iterate over the loader, or over the DataLoader as you made it.",
+        )
 
 
 def _found() -> World:

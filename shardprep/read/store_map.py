@@ -48,7 +48,6 @@ class StoreMap:
         self._folder = folder
         self._infos = shards
         self._cache = cache
-        self.room = int(_WANTED * cache.share)
         # The mapped shards, the longest mapped first; a dict for its order.
         self._held: dict[int, None] = {}
         self.in_use = 0
@@ -56,6 +55,11 @@ class StoreMap:
         self._wanted: Counter[int] = Counter()
         self._begin()
         cache.add_borrower(self)
+
+    @property
+    def room(self) -> int:
+        """See `ShardMap.room`; less in a worker of a DataLoader than in its parent."""
+        return int(_WANTED * self._cache.share)
 
     def _begin(self) -> None:
         # RLock: the finalizer of a `WantedShards` may run while this thread holds the lock.

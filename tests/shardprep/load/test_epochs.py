@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardprep import SegmentLoader, ShardprepError, Split, open_shards
+from shardprep.load.epochs import Course, Place
 
 Batch = dict[str, torch.Tensor]
 KINDS: dict[str, dict[str, Any]] = {
@@ -227,3 +228,46 @@ def test_a_windowed_position_is_refused_once_the_batch_of_all_ranks_turns_out_an
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ShardprepError, match="global_batch 4, this loader 8"):
         iter(own)
+
+
+@given(st.data())
+def test_workers_of_one_iteration_read_one_epoch_however_late_they_join(data: Any) -> None:
+    """Iterations begin one after another; all but one worker of each may join much later."""
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    first = [data.draw(st.integers(0, count - 1)) for count in counts]
+    late = [
+        (iteration, worker)
+        for iteration, count in enumerate(counts)
+        for worker in range(count)
+        if worker != first[iteration]
+    ]
+    joins: list[tuple[int, int]] = []
+    for iteration, worker in enumerate(first):
+        joins.append((iteration, worker))
+        for other in list(late):
+            if other[0] <= iteration and data.draw(st.booleans()):
+                joins.append(other)
+                late.remove(other)
+    course = Course()
+    for iteration, worker in [*joins, *late]:
+        # New workers have a seed of their own; workers that stay count their iterations.
+        name = data.draw(st.just((7, iteration)))
+        course = course.joined(name, worker, 28)
+        team = course.team(name)
+        assert team is not None
+        assert team.start == Place(iteration)
+    assert course.upcoming == Place(len(counts))
+
+
+@given(counts=st.lists(st.integers(1, 4), max_size=5))
+def test_teams_of_one_name_read_different_epochs(counts: list[int]) -> None:
+    # `torch.manual_seed(0)` before every epoch.
+    course = Course()
+    for epoch, count in enumerate(counts):
+        for worker in range(count):
+            if worker and count > counts[epoch - 1] > 0 and epoch:
+                break  # A worker that was never in the team before could join that one.
+            course = course.joined((0, 0), worker, 28)
+            team = course.team((0, 0))
+            assert team is not None
+            assert team.start == Place(epoch)
