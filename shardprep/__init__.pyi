@@ -31,6 +31,7 @@ from .storage.lock import LockHeldError as LockHeldError
 from .storage.lock import hold_lock as hold_lock
 from .storage.remote import Remote as Remote
 from .storage.remote import locate as locate
+from .storage.sniff import sniff as sniff
 from .storage.trouble import machine_errors as machine_errors
 from .storage.trouble import storage_error as storage_error
 from .storage.trouble import storage_errors as storage_errors

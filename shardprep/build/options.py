@@ -27,7 +27,10 @@ class BuildOptions:
             0 for as many as the cluster has CPUs.
         on_error: "fail": a faulty utterance stops the build; "skip": it is left out and listed.
         overwrite: Whether to replace a finished set of other contents.
-        dry_run: Read and check everything, write nothing.
+        dry_run: Read and check everything, write nothing. Faulty utterances do not stop it; the
+            report lists them.
+        follow_links: Whether files of the data set may be links out of it, as download caches make
+            them. Only for a data set that you trust: a link can name any file of this machine.
         engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
         address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
@@ -42,6 +45,7 @@ class BuildOptions:
     on_error: Literal["fail", "skip"] = "fail"
     overwrite: bool = False
     dry_run: bool = False
+    follow_links: bool = False
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
 

@@ -188,7 +188,7 @@ def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: 
     tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
     about = {
         "frames": utterance.frames,
-        "source": utterance.path,
+        "source": f"{utterance.key}.pt",
         "speaker": utterance.speaker or "",
     }
     tar.add(f"{utterance.key}.json", json.dumps(about, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardprep.build.finished import changed_since, check_contents, check_same_build, times_of
 from shardprep.build.options import BuildOptions
@@ -30,7 +30,7 @@ from shardprep.format.manifest import (
 from shardprep.read.files import files_at
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
-from shardprep.source.dataset import Source, scan_dataset, source_error
+from shardprep.source.dataset import Source, rejects_error, scan_dataset
 from shardprep.source.metadata import METADATA, TESTDATA
 from shardprep.storage.remote import Location, Remote, locate
 
@@ -105,10 +105,12 @@ def build_shards(
     options = options or BuildOptions()
     listener = listener or ProgressListener()
     target = locate(destination)
-    scanned = scan_dataset(source)
-    if scanned.rejects and options.on_error == "fail":
-        raise _first_of(scanned)
-    tasks = shard_tasks(scanned, options)
+    scanned = scan_dataset(source, follow_links=options.follow_links)
+    if scanned.rejects and options.on_error == "fail" and not options.dry_run:
+        raise rejects_error(scanned.rejects, scanned.root)
+    # A dry run finds all faults, also where the first one would stop a build.
+    policy = "skip" if options.dry_run else options.on_error
+    tasks = shard_tasks(scanned, replace(options, on_error=policy))
     if not tasks:
         raise _nothing_to_pack(scanned)
     report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
@@ -131,6 +133,8 @@ def build_shards(
                 pool = _pool(options, scanned.root, work.folder)
                 records = _write_missing(tasks, work, pool, listener, report)
                 _fill_report(report, scanned, records)
+                if not report.splits:
+                    raise rejects_error(report.rejects, scanned.root)
                 _publish_set(work, scanned, options, records, report)
     report.seconds = time.monotonic() - began
     return report
@@ -148,16 +152,9 @@ def _pool(options: BuildOptions, source: Location, destination: Location | None)
     return LocalPool(options.workers)
 
 
-def _first_of(source: Source) -> ShardprepError:
-    error = source_error(source.rejects[0], source.root)
-    if len(source.rejects) > 1:
-        error.what += f" (and {len(source.rejects) - 1} more utterances are faulty)"
-    return error
-
-
 def _nothing_to_pack(source: Source) -> ShardprepError:
     if source.rejects:
-        return _first_of(source)
+        return rejects_error(source.rejects, source.root)
     return SourceError("lists no utterance", file=source.root / METADATA, key="speakers")
 
 

@@ -24,6 +24,7 @@ from shardprep.format.manifest import (
 from shardprep.format.source_times import is_damaged, times_size
 from shardprep.storage.local import read_at_most
 from shardprep.storage.remote import Location, Remote
+from shardprep.storage.sniff import refuse_stand_in
 from shardprep.storage.trouble import machine_errors, storage_errors
 
 _OWN = (MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
@@ -98,6 +99,7 @@ def times_fault(place: Location, manifest: Manifest) -> Fault | None:
     except OSError:
         # It is a folder or a pipe, or far too large.
         data = b""
+    refuse_stand_in(data, path)
     if len(data) > most or is_damaged(data):
         what = "is damaged; remove it: the next build then compares the data set with the shards"
         return Fault(SOURCE_TIMES_NAME, "", what)

@@ -43,6 +43,7 @@ def repair_shards(
     *,
     source: str | os.PathLike[str] | None = None,
     drop: bool = False,
+    follow_links: bool = False,
     workers: int = 0,
     listener: ProgressListener | None = None,
     before_drop: Callable[[list[Reject]], None] = lambda lost: None,
@@ -57,6 +58,7 @@ def repair_shards(
         path: The shard folder.
         source: The data set that it was built from.
         drop: Whether to leave out what is damaged; not together with a source.
+        follow_links: Whether files of the data set may be links out of it.
         workers: Processes that build shards; 0 for the number of cores.
         listener: Receives the progress.
         before_drop: Called with the utterances that will be left out, before the set is changed;
@@ -96,6 +98,7 @@ def repair_shards(
                 Repair(folder, report, before_drop),
                 source,
                 drop,
+                follow_links,
                 LocalPool(workers),
                 listener or ProgressListener(),
             )
@@ -121,6 +124,7 @@ def _run_steps(
     repair: Repair,
     source: str | os.PathLike[str] | None,
     drop: bool,
+    follow_links: bool,
     pool: Pool,
     listener: ProgressListener,
 ) -> None:
@@ -128,7 +132,9 @@ def _run_steps(
     repair.restore_manifest()
     repair.restore_names()
     repair.remove_leftovers()
-    from_source = SourcePayloads(locate(source), repair.manifest) if source is not None else None
+    from_source = None
+    if source is not None:
+        from_source = SourcePayloads(locate(source), repair.manifest, follow_links)
     repair.rewrite_shards(from_source, listener)
     if from_source is not None:
         repair.rebuild(from_source.scanned, pool, listener)

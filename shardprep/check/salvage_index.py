@@ -18,7 +18,7 @@ from shardprep.check.file_faults import read_legible
 from shardprep.errors import CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.codecs import NPY_FAULTS
-from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL, IndexRow, is_index
+from shardprep.format.index import NO_LABEL, IndexRow, is_index, key_fault
 from shardprep.format.manifest import Manifest
 from shardprep.format.tar import BLOCK, content, walk
 from shardprep.storage.local import open_regular
@@ -54,9 +54,7 @@ def _rows(tar: io.BufferedReader, manifest: Manifest) -> Iterator[IndexRow]:
         label = int(content(tar, after[0], _MOST_LABEL))
         payload = content(tar, mel, mel.size)
         frames = len(codecs.decode(payload, manifest.codec))
-        size = len(key.encode())
-        known = NO_LABEL <= label < len(manifest.speakers)
-        if "." in key or not 0 < size <= MAX_KEY_BYTES or not known:
+        if key_fault(key) or not NO_LABEL <= label < len(manifest.speakers):
             raise tarfile.ReadError(f"{mel.name!a} is not an utterance of this set")
         yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
 

@@ -92,14 +92,15 @@ class SourcePayloads:
     Args:
         source: The data set.
         manifest: Manifest of the set under repair.
+        follow_links: Whether files of the data set may be links out of it.
 
     Attributes:
         scanned: What is in the data set.
         notes: The reason for each utterance that it could not give.
     """
 
-    def __init__(self, source: Location, manifest: Manifest) -> None:
-        self.scanned = scan_dataset(source)
+    def __init__(self, source: Location, manifest: Manifest, follow_links: bool = False) -> None:
+        self.scanned = scan_dataset(source, follow_links=follow_links)
         self.notes: list[str] = []
         self._other = "is not the file that the set was built from"
         if manifest.codec.name == "zstd":

@@ -47,6 +47,7 @@ def verify_shards(
     *,
     deep: bool = False,
     against: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
     advance: Advance = lambda nbytes: None,
 ) -> VerifyReport:
     """Verify a shard set: sizes and sha256 of all files, and that it has no stray shard or index.
@@ -56,6 +57,7 @@ def verify_shards(
         deep: Also walk every tar and read every utterance: crc32, shape, finite values, label.
         against: Data set folder. Compare every utterance with it: exactly for float32, after
             rounding to float16 for float16.
+        follow_links: Whether files of `against` may be links out of it.
         advance: Called with the bytes done since the last call.
 
     Returns:
@@ -69,7 +71,9 @@ def verify_shards(
     began = time.monotonic()
     place = locate(path)
     report = VerifyReport()
-    source = scan_dataset(against) if against is not None else None
+    source = None
+    if against is not None:
+        source = scan_dataset(against, follow_links=follow_links)
     try:
         manifest = load_manifest(place)
     except FormatError as error:

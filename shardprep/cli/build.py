@@ -11,7 +11,9 @@ from shardprep.build.writer import BuildReport, build_shards
 from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
+from shardprep.errors import SourceError
 from shardprep.format.manifest import REJECTS_NAME
+from shardprep.source.dataset import kinds_of
 from shardprep.storage.remote import Location
 
 _EPILOG = """
@@ -95,9 +97,27 @@ Examples:
     help="Replace the set in DST. Readers use the old set until the new one is complete; in a "
     "store, until it is copied.",
 )
-@click.option("--dry-run", is_flag=True, help="Read and check every file, write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read and check every file, list all faulty utterances, write nothing.",
+)
+@click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Take files that are links out of SRC, as in caches of the Hugging Face Hub, DVC and "
+    "DataLad. Only for an SRC that you trust.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def build(source: Location, destination: Location, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def build(
+    context: click.Context,
+    /,
+    source: Location,
+    destination: Location,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Pack the data set SRC into tar shards in DST.
 
     SRC has the layout of the NTU homework 4: metadata.json, optionally mapping.json and
@@ -114,10 +134,12 @@ def build(source: Location, destination: Location, as_json: bool, **options: Any
         print_json(report)
     else:
         _print_summary(report)
+    refused = report.dry_run and options["on_error"] == "fail" and bool(report.rejects)
     if report.rejects:
-        click.echo(_warning(report), err=True)
+        click.echo(_refusal(report) if refused else _warning(report), err=True)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
+    context.exit(SourceError.exit_code if refused else 0)
 
 
 def _print_summary(report: BuildReport) -> None:
@@ -149,7 +171,20 @@ def _print_summary(report: BuildReport) -> None:
 def _warning(report: BuildReport) -> str:
     rejected = count(len(report.rejects), "utterance")
     if report.dry_run:
-        listed = "\n".join(f"  {reject.file}: {reject.reason}" for reject in report.rejects)
-        return f"warning: {rejected} would be left out:\n{listed}"
+        return f"warning: {rejected} would be left out:\n{_listed(report)}"
     where = f"{report.destination}/{REJECTS_NAME}"
     return f"warning: {rejected} left out; {where} lists them with reasons"
+
+
+def _refusal(report: BuildReport) -> str:
+    kinds = "\n".join(f"  {number:>7,} {kind}" for kind, number in kinds_of(report.rejects))
+    return (
+        f"{_listed(report)}\n"
+        f"error: {count(len(report.rejects), 'utterance')} faulty, all listed above:\n"
+        f"{kinds}\n"
+        "Correct the data set, or leave such utterances out with --on-error skip."
+    )
+
+
+def _listed(report: BuildReport) -> str:
+    return "\n".join(f"  {reject.file}: {reject.reason}" for reject in report.rejects)

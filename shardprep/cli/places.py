@@ -33,5 +33,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
             # click takes every error for a folder that does not exist.
             with contextlib.suppress(OSError), machine_errors(place):
                 os.stat(place)
+            if os.path.isfile(place):
+                self.fail(f"{place} is a file; name its folder, {place.parent}", param, ctx)
             self._path.convert(str(place), param, ctx)
         return place

@@ -29,6 +29,11 @@ _MOST_LINES = 20
     "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
 )
 @click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Take files that are links out of SRC; see `shardprep build --help`.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
@@ -42,6 +47,7 @@ def repair(
     shards: Location,
     source: Location | None,
     drop: bool,
+    follow_links: bool,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -63,6 +69,7 @@ def repair(
         shards,
         source=source,
         drop=drop,
+        follow_links=follow_links,
         workers=workers,
         listener=BuildProgress("repair"),
         before_drop=_announce,

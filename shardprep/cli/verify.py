@@ -23,10 +23,20 @@ from shardprep.storage.remote import Location
     metavar="SRC",
     help="Also compare every utterance with the data set that DST was built from.",
 )
+@click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Take files that are links out of SRC; see `shardprep build --help`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
 def verify(
-    context: click.Context, shards: Location, deep: bool, against: Location | None, as_json: bool
+    context: click.Context,
+    shards: Location,
+    deep: bool,
+    against: Location | None,
+    follow_links: bool,
+    as_json: bool,
 ) -> None:
     """Check the integrity of the shard set DST: sizes and sha256 of all files.
 
@@ -36,7 +46,9 @@ def verify(
     files; stdout names each fault and each file that was not read.
     """
     with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
-        report = verify_shards(shards, deep=deep, against=against, advance=bar.update)
+        report = verify_shards(
+            shards, deep=deep, against=against, follow_links=follow_links, advance=bar.update
+        )
     if as_json:
         print_json({**dataclasses.asdict(report), "intact": report.intact})
     else:

@@ -6,6 +6,7 @@ Readers take the columns only if no row leads outside the shards.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from shardprep.format.manifest import Manifest, SplitInfo
 NO_LABEL = -1
 # A member's name, the key and ".mel.npy.zst", has at most the 100 bytes of a tar header.
 MAX_KEY_BYTES = 88
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Index rows that are checked at a time.
 _BLOCK = 1 << 18
 
@@ -37,6 +39,45 @@ def index_dtype(key_bytes: int) -> np.dtype[Any]:
             ("key", f"S{key_bytes}"),
         ]
     )
+
+
+def key_fault(key: str) -> str | None:
+    """Why a key cannot name an utterance in a tar, with a remedy; None if it can.
+
+    The rules are those of the readers: `webdataset` and `datasets` cut a name at the first dot
+    after its last slash, and skip some names that begin with two underscores.
+    """
+    folder, _, name = key.rpartition("/")
+    first = folder.partition("/")[0]
+    if not name:
+        return "the file has no name before .pt"
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        return "the file name is not valid Unicode"
+    if _CONTROL.search(key):
+        return "the path has control characters; rename the file"
+    if "." in name:
+        return (
+            f"the file name has a dot before .pt, where readers of tar files cut it; rename it, "
+            f"such as to {name.replace('.', '-')}.pt"
+        )
+    if name.startswith("__"):
+        return (
+            'the file name begins with "__", and Hugging Face datasets skips such files in a tar; '
+            "rename it"
+        )
+    if first.startswith("__") and first.endswith("__"):
+        return (
+            f'the folder {first} begins and ends with "__", and webdataset skips such folders; '
+            "rename it"
+        )
+    if size > MAX_KEY_BYTES:
+        return (
+            f"the path without .pt has {size} bytes, and a tar takes {MAX_KEY_BYTES}; shorten the "
+            "names of the file and its folders"
+        )
+    return None
 
 
 def is_index(rows: NDArray[Any]) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.read.address_space import AddressSpace
 from shardprep.storage.local import open_regular
+from shardprep.storage.sniff import wrong_size
 from shardprep.storage.trouble import machine_errors
 from shardprep.system import after_fork_in_child
 
@@ -123,4 +124,4 @@ after_fork_in_child(_after_fork)
 
 def _check_size(path: Path, found: int, expected: int) -> None:
     if found != expected:
-        raise CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)
+        raise wrong_size(path, found, expected)

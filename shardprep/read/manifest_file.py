@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shardprep.format.manifest import (
 )
 from shardprep.storage.local import exists, read_at_most
 from shardprep.storage.remote import Location, Remote
+from shardprep.storage.sniff import sniff
 from shardprep.storage.trouble import machine_errors, storage_errors
 
 
@@ -42,17 +44,39 @@ def load_manifest(folder: Location) -> Manifest:
         raise FormatError(
             f"cannot be read: {error.strerror}", file=path, remedy=OTHER_RELEASE
         ) from None
-    return decode_manifest(data, path)
+    return _decoded(data, path)
+
+
+def _decoded(data: bytes, path: Location) -> Manifest:
+    """The manifest in these bytes; an error names what they are instead."""
+    try:
+        return decode_manifest(data, path)
+    except FormatError:
+        found = sniff(data)
+        if found is None or found.kind == "json":
+            raise
+        raise FormatError(found.what, file=path, remedy=_COPY_AGAIN) from None
 
 
 def _instead_of_manifest(folder: Path) -> tuple[str, str]:
-    """What a folder without a manifest is, and what to do with it."""
-    if exists(folder / REPAIR_FOLDER / MANIFEST_NAME):
-        return "holds an unfinished repair", "Run `shardprep repair DST` to finish it."
-    if exists(folder / WORK_FOLDER):
-        remedy = "Run `shardprep build SRC DST` again to finish it."
-        return "holds an unfinished build", remedy
-    return "is not a shard folder: no manifest.json", _BUILD_REMEDY
+    """What a place without a manifest is, and what to do."""
+    if os.path.isfile(folder):
+        remedy = f"Name its folder, {folder.parent}."
+        return "is not a shard folder, but a file", remedy if _is_set(
+            folder.parent
+        ) else _BUILD_REMEDY
+    if not exists(folder):
+        return "does not exist", _BUILD_REMEDY
+    for name, what, remedy in _OTHER_FOLDERS:
+        if exists(folder / name):
+            return what, remedy.format(folder=folder)
+    inner = [path for path in itertools.islice(folder.iterdir(), _MOST_ENTRIES) if _is_set(path)]
+    remedy = f"Name {min(inner)}, which has one." if inner else _BUILD_REMEDY
+    return "is not a shard folder: no manifest.json", remedy
+
+
+def _is_set(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
 
 
 def _fetched_manifest(path: Remote) -> Manifest:
@@ -60,7 +84,7 @@ def _fetched_manifest(path: Remote) -> Manifest:
     data = _fetch(path)
     while True:
         try:
-            return decode_manifest(data, path)
+            return _decoded(data, path)
         except FormatError:
             before, data = data, _fetch(path)
             if data == before:
@@ -169,6 +193,33 @@ def _replaced(place: Location, what: str) -> CorruptShardError:
     )
 
 
+_COPY_AGAIN = "Copy the shard set again, or build it again with --overwrite."
 _BUILD_REMEDY = (
     "Run `shardprep build SRC DST` to make one, e.g. `shardprep build Dataset/ shards/`."
 )
+# What else a folder may be: a name that shows it, what it is, and what to do.
+_OTHER_FOLDERS = [
+    (
+        f"{REPAIR_FOLDER}/{MANIFEST_NAME}",
+        "holds an unfinished repair",
+        "Run `shardprep repair DST` to finish it.",
+    ),
+    (WORK_FOLDER, "holds an unfinished build", "Run `shardprep build SRC DST` again to finish it."),
+    (
+        "metadata.json",
+        "is not a shard folder, but a data set",
+        "Name the folder that `shardprep build {folder} DST` writes.",
+    ),
+    (
+        "model.safetensors",
+        "is not a shard folder, but a model folder",
+        "Name the folder that `shardprep build` wrote.",
+    ),
+    (
+        "config.yaml",
+        "is not a shard folder, but a run folder",
+        "Name the folder that `shardprep build` wrote; config.yaml says it at data.shards.",
+    ),
+]
+# Entries of a folder among which a shard folder is looked for.
+_MOST_ENTRIES = 1000

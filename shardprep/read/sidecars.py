@@ -32,12 +32,13 @@ from shardprep.read.address_space import (
 )
 from shardprep.read.files import Files
 from shardprep.storage.local import open_regular, read_at_most
+from shardprep.storage.sniff import wrong_size
 from shardprep.storage.trouble import BadPlaceError, machine_errors
 
 # Index rows whose keys are checked at a time.
 _BLOCK = 1 << 18
-# Bytes of a key: no dot, no control character.
-_ALLOWED = bytes(b for b in range(32, 256) if b not in b".\x7f")
+# Bytes of a key: no control character.
+_ALLOWED = bytes(b for b in range(32, 256) if b != 0x7F)
 
 
 def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
@@ -106,9 +107,7 @@ def check_file(path: Path, entry: FileInfo | ShardInfo) -> None:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
-            raise CorruptShardError(
-                f"has {size} bytes, expected {entry.bytes}", file=path, remedy=REPAIR
-            )
+            raise wrong_size(path, size, entry.bytes)
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
             raise CorruptShardError(
                 "its sha256 is not the one in the manifest", file=path, remedy=REPAIR
@@ -124,7 +123,9 @@ def _check_keys(rows: NDArray[Any]) -> None:
         left = data.translate(None, _ALLOWED)
         padding = len(data) - int(lengths.sum())
         if len(left) != padding or left.strip(b"\0") or not lengths.all():
-            raise ValueError("a key is empty, or has a dot or a control character")
+            raise ValueError("a key is empty, or has a control character")
+        if b"." in data and any(b"." in key.rpartition(b"/")[2] for key in keys.tolist()):
+            raise ValueError("the name of a key has a dot")
         if not data.isascii():
             np.char.decode(keys, "utf-8")
 

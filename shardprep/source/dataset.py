@@ -19,42 +19,49 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import msgspec
 
 from shardprep.errors import SourceError
-from shardprep.format.index import MAX_KEY_BYTES, NO_LABEL
+from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import Reject
-from shardprep.source.listing import Listing, listing_of
+from shardprep.source.json_text import name_of, whole_number
+from shardprep.source.listing import AbsentError, FileState, Listing, listing_of
 from shardprep.source.metadata import (
     MAPPING,
     MOST_SHOWN,
     TESTDATA,
     Metadata,
-    is_unicode,
     read_metadata,
 )
+from shardprep.source.paths import Roots, key_of, relative_path, spellings
 from shardprep.storage.remote import Location, locate
 
 # How many uses of a repeated file a reason lists; how many rejects a data set may have, far more
 # than one that is worth packing.
 _MOST_LISTED = 10
 _MOST_REJECTS = 100_000
+_MOST_FRAMES = 2**32
 
-_BAD_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
-_CORRECT = "Correct the data set, or leave such utterances out with --on-error skip."
+_CORRECT = (
+    "Correct the data set, or leave such utterances out with --on-error skip; --dry-run lists all."
+)
+# Kinds of faults that an error tells apart, and what differs between reasons of one kind.
+_SHOWN = 5
+_DETAILS = re.compile(r"\d+(?:\.\d+)?|'[^']*'|, but .* does.*|[;:(].*")
 
 
 class Utterance(NamedTuple):
     """One `.pt` file: its key in the shards, and what the metadata say about it.
 
     Attributes:
-        key: File path without ".pt"; names the utterance in the shards.
-        path: File path relative to the data set, with forward slashes.
+        key: Path of the metadata relative to the data set, with forward slashes, without ".pt";
+            names the utterance in the shards.
+        path: Where the file lies, relative to the data set. It is `key` and ".pt", unless the file
+            has another spelling of this name, such as the other form of Unicode.
         speaker: Speaker name, or None where unknown.
         label: Speaker number, or -1.
         frames: Length in mel frames.
@@ -116,17 +123,13 @@ class Source:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-class _Entry(msgspec.Struct):
-    feature_path: str
-    mel_len: int
-
-
 @dataclass
 class _Scan:
     """Collects utterances and rejects."""
 
     root: Location
     files: Listing
+    roots: Roots
     uses: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
     rejects: list[Reject] = field(default_factory=list)
@@ -139,15 +142,13 @@ class _Scan:
         shown = path[:MOST_SHOWN] if isinstance(path, str) else _shown(raw)
         key = ""
         try:
-            entry = msgspec.convert(raw, _Entry)
-            relative = _inside(entry.feature_path)
-            key = _key_of(relative)
+            listed = relative_path(_path_of(raw), self.roots)
+            key = key_of(listed)
             if speaker is not None and label == NO_LABEL:
                 raise ValueError(f"speaker {speaker} is not in {MAPPING}")
-            if entry.mel_len < 1:
-                raise ValueError(f"mel_len is {entry.mel_len}, expected at least 1")
-            state = self.files.look(relative)
-        except (msgspec.ValidationError, ValueError) as error:
+            frames = _frames_of(raw)
+            relative, state = self._find(raw["feature_path"], listed)
+        except ValueError as error:
             if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
                 # The file may be healthy: this process cannot even ask for it.
                 raise
@@ -160,16 +161,21 @@ class _Scan:
             raise SourceError(
                 f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
             )
-        self.found[split].append(
-            Utterance(key, relative, speaker, label, entry.mel_len, *state, number)
-        )
+        self.found[split].append(Utterance(key, relative, speaker, label, frames, *state, number))
+
+    def _find(self, path: str, listed: str) -> tuple[str, FileState]:
+        """Where the file of a path lies, and its state. ValueError if it cannot be used."""
+        with contextlib.suppress(AbsentError):
+            return listed, self.files.look(listed)
+        for other in spellings(path, listed):
+            with contextlib.suppress(AbsentError):
+                return other, self.files.look(other)
+        raise ValueError(self.files.why_absent(listed))
 
     def _reject(self, reject: Reject) -> None:
         self.rejects.append(reject)
         if len(self.rejects) > _MOST_REJECTS:
-            error = source_error(self.rejects[0], self.root)
-            error.what += f" (and {_MOST_REJECTS} more utterances are faulty)"
-            raise error
+            raise rejects_error(self.rejects, self.root)
 
     def settle_repeated(self) -> None:
         """Keep one use of a file that is listed again, or none if its label is in doubt."""
@@ -223,11 +229,40 @@ def source_error(reject: Reject, root: Location, remedy: str = _CORRECT) -> Sour
     )
 
 
-def scan_dataset(root: str | os.PathLike[str]) -> Source:
+def rejects_error(rejects: Sequence[Reject], root: Location) -> SourceError:
+    """The error for several utterances: the first of them, and how many others there are."""
+    error = source_error(rejects[0], root)
+    if others := rejects[1:]:
+        kinds = dict(kinds_of(others))
+        alike = kinds.pop(_kind_of(rejects[0]), 0)
+        more = f"{len(others)} more utterance{'s' * (len(others) > 1)}"
+        if not kinds:
+            error.what += f" (and {more} like it)"
+            return error
+        counts = [f"{alike} like it"] * (alike > 0)
+        counts += [f'{count} of the kind "{kind}"' for kind, count in list(kinds.items())[:_SHOWN]]
+        counts += ["others"] * (len(kinds) > _SHOWN)
+        error.what += f" (and {more} are faulty: {', '.join(counts)})"
+    return error
+
+
+def kinds_of(rejects: Iterable[Reject]) -> list[tuple[str, int]]:
+    """The kinds of faults and how often each occurs, the most frequent first."""
+    return Counter(map(_kind_of, rejects)).most_common()
+
+
+def _kind_of(reject: Reject) -> str:
+    """The reason of a reject without what differs from file to file."""
+    shown = {"'": "'...'", **dict.fromkeys("0123456789", "N")}
+    return _DETAILS.sub(lambda found: shown.get(found[0][0], ""), reject.reason).strip()
+
+
+def scan_dataset(root: str | os.PathLike[str], *, follow_links: bool = False) -> Source:
     """Read the three JSON files of a data set, and look at every file that they name.
 
     Args:
         root: Folder or URL of the data set.
+        follow_links: Whether files may be links out of the folder, as download caches make them.
 
     Returns:
         What was found. The `.pt` files are not opened; see `shardprep.source.features`.
@@ -237,10 +272,10 @@ def scan_dataset(root: str | os.PathLike[str]) -> Source:
         StorageError: The store behind the URL gives no answer.
     """
     folder = locate(root)
-    files = listing_of(folder)
+    files, roots = listing_of(folder, follow_links), Roots(folder)
     metadata = read_metadata(folder, files)
-    files.expect(_paths(metadata))
-    scan = _Scan(folder, files)
+    files.expect(_paths(metadata, roots))
+    scan = _Scan(folder, files, roots)
     for speaker, entries in metadata.speakers.items():
         for entry in entries:
             scan.add(entry, "labelled", speaker, metadata.labels.get(speaker, NO_LABEL))
@@ -266,36 +301,34 @@ def _shown(raw: Any) -> str:
         return type(raw).__name__
 
 
-def _inside(path: str) -> str:
-    if len(path) > MOST_SHOWN:
-        raise ValueError(f"the path has {len(path)} characters, expected at most {MOST_SHOWN}")
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
-        raise ValueError("the path leads outside the data set")
-    return str(pure)
+def _path_of(entry: Any) -> str:
+    """The path of an entry. ValueError if there is none."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the entry is {name_of(entry)}, expected feature_path and mel_len")
+    if "feature_path" not in entry:
+        raise ValueError("the entry has no feature_path")
+    if not isinstance(path := entry["feature_path"], str):
+        raise ValueError(f"feature_path is {name_of(path)}, expected a path as text")
+    return path
 
 
-def _key_of(relative: str) -> str:
-    if not relative.endswith(".pt"):
-        raise ValueError("the file name does not end in .pt")
-    key = relative.removesuffix(".pt")
-    if "." in key:
-        raise ValueError(f"the key {key!r} contains a dot, where tar readers cut names")
-    if _BAD_CHARACTERS.search(key) or any(part.startswith("__") for part in key.split("/")):
-        raise ValueError(f"the key {key!r} has characters that tar readers do not take")
-    if not is_unicode(key):
-        raise ValueError("the file name is not valid Unicode")
-    size = len(key.encode())
-    if not key.split("/")[-1] or size > MAX_KEY_BYTES:
-        raise ValueError(f"the key {key!r} has {size} bytes, expected 1 to {MAX_KEY_BYTES}")
-    return key
+def _frames_of(entry: dict[str, Any]) -> int:
+    """The length of an entry. ValueError if it is none."""
+    if "mel_len" not in entry:
+        raise ValueError("the entry has no mel_len")
+    frames = whole_number(entry["mel_len"])
+    if frames is None:
+        raise ValueError(f"mel_len is {name_of(entry['mel_len'])}, expected a whole number")
+    if frames < 1:
+        raise ValueError(f"mel_len is {frames}, expected at least 1")
+    if frames >= _MOST_FRAMES:
+        raise ValueError(f"mel_len is {_shown(frames)[:20]}, expected less than {_MOST_FRAMES}")
+    return frames
 
 
-def _paths(metadata: Metadata) -> Iterator[str]:
+def _paths(metadata: Metadata, roots: Roots) -> Iterator[str]:
     """The paths of all files that are listed, except faulty ones."""
     for entries in (*metadata.speakers.values(), metadata.test):
         for entry in entries:
-            path = entry.get("feature_path") if isinstance(entry, dict) else None
             with contextlib.suppress(ValueError):
-                if isinstance(path, str):
-                    yield _inside(path)
+                yield relative_path(_path_of(entry), roots)

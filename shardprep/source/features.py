@@ -80,7 +80,23 @@ def _file_faults(file: Path | bytes) -> Iterator[None]:
 
 
 def _check_shape(shape: tuple[int, ...], n_mels: int, frames: int) -> None:
-    if len(shape) != 2 or shape[1] != n_mels:
-        raise ValueError(f"has shape {shape}, expected (mel_len, {n_mels})")
-    if shape[0] != frames:
-        raise ValueError(f"has {shape[0]} frames, but mel_len says {frames}")
+    if len(shape) == 2 and shape[1] == n_mels:
+        if shape[0] != frames:
+            raise ValueError(
+                f"has {shape[0]} frames, but mel_len says {frames}; correct mel_len, or make the "
+                "file again"
+            )
+        return
+    expected = f"has shape {shape}, expected (mel_len, {n_mels})"
+    inner = tuple(n for n in shape if n != 1)
+    if shape == (n_mels, frames):
+        raise ValueError(f"{expected}: it is transposed; save tensor.T")
+    if len(shape) == 3 and inner == (frames, n_mels):
+        raise ValueError(f"{expected}; save tensor.squeeze()")
+    if len(shape) == 3 and inner == (n_mels, frames):
+        raise ValueError(f"{expected}: it is transposed; save tensor.squeeze().T")
+    if len(shape) == 2 and shape[0] == frames:
+        raise ValueError(f"{expected}; if all files have {shape[1]} mels, correct n_mels")
+    if len(shape) == 1:
+        raise ValueError(f"{expected}; if it is a waveform, save its log-mels")
+    raise ValueError(expected)

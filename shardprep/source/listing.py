@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from shardprep.source.missing import ABSENT, Absences, why_dangling
 from shardprep.storage.local import read_at_most
 from shardprep.storage.remote import Location, Remote, modified_ns
 from shardprep.storage.trouble import (
@@ -20,12 +22,13 @@ from shardprep.storage.trouble import (
     storage_error,
 )
 
-_ABSENT = "the file does not exist"
 # What stores call the version of an object, beside its time. Times of a folder can be set to any
 # value, and copies keep them; the time of the last change of an inode cannot be set.
 _TAGS = ("ETag", "etag", "generation", "version_id", "Content-MD5")
 # A web server is asked for each file: so many requests at a time.
 _REQUESTS = 64
+# Entries of a folder among which a data set is looked for.
+_MOST_ENTRIES = 1000
 
 
 class FileState(NamedTuple):
@@ -40,6 +43,10 @@ class FileState(NamedTuple):
     version: int
 
 
+class AbsentError(ValueError):
+    """There is no file of such a name."""
+
+
 class Listing(Protocol):
     """What `scan_dataset` needs of the place where a data set lies."""
 
@@ -50,28 +57,52 @@ class Listing(Protocol):
         """Look at a file of the data set.
 
         Raises:
-            ValueError: The file does not exist, or lies outside; in words for `Reject.reason`.
-            StorageError: The machine cannot look at it now.
+            AbsentError: There is no such file.
+            ValueError: It lies outside, or is no file; in words for `Reject.reason`.
+            StorageError: The machine or the store gives no answer.
         """
 
+    def why_absent(self, relative: str) -> str:
+        """Why there is no such file, in words for `Reject.reason`."""
+
     def size(self, name: str) -> int:
-        """Size of a JSON file in bytes. FileNotFoundError if there is none."""
+        """Size of a JSON file in bytes.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is a link to nothing; in words that follow its name.
+        """
 
     def read(self, name: str, most: int) -> bytes:
-        """The bytes of a JSON file. OSError if there are more than `most`."""
+        """The bytes of a JSON file.
+
+        Raises:
+            OSError: It cannot be read, or has more than `most` bytes.
+            ValueError: It lies outside; in words that follow its name.
+        """
 
     def count(self) -> int:
         """How many files there are."""
 
+    def folders(self) -> list[str]:
+        """Names of some folders in the place, to look for a data set in them."""
+
 
 class FolderListing:
-    """The files of a folder."""
+    """The files of a folder.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The folder.
+        follow_links: Whether a file may be a link out of the folder, or lie in a linked folder.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         self._root = root
+        self._follow_links = follow_links
         self._real_root = os.path.realpath(root)
         # Each folder within it that was looked at, and whether it really lies within.
         self._folders: dict[str, bool] = {}
+        self._absences = Absences(root)
 
     def expect(self, paths: Iterable[str]) -> None:
         """Nothing: to look at a file costs one system call."""
@@ -79,34 +110,68 @@ class FolderListing:
     def look(self, relative: str) -> FileState:
         """See `Listing.look`."""
         path = os.path.join(self._root, relative)
+        is_link = False
         try:
             info = os.lstat(path)
             if is_link := stat.S_ISLNK(info.st_mode):
                 info = os.stat(path)
-        except FileNotFoundError:
-            raise ValueError(_ABSENT) from None
+        except (FileNotFoundError, NotADirectoryError):
+            if is_link:
+                raise ValueError(why_dangling(path)) from None
+            raise AbsentError(ABSENT) from None
         except OSError as error:
             if not blames_file(error):
                 raise storage_error(error, path, "cannot be read") from error
             raise ValueError(f"the file cannot be read: {error.strerror}") from None
-        if not (self._is_inside(path) if is_link else self._is_folder_inside(path)):
-            raise ValueError("the path leads outside the data set through a link")
+        self._check_inside(path, is_link)
         if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, a socket or a device"
+            raise ValueError(f"not a regular file, but {kind}")
         return FileState(info.st_size, _number(info.st_mtime_ns, info.st_ctime_ns))
+
+    def why_absent(self, relative: str) -> str:
+        """See `Listing.why_absent`."""
+        return self._absences.why(relative)
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""
-        return self._root.joinpath(name).stat().st_size
+        path = self._root / name
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise ValueError(why_dangling(os.fspath(path)).removeprefix("the file ")) from None
+            raise
 
     def read(self, name: str, most: int) -> bytes:
         """See `Listing.read`."""
-        return read_at_most(self._root / name, most)
+        path = self._root / name
+        self._check_inside(os.fspath(path), path.is_symlink())
+        return read_at_most(path, most)
 
     def count(self) -> int:
         """See `Listing.count`."""
         with machine_errors(self._root):
             return sum(len(names) for _, _, names in os.walk(self._root, onerror=_raise))
+
+    def folders(self) -> list[str]:
+        """See `Listing.folders`."""
+        try:
+            with os.scandir(self._root) as entries:
+                found = [e.name for e in itertools.islice(entries, _MOST_ENTRIES) if e.is_dir()]
+        except OSError:
+            return []
+        return sorted(found)
+
+    def _check_inside(self, path: str, is_link: bool) -> None:
+        """ValueError if a file lies outside, and was not asked for with `follow_links`."""
+        if self._follow_links:
+            return
+        if not (self._is_inside(path) if is_link else self._is_folder_inside(path)):
+            raise ValueError(
+                "a link leads out of the data set; --follow-links takes such files, if you trust "
+                "the data set"
+            )
 
     def _is_inside(self, path: str) -> bool:
         return os.path.commonpath([self._real_root, os.path.realpath(path)]) == self._real_root
@@ -145,10 +210,14 @@ class StoreListing:
         """See `Listing.look`."""
         info = self._found.get(relative)
         if info is None or info.get("type", "file") != "file":
-            raise ValueError(_ABSENT)
+            raise AbsentError(ABSENT)
         if info.get("size") is None:
             raise ValueError("the server does not tell its size")
         return FileState(int(info["size"]), _store_version(info))
+
+    def why_absent(self, relative: str) -> str:
+        """See `Listing.why_absent`."""
+        return ABSENT
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""
@@ -170,6 +239,14 @@ class StoreListing:
         """See `Listing.count`."""
         return len(self._found)
 
+    def folders(self) -> list[str]:
+        """See `Listing.folders`."""
+        return (
+            ["Dataset"]
+            if self._root.is_http
+            else sorted({name.partition("/")[0] for name in self._found if "/" in name})
+        )
+
     def _ask(self, relative: str) -> dict[str, Any] | None:
         try:
             return (self._root / relative).info()
@@ -189,6 +266,6 @@ def _number(*parts: Any) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
-def listing_of(root: Location) -> Listing:
-    """The files of a data set."""
-    return StoreListing(root) if isinstance(root, Remote) else FolderListing(root)
+def listing_of(root: Location, follow_links: bool = False) -> Listing:
+    """The files of a data set; see `FolderListing` for `follow_links`. A store has no links."""
+    return StoreListing(root) if isinstance(root, Remote) else FolderListing(root, follow_links)

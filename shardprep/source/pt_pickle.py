@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 # Far more than the pickle of a tensor has.
 _MOST_OPCODES = 20_000
+_MOST_SHOWN = 40
 
 _REBUILD = {"torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"}
 _PARAMETER = "torch._utils _rebuild_parameter"
@@ -34,6 +35,25 @@ _STORAGES = {
     "ComplexDouble": "complex128",
 }
 _KINDS = {f"torch {name}Storage": kind for name, kind in _STORAGES.items()}
+# What else pickles often call for, by the beginning of the name, and what to save instead.
+_OTHERS = {
+    "numpy": "a NumPy array, not a tensor; save torch.from_numpy(array)",
+    "pandas": "a table of pandas, not a tensor; save torch.tensor(table.to_numpy())",
+    "torch._utils _rebuild_sparse": "a sparse tensor; save tensor.to_dense()",
+    "torch._utils _rebuild_qtensor": "a quantized tensor; save tensor.dequantize()",
+    "torch._utils _rebuild_nested": "a nested tensor; save each tensor in a file of its own",
+    "torch._utils _rebuild_meta": "a tensor without numbers (device meta); save one with numbers",
+    "torch._utils _rebuild_device": "a tensor of another device; save tensor.cpu()",
+    "torch._tensor _rebuild_from_type": "a tensor of a subclass; save tensor.as_subclass("
+    "torch.Tensor)",
+    "torch.nn.modules": "a model, not a tensor",
+    "__torch__": "a TorchScript program, not a tensor",
+}
+_INSTEAD: dict[type, str] = {
+    list: "save torch.tensor(values), or each tensor in a file of its own",
+    tuple: "save the tensor alone",
+    str: "save the tensor alone",
+}
 # All that a pickle may name.
 _GLOBALS = {*_REBUILD, _PARAMETER, _ORDERED_DICT, *_KINDS}
 
@@ -46,6 +66,10 @@ _USUAL = re.compile(
     rb"\x86q\x07\x89ccollections\nOrderedDict\nq\x08\)Rq\ttq\nRq\x0b\.",
     re.DOTALL,
 )  # fmt: skip
+
+
+class Explained(ValueError):
+    """What is wrong with a file, as a whole clause that follows the file's name."""
 
 
 class _Function(NamedTuple):
@@ -105,6 +129,7 @@ def run_pickle(file: io.BytesIO) -> Any:
         What it makes: a TensorCall, or numbers, strings, tuples, lists and dicts.
 
     Raises:
+        Explained: The pickle makes something else than a dense tensor, said in words.
         ValueError: The pickle is damaged, or `torch.save` would not write it for a dense tensor.
     """
     stack: list[Any] = []
@@ -114,18 +139,53 @@ def run_pickle(file: io.BytesIO) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= _MOST_OPCODES:
+                _refuse_container(stack)
                 raise ValueError("its pickle is longer than that of a tensor")
             try:
                 if opcode.name == "STOP":
                     return stack.pop()
+                if (
+                    opcode.name == "FRAME"
+                    and (argument or 0) > file.getbuffer().nbytes - file.tell()
+                ):
+                    raise ValueError("its pickle is cut off")
                 _step(opcode.name, argument, stack, memo)
             except (IndexError, KeyError):
                 raise ValueError("its pickle is damaged") from None
     raise ValueError("its pickle has no end")
 
 
+def refuse_other(value: Any) -> None:
+    """Explained if a program makes a value that is no tensor; it says what to save instead."""
+    if isinstance(value, TensorCall):
+        return
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        held = f"a {kind}" if type(value) in _INSTEAD else f"a value of type {kind}"
+        remedy = _INSTEAD.get(type(value), "save the tensor")
+        raise Explained(f"holds {held}, not a tensor; {remedy}")
+    keys = list(map(str, value))
+    if any(key.rpartition(".")[2] in ("weight", "bias") for key in keys):
+        raise Explained("holds a dict of the weights of a model (a state_dict), not a tensor")
+    tensors = [key for key in keys if isinstance(value[key], TensorCall)]
+    shown = ", ".join(ascii(key[:_MOST_SHOWN]) for key in keys[:3]) + ", ..." * (len(keys) > 3)
+    what = f"holds a dict, not a tensor (its keys: {shown})" if keys else "holds an empty dict"
+    if len(tensors) == 1:
+        name = ascii(tensors[0][:_MOST_SHOWN])
+        raise Explained(f"{what}; save the tensor alone, torch.save(torch.load(FILE)[{name}])")
+    raise Explained(f"{what}; save the tensor alone")
+
+
+def _refuse_container(stack: list[Any]) -> None:
+    """Explained if an unfinished program is making a list, a dict or a tuple of values."""
+    if stack and type(stack[0]) in (list, dict):
+        refuse_other(stack[0])
+    if stack and stack[0] is _Mark:
+        refuse_other(())
+
+
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
-    if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"):
+    if name in _VALUES:
         stack.append(argument)
     elif name in _CONSTANTS:
         stack.append(_CONSTANTS[name])
@@ -135,6 +195,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(_Mark)
     elif name in ("BINPUT", "LONG_BINPUT"):
         memo[argument] = stack[-1]
+    elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
     elif name in ("BINGET", "LONG_BINGET"):
         stack.append(memo[argument])
     elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
@@ -156,19 +218,38 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
             if isinstance(key, str)
         )
     elif name == "GLOBAL":
-        if argument not in _GLOBALS:
-            named = argument.replace(" ", ".")[:100]
-            raise ValueError(f"its pickle calls for {named}, which no dense tensor needs")
-        stack.append(_Function(argument))
+        stack.append(_named(argument))
+    elif name == "STACK_GLOBAL":
+        module, attribute = _popped(stack, 2)
+        if not isinstance(module, str) or not isinstance(attribute, str):
+            raise ValueError("its pickle is damaged")
+        stack.append(_named(f"{module} {attribute}"))
     elif name == "BINPERSID":
         stack.append(_storage(stack.pop()))
     elif name == "REDUCE":
         arguments = stack.pop()
         stack.append(_called(stack.pop(), arguments))
-    elif name != "PROTO":
+    elif name not in ("PROTO", "FRAME"):
+        _refuse_container(stack)
         raise ValueError(f"its pickle has the instruction {name}, which no dense tensor needs")
 
 
+def _named(name: str) -> _Function:
+    """The function of a name, "MODULE NAME", if the pickle of a tensor may name it."""
+    if name in _GLOBALS:
+        return _Function(name)
+    for begin, words in _OTHERS.items():
+        if name.startswith(begin):
+            raise Explained(f"holds {words}")
+    shown = name.replace(" ", ".")[:100]
+    raise ValueError(f"its pickle calls for {shown}, which no dense tensor needs")
+
+
+# Instructions whose argument is a value. Those of text are those of Python 2.
+_VALUES = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+}  # fmt: skip
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 

@@ -20,18 +20,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.source.pt_pickle import Storage, TensorCall, run_pickle, usual_call
+from shardprep.source.pt_other import ends_early, what_else
+from shardprep.source.pt_pickle import (
+    Explained,
+    Storage,
+    TensorCall,
+    refuse_other,
+    run_pickle,
+    usual_call,
+)
 from shardprep.source.pt_zip import ZIP_MAGIC, DamagedRecord, read_records
 
 # NumPy has no bfloat16, the upper half of a float32.
 _DTYPES = {"float16": "<f2", "float32": "<f4", "float64": "<f8", "bfloat16": "<u2"}
 
+_AS_FLOATS = dict.fromkeys(("complex64", "complex128"), "tensor.abs() if that is what is meant")
+# The record "byteorder" of a file, and what NumPy calls it.
+_ORDERS = {b"little": "<", b"big": ">"}
+
 # What precedes the tensor in the older format: a magic number, a version, facts of the machine.
 _OLDER_MAGIC, _OLDER_VERSION = 0x1950A86A20F9469CFC6C, 1001
-
-
-class _OtherContent(ValueError):
-    """The file is undamaged, and holds something else."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +75,27 @@ def read_tensor(data: bytes) -> StoredTensor:
     """
     try:
         return _from_zip(data) if data.startswith(ZIP_MAGIC) else _from_older(data)
-    except (_OtherContent, DamagedRecord):
+    except (Explained, DamagedRecord):
         raise
     except ValueError as error:
         why = str(error)[:200]
-        raise ValueError(f"not a tensor file that can be loaded safely: {why}") from None
+        raise ValueError(
+            what_else(data) or f"not a tensor file that can be loaded safely: {why}"
+        ) from None
 
 
 def _from_zip(data: bytes) -> StoredTensor:
     records = read_records(data)
-    if records.get("byteorder", b"little") != b"little":
-        raise ValueError("its numbers are big-endian")
+    order = bytes(records.get("byteorder", b"little")[:10])
+    if order not in _ORDERS:
+        raise ValueError("its numbers are in an order that is unknown")
     if "data.pkl" not in records:
         raise ValueError("it has no record data.pkl")
     program = bytes(records["data.pkl"])
     call = _tensor(usual_call(program) or _run(program))
     if f"data/{call.storage.key}" not in records:
         raise ValueError(f"it has no record data/{call.storage.key}")
-    return _placed(call, records[f"data/{call.storage.key}"])
+    return _placed(call, records[f"data/{call.storage.key}"], _ORDERS[order])
 
 
 def _run(program: bytes) -> Any:
@@ -97,30 +108,43 @@ def _run(program: bytes) -> Any:
 
 def _from_older(data: bytes) -> StoredTensor:
     file = io.BytesIO(data)
-    if (run_pickle(file), run_pickle(file)) != (_OLDER_MAGIC, _OLDER_VERSION):
-        raise ValueError("it is no file of torch.save")
-    run_pickle(file)
-    call = _tensor(run_pickle(file))
-    keys = run_pickle(file)
+    magic = run_pickle(file)
+    if magic != _OLDER_MAGIC:
+        refuse_other(magic)
+    try:
+        if run_pickle(file) != _OLDER_VERSION:
+            raise ValueError("it is of an unknown version of torch.save")
+        run_pickle(file)
+        call = _tensor(run_pickle(file))
+        keys = run_pickle(file)
+    except ValueError as error:
+        if isinstance(error, Explained) or file.read(1):
+            raise
+        raise Explained(ends_early(data)) from None
     if keys != [call.storage.key]:
         raise ValueError("it has other numbers than those of one tensor")
     begin = file.tell() + 8
+    if len(data) < begin:
+        raise Explained(ends_early(data))
     if data[begin - 8 : begin] != struct.pack("<Q", call.storage.numel % 2**64):
         raise ValueError("it has another count of numbers than its pickle says")
+    itemsize = np.dtype(_DTYPES[call.storage.kind]).itemsize
+    if len(data) - begin < call.storage.numel * itemsize:
+        raise Explained(ends_early(data))
     return _placed(call, memoryview(data)[begin:])
 
 
-def _placed(call: TensorCall, numbers: memoryview | bytes) -> StoredTensor:
+def _placed(call: TensorCall, numbers: memoryview | bytes, order: str = "<") -> StoredTensor:
     """The tensor as a view of its numbers. ValueError if it reaches beyond them."""
     kind, _, count = call.storage
-    dtype = np.dtype(_DTYPES[kind])
+    dtype = np.dtype(_DTYPES[kind]).newbyteorder(order)  # type: ignore[arg-type]
     if count * dtype.itemsize != len(numbers):
         raise ValueError(f"it has {len(numbers)} bytes of numbers, but claims {count} of {kind}")
     # Along an axis of length 1 the stride does not matter, and may be any number.
     steps = [step if n > 1 else 0 for n, step in zip(call.shape, call.strides, strict=True)]
     last = call.offset + sum((n - 1) * step for n, step in zip(call.shape, steps, strict=True))
     if 0 in call.shape:
-        raise _OtherContent(f"has shape {call.shape}, expected numbers")
+        raise Explained(f"has shape {call.shape}, expected numbers")
     if last >= count:
         raise ValueError("its tensor reaches beyond the numbers")
     begin, steps = call.offset * dtype.itemsize, [step * dtype.itemsize for step in steps]
@@ -130,8 +154,8 @@ def _placed(call: TensorCall, numbers: memoryview | bytes) -> StoredTensor:
 
 def _tensor(result: Any) -> TensorCall:
     """The result of a program. ValueError if it is not a well-formed dense tensor of floats."""
-    if not isinstance(result, TensorCall):
-        raise _OtherContent(f"holds a {type(result).__name__}, not a tensor")
+    refuse_other(result)
+    assert isinstance(result, TensorCall)
     sizes = [result.offset, *_tuple(result.shape), *_tuple(result.strides)]
     storage = result.storage
     if (
@@ -141,7 +165,10 @@ def _tensor(result: Any) -> TensorCall:
     ):
         raise ValueError("its tensor has sizes that are none")
     if storage.kind not in _DTYPES:
-        raise _OtherContent(f"holds torch.{storage.kind} numbers, expected dense floating point")
+        raise Explained(
+            f"holds torch.{storage.kind} numbers, expected floating point; save "
+            f"{_AS_FLOATS.get(storage.kind, 'tensor.float()')}"
+        )
     return result
 
 

@@ -21,7 +21,9 @@ class DamagedRecord(ValueError):
     """A record of a file does not match its CRC-32."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"is damaged: the CRC-32 of its record {name} is another")
+        super().__init__(
+            f"is damaged: the CRC-32 of its record {name} is another; copy or make the file again"
+        )
 
 
 def read_records(data: bytes) -> dict[str, memoryview]:
@@ -51,6 +53,11 @@ def read_records(data: bytes) -> dict[str, memoryview]:
             if zlib.crc32(content) != crc32:
                 raise DamagedRecord(name)
     return found
+
+
+def record_names(data: bytes) -> list[str]:
+    """The names of the records of any zip file. ValueError if its directory cannot be read."""
+    return [name for name, *_ in _entries(data)]
 
 
 def _entries(data: bytes) -> Iterator[tuple[str, int, int, int, int, int]]:

@@ -345,9 +345,9 @@ def test_a_score_counts_the_rows_of_the_truth(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         (["Id,Category", "a,x"], "1 of the 2 utterances .* the first is b"),
-        (["a,x", "b,y"], "under that header"),
-        (["Id,Category", "a,x", "b"], "under that header"),
-        (["Id,Category", "a,x", "b,y", "a,y"], "an Id occurs with two names"),
+        (["a,x", "b,y"], "the first row is 'a,x', expected Id,Category"),
+        (["Id,Category", "a,x", "b"], "line 3: 1 values, expected Id,Category"),
+        (["Id,Category", "a,x", "b,y", "a,y"], "line 4: a occurs with two names"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_refused(

@@ -91,10 +91,12 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
         PredictionError: A file is not such a CSV, or the submission lacks an utterance.
     """
     answers, labels = read_labels(path), read_labels(truth)
-    missing = [key for key in labels if key not in answers]
+    # The labels may name utterances with or without .pt, as `shardprep score` takes them.
+    names = {key: key if key in answers else f"{key}.pt" for key in labels}
+    missing = [key for key, name in names.items() if name not in answers]
     if missing:
         raise missing_rows(str(path), missing, truth, len(labels), left_out)
-    return sum(answers[key] == name for key, name in labels.items()), len(labels)
+    return sum(answers[names[key]] == name for key, name in labels.items()), len(labels)
 
 
 def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | None:

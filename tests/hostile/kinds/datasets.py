@@ -83,6 +83,16 @@ entry("path_parent_folder", "a path is ../outside/secret.pt", feature_path="../o
 entry("path_absolute", "a path is /etc/passwd.pt", feature_path="/etc/passwd.pt")
 entry("path_with_nul", "a path has a zero byte", feature_path="uttr-0\0.pt")
 entry("path_of_20_mb", "a path has 20 million characters", feature_path="a" * 20_000_000 + ".pt")
+entry(
+    "path_with_backslashes",
+    "a path leads to ../outside/secret.pt with backslashes",
+    feature_path="..\\outside\\secret.pt",
+)
+entry(
+    "path_with_backslashes_and_slashes",
+    "a path leads inside where a backslash parts folders, and outside where it does not",
+    feature_path="a\\b/../../outside/secret.pt",
+)
 entry("mel_len_of_2_40", "mel_len is 2^40", mel_len=2**40)
 
 
@@ -109,6 +119,13 @@ def link_outside(folder: Path) -> None:
     """a .pt file is a symbolic link out of the data set"""
     (folder / "uttr-0.pt").rename(folder.parent / "outside" / "real.pt")
     (folder / "uttr-0.pt").symlink_to(folder.parent / "outside" / "real.pt")
+
+
+@kind("dataset")
+def metadata_link_outside(folder: Path) -> None:
+    """metadata.json is a symbolic link out of the data set"""
+    (folder / "metadata.json").rename(folder.parent / "outside" / "metadata.json")
+    (folder / "metadata.json").symlink_to(folder.parent / "outside" / "metadata.json")
 
 
 @kind("dataset")

@@ -147,6 +147,53 @@ pt(
     lambda path: program(b"\x80\x02cbuiltins\neval\nX\x0c\0\0\0open('canary')\x85R."),
 )
 pt(
+    "pt_eval_in_protocol_4",
+    "a .pt file calls for builtins.eval by names on its stack",
+    lambda path: program(
+        b"\x80\x04\x95\x2a\0\0\0\0\0\0\0\x8c\x08builtins\x94\x8c\x04eval\x94\x93\x94"
+        b"\x8c\x0fopen('canary','w')\x94\x85\x94R."
+    ),
+)
+pt(
+    "pt_name_in_two_halves",
+    "a .pt file spells os.system in the memo of its pickle",
+    lambda path: program(
+        b"\x80\x04\x8c\x06system\x94\x8c\x02os\x94h\x01h\0\x93\x94\x8c\x0ctouch canary\x85R."
+    ),
+)
+pt(
+    "pt_command_in_protocol_5",
+    "the pickle of a .pt file is of protocol 5 and runs a command",
+    lambda path: program(pickle.dumps(Canary(), 5)),
+)
+pt(
+    "pt_frame_of_8_eb",
+    "the pickle of a .pt file claims a frame of 8 exabytes",
+    lambda path: program(b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f" + b"N."),
+)
+pt(
+    "pt_bytes_of_4_gb",
+    "the pickle of a .pt file claims 4 GB of bytes",
+    lambda path: program(b"\x80\x04B\xff\xff\xff\xffa."),
+)
+pt(
+    "pt_memo_bomb",
+    "the pickle of a .pt file doubles a tuple 4,000 times by its memo",
+    lambda path: program(
+        b"\x80\x04)\x94"
+        + b"".join(
+            b"j" + struct.pack("<I", n) + b"j" + struct.pack("<I", n) + b"\x86\x94"
+            for n in range(4_000)
+        )
+        + b"."
+    ),
+)
+pt(
+    "pt_next_buffer",
+    "the pickle of a .pt file asks for a buffer from outside",
+    lambda path: program(b"\x80\x05\x97\x98."),
+)
+pt(
     "pt_long_pickle",
     "the pickle of a .pt file has ten million instructions",
     lambda path: program(b"\x80\x02" + b"N" * 10_000_000 + b"."),

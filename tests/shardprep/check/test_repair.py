@@ -464,7 +464,7 @@ def test_intact_set_stays_as_it_is(original: Path, shards: Path, contents: Conte
 
 
 def test_folder_without_a_set_or_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no manifest"):
+    with pytest.raises(FormatError, match=r"nowhere: does not exist\. Run `shardprep build"):
         repair_shards(tmp_path / "nowhere")
     with locked(shards), pytest.raises(BuildError, match="another build or repair is running"):
         repair_shards(shards)

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shardprep import BuildReport, VerifyReport, open_shards, verify_shards
+from shardprep import (
+    BuildReport,
+    StorageError,
+    VerifyReport,
+    open_shards,
+    repair_shards,
+    verify_shards,
+)
 from shardprep.build import shard
 from shardprep.format.manifest import encode_manifest
 from shardprep.read.manifest_file import load_manifest
@@ -241,3 +248,24 @@ def test_deep_finds_values_that_are_not_finite(
     assert verify_shards(tmp_path / "shards").intact
     (fault,) = verify_shards(tmp_path / "shards", deep=True).faults
     assert (fault.key, fault.what) == ("bob-003", "has values that are not finite")
+
+
+def test_shards_that_were_not_fetched_are_no_damage(
+    edge_set: Path, tmp_path: Path, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    """A clone without Git LFS has pointers in place of the shards: none may be dropped."""
+    folder = Path(shutil.copytree(edge_set, tmp_path / "shards"))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    for name in names:
+        (folder / name).write_bytes(pointer)
+    report = verify_shards(folder)
+    assert not report.faults
+    assert {fault.file for fault in report.unread} == set(names)
+    assert all("run `git lfs pull`" in fault.what for fault in report.unread)
+    before = contents(folder)
+    with pytest.raises(StorageError, match="run `git lfs pull`"):
+        repair_shards(folder, drop=True)
+    assert contents(folder) == before
+    with pytest.raises(StorageError, match=r"train\.index\.npy: is a Git LFS pointer"):
+        open_shards(folder)["train"]

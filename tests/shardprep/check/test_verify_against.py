@@ -51,7 +51,7 @@ def test_against_finds_a_changed_value_and_an_utterance_that_is_missing(
     # float16 rounds so small a change away.
     assert (invisible.stem in named) == (kind == "float32")
     assert "differs from the source" in named[changed.stem]
-    assert "loaded safely" in named[broken.stem]
+    assert "is text that begins 'garbage'" in named[broken.stem]
     assert "its label is" in named[relabelled.stem]
     assert "is not in the set" in named["added"]
     removed = metadata["speakers"]["id00002"].pop()["feature_path"].removesuffix(".pt")

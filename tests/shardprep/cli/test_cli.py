@@ -176,7 +176,7 @@ def test_json_is_all_that_is_on_stdout(run_cli: Cli, source: Path, tmp_path: Pat
     bad.write_bytes(b"garbage")
     dry = run_cli("build", source, shards, "--on-error", "skip", "--dry-run", "--workers", 1)
     assert "checked, nothing written" in dry.stdout
-    assert f"{bad.name}: not a tensor file" in dry.stderr
+    assert f"{bad.name}: is text that begins 'garbage'" in dry.stderr
     assert not shards.exists()
     done = run_cli("build", source, shards, "--on-error", "skip", "--workers", 1, "--json")
     report = json.loads(done.stdout)

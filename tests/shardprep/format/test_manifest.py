@@ -141,6 +141,47 @@ def test_names_that_lead_outside_are_refused_even_when_signed(
         decode_manifest(encode_manifest(forged), Path("manifest.json"))
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (bytes(900), "holds nothing but zero bytes"),
+        (LFS, "is a Git LFS pointer, not the file: run `git lfs pull`"),
+        (b"<html><title>Index of /</title>", r"is a web page \(its title: 'Index of /'\)"),
+        (b'{"message": "Not Found"}', r"is an error message of a server \('Not Found'\)"),
+    ],
+)
+def test_what_stands_in_place_of_a_manifest_is_named(
+    tmp_path: Path, data: bytes, said: str
+) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(FormatError, match=rf"manifest\.json: {said}.*Copy the shard set again"):
+        open_shards(tmp_path)
+
+
+def test_a_place_that_is_no_shard_folder_is_named(edge_set: Path, tmp_path: Path) -> None:
+    for name, said in {
+        "metadata.json": r"but a data set\. Name the folder that `shardprep build \S+ DST` writes",
+        "model.safetensors": "but a model folder",
+        "config.yaml": r"but a run folder.* config\.yaml says it at data\.shards",
+    }.items():
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(FormatError, match=f"is not a shard folder, {said}"):
+            open_shards(tmp_path)
+        (tmp_path / name).unlink()
+    with pytest.raises(FormatError, match=f"is not a shard folder, but a file. Name .*{edge_set}"):
+        open_shards(edge_set / "train-000000.tar")
+    with pytest.raises(
+        FormatError, match=f"no manifest.json. Name {edge_set}|Name {edge_set.parent}"
+    ):
+        open_shards(edge_set.parent)
+    with pytest.raises(FormatError, match="nowhere: does not exist"):
+        open_shards(tmp_path / "nowhere")
+
+
 def test_folder_without_manifest_says_which_command_makes_one(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"no manifest\.json\. Run `shardprep build"):
         open_shards(tmp_path)

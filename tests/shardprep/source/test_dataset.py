@@ -84,51 +84,87 @@ def set_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
     "missing file": (missing, "does not exist"),
-    "garbage": (raw(lambda data: b"garbage" * 99), "loaded safely: "),
-    "empty file": (raw(lambda data: b""), "loaded safely: "),
-    "truncated file": (
-        raw(lambda data: data[:-100]),
-        "not a tensor file",
-    ),
+    "garbage": (raw(lambda data: b"\1\2\xff" * 99), "loaded safely: "),
+    "text": (raw(lambda data: b"garbage" * 99), "is text that begins 'garbagegarbage"),
+    "empty file": (raw(lambda data: b""), r"is empty \(0 bytes\); copy or download it again"),
+    "truncated file": (raw(lambda data: data[:-100]), r"ends early, after \d+ bytes"),
     "malicious pickle": (tensor(Malicious()), "loaded safely: .*(putenv|posix)"),
     "bare malicious pickle": (raw(lambda data: pickle.dumps(Malicious(), 2)), "loaded safely: "),
     "list": (tensor(lambda mel: mel.tolist()), "holds a list, not a tensor"),
-    "dict of tensors": (tensor(lambda mel: {"mel": mel}), "holds a dict, not a tensor"),
-    "int tensor": (tensor(lambda mel: mel.int()), r"holds torch\.int32 .*floating point"),
-    "complex tensor": (tensor(lambda mel: mel + 0j), r"torch\.complex64 .*floating point"),
-    "sparse tensor": (tensor(lambda mel: mel.to_sparse()), "which no dense tensor needs"),
-    "meta tensor": (tensor(lambda mel: mel.to("meta")), "which no dense tensor needs"),
+    "dict of tensors": (
+        tensor(lambda mel: {"mel": mel, "rate": 16000}),
+        r"holds a dict, not a tensor \(its keys: 'mel', 'rate'\); .*torch\.load\(FILE\)\['mel'\]",
+    ),
+    "int tensor": (
+        tensor(lambda mel: mel.int()),
+        r"holds torch\.int32 .*floating point; save tensor\.float\(\)",
+    ),
+    "complex tensor": (
+        tensor(lambda mel: mel + 0j),
+        r"torch\.complex64 .*floating point; save tensor\.abs\(\)",
+    ),
+    "sparse tensor": (tensor(lambda mel: mel.to_sparse()), r"a sparse tensor; .*to_dense\(\)"),
+    "meta tensor": (tensor(lambda mel: mel.to("meta")), r"without numbers \(device meta\)"),
     "wrong width": (tensor(lambda mel: mel[:, :39]), r"has shape \(\d+, 39\), expected"),
-    "transposed": (tensor(lambda mel: mel.T.contiguous()), r"has shape \(40, \d+\), expected"),
-    "one dimension": (tensor(lambda mel: mel.flatten()), r"has shape \(\d+,\), expected"),
-    "three dimensions": (tensor(lambda mel: mel[None]), r"has shape \(1, \d+, 40\), expected"),
-    "mel_len lies": (tensor(lambda mel: mel[:-1]), r"has \d+ frames, but mel_len says \d+"),
+    "transposed": (
+        tensor(lambda mel: mel.T.contiguous()),
+        r"has shape \(40, \d+\), expected .*: it is transposed; save tensor\.T",
+    ),
+    "one dimension": (tensor(lambda mel: mel.flatten()), r"has shape \(\d+,\), .* a waveform"),
+    "three dimensions": (
+        tensor(lambda mel: mel[None]),
+        r"has shape \(1, \d+, 40\), expected .*; save tensor\.squeeze\(\)",
+    ),
+    "three dimensions, transposed": (
+        tensor(lambda mel: mel.T[None]),
+        r"has shape \(1, 40, \d+\), .*: it is transposed; save tensor\.squeeze\(\)\.T",
+    ),
+    "mel_len lies": (
+        tensor(lambda mel: mel[:-1]),
+        r"has \d+ frames, but mel_len says \d+; correct mel_len",
+    ),
     "NaN": (tensor(set_value(float("nan"))), "not finite"),
     "infinity": (tensor(set_value(float("-inf"))), "not finite"),
     "float16 overflow": (tensor(set_value(7e4)), "beyond the range of float16; use --dtype"),
-    "link outside": (link_outside, "outside the data set through a link"),
-    "folder": (folder, "not a regular file"),
+    "link outside": (link_outside, "a link leads out of the data set; --follow-links takes"),
+    "folder": (folder, "not a regular file, but a folder"),
     "parent folder": (moved("../outside.pt"), "leads outside the data set"),
     "hidden parent folder": (moved("sub/../../outside.pt"), "leads outside the data set"),
-    "absolute path": (field(feature_path="/etc/passwd.pt"), "leads outside the data set"),
-    "key with a dot": (moved("uttr.one.pt"), "contains a dot"),
-    "folder with a dot": (moved("v1.0/uttr.pt"), "contains a dot"),
-    "no .pt": (moved("uttr.npy"), "does not end in .pt"),
-    "no name": (moved("sub/.pt"), "has 4 bytes, expected 1 to 88"),
-    "long key": (moved(89 * "k" + ".pt"), "has 89 bytes, expected 1 to 88"),
-    "long key in UTF-8": (moved(45 * "é" + ".pt"), "has 90 bytes, expected 1 to 88"),
-    "name of webdataset's own": (moved("__key__.pt"), "characters that tar readers do not take"),
-    "line feed": (moved("a\nb.pt"), "characters that tar readers do not take"),
-    "null byte": (field(feature_path="a\0b.pt"), "characters that tar readers do not take"),
+    "absolute path": (
+        field(feature_path="/etc/passwd.pt"),
+        "is absolute and leads outside the data set; write paths relative to the folder of",
+    ),
+    "absolute path of Windows": (
+        field(feature_path="C:\\data\\a.pt"),
+        "is absolute and leads outside the data set",
+    ),
+    "key with a dot": (moved("uttr.one.pt"), "a dot before .pt, .* such as to uttr-one.pt"),
+    "no .pt": (moved("uttr.npy"), r"does not end in .pt but in .npy; .*torch\.from_numpy"),
+    "upper case": (moved("uttr.PT"), r"does not end in .pt but in .PT; rename the file"),
+    "space at the end": (moved("uttr.pt "), "the file name ends in a space"),
+    "audio": (moved("uttr.flac"), "but in .flac, which is audio; save its log-mels"),
+    "no name": (moved("sub/.pt"), "the file has no name before .pt"),
+    "long key": (moved(89 * "k" + ".pt"), "has 89 bytes, and a tar takes 88; shorten"),
+    "long key in UTF-8": (moved(45 * "é" + ".pt"), "has 90 bytes, and a tar takes 88"),
+    "underscores": (moved("a/__one.pt"), 'the file name begins with "__", .*datasets skips'),
+    "folder of webdataset's own": (
+        moved("__key__/a.pt"),
+        'the folder __key__ begins and ends with "__", and webdataset skips',
+    ),
+    "line feed": (moved("a\nb.pt"), r"has the control character '\\n'; remove it"),
+    "null byte": (field(feature_path="a\0b.pt"), r"has the control character '\\x00'"),
     "lone surrogate": (field(feature_path="a\ud800.pt"), "not valid Unicode"),
     "mel_len 0": (field(mel_len=0), "mel_len is 0, expected at least 1"),
     "mel_len negative": (field(mel_len=-5), "mel_len is -5, expected at least 1"),
-    "mel_len a string": (field(mel_len="50"), r"Expected `int`, got `str` - at `\$.mel_len`"),
-    "mel_len a bool": (field(mel_len=True), r"Expected `int`, got `bool` - at `\$.mel_len`"),
-    "mel_len null": (field(mel_len=None), r"Expected `int`, got `null` - at `\$.mel_len`"),
-    "mel_len huge": (field(mel_len=10**30), "frames, but mel_len says 1000"),
-    "path a number": (field(feature_path=5), r"Expected `str`, got `int` - at `\$.feature_path`"),
-    "no fields": (lambda root, entry: entry.clear(), "missing required field `feature_path`"),
+    "mel_len a string": (field(mel_len="50"), "mel_len is the text '50', expected a whole number"),
+    "mel_len a bool": (field(mel_len=True), "mel_len is true, expected a whole number"),
+    "mel_len null": (field(mel_len=None), "mel_len is null, expected a whole number"),
+    "mel_len NaN": (field(mel_len=float("nan")), "mel_len is NaN, expected a whole number"),
+    "mel_len a fraction": (field(mel_len=50.5), "mel_len is 50.5, expected a whole number"),
+    "mel_len huge": (field(mel_len=10**30), "mel_len is 1000.*, expected less than"),
+    "path a number": (field(feature_path=5), "feature_path is 5, expected a path as text"),
+    "no fields": (lambda root, entry: entry.clear(), "the entry has no feature_path"),
+    "no length": (lambda root, entry: entry.pop("mel_len"), "the entry has no mel_len"),
 }
 
 
@@ -313,7 +349,7 @@ def test_speaker_that_the_mapping_lacks_loses_all_utterances(
     (root / "mapping.json").write_text(json.dumps({"speaker2id": {"id00002": 0, "id00000": 1}}))
     done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
     assert done.returncode == 3
-    assert "speaker id00001 is not in mapping.json (and 3 more utterances" in done.stderr
+    assert "speaker id00001 is not in mapping.json (and 3 more utterances like it)" in done.stderr
     assert run_cli("build", root, tmp_path / "shards", *SKIP).returncode == 0
     shard_set = open_shards(tmp_path / "shards")
     assert shard_set.speakers == ("id00002", "id00000")
@@ -337,8 +373,135 @@ def test_a_file_is_inside_if_its_real_folder_is(
     source = scan_dataset(root)
     assert len(source.rejects) == (2 if outside else 0)
     assert {reject.reason for reject in source.rejects} <= {
-        "the path leads outside the data set through a link"
+        "a link leads out of the data set; --follow-links takes such files, if you trust the "
+        "data set"
     }
+
+
+def into_a_cache(root: Path) -> None:
+    """Make every file of a data set a link out of it, as the cache of the Hugging Face Hub does."""
+    blobs = root.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(root.iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        path.symlink_to(f"../blobs/{number:040x}")
+
+
+def test_a_data_set_of_links_is_taken_if_asked_for(
+    make_dataset: Callable[..., Path],
+    tmp_path: Path,
+    run_cli: Cli,
+    contents: Callable[[Path], dict[str, str]],
+) -> None:
+    root = make_dataset(speakers=2, utterances=4, test_utterances=2)
+    assert run_cli("build", root, tmp_path / "plain", "--workers", 1).returncode == 0
+    into_a_cache(root)
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    assert "metadata.json: a link leads out of the data set; --follow-links takes" in done.stderr
+    linked = ("--follow-links", "--workers", 1)
+    assert run_cli("build", root, tmp_path / "shards", *linked, "--dry-run").returncode == 0
+    assert run_cli("build", root, tmp_path / "shards", *linked).returncode == 0
+    shards = {
+        name: {file: sha for file, sha in contents(tmp_path / name).items() if "tar" in file}
+        for name in ("plain", "shards")
+    }
+    assert shards["plain"] == shards["shards"]
+    assert run_cli("verify", tmp_path / "shards", "--against", root).returncode == 3
+    words = ("verify", tmp_path / "shards", "--against", root, "--follow-links")
+    assert run_cli(*words).returncode == 0
+    tar = tmp_path / "shards" / "train-000000.tar"
+    before = tar.read_bytes()
+    tar.write_bytes(before[:2000] + bytes(len(before) - 2000))
+    done = run_cli("repair", tmp_path / "shards", "--source", root)
+    assert done.returncode == 3
+    assert run_cli("repair", tmp_path / "shards", "--source", root, *linked).returncode == 0
+    assert tar.read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["pipe", "folder", "/dev/zero"])
+def test_only_links_to_regular_files_are_followed(
+    source_of: Callable[..., Path], tmp_path: Path, target: str
+) -> None:
+    root = source_of({"ann": [3, 4]})
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (root / "ann-000.pt").unlink()
+    (root / "ann-000.pt").symlink_to(tmp_path / target)
+    (reject,) = scan_dataset(root, follow_links=True).rejects
+    kind = "a folder" if target == "folder" else "a pipe, a socket or a device"
+    assert reject.reason == f"not a regular file, but {kind}"
+
+
+def test_lengths_may_be_whole_numbers_with_a_fraction(
+    make_dataset: Callable[..., Path], build: Callable[..., Any], tmp_path: Path
+) -> None:
+    root = make_dataset(speakers=2, utterances=3, test_utterances=2)
+    before = scan_dataset(root).fingerprint
+    for name in ("metadata", "testdata"):
+        text = re.sub(
+            r'("mel_len": \d+|"n_mels": \d+)', r"\1.0", (root / f"{name}.json").read_text()
+        )
+        assert ".0" in text
+        (root / f"{name}.json").write_text(text)
+    mapping = json.loads((root / "mapping.json").read_text())
+    mapping["speaker2id"] = {name: float(n) for name, n in mapping["speaker2id"].items()}
+    (root / "mapping.json").write_text(json.dumps(mapping))
+    assert scan_dataset(root).fingerprint == before
+
+
+def test_an_error_counts_the_kinds_of_faults(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=2, utterances=6, test_utterances=0)
+    metadata = json.loads((root / "metadata.json").read_text())
+    for number, entry in enumerate(metadata["speakers"]["id00001"]):
+        if number < 3:
+            (root / entry["feature_path"]).unlink()
+        else:
+            entry["mel_len"] = f"{number}"
+    (root / "metadata.json").write_text(json.dumps(metadata))
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1)
+    assert done.returncode == 3
+    assert (
+        "the file does not exist (and 5 more utterances are faulty: 2 like it, 3 of the kind "
+        "\"mel_len is the text '...', expected a whole number\"). Correct the data set, or leave "
+        "such utterances out with --on-error skip; --dry-run lists all."
+    ) in done.stderr
+
+
+def test_a_dry_run_lists_all_faults_and_their_kinds(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    root = make_dataset(speakers=2, utterances=6, test_utterances=0)
+    files = sorted(root.glob("*.pt"))
+    for path in files[:4]:
+        torch.save(torch.load(path)[:-1], path)
+    files[4].unlink()
+    done = run_cli("build", root, tmp_path / "shards", "--workers", 1, "--dry-run")
+    assert done.returncode == 3
+    lines = done.stderr.splitlines()
+    assert sum("frames, but mel_len says" in line and ".pt: has" in line for line in lines) == 4
+    assert any(line == f"  {files[4].name}: the file does not exist" for line in lines)
+    assert "error: 5 utterances faulty, all listed above:" in lines
+    assert "        4 has N frames, but mel_len says N" in lines
+    assert "        1 the file does not exist" in lines
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_data_set_of_which_no_utterance_can_be_packed_makes_no_set(
+    make_dataset: Callable[..., Path], tmp_path: Path, run_cli: Cli, on_error: str
+) -> None:
+    root = make_dataset(speakers=2, utterances=3, test_utterances=1)
+    for path in root.glob("*.pt"):
+        path.write_bytes(b"")
+    words = ("--workers", 1, "--on-error", on_error)
+    done = run_cli("build", root, tmp_path / "shards", *words)
+    assert done.returncode == 3
+    assert "is empty (0 bytes)" in done.stderr
+    assert ("and 6 more utterances like it" in done.stderr) == (on_error == "skip")
+    assert not (tmp_path / "shards" / "manifest.json").exists()
 
 
 def test_labels_are_those_of_mapping_json_or_else_in_sorted_order(

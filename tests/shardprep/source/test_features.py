@@ -105,7 +105,7 @@ def test_every_truncation_is_a_fault(tmp_path: Path) -> None:
     data = (tmp_path / "a.pt").read_bytes()
     for size in range(0, len(data), 3):
         (tmp_path / "a.pt").write_bytes(data[:size])
-        with pytest.raises(ValueError, match="not a tensor file that can be loaded safely: "):
+        with pytest.raises(ValueError, match=r"is empty \(0 bytes\)|ends early, after \d+ bytes"):
             load_features(tmp_path / "a.pt", n_mels=2, frames=3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -58,14 +59,43 @@ def surrogate_speaker(root: Path) -> None:
     (root / MAPPING).unlink()
 
 
+def shard_set_instead(root: Path) -> None:
+    (root / META).unlink()
+    (root / "manifest.json").write_text("{}")
+
+
+def dvc_instead(root: Path) -> None:
+    (root / META).rename(root / f"{META}.dvc")
+
+
+def dangling(file: str, target: str) -> Edit:
+    def edit(root: Path) -> None:
+        (root / file).unlink()
+        (root / file).symlink_to(target)
+
+    return edit
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 29834\n"
 NUMBERS = "does not number its 2 speakers 0 to 1"
 
 FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
     "no metadata": (lambda root: (root / META).unlink(), META, "does not exist. The folder must"),
     "the folder above": (one_folder_deeper, META, "Dataset, which has one."),
     "metadata a folder": (into_folder, META, "cannot be read"),
-    "empty": (text(META, ""), META, "is not valid JSON"),
-    "broken JSON": (text(META, '{"n_mels": 40, "speakers": {'), META, "is not valid JSON"),
+    "the shard set": (shard_set_instead, META, "Dataset seems to be a shard set: name the data"),
+    "empty": (text(META, ""), META, "is empty (0 bytes)"),
+    "zeros": (text(META, bytes(9000)), META, "holds nothing but zero bytes"),
+    "LFS pointer": (text(META, LFS), META, "is a Git LFS pointer, not the file: run `git lfs pull"),
+    "web page": (text(META, "<html><title>Sign in</title>"), META, "is a web page (its title: 'Si"),
+    "server's answer": (
+        text(META, '{"message": "Not Found", "status": 404}'),
+        META,
+        "is an error message of a server ('Not Found'), not the file",
+    ),
+    "compressed": (text(META, gzip.compress(b"{}")), META, "is compressed with gzip"),
+    "broken JSON": (text(META, '{"n_mels": 40, "speakers": {'), META, "column 29): it ends early"),
+    "DVC file beside": (dvc_instead, META, "does not exist, but metadata.json.dvc does: run `dvc"),
     "not UTF-8": (text(META, b'{"\xff\xfe\xff": 1}'), META, "is not valid JSON"),
     "deep nesting": (text(META, "[" * 200_000), META, "is not valid JSON"),
     "huge number": (text(META, "1" * 5000), META, "is not valid JSON"),
@@ -74,24 +104,29 @@ FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
         META,
         "the key 'id1' occurs twice",
     ),
-    "a list": (text(META, "[]"), META, "is not a JSON object"),
-    "no n_mels": (without(META, "n_mels"), META, "n_mels: expected int, found nothing"),
-    "n_mels a string": (change(META, n_mels="40"), META, "n_mels: expected int, found str"),
-    "n_mels a bool": (change(META, n_mels=True), META, "n_mels: expected int, found bool"),
-    "n_mels a float": (change(META, n_mels=40.0), META, "n_mels: expected int, found float"),
+    "a list": (text(META, "[]"), META, "is a list, expected a JSON object"),
+    "no n_mels": (without(META, "n_mels"), META, "n_mels: is missing, expected a whole number"),
+    "n_mels a string": (change(META, n_mels="40"), META, "n_mels: is the text '40', expected a wh"),
+    "n_mels a bool": (change(META, n_mels=True), META, "n_mels: is true, expected a whole number"),
+    "n_mels a fraction": (change(META, n_mels=40.5), META, "n_mels: is 40.5, expected a whole"),
     "n_mels 0": (change(META, n_mels=0), META, "n_mels: is 0, expected 1 to"),
     "n_mels huge": (change(META, n_mels=10**9), META, "n_mels: is 1000000000, expected 1 to"),
-    "no speakers": (without(META, "speakers"), META, "speakers: expected dict, found nothing"),
-    "speakers a list": (change(META, speakers=[]), META, "speakers: expected dict, found list"),
+    "no speakers": (without(META, "speakers"), META, "speakers: is missing, expected an object"),
+    "speakers a list": (change(META, speakers=[]), META, "speakers: is a list, expected an object"),
     "a speaker no list": (
         change(META, speakers={"id00000": {}}),
         META,
-        "speakers.id00000: is not a list",
+        "speakers.id00000: is an object, expected a list of utterances",
     ),
     "speaker not Unicode": (surrogate_speaker, META, "not valid Unicode"),
     "no utterance": (change(META, speakers={"id00000": []}), META, "lists no utterance"),
     "mapping broken": (text(MAPPING, "{"), MAPPING, "is not valid JSON"),
-    "mapping without table": (text(MAPPING, "{}"), MAPPING, "speaker2id: expected dict"),
+    "mapping without table": (text(MAPPING, "{}"), MAPPING, "speaker2id: is missing, expected an"),
+    "mapping not fetched": (
+        dangling(MAPPING, "../.git/annex/objects/x"),
+        MAPPING,
+        "is not here: run `git annex get`",
+    ),
     "mapping with a gap": (
         text(MAPPING, '{"speaker2id": {"id00000": 0, "id00001": 2}}'),
         MAPPING,
@@ -110,7 +145,7 @@ FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
     "mapping with a bool": (
         text(MAPPING, '{"speaker2id": {"id00000": false, "id00001": true}}'),
         MAPPING,
-        "not an integer",
+        "speaker2id has false where a whole number is expected",
     ),
     "mapping with a speaker twice": (
         text(MAPPING, '{"speaker2id": {"id00000": 0, "id00000": 1}}'),
@@ -137,7 +172,7 @@ FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
     "testdata no list": (
         change(TEST, utterances={}),
         TEST,
-        "utterances: expected list, found",
+        "utterances: is an object, expected a list",
     ),
 }
 
@@ -187,7 +222,7 @@ def test_a_data_set_of_faulty_utterances_only_says_so(
         path.unlink()
     done = run_cli("build", root, tmp_path / "shards", "--on-error", "skip")
     assert done.returncode == 3
-    assert "does not exist (and 5 more utterances are faulty)" in done.stderr
+    assert "does not exist (and 5 more utterances like it)" in done.stderr
 
 
 def test_source_is_only_read(

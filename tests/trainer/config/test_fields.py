@@ -182,6 +182,12 @@ def test_what_does_not_fit_is_refused_with_field_found_and_allowed(
         ("- 1", "found a list, allowed is a mapping"),
         ("boss", "found a str, allowed is a mapping"),
         ("", "found nothing, allowed is a mapping"),
+        ("optim:\n\tlr: 1", "not a YAML file (YAML takes no tabs; indent with spaces: "),
+        ("<!DOCTYPE html><title>Quota</title>", "is a web page (its title: 'Quota')"),
+        (
+            "version https://git-lfs.github.com/spec/v1\n",
+            "run `git lfs pull`; expected a YAML file",
+        ),
         ("# only a comment", "found nothing, allowed is a mapping"),
     ],
 )
@@ -205,6 +211,13 @@ def test_bytes_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
         parse_args(["--config", str(path)])
     with pytest.raises(ConfigError, match="cannot be read"):
         parse_args(["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ['{"optim": {"lr": 0.5}}', "\ufeffoptim: {lr: 0.5}"])
+def test_a_file_may_be_json_and_begin_with_a_byte_order_mark(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(text, encoding="utf-8")
+    assert parse_args(["--config", str(path)]).config.optim.lr == 0.5
 
 
 def test_an_option_can_correct_a_file_and_its_own_faults_are_its_own(tmp_path: Path) -> None:

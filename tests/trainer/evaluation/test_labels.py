@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import shardprep
+from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import read_labels, read_left_out
 from shardprep_trainer.evaluation.trials import read_trials
 
@@ -80,8 +81,55 @@ def test_trouble_of_the_machine_is_no_fault_of_a_list(
     def refuse(path: Path, *args: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    for name in ("open", "read_text"):
+    for name in ("open", "read_text", "read_bytes"):
         monkeypatch.setattr(Path, name, refuse)
     with pytest.raises(shardprep.StorageError, match=rf"list: .*{os.strerror(number)}") as caught:
         read(tmp_path / "list")
     assert caught.value.remedy
+
+
+PLAIN = "Id,Category\nuttr-0.pt,id00001\nuttr-1.pt,id00002\n"
+SPELLINGS = {
+    "plain": PLAIN.encode(),
+    "byte order mark": PLAIN.encode("utf-8-sig"),
+    "UTF-16": PLAIN.replace(",", "\t").encode("utf-16"),
+    "Windows": PLAIN.replace("\n", "\r\n").encode(),
+    "semicolons": PLAIN.replace(",", ";").encode(),
+    "tabs": PLAIN.replace(",", "\t").encode(),
+    "spaces": PLAIN.replace(",", ", ").encode(),
+    "quotes": b'"Id","Category"\n"uttr-0.pt","id00001"\n"uttr-1.pt","id00002"',
+    "empty lines": b"\n" + PLAIN.replace("\n", "\n\n").encode(),
+    "a row twice": PLAIN.encode() + b"uttr-1.pt,id00002\n",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_labels_are_read_as_spreadsheets_write_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(SPELLINGS[name])
+    found = read_labels(tmp_path / "labels.csv")
+    assert found == {"uttr-0.pt": "id00001", "uttr-1.pt": "id00002"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"has no row; expected the header Id,Category"),
+        ("uttr-0.pt,id1\n", r"first row is 'uttr-0.pt,id1', .*: the header is missing; write Id,"),
+        (
+            "id,category\na.pt,b\n",
+            r"first row is 'id,category', .*: make Id,Category the first row",
+        ),
+        (",Id,Category\n0,a.pt,b\n", r"leave only the columns Id,Category, in this order"),
+        ("Category,Id\nb,a.pt\n", r"leave only the columns Id,Category, in this order"),
+        (PLAIN + "uttr-2.pt\n", "line 4: 1 values, expected Id,Category"),
+        (PLAIN + "uttr-1.pt,id9\n", "line 4: uttr-1.pt occurs with two names; leave one name"),
+        ("<!DOCTYPE html>", r"is a web page.*; expected a CSV of Id,Category rows"),
+        ("version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`; expected a CSV"),
+        ("PK\3\4\n\0[Content_Types].xml", "is a file of Office, .*; expected a CSV"),
+        ("Id,Category\n\xff,a", r"is not UTF-8 text \(byte 12\); save it as UTF-8"),
+    ],
+)
+def test_what_is_no_list_of_labels_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(PredictionError, match=rf"labels\.csv(: |, ).*{said}"):
+        read_labels(tmp_path / "labels.csv")

@@ -84,6 +84,14 @@ def test_too_many_are_refused(speakers: list[int], targets: int, others: int, me
         draw_trials(np.array(speakers, np.int64), targets, others)
 
 
+def test_a_list_may_name_the_audio_and_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "trials.txt"
+    path.write_bytes(b"\xef\xbb\xbf1 s/a.wav s/b.flac\r\n0 s/a.m4a s/c\r\n")
+    trials = read_trials(path, ["s/a", "s/b", "s/c"])
+    assert trials.enroll.tolist() == [0, 0]
+    assert trials.test.tolist() == [1, 2]
+
+
 def test_a_list_is_read_by_either_name(tmp_path: Path) -> None:
     path = tmp_path / "trials.txt"
     path.write_text("1 a b.pt\n\n0\tc.pt   a\r\n 1 b c \n")
@@ -104,7 +112,11 @@ def test_a_list_is_read_by_either_name(tmp_path: Path) -> None:
         ("1 a b\n", r"trials\.txt: 1 target and 0 non-target trials; both"),
         ("0 a b\n", "0 target and 1 non-target"),
         ("", "0 target and 0 non-target"),
-        ("\xff", "cannot be read"),
+        ("\xff", "is not UTF-8 text"),
+        (
+            "<html><title>Sign in</title>",
+            r"trials\.txt: is a web page .*; expected a list of trials",
+        ),
     ],
 )
 def test_a_faulty_list_is_refused_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from shardprep import StorageError, machine_errors, publish
+from shardprep import StorageError, machine_errors, publish, sniff
 from shardprep_trainer.checkpoint.model_folder import DESCRIPTION, WEIGHTS, parse_model, write_model
 from shardprep_trainer.checkpoint.state import (
     FORMAT,
@@ -62,7 +62,15 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
+    _refuse_stand_in(data, path)
     return parse_model(data, path) if path.suffix == ".safetensors" else _parse_step(data, path)
+
+
+def _refuse_stand_in(data: bytes, path: Path) -> None:
+    """CheckpointError if a file only stands for a checkpoint that was not downloaded."""
+    found = sniff(data[:4096])
+    if found is not None and found.kind in ("pointer", "page"):
+        raise CheckpointError(f"{path}: {found.what}")
 
 
 def _parse_step(data: bytes, path: Path) -> Checkpoint:

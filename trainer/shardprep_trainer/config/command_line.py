@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from shardprep import machine_errors
+from shardprep import machine_errors, sniff
 from shardprep_trainer.config.checks import parse_config, shorten_warmup
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
@@ -121,13 +121,20 @@ def _read_file(path: str) -> dict[str, Any]:
     """Read a file of `--config` on its own, so that its faults are told from later options'."""
     try:
         with machine_errors(path):
-            text = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+            data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read ({error.strerror})") from error
+    content_kind = sniff(data)
+    if content_kind is not None and content_kind.kind not in ("text", "json", "empty"):
+        raise ConfigError(f"{path}: {content_kind.what}; expected a YAML file")
+    try:
+        text = data.decode("utf-8-sig")
+        content = yaml.safe_load(text)
     # A date that does not exist and bytes that are no text are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({_one_line(error)})") from error
+        why = _one_line(error)
+        why = "YAML takes no tabs; indent with spaces: " + why if "'\\t'" in why else why
+        raise ConfigError(f"{path}: not a YAML file ({why})") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardprep import ShardSet, machine_errors
+from shardprep import ShardSet, machine_errors, sniff
 from shardprep_trainer.errors import PredictionError
 
 HEADER = ("Id", "Category")
@@ -50,24 +52,84 @@ def read_left_out(shards: ShardSet) -> LeftOut | None:
 def read_labels(path: Path) -> dict[str, str]:
     """Read rows of an utterance's file name and a speaker's name.
 
+    A byte order mark, semicolons or tabs instead of commas, spaces around values and empty lines,
+    as spreadsheets write them, are passed over.
+
     Raises:
         PredictionError: There is no such file, or it is not such a CSV.
         StorageError: The disk or the machine refused.
     """
+    wanted = ",".join(HEADER)
+    text = read_text(path, f"a CSV of {wanted} rows")
+    first = text.lstrip().partition("\n")[0]
+    delimiter = next((mark for mark in ";\t" if mark in first and "," not in first), ",")
+    found: dict[str, str] = {}
+    has_header = False
     try:
-        with machine_errors(path), path.open(newline="", encoding="utf-8") as file:
-            header, *rows = [tuple(row) for row in csv.reader(file)] or [()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PredictionError(f"{path}: cannot be read ({error})") from error
-    if header != HEADER or any(len(row) != len(HEADER) for row in rows):
-        raise PredictionError(f"{path}: not a CSV of {','.join(HEADER)} rows under that header")
-    found = {row[0]: row[1] for row in rows}
-    # A list of test utterances may name a file twice. Then its rows say the same.
-    if len(found) != len(set(rows)):
-        raise PredictionError(
-            f"{path}: an Id occurs with two names; leave one name for each utterance"
-        )
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        for row in lines:
+            values = tuple(value.strip() for value in row)
+            if not any(values):
+                continue
+            if not has_header:
+                _check_header(path, values)
+                has_header = True
+            elif len(values) != len(HEADER):
+                raise PredictionError(
+                    f"{path}, line {lines.line_num}: {len(values)} values, expected {wanted}"
+                )
+            elif found.get(values[0], values[1]) != values[1]:
+                # A list of test utterances may name a file twice. Then its rows say the same.
+                raise PredictionError(
+                    f"{path}, line {lines.line_num}: {values[0]} occurs with two names; leave one "
+                    "name for each utterance"
+                )
+            else:
+                found[values[0]] = values[1]
+    except csv.Error as error:
+        raise PredictionError(f"{path}: is not a CSV of {wanted} rows ({error})") from error
+    if not has_header:
+        raise PredictionError(f"{path}: has no row; expected the header {wanted} and rows under it")
     return found
+
+
+def _check_header(path: Path, values: tuple[str, ...]) -> None:
+    """PredictionError if the first row of a CSV is not the header; it says what the row is."""
+    if values == HEADER:
+        return
+    wanted = ",".join(HEADER)
+    shown = ",".join(values)[:80]
+    if len(values) == len(HEADER) and values[0].endswith(".pt"):
+        remedy = f"the header is missing; write {wanted} above the first row"
+    elif set(HEADER) <= set(values):
+        remedy = f"leave only the columns {wanted}, in this order"
+    else:
+        remedy = f"make {wanted} the first row"
+    raise PredictionError(f"{path}: the first row is {shown!a}, expected {wanted}: {remedy}")
+
+
+def read_text(path: Path, expected: str) -> str:
+    """The text of a file: UTF-8, or another Unicode by its byte order mark.
+
+    Raises:
+        PredictionError: There is no such file, or it is something else than text.
+        StorageError: The disk or the machine refused.
+    """
+    try:
+        with machine_errors(path):
+            data = path.read_bytes()
+    except OSError as error:
+        raise PredictionError(f"{path}: cannot be read ({error.strerror or error})") from error
+    found = sniff(data)
+    if found is not None and found.kind not in ("text", "empty", "json"):
+        raise PredictionError(f"{path}: {found.what}; expected {expected}")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PredictionError(
+            f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def missing_rows(

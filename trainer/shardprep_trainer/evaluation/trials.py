@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep import machine_errors
 from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.labels import LeftOut
+from shardprep_trainer.evaluation.labels import LeftOut, read_text
 
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
+_AUDIO = (".wav", ".flac", ".m4a")
 _ANSWERS = {"1": True, "0": False}
 
 
@@ -144,7 +144,8 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
 
     Args:
         path: The list. 1 says that the speaker is the same; blank lines are ignored.
-        keys: Keys of the split's utterances, in its order; a list may append `.pt` to them.
+        keys: Keys of the split's utterances, in its order; a list may append `.pt` to them, or
+            the suffix of the audio.
         left_out: What the build of the shards left out.
 
     Raises:
@@ -153,11 +154,7 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
     """
     positions = positions_of(keys)
     target, enroll, test = [], [], []
-    try:
-        with machine_errors(path):
-            lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PredictionError(f"{path}: cannot be read ({error})") from error
+    lines = read_text(path, "a list of trials").split("\n")
     for number, line in enumerate(lines, 1):
         fields = line.split()
         if not fields:
@@ -167,18 +164,24 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
                 f"{path}, line {number}: found {line.strip()[:80]!r}; write `1 ENROLL TEST` for "
                 "a pair of one speaker and `0 ENROLL TEST` for one of two"
             )
-        for key in fields[1:]:
+        pair = [_without_audio(key) for key in fields[1:]]
+        for key, name in zip(pair, fields[1:], strict=True):
             if key not in positions:
-                raise PredictionError(_stranger(path, number, key, left_out))
+                raise PredictionError(_stranger(path, number, name, left_out))
         target.append(_ANSWERS[fields[0]])
-        enroll.append(positions[fields[1]])
-        test.append(positions[fields[2]])
+        enroll.append(positions[pair[0]])
+        test.append(positions[pair[1]])
     if all(target) or not any(target):
         raise PredictionError(
             f"{path}: {sum(target):,} target and {len(target) - sum(target):,} non-target trials; "
             "both kinds are needed"
         )
     return Trials(np.array(enroll, np.int64), np.array(test, np.int64), np.array(target))
+
+
+def _without_audio(name: str) -> str:
+    """The key of an utterance that a list names by its audio, as VoxCeleb's lists do."""
+    return next((name.removesuffix(end) for end in _AUDIO if name.endswith(end)), name)
 
 
 def _stranger(path: Path, number: int, key: str, left_out: LeftOut | None) -> str:
