@@ -102,6 +102,15 @@ def is_ours_and_complete(name: str) -> bool:
     return bool(_OURS.fullmatch(name))
 
 
+def may_lie_beside(name: str) -> bool:
+    """Whether a place for a new set may have a file or folder of this name.
+
+    A fresh repository of a hub has README.md and .gitattributes, a fresh disk lost+found, and a
+    folder that a Mac has shown .DS_Store.
+    """
+    return name.startswith(".") or name in ("README.md", "lost+found")
+
+
 def check_manifest_is_ours(path: Location, data: bytes) -> None:
     """Make sure that a manifest.json is that of a shard set, even if it is damaged.
 

@@ -25,6 +25,7 @@ from shardprep.build.work import (
     check_manifest_is_ours,
     is_of,
     is_ours_and_complete,
+    may_lie_beside,
 )
 from shardprep.errors import BuildError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
@@ -72,9 +73,9 @@ class FolderWork:
     def claim(cls, target: Path, overwrite: bool) -> Iterator[FolderWork | None]:
         """See `Work.claim`. The lock of the work folder keeps all other builds out."""
         with storage_errors(target):
-            if _is_foreign(target):
+            if foreign := _foreign(target):
                 raise BuildError(
-                    "the folder is not empty and holds no shards",
+                    f"the folder is not empty and holds no shards, but {foreign[0]}",
                     file=target,
                     remedy="Name a new folder, or one that is empty.",
                 )
@@ -211,11 +212,14 @@ def _is_finished(target: Path) -> bool:
     return exists(target / MANIFEST_NAME)
 
 
-def _is_foreign(target: Path) -> bool:
+def _foreign(target: Path) -> list[str]:
+    """What a folder without a set holds that a new set must not lie beside."""
     ours = _is_finished(target) or any(
         _is_folder(target / name) for name in (WORK_FOLDER, REPAIR_FOLDER)
     )
-    return _is_folder(target) and not ours and bool(os.listdir(target))
+    if ours or not _is_folder(target):
+        return []
+    return sorted(name for name in os.listdir(target) if not may_lie_beside(name))
 
 
 def _is_folder(path: Path) -> bool:

@@ -20,7 +20,13 @@ import msgspec
 
 from shardprep.build.plan import ShardTask
 from shardprep.build.shard import Advance, ShardRecord, write_shard
-from shardprep.build.work import RECORD_SUFFIX, check_manifest_is_ours, is_of, is_ours
+from shardprep.build.work import (
+    RECORD_SUFFIX,
+    check_manifest_is_ours,
+    is_of,
+    is_ours,
+    may_lie_beside,
+)
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import MANIFEST_NAME, WORK_FOLDER, FileInfo, ShardInfo
@@ -71,7 +77,7 @@ class StoreWork:
         if finished:
             manifest = target / MANIFEST_NAME
             check_manifest_is_ours(manifest, manifest.read(0, MAX_MANIFEST_BYTES))
-        foreign = [n for n in present if not is_ours(n) and not n.startswith(_IN_WORK)]
+        foreign = [name for name in present if not is_ours(name) and not may_lie_beside(name)]
         if foreign and not finished:
             raise BuildError(
                 f"holds other things than shards, such as {foreign[0]}",

@@ -217,6 +217,28 @@ def test_foreign_folder_is_refused_and_left_as_it_is(
         build(source, source, overwrite=overwrite)
 
 
+def test_a_fresh_repository_or_disk_is_a_place_for_a_set(
+    source: Path, tmp_path: Path, build: Build, contents: Contents
+) -> None:
+    shards = tmp_path / "shards"
+    (shards / "lost+found").mkdir(parents=True)
+    (shards / ".git").mkdir()
+    for name in ("README.md", ".gitattributes", ".DS_Store", ".git/config"):
+        (shards / name).write_text(name)
+    before = contents(shards)
+    build(source, shards)
+    assert contents(shards).items() >= before.items()
+    assert verify_shards(shards).intact
+    # A shard without a manifest may be somebody's, and a build would replace it.
+    for name in ("train-000000.tar", "rejects.jsonl", "notes.txt"):
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(BuildError, match=f"not empty and holds no shards, but {name}"):
+            build(source, other)
+        assert (other / name).read_text() == "mine"
+
+
 def test_foreign_files_beside_the_shards_survive_every_build(
     source: Path, tmp_path: Path, build: Build
 ) -> None:
