@@ -117,8 +117,8 @@ def check_contents(
         other = _with_other_matrices(other, files, manifest, source)
     if other:
         raise BuildError(
-            f"{len(other)} files of the data set are not those that the set was built from, such "
-            f"as {other[0].path}",
+            f"{len(other)} of {len(source.utterances)} files of the data set are not those that "
+            f"the set was built from, such as {other[0].path}",
             file=target,
             remedy="Compare them with `shardprep verify --against`, or build the set again with "
             "--overwrite.",

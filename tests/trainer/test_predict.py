@@ -193,7 +193,7 @@ def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
     assert "1 utterances" in note
     assert str(folder / "rejects.jsonl") in note
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
-    assert "1 of the 5 entries of testdata.json have no row" in warning
+    assert "1 of 5 entries of testdata.json have no row" in warning
     assert f"such as {lost} (the file does not exist)" in warning
     assert "Kaggle refuses" in warning
     assert "--fill SPEAKER" in warning
@@ -242,7 +242,7 @@ def test_every_entry_gets_a_row_in_its_order_and_a_stand_in_if_asked_for(
     assert out.read_text().splitlines() == ["Id,Category", *expected]
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     what = "7 entries of testdata.json have no row" if fill is None else "7 rows have a stand-in"
-    assert f"3 of the {what}" in warning
+    assert f"3 of {what}" in warning
     # The file can be scored: rows of one Id say the same.
     truth = write(tmp_path / "truth.csv", "Id,Category", f"{files[1]},{b}", f"{files[5]},{b}")
     assert score_submission(out, truth) == (1, 1)

@@ -133,11 +133,11 @@ def _without_utterance(lost: list[Entry], rows: int, fill: str | None) -> str:
     first = f"such as {lost[0].file} ({lost[0].reason})"
     if fill is not None:
         return (
-            f"{len(lost):,} of the {rows:,} rows have a stand-in, not a prediction: the shards "
+            f"{len(lost):,} of {rows:,} rows have a stand-in, not a prediction: the shards "
             f"have no utterance for them, {first}"
         )
     return (
-        f"{len(lost):,} of the {rows + len(lost):,} entries of testdata.json have no row: the "
+        f"{len(lost):,} of {rows + len(lost):,} entries of testdata.json have no row: the "
         f"shards have no utterance for them, {first}. Kaggle refuses a file that lacks rows; "
         f"--fill SPEAKER or --fill {COMMONEST} writes a stand-in"
     )

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import msgspec
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from shardprep import BuildOptions, FormatError, build_shards, open_shards
 from shardprep.format.index import index_dtype, is_index
 from shardprep.format.manifest import FileInfo, Manifest, decode_manifest, encode_manifest
 from shardprep.read.manifest_file import load_manifest
+from shardprep.storage import connections
 
 
 @pytest.fixture
@@ -80,6 +82,28 @@ def test_version_1_is_refused_with_the_command_that_builds_anew(
     assert command == ["shardprep", "build", str(edge_source), str(old), "--overwrite"]
     build_shards(edge_source, old, BuildOptions(workers=1, overwrite=True))
     assert open_shards(old).manifest.version == 2
+
+
+def test_version_1_behind_a_url_is_refused_and_built_anew_likewise(
+    edge_source: Path, edge_set: Path
+) -> None:
+    url = "memory://manifests/old"
+    store = fsspec.filesystem("memory")
+    try:
+        for path in edge_set.iterdir():
+            data = path.read_bytes()
+            if path.name == "manifest.json":
+                data = data.replace(b'"version": 2', b'"version": 1')
+            store.pipe(f"{url}/{path.name}", data)
+        with pytest.raises(FormatError, match=f"version 1, .*`shardprep build SRC {url} --over"):
+            open_shards(url)
+        with pytest.raises(FormatError, match="version 1"):
+            build_shards(edge_source, url, BuildOptions(workers=1))
+        build_shards(edge_source, url, BuildOptions(workers=1, overwrite=True))
+        assert open_shards(url).manifest.version == 2
+    finally:
+        store.store.clear()
+        connections.forget_connections()
 
 
 def test_features_are_null_or_a_flat_object_that_readers_keep(manifest: Manifest) -> None:
