@@ -21,7 +21,8 @@ from shardprep.cli.inspect import inspect
 from shardprep.cli.repair import repair
 from shardprep.cli.streams import READER_LEFT, discard_output, open_closed_streams
 from shardprep.cli.verify import verify
-from shardprep.errors import PlatformError, ShardprepError, StorageError
+from shardprep.errors import PlatformError, ShardprepError
+from shardprep.storage.trouble import storage_error
 
 _EPILOG = """
 \b
@@ -117,9 +118,9 @@ def main() -> NoReturn:
         # As `head` does, once it has its lines.
         discard_output()
         code = READER_LEFT
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         discard_output()
-        code = _report(StorageError(error.strerror or str(error), file=error.filename))
+        code = _report(storage_error(error))
     sys.exit(code)
 
 
@@ -127,7 +128,8 @@ def _run() -> int | str | None:
     """Run the command line; its exit code.
 
     Raises:
-        OSError: The output cannot be written.
+        OSError: The output cannot be written, or the machine refused in another way.
+        MemoryError: Memory is short.
     """
     try:
         code = cli.main(prog_name="shardprep", standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import shardprep
-from shardprep import open_shards
+from shardprep import cli, open_shards
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -248,3 +249,24 @@ def test_inspect_shows_one_utterance(
     assert {len(row) for row in rows} == {min(72, len(mel))}
     assert len(rows) == 7
     assert set(picture) <= set(" ░▒▓█\n")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files", "x"), MemoryError()]
+)
+def test_trouble_that_no_command_expects_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(**options: Any) -> None:
+        raise error
+
+    for name in ("discard_output", "open_closed_streams"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(cli.cli, "main", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 6
+    said = capfd.readouterr().err
+    assert re.search(r"ulimit -n|Memory is short", said)
+    assert "Traceback" not in said
