@@ -50,7 +50,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def after_fork_in_child(call: Callable[[], None]) -> None:
-    """Have a function called in every process that is forked from this one."""
+def at_fork(after_in_child: Callable[[], None], before: Callable[[], None] | None = None) -> None:
+    """Have functions called when this process is forked, where systems have that.
+
+    Args:
+        after_in_child: Called in the new process.
+        before: Called in this process, before.
+    """
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=call)
+        os.register_at_fork(after_in_child=after_in_child)
+        if before is not None:
+            os.register_at_fork(before=before)

@@ -31,7 +31,7 @@ from shardprep.errors import StorageError
 from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.local import exists
-from shardprep.system import after_fork_in_child, fcntl
+from shardprep.system import at_fork, fcntl
 
 ROOM = (
     "Give the cache more room (data.cache_gb of the trainer, SHARDPREP_CACHE_GB), or take fewer "
@@ -61,7 +61,7 @@ def _after_fork() -> None:
     _claimed.clear()
 
 
-after_fork_in_child(_after_fork)
+at_fork(_after_fork)
 
 
 class NoRoomError(Exception):

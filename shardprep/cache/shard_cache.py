@@ -21,7 +21,7 @@ from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.local import sha256_of
 from shardprep.storage.remote import PATIENCE, Remote
 from shardprep.storage.trouble import BadPlaceError, storage_errors
-from shardprep.system import after_fork_in_child, check_supported
+from shardprep.system import at_fork, check_supported
 
 _log = logging.getLogger("shardprep")
 
@@ -275,7 +275,7 @@ def _after_fork() -> None:
         cache.reset_after_fork()
 
 
-after_fork_in_child(_after_fork)
+at_fork(_after_fork)
 
 
 def _loader_workers() -> int:

@@ -5,6 +5,7 @@ Axis legend: B batch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,9 @@ class Sampling:
     window_shards: int
 
     def __post_init__(self) -> None:
+        # NumPy's integers overflow in the arithmetic of the order, and are no JSON in a state.
+        for name in ("batch_size", "segment_frames", "seed", "lanes", "window_shards"):
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.batch_size < 1 or self.segment_frames < 1:
             raise ValueError(
                 f"batch_size {self.batch_size}, segment_frames {self.segment_frames}: both must be "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, Literal
@@ -145,8 +146,8 @@ class SegmentLoader(IterableDataset[Batch]):
         self._pad_value = pad_value
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
-        self._prefetch = prefetch
-        self._buffers = BufferPool(keep=prefetch + 2)
+        self._prefetch = operator.index(prefetch)
+        self._buffers = BufferPool(keep=self._prefetch + 2)
         self._plan: BatchPlan | None = None
         self._position = Position()
         # The global batch of a loaded state, by which the windowed order counts.
@@ -184,7 +185,7 @@ class SegmentLoader(IterableDataset[Batch]):
             ShardprepError: accelerate would divide the batches of a rank once more.
         """
         refuse_second_division(self, self._part)
-        self._position.ask(epoch)
+        self._position.ask(operator.index(epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on every rank.

@@ -7,6 +7,7 @@ processes only in `fit`.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class Part:
             raise ValueError(
                 f"rank {rank}, world_size {world_size}: the rank counts from 0, the size from 1"
             )
-        self._given = rank, world_size
+        # NumPy's integers are no JSON in a state.
+        self._given = tuple(None if x is None else operator.index(x) for x in (rank, world_size))
         self._copied_from: World | None = None
         if rank is not None:
             self.world()

@@ -17,7 +17,7 @@ from shardprep.read.address_space import AddressSpace
 from shardprep.storage.local import open_regular
 from shardprep.storage.sniff import wrong_size
 from shardprep.storage.trouble import machine_errors
-from shardprep.system import after_fork_in_child
+from shardprep.system import at_fork
 
 
 class FolderMap:
@@ -119,7 +119,7 @@ def _after_fork() -> None:
         one.reset_after_fork()
 
 
-after_fork_in_child(_after_fork)
+at_fork(_after_fork)
 
 
 def _check_size(path: Path, found: int, expected: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardprep.errors import StorageError
 from shardprep.storage.failures import ABSENT, http_status
-from shardprep.system import after_fork_in_child
+from shardprep.system import at_fork
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 
@@ -28,7 +28,7 @@ def _after_fork() -> None:
     _lock = threading.Lock()
 
 
-after_fork_in_child(_after_fork)
+at_fork(_after_fork)
 
 
 def filesystem(url: str) -> Any:

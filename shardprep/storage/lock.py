@@ -22,7 +22,7 @@ import msgspec
 from shardprep.errors import StorageError
 from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.trouble import storage_errors
-from shardprep.system import after_fork_in_child, fcntl
+from shardprep.system import at_fork, fcntl
 
 _NO_LOCKS = NOT_HERE | {errno.ENOLCK, errno.ENODEV}
 _SUFFIX = ".holder"
@@ -44,7 +44,7 @@ def _after_fork() -> None:
     _held.clear()
 
 
-after_fork_in_child(_after_fork)
+at_fork(_after_fork)
 
 
 class LockHeldError(StorageError):

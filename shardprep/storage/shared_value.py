@@ -11,7 +11,6 @@ job that are forked from one process share nothing with one another.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import weakref
@@ -21,6 +20,8 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+from shardprep.system import at_fork, fcntl
 
 T = TypeVar("T")
 
@@ -140,4 +141,4 @@ def _after_fork() -> None:
         value.after_fork()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+at_fork(before=_before_fork, after_in_child=_after_fork)

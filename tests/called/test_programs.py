@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -198,6 +200,37 @@ def test_numbers_may_be_numpy_s(source: Path, tmp_path: Path) -> None:
     for name, options in {"int": one, "numpy": two}.items():
         shardprep.build_shards(source, tmp_path / name, options)
     assert digests(tmp_path / "int") == digests(tmp_path / "numpy")
+
+
+@pytest.mark.parametrize("order", ["global", "windowed"])
+def test_numbers_of_a_loader_may_be_numpy_s(
+    shards: Path, order: Literal["global", "windowed"]
+) -> None:
+    train = shardprep.open_shards(shards)["train"]
+
+    def loader(kind: Callable[[int], int]) -> shardprep.SegmentLoader:
+        made = shardprep.SegmentLoader(
+            train,
+            batch_size=kind(4),
+            segment_frames=kind(16),
+            seed=kind(3),
+            rank=kind(1),
+            world_size=kind(2),
+            order=order,
+            lanes=kind(2),
+            window_shards=kind(2),
+            prefetch=kind(1),
+        )
+        made.set_epoch(kind(2))
+        return made
+
+    one, two = loader(int), loader(np.int64)
+    for ours, theirs in zip(one, two, strict=True):
+        assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert json.dumps(two.state_dict()) == json.dumps(one.state_dict())
+    for kind in (int, np.int64):
+        evaluated = shardprep.UtteranceLoader(train, max_frames=kind(700), prefetch=kind(2))
+        assert sum(len(batch["mel"]) for batch in evaluated) == len(train)
 
 
 def test_threads_that_publish_at_once_leave_the_umask_alone(tmp_path: Path) -> None:
