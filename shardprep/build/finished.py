@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def check_same_build(
             file=target,
             remedy="Name another folder, or give --overwrite to replace the set.",
         )
-    present = _sizes(target)
+    present = _sizes(target, manifest.files())
     for name, info in manifest.files().items():
         if present.get(name) != info.bytes:
             raise BuildError(
@@ -186,9 +187,10 @@ def _remember(target: Location, data: bytes) -> None:
         publish_bytes(path, data)
 
 
-def _sizes(target: Location) -> dict[str, int]:
-    """Sizes of the files in a place, by name."""
+def _sizes(target: Location, names: Iterable[str]) -> dict[str, int]:
+    """Sizes of some files in a place, by name; of those that are there."""
     if isinstance(target, Remote):
         return {name: info["size"] for name, info in target.listing().items()}
     with storage_errors(target):
-        return {path.name: path.stat().st_size for path in target.iterdir()}
+        present = set(os.listdir(target))
+        return {name: os.stat(target / name).st_size for name in names if name in present}

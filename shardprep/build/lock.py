@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from shardprep.errors import BuildError
 from shardprep.format.manifest import REPAIR_FOLDER, WORK_FOLDER
+from shardprep.storage.local import remove_folder
 from shardprep.storage.lock import LockHeldError, hold_lock
 
 _LOCK_NAME = "lock"
@@ -42,9 +42,12 @@ def locked(target: Path) -> Iterator[Path]:
                 remedy=error.remedy,
             ) from None
         yield folder
+    # A file that was open kept the folder; see `remove_folder`.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a work folder that contains nothing but the lock; the caller holds the lock."""
     if all(path.name.startswith(_LOCK_NAME) for path in folder.iterdir()):
-        shutil.rmtree(folder)
+        remove_folder(folder)

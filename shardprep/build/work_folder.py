@@ -44,6 +44,7 @@ from shardprep.storage.local import (
     publish,
     publish_bytes,
     read_at_most,
+    remove_folder,
     sha256_of,
     sync_folder,
 )
@@ -91,7 +92,7 @@ class FolderWork:
                     # Without shards, a build left the work folder that was killed in its last
                     # step. With shards, it is that of an unfinished build with --overwrite.
                     if not any(name.endswith(".tar") for name in os.listdir(folder)):
-                        shutil.rmtree(folder)
+                        remove_folder(folder)
                     yield None
                     return
                 yield cls(folder)
@@ -140,7 +141,7 @@ class FolderWork:
                     move(self.folder / name, target / name)
             sync_folder(target)
             publish_bytes(target / MANIFEST_NAME, manifest, scratch=self.folder)
-            shutil.rmtree(self.folder)
+            remove_folder(self.folder)
             sync_folder(target)
 
     def _record(self, task: ShardTask) -> Path:

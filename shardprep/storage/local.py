@@ -18,6 +18,8 @@ from shardprep.storage.courtesies import NOT_HERE, note_once
 from shardprep.storage.trouble import BadPlaceError, FileFault, storage_errors
 
 _BLOCK = 1 << 20
+# Errors of a system that flushes no folders, or opens none, beside the usual ones.
+_NOT_FOR_FOLDERS = NOT_HERE | {errno.EBADF, errno.EISDIR}
 
 
 @contextlib.contextmanager
@@ -82,7 +84,7 @@ def sync_folder(folder: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in NOT_HERE:
+        if error.errno not in _NOT_FOR_FOLDERS:
             raise
         _note_unflushed(folder, error)
         return
@@ -97,7 +99,7 @@ def _flush(handle: int, path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in NOT_HERE:
+        if error.errno not in _NOT_FOR_FOLDERS:
             raise
         _note_unflushed(path, error)
 
@@ -125,6 +127,22 @@ def move(source: Path, target: Path) -> None:
         with publish(target) as file, open_regular(source) as contents:
             shutil.copyfileobj(contents, file, _BLOCK)
         source.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it.
+
+    Where a file in it is open, as a lock may be, NFS gives the file another name, and the folder
+    stays until the file is closed. Nobody has to wait for that.
+
+    Raises:
+        OSError: A file cannot be removed.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
 
 
 def temporary_place() -> str:

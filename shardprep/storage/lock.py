@@ -188,7 +188,13 @@ def _open(path: Path) -> tuple[int, bool]:
     """Open the lock file; its descriptor, and whether the system has locked it."""
     for last in (*[False] * _TRIES, True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, _FLAGS | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, _FLAGS | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            # Whoever held the lock before has removed the folder just now.
+            if last:
+                raise
+            continue
         try:
             locked = _flock(handle, path)
             # Whoever held the lock before may have removed the file.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -215,6 +216,33 @@ def test_a_folder_of_several_disks_takes_a_set(
     monkeypatch.setattr(os, "replace", replace)
     build(source, tmp_path / "several", workers=1, **OPTIONS)
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+def test_a_work_folder_that_an_open_file_keeps_is_left(
+    source: Path, tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original, kept = shutil.rmtree, []
+
+    def rmtree(folder: Path, **options: Any) -> None:
+        original(folder, **options)
+        if folder.name == WORK_FOLDER:
+            # As NFS does with the lock, which is open.
+            folder.mkdir()
+            (folder / ".nfs0001").touch()
+            kept.append(folder / ".nfs0001")
+            raise OSError(code, os.strerror(code), str(folder))
+
+    shards = tmp_path / "shards"
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    build(source, shards, **OPTIONS)
+    assert kept
+    assert verify_shards(shards).intact
+    kept[-1].unlink()
+    assert build(source, shards, **OPTIONS).up_to_date
+    monkeypatch.undo()
+    assert build(source, shards, **OPTIONS).up_to_date
+    assert verify_shards(shards).intact
 
 
 def test_unfinished_set_does_not_open(unfinished: Path) -> None:

@@ -137,6 +137,16 @@ def test_a_courtesy_that_a_file_system_lacks_is_passed_over_with_one_note(
     assert all("may not survive a power cut" in note for note in said)
 
 
+@pytest.mark.parametrize("call", ["fsync", "open"])
+@pytest.mark.parametrize("code", [errno.EBADF, errno.EISDIR])
+def test_systems_that_open_no_folders_take_files(
+    tmp_path: Path, refuse: Callable[..., None], call: str, code: int
+) -> None:
+    refuse(call, code, folders=True)
+    publish_bytes(tmp_path / "a", b"data")
+    assert (tmp_path / "a").read_bytes() == b"data"
+
+
 @pytest.mark.parametrize("code", FAILING, ids=lambda code: errno.errorcode[code])
 @pytest.mark.parametrize(
     ("call", "folders"), [("fsync", True), ("fsync", False), ("open", True), ("fchmod", False)]
