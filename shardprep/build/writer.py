@@ -181,6 +181,12 @@ def _report_finished(
         note = check_contents(manifest, target, source, tasks, changed, pool, listener)
         if note is not None:
             report.notes.append(note)
+    elif isinstance(source.root, Remote):
+        # Web servers give times that a copy can keep, and tags made of them.
+        report.notes.append(
+            "the store's times and tags say that no file has changed; `shardprep verify DST "
+            "--against SRC` compares the contents"
+        )
     report.up_to_date = True
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)

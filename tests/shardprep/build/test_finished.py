@@ -269,6 +269,9 @@ def test_a_source_behind_a_url_is_known_by_its_tags_or_read_again(
     build_shards(url, tmp_path / "shards", BuildOptions(workers=1))
     known = "ETag" in says
     assert rebuild(url, tmp_path / "shards").read == (0 if known else 29)
+    # The store's word is told as such.
+    (*notes,) = build_shards(url, tmp_path / "shards", BuildOptions(workers=1)).notes
+    assert any("verify DST --against SRC" in note for note in notes) == known
     name = next(path for path in system.store if path.endswith(".pt"))
     local = source / name.rpartition("/")[2]
     torch.save(torch.load(local) * 0.5, local)

@@ -187,7 +187,8 @@ def reference(source: Path) -> dict[str, str]:
     shards = source.parent / "reference"
     build_shards(source, shards, BuildOptions(**OPTIONS))  # type: ignore[arg-type]
     assert verify_shards(shards).intact
-    return {path.name: sha256_of(path) for path in shards.iterdir()}
+    files = open_shards(shards).manifest.files()
+    return {name: sha256_of(shards / name) for name in (*files, "manifest.json")}
 
 
 @pytest.fixture
