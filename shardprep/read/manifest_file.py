@@ -19,7 +19,7 @@ from shardprep.format.manifest import (
 from shardprep.storage.local import exists, read_at_most
 from shardprep.storage.remote import Location, Remote
 from shardprep.storage.sniff import sniff
-from shardprep.storage.trouble import machine_errors, storage_errors
+from shardprep.storage.trouble import FileFault, machine_errors, storage_errors
 
 
 def load_manifest(folder: Location) -> Manifest:
@@ -41,9 +41,9 @@ def load_manifest(folder: Location) -> Manifest:
             what, remedy = _instead_of_manifest(folder)
         raise FormatError(what, file=folder, remedy=remedy) from error
     except OSError as error:
-        raise FormatError(
-            f"cannot be read: {error.strerror}", file=path, remedy=OTHER_RELEASE
-        ) from None
+        # A name that is too long, or a circle of links, is no place of shards at all.
+        remedy = OTHER_RELEASE if isinstance(error, FileFault) else _BUILD_REMEDY
+        raise FormatError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
     return _decoded(data, path)
 
 
