@@ -34,7 +34,7 @@ from shardprep.format.manifest import (
     encode_manifest,
 )
 from shardprep.read.files import Files, FolderFiles, StoreFiles
-from shardprep.read.manifest_file import load_manifest
+from shardprep.read.manifest_file import check_fingerprint, load_manifest
 from shardprep.read.split import Split
 from shardprep.source.dataset import Source, scan_dataset
 from shardprep.storage.local import read_at_most, temporary_place
@@ -66,6 +66,7 @@ def verify_shards(
 
     Raises:
         SourceError: `against` is no data set.
+        CorruptShardError: A build has replaced the set meanwhile.
         StorageError: The machine cannot read the manifest now, or a store does not answer.
     """
     began = time.monotonic()
@@ -98,6 +99,9 @@ def verify_shards(
                 check.note(split.index.file, check.split_faults(name, deep, source))
         if source is not None:
             check.note(MANIFEST_NAME, missing_faults(files, manifest, source))
+    if report.faults:
+        # A build that replaces the set meanwhile takes its files away.
+        check_fingerprint(place, manifest.fingerprint)
     report.seconds = time.monotonic() - began
     return report
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shardprep import (
     BuildReport,
+    CorruptShardError,
     StorageError,
     VerifyReport,
     open_shards,
@@ -44,6 +45,16 @@ def edit(path: Path, change: Callable[[bytearray], Any]) -> None:
 
 def faults(report: VerifyReport) -> dict[str, str]:
     return {fault.file: fault.what for fault in report.faults}
+
+
+def test_a_set_that_is_replaced_meanwhile_is_not_called_damaged(shards: Path) -> None:
+    def replace(nbytes: int) -> None:
+        # As a build with --overwrite does when its set is complete.
+        (shards / "manifest.json").unlink(missing_ok=True)
+        (shards / SHARD).unlink(missing_ok=True)
+
+    with pytest.raises(CorruptShardError, match="the set was changed while it was being read"):
+        verify_shards(shards, advance=replace)
 
 
 @pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "zstd")], ids="-".join)
