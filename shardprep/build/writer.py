@@ -117,7 +117,7 @@ def build_shards(
     report.repeats = list(scanned.repeats)
     if report.repeats:
         report.notes.append(
-            f"{len(report.repeats)} of {len(scanned.test) + len(report.repeats)} entries of "
+            f"{len(report.repeats)} of {scanned.test_entries} entries of "
             f"{TESTDATA} list a file again, such as "
             f"{report.repeats[0].file}; it is packed once, and each entry gets its row in "
             "predictions"

@@ -109,6 +109,12 @@ class Source:
         """Every utterance that can be packed, in the order of the data set."""
         return (*self.labelled, *self.test)
 
+    @property
+    def test_entries(self) -> int:
+        """Number of entries of testdata.json."""
+        rejected = sum(reject.split == "test" for reject in self.rejects)
+        return len(self.test) + len(self.repeats) + rejected
+
     @functools.cached_property
     def by_key(self) -> dict[str, Utterance]:
         """Every utterance that can be packed, by its key."""

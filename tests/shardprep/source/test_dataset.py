@@ -331,14 +331,16 @@ def test_entries_that_cannot_be_packed_keep_their_places(
     (root / listed[1]["feature_path"]).unlink()
     (root / listed[3]["feature_path"]).write_bytes(b"no tensor")
     listed.insert(2, {"mel_len": 3})
-    listed.append(listed[1])
+    listed += [listed[1], listed[0]]
     (root / "testdata.json").write_text(json.dumps(text))
     options = (*SKIP, "--samples-per-shard", 1)
-    assert run_cli("build", root, tmp_path / "shards", *options).returncode == 0
+    done = run_cli("build", root, tmp_path / "shards", *options)
+    assert done.returncode == 0
+    assert "note: 1 of 8 entries of testdata.json list a file again" in done.stderr
     entries = open_shards(tmp_path / "shards").test_entries
     paths = [entry.get("feature_path", '{"mel_len": 3}') for entry in listed]
     assert [entry.file for entry in entries] == paths
-    assert [entry.index for entry in entries] == [0, None, None, 1, None, 2, None]
+    assert [entry.index for entry in entries] == [0, None, None, 1, None, 2, None, 0]
     assert "does not exist" in entries[1].reason
 
 
