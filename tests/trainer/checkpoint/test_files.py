@@ -304,3 +304,23 @@ def test_another_format_is_refused_with_found_and_expected(tmp_path: Path, conte
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="found, 2 expected"):
         load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["step-00000001.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*`git lfs pull`$"),
+        (b"<!DOCTYPE html><title>Sign in</title>", r"is a web page \(its title: 'Sign in'\)"),
+        (b'{"n_mels": 40}', "is JSON text, and no checkpoint; name the folder of a run or of a mo"),
+        (b"name: boss\n", "is text that begins 'name: boss', and no checkpoint"),
+        (b"\x93NUMPY\1\0", r"is a NumPy file \(.npy\), and no checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_not_called_damaged(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{name}: {said}") as caught:
+        load(tmp_path / name)
+    assert not isinstance(caught.value, DamagedCheckpointError)

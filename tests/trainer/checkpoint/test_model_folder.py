@@ -289,3 +289,16 @@ print(json.dumps({"told": told, "grown_mib": grown}))
         assert message.startswith(f"kinds/{name}.safetensors: "), message
         assert len(message) < 500
     assert found["grown_mib"] < 200
+
+
+def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
+    for name, said in {
+        "manifest.json": f"it is a shard set: name the run first, .* --shards {tmp_path}",
+        "metadata.json": "it is a data set: name the folder of a run",
+    }.items():
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(
+            CheckpointError, match=f"{tmp_path}: there is no best checkpoint; {said}"
+        ):
+            find_checkpoint(tmp_path)
+        (tmp_path / name).unlink()

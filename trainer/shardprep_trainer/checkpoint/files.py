@@ -62,15 +62,22 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: there is no such checkpoint; `ls {path.parent}` shows those there are"
         ) from error
-    _refuse_stand_in(data, path)
+    _refuse_other(data, path)
     return parse_model(data, path) if path.suffix == ".safetensors" else _parse_step(data, path)
 
 
-def _refuse_stand_in(data: bytes, path: Path) -> None:
-    """CheckpointError if a file only stands for a checkpoint that was not downloaded."""
+def _refuse_other(data: bytes, path: Path) -> None:
+    """CheckpointError if a file is another kind of file, or stands for one not downloaded."""
     found = sniff(data[:4096])
-    if found is not None and found.kind in ("pointer", "page"):
+    if found is None:
+        return
+    if found.kind in ("pointer", "page"):
         raise CheckpointError(f"{path}: {found.what}")
+    if found.kind in ("json", "text", "npy", "audio", "tar", "packed", "other"):
+        raise CheckpointError(
+            f"{path}: {found.what}, and no checkpoint; name the folder of a run or of a model, or "
+            "a checkpoint"
+        )
 
 
 def _parse_step(data: bytes, path: Path) -> Checkpoint:

@@ -37,7 +37,11 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
         return newest
     remedy = "train first: shardprep train"
     runs = [str(file.parents[1]) for file in sorted(place.glob(f"*/model/{WEIGHTS}"))]
-    if not place.exists():
+    if (place / "manifest.json").exists():
+        remedy = f"it is a shard set: name the run first, and the shards with --shards {place}"
+    elif (place / "metadata.json").exists():
+        remedy = "it is a data set: name the folder of a run, such as runs/NAME"
+    elif not place.exists():
         remedy = f"the folder does not exist; name that of a run, or {remedy}"
     elif (place / WEIGHTS).exists() or folder.best.exists():
         remedy = "only the best model is there: leave out --checkpoint"

@@ -13,6 +13,7 @@ import yaml
 
 from shardprep import machine_errors, sniff
 from shardprep_trainer.config.checks import parse_config, shorten_warmup
+from shardprep_trainer.config.explain import explain
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
 
@@ -169,8 +170,7 @@ def _fault(values: dict[str, Any]) -> str | None:
 
 
 def _refuse(origin: str, error: Exception) -> NoReturn:
-    detail = _one_line(error).replace("Parser key", "field")
-    raise ConfigError(f"{origin}: {detail}; --help lists every field with its type") from error
+    raise ConfigError(f"{origin}: {explain(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

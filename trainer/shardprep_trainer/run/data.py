@@ -26,6 +26,8 @@ def open_data(data: DataConfig, *, validated: bool) -> ShardSet:
         ShardprepError: The shards cannot be read.
     """
     path, place = data.shards, locate(data.shards)
+    if isinstance(place, Path) and place.is_file():
+        raise ConfigError(f"data.shards: {path} is a file; name its folder, {place.parent}")
     if isinstance(place, Path) and not place.is_dir():
         raise ConfigError(
             f"data.shards: there is no folder {path}; make it with "
