@@ -70,6 +70,28 @@ def test_a_data_set_with_the_json_files_of_the_homework_page_builds(tmp_path: Pa
     assert [f"{key}.pt" for key in keys] == [r["feature_path"] for r in testdata["utterances"]]
 
 
+def test_the_program_of_the_homework_page_corrects_names_and_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = (text for text in code_blocks(HOMEWORK, "python") if "Dataset-corrected" in text)
+    monkeypatch.chdir(tmp_path)
+    source = Path("Dataset")
+    names = ["a.b.pt", "s/__c.pt", "s/é.PT", f"{'d' * 90}.pt"]
+    speakers: dict[str, list[dict[str, object]]] = {"ann": [], "bob": []}
+    for number, name in enumerate(names):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.randn(5 + number, 4), source / name)
+        speakers["ann" if number % 2 else "bob"].append({"feature_path": name, "mel_len": 3})
+    (source / "metadata.json").write_text(json.dumps({"n_mels": 4, "speakers": speakers}))
+    options = shardprep.BuildOptions(workers=1, val_fraction=0)
+    with pytest.raises(shardprep.SourceError):
+        shardprep.build_shards(source, "shards", options)
+    exec(compile(program, "homework.md", "exec"), {})
+    report = shardprep.build_shards("Dataset-corrected", "shards", options)
+    assert (report.splits["train"].samples, report.splits["train"].frames) == (4, 5 + 6 + 7 + 8)
+    assert len(list(source.rglob("*.[pP][tT]"))) == 4
+
+
 def anchors(text: str) -> set[str]:
     """The names by which headings can be linked to, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)

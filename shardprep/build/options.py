@@ -60,14 +60,16 @@ class BuildOptions:
             if getattr(self, name) not in values:
                 raise BuildError(f"is {getattr(self, name)!r}, expected one of {values}", key=name)
         ranges = {
-            "level": self.level is None or (self.codec == "zstd" and 1 <= self.level <= 22),
-            "samples_per_shard": self.samples_per_shard >= 1,
-            "val_fraction": 0 <= self.val_fraction < 1,
-            "workers": self.workers >= 0,
+            "level": (self.level is None or 1 <= self.level <= 22, "1 to 22"),
+            "samples_per_shard": (self.samples_per_shard >= 1, "at least 1"),
+            "val_fraction": (0 <= self.val_fraction < 1, "0 or more, and less than 1"),
+            "workers": (self.workers >= 0, "0 or more"),
         }
-        for name, valid in ranges.items():
+        for name, (valid, expected) in ranges.items():
             if not valid:
-                raise BuildError(f"{getattr(self, name)} is out of range", key=name)
+                raise BuildError(f"is {getattr(self, name)}, expected {expected}", key=name)
+        if self.level is not None and self.codec != "zstd":
+            raise BuildError("is for the codec zstd only", key="level")
         if self.address is not None and self.engine != "ray":
             raise BuildError("is for the engine ray only", key="address")
 

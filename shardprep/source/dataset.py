@@ -37,7 +37,7 @@ from shardprep.source.metadata import (
     Metadata,
     read_metadata,
 )
-from shardprep.source.paths import Roots, key_of, relative_path, spellings
+from shardprep.source.paths import OutsideError, Roots, key_of, relative_path, spellings
 from shardprep.storage.remote import Location, locate
 
 # How many uses of a repeated file a reason lists; how many rejects a data set may have, far more
@@ -51,7 +51,7 @@ _CORRECT = (
 )
 # Kinds of faults that an error tells apart, and what differs between reasons of one kind.
 _SHOWN = 5
-_DETAILS = re.compile(r"\d+(?:\.\d+)?|'[^']*'|, but .* does.*|[;:(].*")
+_DETAILS = re.compile(r"\d+(?:\.\d+)?|'[^']*'|, but .* (?:does|exists).*|[;:(].*")
 
 
 class Utterance(NamedTuple):
@@ -148,7 +148,7 @@ class _Scan:
         shown = path[:MOST_SHOWN] if isinstance(path, str) else _shown(raw)
         key = ""
         try:
-            listed = relative_path(_path_of(raw), self.roots)
+            listed = self._place_of(_path_of(raw))
             key = key_of(listed)
             if speaker is not None and label == NO_LABEL:
                 raise ValueError(f"speaker {speaker} is not in {MAPPING}")
@@ -168,6 +168,15 @@ class _Scan:
                 f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
             )
         self.found[split].append(Utterance(key, relative, speaker, label, frames, *state, number))
+
+    def _place_of(self, path: str) -> str:
+        """See `relative_path`; a path of another machine is refused with what to remove from it."""
+        try:
+            return relative_path(path, self.roots)
+        except OutsideError as error:
+            if hint := self.files.hint_of(error.path):
+                raise ValueError(f"{error.what}, but {hint}") from None
+            raise
 
     def _find(self, path: str, listed: str) -> tuple[str, FileState]:
         """Where the file of a path lies, and its state. ValueError if it cannot be used."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from shardprep.source.missing import ABSENT, Absences, why_dangling
+from shardprep.source.missing import ABSENT, Absences, remove_hint, why_dangling
 from shardprep.storage.local import read_at_most
 from shardprep.storage.remote import Location, Remote, modified_ns
 from shardprep.storage.trouble import (
@@ -64,6 +64,9 @@ class Listing(Protocol):
 
     def why_absent(self, relative: str) -> str:
         """Why there is no such file, in words for `Reject.reason`."""
+
+    def hint_of(self, path: str) -> str | None:
+        """Which end of a path is a file here, and what to remove; None if none is, or unknown."""
 
     def size(self, name: str) -> int:
         """Size of a JSON file in bytes.
@@ -132,6 +135,10 @@ class FolderListing:
     def why_absent(self, relative: str) -> str:
         """See `Listing.why_absent`."""
         return self._absences.why(relative)
+
+    def hint_of(self, path: str) -> str | None:
+        """See `Listing.hint_of`."""
+        return self._absences.further_in(path)
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""
@@ -218,6 +225,12 @@ class StoreListing:
     def why_absent(self, relative: str) -> str:
         """See `Listing.why_absent`."""
         return ABSENT
+
+    def hint_of(self, path: str) -> str | None:
+        """See `Listing.hint_of`: the end that is the whole name is looked for, no other."""
+        name = path.rpartition("/")[2]
+        above = path.removesuffix(name)
+        return remove_hint(name, above) if name and name in self._found else None
 
     def size(self, name: str) -> int:
         """See `Listing.size`."""

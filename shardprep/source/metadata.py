@@ -79,6 +79,7 @@ def read_metadata(folder: Location, files: Listing) -> Metadata:
             f"is {testdata['n_mels']}, but {n_mels} in {METADATA}",
             file=folder / TESTDATA,
             key="n_mels",
+            remedy="Make both files of the same features, or leave testdata.json out.",
         )
     return Metadata(n_mels, metadata["speakers"], labels, testdata["utterances"])
 

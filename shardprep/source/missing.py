@@ -7,7 +7,6 @@ import itertools
 import os
 import unicodedata
 import urllib.parse
-from pathlib import PurePosixPath
 
 ABSENT = "the file does not exist"
 
@@ -56,15 +55,19 @@ class Absences:
             return f"{ABSENT}, but {other!a} does: the case differs; rename one of the two"
         return self._further_in(relative) or ABSENT
 
-    def _further_in(self, relative: str) -> str | None:
-        """A hint where the path begins too far up, as with the name of the data set's folder."""
-        parts = PurePosixPath(relative).parts
+    def further_in(self, path: str) -> str | None:
+        """A hint where a path begins too far up, as with the name of the data set's folder."""
+        parts = path.split("/")
         for at in range(1, len(parts)):
             rest = "/".join(parts[at:])
-            if os.path.lexists(os.path.join(self._root, rest)):
-                above = "/".join(parts[:at]) + "/"
-                return f"{ABSENT}, but {rest} does; remove {above} from the paths in the metadata"
+            within = rest and ".." not in parts[at:] and not rest.startswith("/")
+            if within and os.path.isfile(os.path.join(self._root, rest)):
+                return remove_hint(rest, "/".join(parts[:at]) + "/")
         return None
+
+    def _further_in(self, relative: str) -> str | None:
+        hint = self.further_in(relative)
+        return hint and f"{ABSENT}, but {hint}"
 
     def _folded_names(self, folder: str) -> dict[str, str]:
         """The names in a folder, by what names of another case have in common with them."""
@@ -75,6 +78,11 @@ class Absences:
                 names = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES)]
             self._read = folder, {_folded(name): name for name in names}
         return self._read[1]
+
+
+def remove_hint(inner: str, above: str) -> str:
+    """What to do with a path whose end is the path of a file."""
+    return f"{inner} exists; remove {above} from the paths in the metadata"
 
 
 def why_dangling(path: str) -> str:

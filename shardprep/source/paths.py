@@ -22,7 +22,20 @@ _DRIVE = re.compile(r"[A-Za-z]:/")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SUFFIX = ".pt"
 _AUDIO = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".sph")
-_RELATIVE = "write paths relative to the folder of metadata.json"
+
+
+class OutsideError(ValueError):
+    """A path leads out of the data set.
+
+    Args:
+        what: What is wrong with the path, as a clause.
+        path: The path, with forward slashes.
+    """
+
+    def __init__(self, what: str, path: str) -> None:
+        super().__init__(f"{what}; write paths relative to the folder of metadata.json")
+        self.what = what
+        self.path = path
 
 
 class Roots:
@@ -53,7 +66,8 @@ def relative_path(path: str, roots: Roots) -> str:
         roots: The folder of the data set.
 
     Raises:
-        ValueError: The path leads outside, or cannot be a path; in words for `Reject.reason`.
+        OutsideError: The path leads outside; in words for `Reject.reason`, as the next one.
+        ValueError: The path cannot be a path.
     """
     if len(path) > MOST_SHOWN:
         raise ValueError(f"the path has {len(path)} characters, expected at most {MOST_SHOWN}")
@@ -67,11 +81,11 @@ def relative_path(path: str, roots: Roots) -> str:
     if absolute:
         inner = roots.inner(path if _URL.match(path) else plain)
         if inner is None:
-            raise ValueError(f"the path is absolute and leads outside the data set; {_RELATIVE}")
+            raise OutsideError("the path is absolute and leads outside the data set", plain)
         plain = inner
     plain = posixpath.normpath(plain)
     if plain == ".." or plain.startswith("../"):
-        raise ValueError(f"the path leads outside the data set; {_RELATIVE}")
+        raise OutsideError("the path leads outside the data set", plain)
     return plain
 
 

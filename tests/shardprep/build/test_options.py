@@ -33,6 +33,20 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
     assert str(value) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"level": 3}, "level: is for the codec zstd only"),
+        ({"level": 23, "codec": "zstd"}, "level: is 23, expected 1 to 22"),
+        ({"val_fraction": 1.0}, "val_fraction: is 1.0, expected 0 or more, and less than 1"),
+        ({"address": "auto"}, "address: is for the engine ray only"),
+    ],
+)
+def test_a_refusal_says_what_is_expected(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(BuildError, match=said):
+        BuildOptions(**values)
+
+
 def test_the_manifest_does_not_say_where_a_build_ran() -> None:
     one = BuildOptions(workers=1)
     two = BuildOptions(workers=2, overwrite=True, engine="ray", address="auto")

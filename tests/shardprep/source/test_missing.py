@@ -69,8 +69,28 @@ CAUSES: dict[str, tuple[Edit, str]] = {
     ),
     "folder above": (
         listed_as("Dataset/ann-000.pt"),
-        "the file does not exist, but ann-000.pt does; remove Dataset/ from the paths in the "
+        "the file does not exist, but ann-000.pt exists; remove Dataset/ from the paths in the "
         "metadata",
+    ),
+    "absolute path of another machine": (
+        listed_as("/home/ann/Dataset/ann-000.pt"),
+        "the path is absolute and leads outside the data set, but ann-000.pt exists; remove "
+        "/home/ann/Dataset/ from the paths in the metadata",
+    ),
+    "absolute path of Windows": (
+        listed_as("D:\\Dataset\\ann-000.pt"),
+        "the path is absolute and leads outside the data set, but ann-000.pt exists; remove "
+        "D:/Dataset/ from the paths in the metadata",
+    ),
+    "path from another folder": (
+        listed_as("../Dataset/ann-000.pt"),
+        "the path leads outside the data set, but ann-000.pt exists; remove ../Dataset/ from the "
+        "paths in the metadata",
+    ),
+    "absolute path of nothing": (
+        listed_as("/etc/passwd.pt"),
+        "the path is absolute and leads outside the data set; write paths relative to the folder "
+        "of metadata.json",
     ),
     "no folder": (listed_as("s/t.pt"), "the file does not exist, nor does its folder"),
     "within a file": (listed_as("ann-001.pt/t.pt"), "the file does not exist, nor does its folder"),
