@@ -7,13 +7,14 @@ seconds to load, or is not installed.
 from __future__ import annotations
 
 import ast
+import os
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from shardprep.errors import needs
+from shardprep.errors import StorageError, needs
 
 GROUP = "shardprep.commands"
 """Entry points of this group are click commands."""
@@ -45,12 +46,25 @@ class AnnouncedCommand(click.Command):
 
         Raises:
             MissingExtraError: A package is not installed.
+            StorageError: The current folder was removed.
         """
+        _check_folder()
         # Not around the run: a module that is missing there is a fault of its own.
         with needs(_EXTRA):
             command: click.Command = self._entry.load()
         words = list(ctx.params["words"])
         return command.main(words, prog_name=ctx.command_path, standalone_mode=False)
+
+
+def _check_folder() -> None:
+    """StorageError if the current folder was removed: PyTorch may end the program there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise StorageError(
+            "the current folder was removed, and PyTorch does not start there",
+            remedy="Go to another folder (cd).",
+        ) from None
 
 
 def _summary(module: str) -> str:

@@ -79,6 +79,15 @@ def test_a_folder_that_was_removed_is_good_enough_to_work_in(
     assert digests(tmp_path / "built") == digests(shards)
 
 
+def test_what_needs_pytorch_says_that_the_folder_was_removed(python: Run, tmp_path: Path) -> None:
+    program = REMOVED + "sys.argv[1:] = ['train', '--print-config']\n"
+    program += "from shardprep.cli import main\nmain()"
+    done = python("-c", program, "", "", tmp_path / "x")
+    assert done.returncode == 6
+    assert done.stderr.startswith("error: the current folder was removed, and PyTorch")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_relative_path_from_a_removed_folder_is_refused(python: Run, tmp_path: Path) -> None:
     program = REMOVED + "import shardprep\nshardprep.open_shards('shards')"
     done = python("-c", program, "", "", tmp_path / "x")
