@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from shardprep.build.options import BuildOptions
@@ -20,7 +21,7 @@ from shardprep.build.plan import ShardTask
 from shardprep.build.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import check_shard, fetch_file
 from shardprep.errors import BuildError, StorageError
-from shardprep.format.manifest import SOURCE_TIMES_NAME, Manifest
+from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest
 from shardprep.format.source_times import decode_times, encode_times
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index, read_rejects
@@ -40,11 +41,10 @@ def check_same_build(
     Raises:
         BuildError: It has not.
     """
-    wanted = (options.record, options.dtype, options.codec_info)
-    same_options = wanted == (manifest.build, manifest.dtype, manifest.codec)
-    if source.fingerprint != manifest.source_fingerprint or not same_options:
+    differences = list(_differences(manifest, source, options))
+    if differences:
         raise BuildError(
-            "the folder holds a finished set, built from another source or with other options",
+            f"the folder holds a finished set, built {' and '.join(differences)}",
             file=target,
             remedy="Name another folder, or give --overwrite to replace the set.",
         )
@@ -56,6 +56,27 @@ def check_same_build(
                 file=target,
                 remedy="Give --overwrite to build the set again.",
             )
+
+
+def _differences(manifest: Manifest, source: Source, options: BuildOptions) -> Iterator[str]:
+    """How a finished set was built otherwise than this build would build it."""
+    if source.fingerprint != manifest.source_fingerprint:
+        yield "from another source"
+
+    def named(build: BuildRecord | None, dtype: str, codec: CodecInfo) -> dict[str, Any]:
+        own: dict[str, Any] = msgspec.to_builtins(codec)
+        own |= {"codec": own.pop("name"), "dtype": dtype}
+        return own if build is None else own | msgspec.to_builtins(build)
+
+    wanted = named(options.record, options.dtype, options.codec_info)
+    found = named(manifest.build, manifest.dtype, manifest.codec)
+    other = [
+        f"{name} {found[name]}, not {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if found[name] != wanted[name]
+    ]
+    if other:
+        yield f"with other options ({'; '.join(sorted(other))})"
 
 
 def changed_since(target: Location, source: Source) -> list[Utterance]:

@@ -171,8 +171,15 @@ def test_other_options_or_source_need_overwrite(
     shards = tmp_path / "shards"
     build(source, shards, samples_per_shard=2)
     before = contents(shards)
-    with pytest.raises(BuildError, match="--overwrite"):
+    with pytest.raises(
+        BuildError, match=r"with other options \(samples_per_shard 2, not 9\).*--over"
+    ):
         build(source, shards, samples_per_shard=9)
+    changes = (
+        r"built with other options \(codec none, not zstd; samples_per_shard 2, not 1000; seed 0"
+    )
+    with pytest.raises(BuildError, match=changes):
+        build(source, shards, codec="zstd", seed=1)
     assert contents(shards) == before
     build(source, shards, samples_per_shard=9, overwrite=True)
     build(source, tmp_path / "fresh", samples_per_shard=9)
