@@ -80,8 +80,10 @@ def hold_ledger(path: Path) -> Iterator[Ledger]:
             yield Ledger(handle)
         finally:
             # Unlocked first: a process that was forked meanwhile has the same open file, and
-            # would keep the lock as long as it lives.
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            # would keep the lock as long as it lives. Where this fails, closing the file unlocks it
+            # too, and what was done under the lock is done.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
 

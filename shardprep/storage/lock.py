@@ -180,7 +180,8 @@ def hold_lock(path: Path) -> Iterator[HeldLock]:
                 with contextlib.suppress(OSError):
                     os.ftruncate(handle, 0)
                 # Whoever was forked without our knowledge has the same open file.
-                fcntl.flock(handle, fcntl.LOCK_UN)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 

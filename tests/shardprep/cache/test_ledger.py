@@ -133,3 +133,22 @@ def test_a_place_of_the_cache_that_the_disk_cannot_read_is_fetched_again(
     failing_disk(file[1].sha256, {1000}, times=2)
     assert cache.renew(*file)
     assert cache.traffic.files == 2
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_what_was_done_under_a_lock_is_done_where_unlocking_fails(
+    place: Path, file: tuple[Remote, FileInfo], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original = fcntl.flock
+
+    def flock(handle: int, kind: int) -> None:
+        if kind == fcntl.LOCK_UN:
+            raise OSError(code, os.strerror(code))
+        original(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    shards = ShardCache(place, 10_000, patience=0)
+    # Once to fetch it, once to find it: no part stays claimed, and the lock is free.
+    for _ in range(2):
+        shards.hold(*file).close()
+    assert shards.traffic.files == 1

@@ -246,3 +246,19 @@ def test_a_file_system_whose_file_numbers_change_has_locks(
     with hold_lock(path):
         assert held(path)
     assert not held(path)
+
+
+def test_a_lock_that_cannot_be_unlocked_ends_with_its_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = lock.fcntl.flock
+
+    def flock(handle: int, kind: int) -> None:
+        if kind == lock.fcntl.LOCK_UN:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        original(handle, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    for _ in range(2):
+        with hold_lock(path):
+            pass
