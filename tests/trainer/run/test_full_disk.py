@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from saved_models import BEST
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from shardprep import StorageError
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
@@ -185,6 +187,21 @@ def test_trackers_that_cannot_begin_do_not_stop_a_run(
     assert len(records(config, "train")) == 6
     err = capsys.readouterr().err
     assert err.count("WARNING: the files of train.trackers cannot be written (No space") == 1
+
+
+def test_a_tracker_that_fails_in_its_own_thread_is_told_without_a_traceback(
+    make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: RecordWriter, data: bytes) -> None:
+        raise FULL
+
+    hook = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert fit(make_config(**{"train.trackers": ["tensorboard"]})).step == 12
+    err = capsys.readouterr().err
+    assert err.count("WARNING: the files of train.trackers cannot be written (No space") == 1
+    assert "Traceback" not in err
+    assert threading.excepthook is hook
 
 
 def test_records_that_have_no_room_until_the_end_are_said_to_be_missing(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,13 @@ class Journal:
             self._log.truncate(step)
         self.progress = Progress(total, step, enabled=self._main)
         purge = {"tensorboard": {"purge_step": step + 1}}
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+        self._older = set(threading.enumerate())
         with self._tolerating(_TRACKERS, _NO_MORE):
             accelerator.init_trackers(run.name, init_kwargs=purge)
+        if self._refused:
+            # One may be there by half.
+            accelerator.trackers = []
 
     def record(self, record: Record) -> None:
         """Write an event, a dict with `event` and `step`, to metrics.jsonl and the trackers."""
@@ -201,6 +207,12 @@ class Journal:
             with self._tolerating(_TRACKERS, "the end of the curves may be missing"):
                 tracker.finish()
         self._accelerator.trackers = []
+        threading.excepthook = self._hook
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """Show no traceback of a tracker's thread: the tracker's next call raises the error."""
+        if failed.thread in self._older or not isinstance(failed.exc_value, OSError):
+            self._hook(failed)
 
     def _append(self, record: Record) -> None:
         if self._main:
