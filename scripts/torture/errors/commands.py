@@ -14,11 +14,12 @@ from typing import Any
 
 import shardprep
 from scripts.torture.shards import contents
+from shardprep.format.manifest import SOURCE_TIMES_NAME
 
-PER_SHARD = 8
+PER_SHARD = 4
 STEPS, SAVED_STEP = 4, 2
 _PATIENCE = 5.0
-SOURCE, SHARDS, DAMAGED, RUNS, TRAINED = "Dataset", "shards", "damaged", "runs", "trained"
+SOURCE, SHARDS, FAULTY, RUNS, TRAINED = "Dataset", "shards", "faulty", "runs", "trained"
 OUT, CACHE, SUBMISSION = "out", "cache", "submission.csv"
 _TRAIN = {
     "name": "run",
@@ -76,7 +77,7 @@ class Command:
         return "shardprep_command", [word.format(**places) for word in self.words]
 
     def result(self, folder: Path) -> Files:
-        """What it has left: path in the folder to sha256; work folders are left out."""
+        """What it has left: path in the folder to sha256; work folders and times are left out."""
         found: Files = {}
         for name in self.results:
             place = folder / name
@@ -84,7 +85,8 @@ class Command:
             if place.is_file():
                 files = {"": hashlib.sha256(place.read_bytes()).hexdigest()}
             found |= {os.path.join(name, path).rstrip("/"): x for path, x in files.items()}
-        return {path: value for path, value in found.items() if "/.shardprep-" not in path}
+        kept = (path for path in found if "/.shardprep-" not in path)
+        return {path: found[path] for path in kept if Path(path).name != SOURCE_TIMES_NAME}
 
     def lost(self, before: Mapping[str, str], folder: Path) -> list[str]:
         """Files that were healthy before, and are missing or others now, though they may not."""
@@ -128,18 +130,18 @@ COMMANDS = (
     ),
     Command(
         "repair",
-        (SOURCE, DAMAGED),
-        ("repair", "{folder}/damaged", "--source", "{folder}/Dataset"),
-        results=(DAMAGED,),
-        may_change=(f"{DAMAGED}/train-000000.tar",),
+        (SOURCE, FAULTY),
+        ("repair", "{folder}/faulty", "--source", "{folder}/Dataset"),
+        results=(FAULTY,),
+        may_change=(f"{FAULTY}/train-000000.tar",),
     ),
     Command(
         "repair --drop",
-        (DAMAGED,),
-        ("repair", "{folder}/damaged", "--drop"),
-        results=(DAMAGED,),
+        (FAULTY,),
+        ("repair", "{folder}/faulty", "--drop"),
+        results=(FAULTY,),
         may_change=tuple(
-            f"{DAMAGED}/{name}" for name in ("train-000000.tar", "train.index.npy", "manifest.json")
+            f"{FAULTY}/{name}" for name in ("train-000000.tar", "train.index.npy", "manifest.json")
         ),
     ),
     Command(
@@ -190,8 +192,7 @@ def _digest(place: str, cache: str, cache_bytes: int) -> str:
     for split in shards.values():
         for index in range(len(split)):
             digest.update(split.read(index).tobytes())
-    loader = shardprep.SegmentLoader(shards["train"], batch_size=4, segment_frames=64)
-    for batch in loader:
+    for batch in shardprep.UtteranceLoader(shards["train"], max_frames=1000):
         digest.update(batch["mel"].numpy().tobytes())
     digest.update(repr(shards.rejects).encode())
     return digest.hexdigest()
@@ -220,9 +221,9 @@ def make_template(
     made = [sys.executable, "-m", "scripts.synthetic", str(folder), *sizes]
     subprocess.run(made, check=True, capture_output=True)
     run(["build", str(folder / SOURCE), str(folder / SHARDS), *_BUILD, "--workers", "1"])
-    if DAMAGED in parts:
-        shutil.copytree(folder / SHARDS, folder / DAMAGED)
-        _damage(folder / DAMAGED)
+    if FAULTY in parts:
+        shutil.copytree(folder / SHARDS, folder / FAULTY)
+        _damage(folder / FAULTY)
     for runs, extra in ((RUNS, [f"--train.stop_step={SAVED_STEP}"]), (TRAINED, [])):
         if runs in parts:
             words = [word.format(folder=folder) for word in _train_words()]

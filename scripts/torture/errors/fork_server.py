@@ -54,7 +54,7 @@ class ForkServer:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process = process
         self._folder = folder
-        self.imported: set[str] = set()
+        self._imported: set[str] = set()
 
     def run(
         self, module: str, function: str, arguments: Iterable[Any], calls: FailingCalls
@@ -75,8 +75,9 @@ class ForkServer:
     def learn(self) -> None:
         """Import what the process of the last job had imported: the next ones start faster."""
         names = (self._folder / _MODULES).read_text().split()
-        self._ask({"import": sorted(set(names) - self.imported)})
-        self.imported.update(names)
+        # In their order: asyncio, for one, is another if a part of it is imported first.
+        self._ask({"import": [name for name in names if name not in self._imported]})
+        self._imported.update(names)
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -209,11 +209,11 @@ class Matrix:
         if not calls.refused:
             # Threads do not always call the same.
             return Outcome(UNREACHED)
+        path = calls.path.replace(f"{self._cell}/", "")
         said = _lines(ended.out) + _lines(ended.err)
         new = "\n".join(line for line in said if _plain(line) not in usual.lines)
         faults = [*self._lost(command, usual), *self._unlike(cell, ended, usual)]
         found = judge(cell.error, ended, new, faults)
-        path = calls.path.replace(f"{self._cell}/", "")
         return Outcome(found.what, found.why, path, found.code, new.replace(str(self._cell), ""))
 
     def _lost(self, command: Command, usual: Undisturbed) -> Iterable[str]:
