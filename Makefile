@@ -1,6 +1,8 @@
 # make demo             all steps from a small synthetic set to a submission; DATA=folder for real data
 # make test             lint, check types and run the quick tests, JOBS (2) at a time
 # make test-slow        the slow tests alone, JOBS (2) at a time
+# make test-loops       the tests with other people's training loops (Lightning and others), which it
+#                       installs into .venv
 # make test-all         all tests, those for GPUs too, one at a time
 # make check            lint and check types only
 # make lowest           try the lowest versions of all dependencies, in a temporary environment
@@ -33,7 +35,7 @@ SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
+.PHONY: demo test test-slow test-loops test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), some gigabytes; pip says nothing for minutes'
@@ -50,10 +52,15 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu and not loops'
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu and not loops'
+
+# Their packages must not change the version of PyTorch that all tests run with.
+test-loops: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,loops]'
+	SHARDPREP_TEST_LOOPS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal tests/loops
 
 test-all: check
 	$(BIN)/pytest

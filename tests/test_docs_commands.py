@@ -207,7 +207,8 @@ def test_the_commands_and_snippets_of_all_pages_run(
                 ran = run_cli(*words[1:], *BRIEF.get(words[1], "").split())
                 assert ran.returncode == 0, f"{page}: {command}\n{ran.stderr}"
                 done.add(command)
-        for snippet in code_blocks(page, "python"):
+        # Those with other people's loops need their packages: tests/loops/ runs them.
+        for snippet in code_blocks(page, "python") if page != "docs/loops.md" else ():
             if "onnxruntime" not in snippet:
                 exec(compile(snippet, page, "exec"), {"__name__": "__main__"})
     assert {command.split()[1] for command in done} == set(RUN_HERE)

@@ -42,7 +42,8 @@ class SegmentLoader(IterableDataset[Batch]):
 
     It behaves as PyTorch's DataLoader does: `iter` begins a new epoch with an order of its own,
     whether the iteration before ran out, stopped after `len` batches or was broken off, and ends
-    that iteration. Only after `load_state_dict` it continues within an epoch.
+    that iteration. Only after `load_state_dict` it continues within an epoch. It works as the
+    dataset of a DataLoader too, with batch_size=None, and in the loops of docs/loops.md.
 
     Global batch k of an epoch holds the same utterances with the same segments at any world size,
     as long as batch_size * world_size is the same; each rank gathers only its own part.

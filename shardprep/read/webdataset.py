@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 import traceback
 import zlib
@@ -31,6 +32,7 @@ from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
 from shardprep.storage.local import exists, lasting, open_regular
 from shardprep.storage.remote import Location, Remote, locate
+from shardprep.storage.shared_value import SharedValue
 from shardprep.storage.trouble import machine_errors
 
 # Found in the URL of a shard or in a pattern of shards, and not in the URL of a folder.
@@ -55,8 +57,8 @@ def stream(
         split: Which split of a shard folder.
         shuffle: Utterances in the shuffle buffer; 0 keeps the order of the shards. With a
             buffer, the shards come in random order too.
-        seed: Seed of the shuffles. Each iteration of the pipeline has its own order; in a
-            DataLoader with workers, only if its workers are persistent.
+        seed: Seed of the shuffles. Each iteration of the pipeline has its own order, also in a
+            DataLoader with workers.
         **options: Passed on to `webdataset.WebDataset`. By default every node reads its own part
             of the shards, and every DataLoader worker its own part of these.
 
@@ -92,11 +94,15 @@ def stream(
     stages = pipeline.pipeline
     opener = [isinstance(stage, StreamingOpen | FileCache) for stage in stages].index(True)
     stages.insert(opener + 1, _close_shards)
+    stages[:] = [
+        _Shuffle(stage.bufsize, stage.seed) if isinstance(stage, wds.detshuffle) else stage
+        for stage in stages
+    ]
     if place is not None:
         stages.insert(opener, partial(_check_shards, files, info))
         pipeline = pipeline.compose(partial(_check_samples, files, info))
     if shuffle:
-        pipeline = pipeline.compose(wds.detshuffle(shuffle, seed=seed))
+        pipeline = pipeline.compose(_Shuffle(shuffle, seed))
     return pipeline.map(decode_sample).compose(_release_on_error)
 
 
@@ -124,6 +130,35 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
         "speaker": speaker,
         "frames": len(mel),
     }
+
+
+class _Shuffle(wds.detshuffle):  # type: ignore[misc]
+    """A shuffle with an order of its own in every iteration.
+
+    webdataset's counts the iterations in itself: a DataLoader copies it into new workers for every
+    epoch, and there it would count from the beginning.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        super().__init__(size, seed=seed)
+        # Iterations that began: of each worker by its number, and of the process itself.
+        self._begun = SharedValue[dict[str, int]]({})
+
+    def run(self, src: Iterable[Any]) -> Iterator[Any]:
+        data = sys.modules.get("torch.utils.data")
+        worker = data.get_worker_info() if data is not None else None
+        reader = "itself" if worker is None else str(worker.id)
+
+        def count(begun: dict[str, int]) -> dict[str, int]:
+            return {**begun, reader: begun.get(reader, 0) + 1}
+
+        begun = self._begun.change_parents(count) if worker is not None else None
+        if begun is None:
+            begun = self._begun.change(count)
+        # The shuffle adds 1 before it begins.
+        self.epoch = begun[reader] - 2
+        shuffled: Iterator[Any] = super().run(src)
+        return shuffled
 
 
 def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:

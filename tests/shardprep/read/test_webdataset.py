@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 import zstandard
+from torch.utils.data import DataLoader
 
 import shardprep
 from shardprep import BuildReport, CorruptShardError, FormatError, Split, open_shards
@@ -94,6 +95,27 @@ def test_each_iteration_has_another_shuffle(edge_set: Path) -> None:
     epochs = [[sample["__key__"] for sample in pipeline] for _ in range(3)]
     assert len(set(map(tuple, epochs))) == 3
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_each_iteration_of_workers_has_another_shuffle(edge_set: Path, persistent: bool) -> None:
+    def orders() -> list[list[str]]:
+        pipeline = shardprep.stream(edge_set, shuffle=16)
+        batches = DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context="fork",
+            persistent_workers=persistent,
+        )
+        return [[sample["__key__"] for sample in batches] for _ in range(3)]
+
+    epochs = orders()
+    assert len(set(map(tuple, epochs))) == 3
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    # The seed decides on them, not how the workers came about.
+    assert orders() == epochs
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
