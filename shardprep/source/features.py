@@ -91,9 +91,9 @@ def _check_shape(shape: tuple[int, ...], n_mels: int, frames: int) -> None:
     inner = tuple(n for n in shape if n != 1)
     if shape == (n_mels, frames):
         raise ValueError(f"{expected}: it is transposed; save tensor.T")
-    if len(shape) == 3 and inner == (frames, n_mels):
+    if len(shape) > 2 and inner == (frames, n_mels):
         raise ValueError(f"{expected}; save tensor.squeeze()")
-    if len(shape) == 3 and inner == (n_mels, frames):
+    if len(shape) > 2 and inner == (n_mels, frames):
         raise ValueError(f"{expected}: it is transposed; save tensor.squeeze().T")
     if len(shape) == 2 and shape[0] == frames:
         raise ValueError(f"{expected}; if all files have {shape[1]} mels, correct n_mels")

@@ -39,6 +39,7 @@ _KINDS = {f"torch {name}Storage": kind for name, kind in _STORAGES.items()}
 _OTHERS = {
     "numpy": "a NumPy array, not a tensor; save torch.from_numpy(array)",
     "pandas": "a table of pandas, not a tensor; save torch.tensor(table.to_numpy())",
+    "torch._utils _rebuild_tensor_v3": "a tensor of a rare element type; save tensor.float()",
     "torch._utils _rebuild_sparse": "a sparse tensor; save tensor.to_dense()",
     "torch._utils _rebuild_qtensor": "a quantized tensor; save tensor.dequantize()",
     "torch._utils _rebuild_nested": "a nested tensor; save each tensor in a file of its own",
@@ -52,6 +53,7 @@ _OTHERS = {
 _INSTEAD: dict[type, str] = {
     list: "save torch.tensor(values), or each tensor in a file of its own",
     tuple: "save the tensor alone",
+    set: "save the tensor alone",
     str: "save the tensor alone",
 }
 # All that a pickle may name.
@@ -162,26 +164,31 @@ def refuse_other(value: Any) -> None:
     if not isinstance(value, dict):
         kind = type(value).__name__
         held = f"a {kind}" if type(value) in _INSTEAD else f"a value of type {kind}"
+        held = "None" if value is None else held
         remedy = _INSTEAD.get(type(value), "save the tensor")
         raise Explained(f"holds {held}, not a tensor; {remedy}")
     keys = list(map(str, value))
+    if not keys:
+        raise Explained("holds a dict, not a tensor; save the tensor alone")
     if any(key.rpartition(".")[2] in ("weight", "bias") for key in keys):
         raise Explained("holds a dict of the weights of a model (a state_dict), not a tensor")
     tensors = [key for key in keys if isinstance(value[key], TensorCall)]
     shown = ", ".join(ascii(key[:_MOST_SHOWN]) for key in keys[:3]) + ", ..." * (len(keys) > 3)
-    what = f"holds a dict, not a tensor (its keys: {shown})" if keys else "holds an empty dict"
+    what = f"holds a dict, not a tensor (its keys: {shown})"
     if len(tensors) == 1:
         name = ascii(tensors[0][:_MOST_SHOWN])
         raise Explained(f"{what}; save the tensor alone, torch.save(torch.load(FILE)[{name}])")
     raise Explained(f"{what}; save the tensor alone")
 
 
-def _refuse_container(stack: list[Any]) -> None:
-    """Explained if an unfinished program is making a list, a dict or a tuple of values."""
+def _refuse_container(stack: list[Any], instruction: str = "") -> None:
+    """Explained if an unfinished program is making a list, a dict, a set or a tuple of values."""
+    if instruction == "EMPTY_SET" and not stack:
+        refuse_other(set())
     if stack and type(stack[0]) in (list, dict):
         refuse_other(stack[0])
     if stack and stack[0] is _Mark:
-        refuse_other(())
+        refuse_other({"LIST": [], "DICT": {}}.get(instruction, ()))
 
 
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
@@ -230,7 +237,7 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         arguments = stack.pop()
         stack.append(_called(stack.pop(), arguments))
     elif name not in ("PROTO", "FRAME"):
-        _refuse_container(stack)
+        _refuse_container(stack, name)
         raise ValueError(f"its pickle has the instruction {name}, which no dense tensor needs")
 
 
@@ -242,7 +249,9 @@ def _named(name: str) -> _Function:
         if name.startswith(begin):
             raise Explained(f"holds {words}")
     shown = name.replace(" ", ".")[:100]
-    raise ValueError(f"its pickle calls for {shown}, which no dense tensor needs")
+    raise ValueError(
+        f"its pickle calls for {shown}, which no dense tensor needs; save the tensor alone"
+    )
 
 
 # Instructions whose argument is a value. Those of text are those of Python 2.

@@ -41,7 +41,9 @@ def read_records(data: bytes) -> dict[str, memoryview]:
         if mark != ZIP_MAGIC or begin + size > len(data):
             raise ValueError(f"its record {name} is cut off")
         if method or packed != size:
-            raise ValueError(f"its record {name} is compressed, which torch.save never does")
+            raise ValueError(
+                f"its record {name} is compressed, which torch.save never does; save it again"
+            )
         short = name.partition("/")[2]
         if short in found:
             raise ValueError(f"it has the record {name} twice")

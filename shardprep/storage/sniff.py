@@ -70,6 +70,8 @@ _LFS = re.compile(rb"version https?://(?:git-lfs\.github\.com|hawser\.github\.co
 _ANNEX = re.compile(rb"[^\n]{0,400}(?:\.git/|^/)annex/objects/")
 _DVC = re.compile(rb"(?:md5: \w+\s+|frozen: \w+\s+)?(?:outs|deps):\s+- (?:md5|etag|path|hash)\b")
 _KALDI = re.compile(rb"(?:[^\s\0]+ )?\0B[FDC]M")
+_HTML = re.compile(r"<(?:!doctype html|(?:html|head|body|script|meta|title|br|b|p|div|h1)\b)", re.I)
+_LINK = re.compile(rb"(?:\.\.?/[\w./-]+|[\w./-]*/blobs/[\w-]+)\s*")
 _TITLE = re.compile(rb"<title[^>]*>\s*([^<]{1,200})", re.IGNORECASE)
 _STORE_ERROR = re.compile(rb"<Error>.{0,200}?<Code>(\w{1,60})</Code>", re.DOTALL)
 _BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -169,6 +171,9 @@ def _text(data: bytes, head: bytes) -> Content | None:
         return Content("pointer", f"is a git-annex pointer, not the file: {remedy}")
     if _DVC.match(head):
         return Content("pointer", "is a DVC file that stands for the data: run `dvc pull`")
+    if len(data) <= _WINDOW and _LINK.fullmatch(data):
+        shown = _shown(data)
+        return Content("pointer", f"is the text of a link, {shown}, not the file; {_FETCH}")
     codec = _bom(head) or "utf-8"
     try:
         # The window may cut a character.
@@ -190,7 +195,7 @@ def _markup(head: bytes, text: str) -> Content:
     if refused := _STORE_ERROR.search(head):
         said = refused[1].decode("ascii", "replace")
         return Content("page", f"is an error message of a store ({said}), not the file; {_FETCH}")
-    if not re.search(r"<!doctype html|<html|<head|<body|<script|<meta", text, re.IGNORECASE):
+    if not _HTML.search(text):
         return Content("page", f"is XML, not the file; {_FETCH}")
     title = _TITLE.search(head)
     named = f" (its title: {_shown(title[1])})" if title else ""

@@ -112,11 +112,17 @@ OTHER_CONTENTS: dict[str, tuple[Any, str]] = {
     "list of numbers": ([[0.5] * 40] * 700, r"a list, not a tensor; save torch\.tensor\(values\)"),
     "tuple": ((torch.zeros(3, 4), 16000), "a tuple, not a tensor; save the tensor alone"),
     "number": (5, "a value of type int, not a tensor"),
+    "None": (None, "None, not a tensor"),
+    "rare element type": (torch.zeros(3, 4, dtype=torch.uint16), r"rare .*; save tensor\.float"),
+    "checkpoint": (
+        {"step": 1, "model": torch.nn.Linear(3, 4).state_dict()},
+        "a dict, not a tensor; save the tensor alone",
+    ),
     "text": ("mel", "a str, not a tensor"),
     "NumPy array": (np.zeros((3, 4)), r"a NumPy array, .*; save torch\.from_numpy\(array\)"),
     "dict of arrays": ({"mel": np.zeros((3, 4))}, "a NumPy array"),
     "dict of text": ({"a": "b", "c": "d", "e": "f", "g": "h"}, "its keys: 'a', 'c', 'e', ...\\)"),
-    "empty dict": ({}, "an empty dict"),
+    "empty dict": ({}, "a dict, not a tensor; save the tensor alone"),
     "weights": (torch.nn.Linear(3, 4).state_dict(), r"a model \(a state_dict\)"),
     "model": (torch.nn.Linear(3, 4), "a model, not a tensor"),
 }
@@ -130,7 +136,7 @@ def test_what_is_saved_instead_of_a_tensor_is_named(name: str, older: bool) -> N
         read_tensor(saved(value, older=older))
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_bare_pickle_is_named_by_what_it_holds(protocol: int) -> None:
     for value, said in (([1.0], "a list"), (np.zeros(3), "a NumPy array"), ({"a": 1}, "a dict")):
         with pytest.raises(ValueError, match=f"^holds {said}, not a tensor"):
