@@ -324,6 +324,8 @@ def _path_of(entry: Any) -> str:
         raise ValueError("the entry has no feature_path")
     if not isinstance(path := entry["feature_path"], str):
         raise ValueError(f"feature_path is {name_of(path)}, expected a path as text")
+    if not path.strip():
+        raise ValueError("feature_path is empty")
     return path
 
 

@@ -69,7 +69,12 @@ def _fault(data: bytes, error: Exception) -> str:
     if found is not None and found.kind not in ("json", "text"):
         known = found.kind in ("empty", "zeros", "pointer", "page", "cut", "packed")
         return found.what if known else f"{found.what}, not JSON"
+    if 0 < (zeros := len(data) - len(data.rstrip(b"\0"))) < len(data):
+        return f"ends in {zeros} zero bytes, as after a crash; {_AGAIN}"
     if isinstance(error, json.JSONDecodeError):
+        begins = error.doc[: error.pos].strip() == ""
+        if found is not None and begins and error.doc[error.pos : error.pos + 1].isalpha():
+            return f"{found.what}, not JSON"
         place = f"line {error.lineno}, column {error.colno}"
         return f"is not valid JSON ({place}): {_hint(error.doc, error.pos, error.msg)}"
     if isinstance(error, UnicodeDecodeError):
@@ -96,6 +101,10 @@ def _hint(text: str, at: int, message: str) -> str:
         return "a text has a single backslash, as Windows paths have; write / instead"
     if message.startswith("Invalid control character"):
         return "a text has a line break or a tab"
+    if text.startswith(("<<<<<<<", "=======", ">>>>>>>"), at):
+        return "it has a merge conflict of Git; resolve it"
+    if here and here in "\u201c\u201d\u201e":
+        return "a text stands in curly quotes; write straight ones"
     if here == "'":
         return "a text stands in single quotes, as Python prints a dict; write it with json.dump"
     if here in "/#":

@@ -164,6 +164,7 @@ UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
     "mel_len huge": (field(mel_len=10**30), "mel_len is 1000.*, expected less than"),
     "path a number": (field(feature_path=5), "feature_path is 5, expected a path as text"),
     "no fields": (lambda root, entry: entry.clear(), "the entry has no feature_path"),
+    "path empty": (field(feature_path=" "), "feature_path is empty"),
     "no length": (lambda root, entry: entry.pop("mel_len"), "the entry has no mel_len"),
 }
 

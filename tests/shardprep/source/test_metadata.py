@@ -167,7 +167,7 @@ FILE_FAULTS: dict[str, tuple[Edit, str, str]] = {
         MAPPING,
         "id2speaker is not the reverse of speaker2id",
     ),
-    "testdata broken": (text(TEST, "nope"), TEST, "is not valid JSON"),
+    "testdata broken": (text(TEST, "nope"), TEST, "is text that begins 'nope', not JSON"),
     "testdata of other width": (change(TEST, n_mels=80), TEST, "n_mels: is 80, but 40 in metadata"),
     "testdata no list": (
         change(TEST, utterances={}),
