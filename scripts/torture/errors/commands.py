@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -83,7 +84,7 @@ class Command:
             place = folder / name
             files = contents(place) if place.is_dir() else {}
             if place.is_file():
-                files = {"": hashlib.sha256(place.read_bytes()).hexdigest()}
+                files = {"": hashlib.sha256(_ordered(place)).hexdigest()}
             found |= {os.path.join(name, path).rstrip("/"): x for path, x in files.items()}
         kept = (path for path in found if "/.shardprep-" not in path)
         return {path: found[path] for path in kept if Path(path).name != SOURCE_TIMES_NAME}
@@ -93,6 +94,15 @@ class Command:
         now = contents(folder)
         free = self.may_change + self.may_grow
         return [p for p, value in before.items() if now.get(p) != value and not p.startswith(free)]
+
+
+def _ordered(path: Path) -> bytes:
+    """The bytes of a file; those of a model with its header in order, which differs else."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
 
 
 def _train_words() -> tuple[str, ...]:
