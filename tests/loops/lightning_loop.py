@@ -1,4 +1,4 @@
-"""Lightning over a loader: `lightning_loop.py SHARDS OUT ACT`, in one or two processes.
+"""Lightning over a loader: `lightning_loop.py SHARDS OUT ACT ...`, in one or two processes.
 
 ACT is "1" or "2", the number of processes that Lightning starts itself; "resume1" or "resume2",
 which continues from the checkpoint in the middle of an epoch that the former left; "workers" for
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.loops.recorded import Record, arguments, loader
+from tests.loops.recorded import Record, each_act, loader
 
 EPOCHS = 3
 
@@ -38,8 +38,7 @@ class Model(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-6)
 
 
-def main() -> None:
-    shards, out, act = arguments()
+def train(shards: str, out: str, act: str) -> None:
     batches: Any = loader(shards)
     if act == "workers":
         batches = DataLoader(batches, batch_size=None, num_workers=2)
@@ -66,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_act(train)

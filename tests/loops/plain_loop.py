@@ -1,4 +1,4 @@
-"""Loops of one's own, `plain_loop.py SHARDS OUT ACT`, started by torchrun or by themselves.
+"""Loops of one's own, `plain_loop.py SHARDS OUT ACT ...`, started by torchrun or by themselves.
 
 ACT is "plain"; or "prepare", over what Accelerator.prepare makes of the loader; or "dispatch" and
 "shard", over what it makes of a DataLoader, which is refused where there are several processes.
@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 import shardprep
-from tests.loops.recorded import Record, arguments, loader, rank
+from tests.loops.recorded import Record, each_act, loader, rank
 
 EPOCHS = 3
 
@@ -26,8 +26,7 @@ def prepared(own: Any, act: str) -> Any:
     return accelerator.prepare(DataLoader(own, batch_size=None if act == "dispatch" else 1))
 
 
-def main() -> None:
-    shards, out, act = arguments()
+def train(shards: str, out: str, act: str) -> None:
     batches: Any = loader(shards)
     record = Record(out, act, rank())
     if act != "plain":
@@ -41,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_act(train)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,11 @@ def read(folder: Path, name: str, ranks: int) -> list[list[Segment]]:
     return [sum(batches, []) for batches in zip(*parts, strict=True)]
 
 
-def arguments() -> tuple[str, str, str]:
-    """Of a loop's script: shards, folder for the record, and what to do."""
-    shards, out, act = sys.argv[1:]
-    return shards, out, act
+def each_act(perform: Callable[[str, str, str], None]) -> None:
+    """Perform what a loop's script is told: shards, a folder for the record, and some acts."""
+    shards, out, *acts = sys.argv[1:]
+    for act in acts:
+        perform(shards, out, act)
 
 
 def rank() -> int:

@@ -1,4 +1,4 @@
-"""torchdata over a loader: `stateful_loop.py SHARDS OUT ACT`, in one process or more.
+"""torchdata over a loader: `stateful_loop.py SHARDS OUT ACT ...`, in one process or more.
 
 For every loop that torchdata offers: three epochs, and the same again, interrupted in the middle
 of the second by a new loop that loads the state of the old one. ACT is not used.
@@ -14,7 +14,7 @@ from typing import Any
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.loops.recorded import Record, arguments, loader, rank
+from tests.loops.recorded import Record, each_act, loader, rank
 
 EPOCHS = 3
 LOOPS: dict[str, Callable[[Any], Any]] = {
@@ -28,8 +28,7 @@ LOOPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def main() -> None:
-    shards, out, _ = arguments()
+def train(shards: str, out: str, _: str) -> None:
     for name, wrap in LOOPS.items():
         record = Record(out, name, rank())
         batches = wrap(loader(shards))
@@ -52,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_act(train)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer over a loader: `trainer_loop.py SHARDS OUT ACT`, in any processes.
+"""The Hugging Face Trainer over a loader: `trainer_loop.py SHARDS OUT ACT ...`, in any processes.
 
 ACT is "whole"; or "resume", which continues from the checkpoint in the middle of an epoch.
 """
@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from tests.loops.recorded import Record, arguments, loader, rank
+from tests.loops.recorded import Record, each_act, loader, rank
 
 EPOCHS = 3
 
@@ -50,8 +50,7 @@ class Epochs(transformers.TrainerCallback):
         self.loader.set_epoch(int(state.epoch or 0))
 
 
-def main() -> None:
-    shards, out, act = arguments()
+def train(shards: str, out: str, act: str) -> None:
     own = loader(shards)
     options = transformers.TrainingArguments(
         output_dir=f"{out}/trainer",
@@ -74,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_act(train)
