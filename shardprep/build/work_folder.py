@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,13 +124,7 @@ class FolderWork:
         with storage_errors(target):
             # Checked before the old set is given up.
             places = (target / MANIFEST_NAME, *(target / name for name in files), *_ours(target))
-            for path in places:
-                if path.is_dir():
-                    raise BuildError(
-                        "a folder is in the place of a file of the set",
-                        file=path,
-                        remedy="Remove it, then run the same command again.",
-                    )
+            refuse_folders(places)
             (target / MANIFEST_NAME).unlink(missing_ok=True)
             sync_folder(target)
             for path in (*_ours(target), *_ours(self.folder)):
@@ -185,6 +179,17 @@ def finish_repair(target: Path) -> bool:
             return True
     shutil.rmtree(work.folder, ignore_errors=True)
     return False
+
+
+def refuse_folders(places: Iterable[Path]) -> None:
+    """BuildError if a folder is where a file of a set is to be: no file can replace it."""
+    for path in places:
+        if path.is_dir() and not path.is_symlink():
+            raise BuildError(
+                "a folder is in the place of a file of the set",
+                file=path,
+                remedy="Remove it, then run the same command again.",
+            )
 
 
 def _has_size(work: FolderWork, name: str, expected: int) -> bool:

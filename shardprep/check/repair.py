@@ -71,7 +71,8 @@ def repair_shards(
         FormatError: The folder has no readable manifest; only a new build can help.
         SourceError: The source is no data set. Or the set was not built from it, and the original
             plan is needed: for a shard whose index is damaged too, and for rejects.jsonl.
-        BuildError: Another build or repair is running in the folder, or nothing would be left.
+        BuildError: Another build or repair is running in the folder, a folder is in the place of a
+            file, or nothing would be left.
         CorruptShardError: A file has the right sha256, but is not what a build writes.
         StorageError: The machine could not read or write a file. If a file of the set could not be
             read, nothing was changed.

@@ -20,7 +20,7 @@ from shardprep.build.plan import shard_tasks
 from shardprep.build.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import is_ours, publish_indexes, publish_rejects
-from shardprep.build.work_folder import FolderWork
+from shardprep.build.work_folder import FolderWork, refuse_folders
 from shardprep.check.beside import times_fault
 from shardprep.check.file_faults import fault_of, read_legible
 from shardprep.check.report import RepairReport
@@ -65,6 +65,7 @@ class Repair:
         before_drop: Called with the utterances that `drop` leaves out, before anything is changed.
 
     Raises:
+        BuildError: A folder is in the place of a file of the set. Nothing was changed.
         StorageError: The machine cannot read a file of the set now. Nothing was changed.
     """
 
@@ -86,6 +87,7 @@ class Repair:
             if times_fault(folder, self.manifest) is not None:
                 self._intact_times = []
         self.damaged = {name for name, finding in findings.items() if finding is not None}
+        refuse_folders(self.folder / name for name in sorted(self.damaged))
         self._bad = {name for name, found in findings.items() if found and found.has_bad_places}
         self.work.folder.mkdir(exist_ok=True)
 

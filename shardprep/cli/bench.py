@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("shards", type=Place(), metavar="DST...", nargs=-1, required=True)
 @click.option(
     "--source",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(exists=True, file_okay=False, readable=False, path_type=Path),
     metavar="SRC",
     help="Also measure the files that DST was built from.",
 )

@@ -22,7 +22,8 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     name = "folder"
 
     def __init__(self, *, exists: bool = True) -> None:
-        self._path = click.Path(exists=exists, file_okay=False)
+        # A folder that may not be read is trouble of the machine, not wrong usage.
+        self._path = click.Path(exists=exists, file_okay=False, readable=False)
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None

@@ -430,6 +430,23 @@ def test_a_folder_in_the_place_of_a_file_does_not_destroy_the_set(
         assert repair_shards(shards, source=source).intact
 
 
+@pytest.mark.parametrize("name", [SHARD, INDEX])
+@pytest.mark.parametrize("how", ["alone", "source", "drop"])
+def test_a_folder_in_the_place_of_a_file_is_named_by_a_repair(
+    shards: Path, source: Path, contents: Contents, name: str, how: str
+) -> None:
+    (shards / name).unlink()
+    (shards / name).mkdir()
+    flip(OTHER, lambda folder: 700)(shards)
+    before = contents(shards)
+    options: dict[str, Any] = {"source": {"source": source}, "drop": {"drop": True}}.get(how, {})
+    with pytest.raises(BuildError, match=f"{name}: a folder is in the place of a file"):
+        repair_shards(shards, **options)
+    assert contents(shards) == before
+    (shards / name).rmdir()
+    assert repair_shards(shards, source=source).intact
+
+
 def test_what_cannot_be_read_does_not_stop_a_repair(shards: Path, source: Path) -> None:
     flip("train-000002.tar", lambda folder: 700)(shards)
     (shards / SHARD).unlink()

@@ -39,3 +39,11 @@ def test_folders_and_urls_are_told_apart(tmp_path: Path) -> None:
     for name in ("new", "file"):
         with pytest.raises(click.BadParameter, match=name):
             Place().convert(str(tmp_path / name), None, None)
+
+
+def test_a_folder_that_may_not_be_read_is_not_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may read every folder.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert Place().convert(str(tmp_path), None, None) == tmp_path
