@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -20,6 +21,9 @@ from shardprep.storage.trouble import BadPlaceError, FileFault, storage_errors
 _BLOCK = 1 << 20
 # Errors of a system that flushes no folders, or opens none, beside the usual ones.
 _NOT_FOR_FOLDERS = NOT_HERE | {errno.EBADF, errno.EISDIR}
+# Names of files that this process has open.
+_OPEN = re.compile(r"/(?:dev|proc/self)/fd/([0-9]{1,9})")
+_STANDARD = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextlib.contextmanager
@@ -30,7 +34,8 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     `path` is complete or does not exist.
 
     Args:
-        path: The final name; an existing file is replaced, a missing folder made.
+        path: The final name; an existing file is replaced, a missing folder made. A device, and
+            the name of an open file such as /dev/stdout, is written to as it is.
         scratch: Folder of the temporary name, on the same file system; by default that of `path`.
 
     Yields:
@@ -40,6 +45,10 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
         StorageError: The file cannot be written. Nothing is left behind.
     """
     with storage_errors(path):
+        if (stream := _stream(path)) is not None:
+            with os.fdopen(stream, "wb", buffering=_BLOCK) as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             prefix=f"{path.name}.", suffix=".tmp", dir=scratch or path.parent
@@ -61,11 +70,29 @@ def publish(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def _stream(path: Path) -> int | None:
+    """A handle for what no file may replace: a device, or the name of an open file."""
+    found = _OPEN.fullmatch(str(path))
+    number = int(found[1]) if found else _STANDARD.get(str(path))
+    if number is not None:
+        return os.dup(number)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISCHR(os.lstat(path).st_mode):
+            return os.open(path, os.O_WRONLY)
+    return None
+
+
 def lasting(path: Path) -> Path:
     """The same path where the program goes to another folder before it opens the file."""
-    # There is no such path from a folder that was removed.
     with contextlib.suppress(FileNotFoundError):
         return path.absolute()
+    # The current folder was removed, but the path may lead out of it.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{handle}"))
+        finally:
+            os.close(handle)
     return path
 
 

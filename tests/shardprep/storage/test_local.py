@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shardprep import StorageError
 from shardprep.storage import courtesies
 from shardprep.storage.local import (
     fetch,
+    lasting,
     move,
     open_regular,
     publish,
@@ -245,3 +247,33 @@ def test_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
     assert read_at_most(tmp_path / "a", 5) == b"12345"
     with pytest.raises(OSError, match="it has 5 bytes, more than the 4"):
         read_at_most(tmp_path / "a", 4)
+
+
+def test_a_device_or_an_open_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        device = Path(os.devnull)
+    with publish(device) as file:
+        file.write(b"lost")
+    assert stat.S_ISCHR(os.lstat(device).st_mode)
+    with open(tmp_path / "out", "wb") as out:
+        out.write(b"before ")
+        out.flush()
+        for name in (f"/dev/fd/{out.fileno()}", f"/proc/self/fd/{out.fileno()}"):
+            with publish(Path(name)) as file:
+                file.write(b"row ")
+        out.write(b"after")
+    assert (tmp_path / "out").read_bytes() == b"before row row after"
+
+
+def test_a_path_out_of_a_removed_folder_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert lasting(Path("../kept")) == tmp_path / "kept"
+    assert lasting(Path("nowhere")) == Path("nowhere")
