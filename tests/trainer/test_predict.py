@@ -248,6 +248,31 @@ def test_every_entry_gets_a_row_in_its_order_and_a_stand_in_if_asked_for(
     assert score_submission(out, truth) == (1, 1)
 
 
+def test_stand_ins_are_written_where_no_test_file_could_be_packed(
+    run: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "Dataset", tmp_path / "out.csv"
+    files = [
+        entry["feature_path"]
+        for entry in json.loads((source / "testdata.json").read_text())["utterances"]
+    ]
+    for file in files:
+        (source / file).write_bytes(b"")
+    options = shardprep.BuildOptions(val_fraction=0.2, workers=1, on_error="skip")
+    folder = tmp_path / "untested"
+    shardprep.build_shards(source, folder, options)
+    for fill in ((), ("--fill", "commonest")):
+        result = predict(run, "--shards", folder, "--out", out, *fill)
+        assert result.exit_code == 1
+        assert f"left out all {len(files)} entries of testdata.json" in result.stderr
+        assert "--fill SPEAKER" in result.stderr
+        assert not out.exists()
+    result = predict(run, "--shards", folder, "--out", out, "--fill", "id00001")
+    assert result.exit_code == 0, result.output
+    assert out.read_text().splitlines() == ["Id,Category", *(f"{f},id00001" for f in files)]
+    assert f"{len(files)} of {len(files)} rows have a stand-in" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -317,7 +342,9 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 
 def test_a_run_without_the_checkpoint_asked_for_says_what_to_do(run: Path, tmp_path: Path) -> None:
     (run / BEST).unlink()
-    assert "take --checkpoint last" in predict(run).stderr
+    said = predict(run).stderr
+    newest = said.partition("it has not been validated yet: name ")[2].partition(" in its place")[0]
+    assert predict(newest, "--out", tmp_path / "out.csv").exit_code == 0
     (tmp_path / "empty").mkdir()
     assert "no best checkpoint; train first: shardprep train" in predict(tmp_path / "empty").stderr
     assert "the folder does not exist; name that of a run" in predict(tmp_path / "none").stderr

@@ -70,10 +70,21 @@ class Inference:
         splits = self.shards.manifest.splits
         filled = [other for other, part in splits.items() if part.samples]
         if name not in filled:
-            raise PredictionError(
-                f"{self.shards.path} has no split {name}, only {', '.join(filled)}"
-            )
+            what = f"{self.shards.path} has no split {name}, only {', '.join(filled)}"
+            if name == "test" and (lost := self.shards.test_entries):
+                what += (
+                    f": the build left out all {len(lost):,} entries of testdata.json, such as "
+                    f"{lost[0].file} ({lost[0].reason}); `shardprep predict` with --fill SPEAKER "
+                    "writes a stand-in for each"
+                )
+            raise PredictionError(what)
         return self.shards[name]
+
+    @property
+    def lacks_test(self) -> bool:
+        """Whether the build left out every entry of testdata.json."""
+        entries = self.shards.test_entries
+        return bool(entries) and all(entry.index is None for entry in entries)
 
     @cached_property
     def training(self) -> Collected:
@@ -148,12 +159,16 @@ class Inference:
         return Collected(found.embeddings, grade(enrolled.scores, found.embeddings, numbers))
 
 
-def open_inference(options: ModelOptions, tell: Callable[[str], None]) -> Inference:
+def open_inference(
+    options: ModelOptions, tell: Callable[[str], None], may_be_empty: bool = False
+) -> Inference:
     """Load the model, open the shards, and tell what a user should know of them.
 
     Args:
         options: What to open.
         tell: Shows a line of text to the user.
+        may_be_empty: Whether the shards may lack the split test, where all its entries were left
+            out by the build.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, or its parts do not fit together.
@@ -187,7 +202,8 @@ def open_inference(options: ModelOptions, tell: Callable[[str], None]) -> Infere
         max_frames=options.max_frames,
         pad_value=config.data.pad_value,
     )
-    inference.split(options.split)
+    if not (may_be_empty and inference.lacks_test):
+        inference.split(options.split)
     if inference.backend != "head":
         who = f"those of the train split of {shards.path}, which is embedded first"
         tell(f"note: speakers are named by --backend {inference.backend}: {who}")

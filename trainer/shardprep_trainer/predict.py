@@ -100,17 +100,20 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
 
 
 def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | None:
-    inference = open_inference(options, tell)
-    shards, split, part = inference.shards, options.split, inference.split(options.split)
+    # A stand-in that is named needs no prediction.
+    may_be_empty = fill not in (None, COMMONEST)
+    inference = open_inference(options, tell, may_be_empty)
+    shards, split = inference.shards, options.split
+    part = None if may_be_empty and inference.lacks_test else inference.split(split)
     if fill not in (None, COMMONEST, *inference.speakers):
         raise PredictionError(
             f"--fill {fill}: the model knows no such speaker; take one that it knows, such as "
             f"{inference.speakers[0]}, or {COMMONEST}"
         )
-    names = predict_names(inference, part)
+    names = [] if part is None else predict_names(inference, part)
     entries: Sequence[Entry] = (
         shards.test_entries
-        if split == "test"
+        if part is None or split == "test"
         else [Entry(f"{key}.pt", index, "") for index, key in enumerate(part.keys)]
     )
     rows = submission_rows(entries, names, fill)
@@ -119,7 +122,8 @@ def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | No
     click.echo(f"{len(names):,} utterances of {split}, {len(rows):,} rows -> {out}", err=True)
     if lost:
         tell(f"warning: {_without_utterance(lost, len(rows), fill)}")
-    truths = [shards.speakers[label] if label >= 0 else None for label in part.labels]
+    labels: Sequence[int] = [] if part is None else part.labels.tolist()
+    truths = [shards.speakers[label] if label >= 0 else None for label in labels]
     known = [(name, truth) for name, truth in zip(names, truths, strict=True) if truth is not None]
     if known:
         _tell_accuracy(split, sum(name == truth for name, truth in known), len(known))

@@ -52,5 +52,6 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
     elif (folder.folder / "best.pt").exists():
         remedy = "best.pt is of version 0.1.0, which this version does not read: train again"
     elif choice == "best" and newest is not None:
-        remedy = f"it has not been validated yet: take --checkpoint last, or {newest}"
+        # Not --checkpoint last, which train.start_from does not have.
+        remedy = f"it has not been validated yet: name {newest} in its place"
     raise CheckpointError(f"{place}: there is no {choice} checkpoint; {remedy}")
