@@ -44,6 +44,8 @@ class Sampling:
                 f"batch_size {self.batch_size}, segment_frames {self.segment_frames}: both must be "
                 "positive"
             )
+        if self.order not in ("global", "windowed"):
+            raise ValueError(f"order {self.order!r}: must be 'global' or 'windowed'")
         if self.order == "windowed" and (self.lanes < 1 or self.window_shards < 1):
             raise ValueError(
                 f"lanes {self.lanes}, window_shards {self.window_shards}: both must be positive"

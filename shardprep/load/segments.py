@@ -130,6 +130,8 @@ class SegmentLoader(IterableDataset[Batch]):
     ) -> None:
         if prefetch < 0:
             raise ValueError(f"prefetch {prefetch}: must not be negative")
+        if placement not in ("auto", "host", "device"):
+            raise ValueError(f"placement {placement!r}: must be 'auto', 'host' or 'device'")
         self._sampling = Sampling(
             batch_size=batch_size,
             segment_frames=segment_frames,

@@ -237,10 +237,12 @@ def test_state_of_another_seed_or_data_set_is_refused(
         {"batch_size": 29},
         {"batch_size": 8, "world_size": 4},
         {"prefetch": -1},
+        {"order": "windows"},
+        {"placement": "gpu"},
     ],
 )
-def test_arguments_out_of_range_are_refused(split: Split, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="batch_size|batch of|rank|prefetch"):
+def test_arguments_out_of_range_are_refused(split: Split, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="batch_size|batch of|rank|prefetch|order|placement"):
         loader(split, **options)
 
 
