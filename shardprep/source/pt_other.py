@@ -9,7 +9,7 @@ from shardprep.storage.sniff import sniff
 _END_MARK, _END_BYTES = b"PK\5\6", 22
 # So often chance does not make a mark of text in a binary file.
 _ENOUGH = 5
-_AGAIN = "copy or download it again"
+AGAIN = "copy or download it again"
 _SAVE = {
     "npy": "torch.save(torch.from_numpy(numpy.load(FILE)), FILE)",
     "audio": "save its log-mels (mel_len, n_mels) as a tensor",
@@ -56,7 +56,7 @@ def _is_utf8(data: bytes) -> bool:
 
 def ends_early(data: bytes) -> str:
     """What is wrong with a file whose end is missing."""
-    return f"ends early, after {len(data)} bytes, as after an aborted download; {_AGAIN}"
+    return f"ends early, after {len(data)} bytes, as after an aborted download; {AGAIN}"
 
 
 def _what_zip(data: bytes) -> str | None:
@@ -72,7 +72,7 @@ def _what_zip(data: bytes) -> str | None:
         more = len(data) - _END_BYTES - end
         if end < 0 or more < 0:
             return ends_early(data)
-        return f"goes on for {more} bytes after its end; {_AGAIN}" if more else None
+        return f"goes on for {more} bytes after its end; {AGAIN}" if more else None
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         return "is a TorchScript program, not a tensor; " + _SAVE_TENSOR

@@ -150,6 +150,8 @@ def run_pickle(file: io.BytesIO) -> Any:
                     opcode.name == "FRAME"
                     and (argument or 0) > file.getbuffer().nbytes - file.tell()
                 ):
+                    # As if it had been read up to where it is cut off.
+                    file.seek(0, io.SEEK_END)
                     raise ValueError("its pickle is cut off")
                 _step(opcode.name, argument, stack, memo)
             except (IndexError, KeyError):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.source.pt_other import ends_early, what_else
+from shardprep.source.pt_other import AGAIN, ends_early, what_else
 from shardprep.source.pt_pickle import (
     Explained,
     Storage,
@@ -78,10 +78,11 @@ def read_tensor(data: bytes) -> StoredTensor:
     except (Explained, DamagedRecord):
         raise
     except ValueError as error:
-        why = str(error)[:200]
-        raise ValueError(
-            what_else(data) or f"not a tensor file that can be loaded safely: {why}"
-        ) from None
+        why = f"that can be loaded safely: {str(error)[:200]}"
+        if not data.startswith((ZIP_MAGIC, b"\x80")):
+            # Not even a pickle: what its first byte would mean in one says nothing.
+            why = f"of torch.save: it begins with the bytes {data[:4].hex(' ')}; {AGAIN}"
+        raise ValueError(what_else(data) or f"not a tensor file {why}") from None
 
 
 def _from_zip(data: bytes) -> StoredTensor:
@@ -108,7 +109,13 @@ def _run(program: bytes) -> Any:
 
 def _from_older(data: bytes) -> StoredTensor:
     file = io.BytesIO(data)
-    magic = run_pickle(file)
+    try:
+        magic = run_pickle(file)
+    except ValueError as error:
+        # Every pickle since Python 2.3 begins so.
+        if isinstance(error, Explained) or file.read(1) or not data.startswith(b"\x80"):
+            raise
+        raise Explained(ends_early(data)) from None
     if magic != _OLDER_MAGIC:
         refuse_other(magic)
     try:

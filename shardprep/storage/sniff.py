@@ -6,6 +6,7 @@ each case a parser would describe a symptom. `sniff` names the cause.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -64,7 +65,7 @@ _INNER: list[tuple[int, bytes, str, str]] = [
     (8, b"AIFF", "audio", "is audio (AIFF)"),
     (8, b"WEBP", "other", "is an image (WebP)"),
     (4, b"ftyp", "audio", "is audio or video (MP4)"),
-    (257, b"ustar", "tar", "is a tar archive; unpack it"),
+    (257, b"ustar", "tar", "is a tar archive"),
 ]
 _LFS = re.compile(rb"version https?://(?:git-lfs\.github\.com|hawser\.github\.com|git-media\.io)/")
 _ANNEX = re.compile(rb"[^\n]{0,400}(?:\.git/|^/)annex/objects/")
@@ -177,7 +178,8 @@ def _text(data: bytes, head: bytes) -> Content | None:
     codec = _bom(head) or "utf-8"
     try:
         # The window may cut a character.
-        text = head.decode(codec, "strict" if len(data) <= len(head) else "ignore")
+        decoder = codecs.getincrementaldecoder(codec)()
+        text = decoder.decode(head, final=len(data) <= len(head))
     except UnicodeDecodeError:
         return None
     text = text.lstrip("\ufeff \t\r\n")

@@ -84,7 +84,10 @@ def set_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 UTTERANCE_FAULTS: dict[str, tuple[Callable[[Path, Entry], None], str]] = {
     "missing file": (missing, "does not exist"),
-    "garbage": (raw(lambda data: b"\1\2\xff" * 99), "loaded safely: "),
+    "garbage": (
+        raw(lambda data: b"\1\2\xff" * 99),
+        "of torch.save: it begins with the bytes 01 02 ff",
+    ),
     "text": (raw(lambda data: b"garbage" * 99), "is text that begins 'garbagegarbage"),
     "empty file": (raw(lambda data: b""), r"is empty \(0 bytes\); copy or download it again"),
     "truncated file": (raw(lambda data: data[:-100]), r"ends early, after \d+ bytes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -79,6 +80,9 @@ OTHERS: dict[str, tuple[bytes, str]] = {
         tensor(_use_new_zipfile_serialization=False)[:200],
         "ends early, after 200 bytes",
     ),
+    "first byte, older format": (b"\x80", "ends early, after 1 bytes"),
+    "cut, a pickled array": (pickle.dumps(np.ones((60, 40)))[:200], "ends early, after 200 bytes"),
+    "tar": (bytes(257) + b"ustar", "is a tar archive, not a tensor"),
     "cut within numbers, older format": (
         tensor(_use_new_zipfile_serialization=False)[:9000],
         "ends early, after 9000 bytes",
@@ -94,6 +98,13 @@ def test_another_kind_of_file_is_named(name: str) -> None:
     assert re.search(said, str(error.value))
     assert "pickle" not in str(error.value)
     assert "opcode" not in str(error.value)
+
+
+def test_an_unknown_kind_of_file_is_told_by_its_first_bytes() -> None:
+    with pytest.raises(
+        ValueError, match=r"^not a tensor file of torch.save: .* bytes ff ff ff ff;"
+    ):
+        read_tensor(b"\xff" * 5000)
 
 
 def test_the_way_that_a_reason_names_works(tmp_path: Path) -> None:
