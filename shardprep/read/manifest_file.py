@@ -55,7 +55,12 @@ def _decoded(data: bytes, path: Location) -> Manifest:
         found = sniff(data)
         if found is None or found.kind == "json":
             raise
-        raise FormatError(found.what, file=path, remedy=_COPY_AGAIN) from None
+        what = found.what
+        if found.kind == "text" and data.startswith(b"{"):
+            if data.rstrip().endswith(b"}"):
+                raise
+            what = f"ends early, after {len(data)} bytes, as after an aborted download"
+        raise FormatError(what, file=path, remedy=_COPY_AGAIN) from None
 
 
 def _instead_of_manifest(folder: Path) -> tuple[str, str]:

@@ -173,6 +173,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
     [
         (b"", r"is empty \(0 bytes\)"),
         (bytes(900), "holds nothing but zero bytes"),
+        (b'{\n "format": "shardprep",\n "vers', "ends early, after 32 bytes, as after"),
         (LFS, "is a Git LFS pointer, not the file: run `git lfs pull`"),
         (b"<html><title>Index of /</title>", r"is a web page \(its title: 'Index of /'\)"),
         (b'{"message": "Not Found"}', r"is an error message of a server \('Not Found'\)"),
