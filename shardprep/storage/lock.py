@@ -54,10 +54,12 @@ class LockHeldError(StorageError):
         note: What the process says of itself; see `HeldLock.say`.
         leftover: The file to remove if the process runs no longer; None where the lock ends by
             itself.
+        own: Whether it is this very process.
     """
 
     note = ""
     leftover: Path | None = None
+    own = False
 
 
 class HeldLock:
@@ -279,7 +281,10 @@ def _held_error(path: Path, holder: _Holder | None, leftover: Path | None = None
     if leftover is not None:
         remedy += f" If it no longer runs, remove {leftover}."
     error = LockHeldError(f"is in use by {who}", file=path, remedy=remedy)
-    error.note, error.leftover = holder.note if holder is not None else "", leftover
+    error.leftover = leftover
+    if holder is not None:
+        error.note = holder.note
+        error.own = msgspec.structs.replace(holder, note="") == _this_process()
     return error
 
 

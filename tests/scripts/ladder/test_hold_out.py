@@ -166,7 +166,7 @@ def test_files_in_folders_and_links_to_files_are_linked(recorded: Path, tmp_path
     ("path", "reason"),
     [
         ("../elsewhere.pt", r"\.\./elsewhere\.pt: speaker id0: the path leads outside"),
-        ("uttr-001.pt", "uttr-001.pt: speaker id0: .*listed"),
+        ("uttr-001.pt", "uttr-001.pt: speaker id0: .*lists it again"),
         ("uttr-missing.pt", "uttr-missing.pt: speaker id0: the file does not exist"),
     ],
 )

@@ -32,7 +32,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
         def refusing(address: Any, size: int, flags: int, handle: int, *more: int) -> Any:
             if handle >= 0 and (private or flags & mmap.MAP_SHARED):
                 # As the system does: what was mapped there is gone.
-                address_space._libc.munmap(address, size)
+                address_space._libc().munmap(address, size)
                 raise OSError(code, os.strerror(code))
             return original(address, size, flags, handle, *more)
 

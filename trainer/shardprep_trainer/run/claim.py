@@ -61,7 +61,8 @@ class RunClaim:
             try:
                 self._held = self._stack.enter_context(hold_lock(self._file))
             except LockHeldError as error:
-                leaves = _leaves(error.note, jobs)
+                # This process would wait for itself.
+                leaves = not error.own and _leaves(error.note, jobs)
                 if leaves and not told:
                     told = True
                     self._tell_wait(error)
