@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shardprep.build.work import is_ours_and_complete
-from shardprep.check.report import Fault
+from shardprep.check.report import BY_HAND, Fault
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
@@ -60,7 +60,7 @@ def stray_faults(names: Iterable[str], manifest: Manifest, repairable: bool) -> 
     infos = manifest.files()
     for name in names:
         if name not in infos and _is_stray(name):
-            remedy = "remove it, or move it elsewhere"
+            remedy = BY_HAND
             if repairable and is_ours_and_complete(name):
                 remedy = "`shardprep repair` removes it"
             yield Fault(

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from shardprep.format.manifest import Reject
 
+BY_HAND = "remove it, or move it elsewhere"
+"""What the words of a fault end in that no repair undoes."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -17,6 +20,11 @@ class Fault:
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.file, self.key, self.what) if part)
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether it is a file of someone else, which a repair leaves alone."""
+        return self.what.endswith(BY_HAND)
 
 
 @dataclass

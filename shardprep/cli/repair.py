@@ -108,7 +108,7 @@ def _print(report: RepairReport, *, asked: bool) -> None:
         f"{report.path}: {state} ({count(len(report.repaired), 'file')} repaired, "
         f"{count(report.lost, 'utterance')} dropped, {report.seconds:.1f} s)"
     )
-    if not report.intact and not asked:
+    if not all(fault.by_hand for fault in report.faults) and not asked:
         note = "give the data set as --source SRC; without one, see `shardprep repair --help`"
         click.echo(f"note: {note}", err=True)
 

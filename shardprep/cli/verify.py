@@ -66,7 +66,8 @@ def verify(
         )
         for note in report.notes:
             click.echo(f"note: {note}", err=True)
-        if report.faults and report.files and not report.unread and against is None:
+        helps = not all(fault.by_hand for fault in report.faults)
+        if helps and report.files and not report.unread and against is None:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
             click.echo(f"note: {remedy}", err=True)
     if report.unread:

@@ -196,6 +196,15 @@ def test_json_is_all_that_is_on_stdout(run_cli: Cli, source: Path, tmp_path: Pat
     assert done.returncode == 1
     assert (fault["file"], fault["key"]) == ("extra.tar", "")
     assert fault["what"].startswith("does not belong to the set")
+    # No repair removes it, so none is recommended.
+    for command in ("verify", "repair"):
+        done = run_cli(command, shards)
+        assert done.returncode == 1
+        assert "remove it, or move it elsewhere" in done.stdout
+        assert "repair" not in done.stderr
+    (shards / "train-000000.tar").write_text("")
+    assert "shardprep repair" in run_cli("verify", shards).stderr
+    assert "--source SRC" in run_cli("repair", shards).stderr
 
 
 def test_verify_takes_a_source_to_compare_with(run_cli: Cli, source: Path, tmp_path: Path) -> None:
