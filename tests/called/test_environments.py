@@ -35,7 +35,17 @@ for batch in shardprep.UtteranceLoader(train, max_frames=4000):
 """
 
 
-@pytest.mark.parametrize("flags", [["-OO"], ["-W", "error"], ["-I"], ["-X", "dev"]], ids="".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-OO"],
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in (["-W", "error"], ["-I"], ["-X", "dev"])
+        ),
+    ],
+    ids="".join,
+)
 def test_flags_of_the_interpreter_change_nothing(
     python: Run, source: Path, shards: Path, tmp_path: Path, flags: list[str]
 ) -> None:

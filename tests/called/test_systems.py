@@ -113,6 +113,7 @@ def test_on_windows_all_can_be_imported_and_every_entry_says_where_it_works(
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_on_macos_all_but_bench_works(
     python: Run, source: Path, shards: Path, tmp_path: Path
 ) -> None:

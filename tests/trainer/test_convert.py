@@ -44,11 +44,9 @@ def recipe_model(recipe: str, **changes: Any) -> SpeakerModel:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(
-    "recipe",
-    ["boss", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_RECIPES)],
-)
+@pytest.mark.parametrize("recipe", ["boss", *OTHER_RECIPES])
 def test_a_file_of_every_recipe_gives_the_models_results_at_any_size(
     recipe: str, form: str
 ) -> None:

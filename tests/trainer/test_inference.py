@@ -27,6 +27,7 @@ print(json.dumps([name for name in sys.modules if name.startswith("shardprep_tra
 """
 
 
+@pytest.mark.slow
 def test_to_use_a_model_loads_nothing_that_only_training_needs(run: Path, tmp_path: Path) -> None:
     for name, out in (("predict", "x.csv"), ("embed", "x.npz"), ("export", "x.pt")):
         arguments = [str(run), "--out", str(tmp_path / out)]

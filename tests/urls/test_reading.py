@@ -278,6 +278,7 @@ def ranks(url: str, folder: Path, budget: int, world: int) -> list[subprocess.Po
     ]
 
 
+@pytest.mark.slow
 def test_ranks_of_a_machine_fetch_each_object_once(
     local: Path, url: str, proxy: Any, tmp_path: Path
 ) -> None:
@@ -299,6 +300,7 @@ def test_ranks_of_a_machine_fetch_each_object_once(
     assert sum(line.bytes for line in proxy.log if ".tar" in line.path) == size
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_leaves_an_intact_cache(
     local: Path, url: str, proxy: Any, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from scripts.bench import attention as bench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

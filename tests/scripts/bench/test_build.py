@@ -13,6 +13,8 @@ import pytest
 
 from scripts.bench import build as bench
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -23,7 +23,7 @@ from shardprep.bench.measure import in_own_process
 from shardprep.bench.results import LoaderResult
 
 # We do not care about the warnings of the peers.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 SHAPE = SegmentShape(4, 32, 40, np.dtype("<f2"))
 SPEAKERS = 16

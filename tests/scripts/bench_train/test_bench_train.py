@@ -18,6 +18,8 @@ from scripts.bench_train import __main__ as bench
 from scripts.bench_train import arithmetic, measurement, summary
 from scripts.bench_train import homework_model as models
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_linear_layer_is_counted_by_hand() -> None:
     # 3 rows x 7 x 5 products and sums, forward and twice as many backward.

@@ -272,6 +272,7 @@ def test_a_command_that_fails_names_its_log_and_a_stop_ends_it(tmp_path: Path) -
         jobs._run_command((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "ladder.json"
     words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seed", 0]

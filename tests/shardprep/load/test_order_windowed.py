@@ -85,6 +85,7 @@ def test_within_the_shuffle_window_the_order_is_random_and_epochs_differ() -> No
     assert moved.max() > 5
 
 
+@pytest.mark.slow
 def test_every_utterance_of_a_shuffle_window_is_equally_likely_at_each_of_its_positions() -> None:
     # One shard that is one block: over epochs, position against index is uniform.
     n, epochs = 12, 3000

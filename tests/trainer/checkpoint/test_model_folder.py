@@ -138,6 +138,7 @@ for step in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_weights_with_their_own_description(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

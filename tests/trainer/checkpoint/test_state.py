@@ -39,6 +39,7 @@ def train(config: Config, *, resume: bool = False) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_validated_and_resumed_as_the_model_itself(
     make_config: ConfigFactory, eager_compilation: None
 ) -> None:

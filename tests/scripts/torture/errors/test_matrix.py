@@ -102,6 +102,7 @@ def reached(found: dict[Cell, Outcome]) -> set[str]:
     return {cell.kind for cell, outcome in found.items() if outcome.what != matrix.UNREACHED}
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_no_command_of_shards_takes_trouble_of_the_machine_for_damage(tmp_path: Path) -> None:
     chosen = [BY_NAME[name] for name in ("open and read", "verify", "repair --drop, intact")]
