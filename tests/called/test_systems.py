@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.called.conftest import Run, digests
 
 # Third-party packages are loaded first: they have their own ways on each system.
