@@ -93,6 +93,10 @@ class FormatError(ShardprepError):
     exit_code = 4
 
 
+class VersionError(FormatError):
+    """A set of a version that this release cannot read; nothing is wrong with the set."""
+
+
 class CorruptShardError(ShardprepError):
     """A shard, an index or the manifest was read and is damaged, or is missing."""
 

@@ -23,7 +23,7 @@ from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
 from shardprep.check.verify_against import missing_faults, original_files, source_faults
 from shardprep.check.verify_tar import tar_faults
-from shardprep.errors import CorruptShardError, FormatError, StorageError
+from shardprep.errors import CorruptShardError, FormatError, StorageError, VersionError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -66,6 +66,7 @@ def verify_shards(
 
     Raises:
         SourceError: `against` is no data set.
+        VersionError: The set is of a version that this release cannot read.
         CorruptShardError: A build has replaced the set meanwhile.
         StorageError: The machine cannot read the manifest now, or a store does not answer.
     """
@@ -77,6 +78,8 @@ def verify_shards(
         source = scan_dataset(against, follow_links=follow_links)
     try:
         manifest = load_manifest(place)
+    except VersionError:
+        raise
     except FormatError as error:
         report.faults.append(Fault(MANIFEST_NAME, "", str(error)))
         return report

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from shardprep.errors import FormatError
+from shardprep.errors import FormatError, VersionError
 from shardprep.format.limits import (
     MAX_CHUNK_BYTES,
     MAX_MANIFEST_VALUES,
@@ -203,7 +203,7 @@ def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
         raise FormatError(f"is not a manifest ({error})", file=path, remedy=OTHER_RELEASE) from None
     if (name, version) != (FORMAT, VERSION):
         folder = os.path.dirname(path) or "DST"
-        raise FormatError(
+        raise VersionError(
             f"found format {name!r:.100} version {version!r:.100}, "
             f"expected {FORMAT!r} version {VERSION}",
             file=path,
@@ -212,7 +212,7 @@ def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
             else OTHER_RELEASE,
         )
     if bytes(head.get("dtype", b"")) == b'"uint8"':
-        raise FormatError(
+        raise VersionError(
             "the elements are uint8, which this release cannot read yet",
             file=path,
             key="dtype",

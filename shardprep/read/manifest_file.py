@@ -18,7 +18,7 @@ from shardprep.format.manifest import (
 )
 from shardprep.storage.local import exists, read_at_most
 from shardprep.storage.remote import Location, Remote
-from shardprep.storage.sniff import sniff
+from shardprep.storage.sniff import refuse_stand_in, sniff
 from shardprep.storage.trouble import FileFault, machine_errors, storage_errors
 
 
@@ -55,6 +55,8 @@ def _decoded(data: bytes, path: Location) -> Manifest:
         found = sniff(data)
         if found is None or found.kind == "json":
             raise
+        if found.kind == "pointer":
+            refuse_stand_in(data, path)
         what = found.what
         if found.kind == "text" and data.startswith(b"{"):
             if data.rstrip().endswith(b"}"):
@@ -90,7 +92,7 @@ def _fetched_manifest(path: Remote) -> Manifest:
     while True:
         try:
             return _decoded(data, path)
-        except FormatError:
+        except (FormatError, StorageError):
             before, data = data, _fetch(path)
             if data == before:
                 raise

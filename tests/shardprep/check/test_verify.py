@@ -280,3 +280,9 @@ def test_shards_that_were_not_fetched_are_no_damage(
     assert contents(folder) == before
     with pytest.raises(StorageError, match=r"train\.index\.npy: is a Git LFS pointer"):
         open_shards(folder)["train"]
+    (folder / "manifest.json").write_bytes(pointer)
+    for command in (open_shards, verify_shards, repair_shards):
+        with pytest.raises(
+            StorageError, match=r"manifest\.json: is a Git LFS pointer.*`git lfs pul"
+        ):
+            command(folder)

@@ -105,7 +105,7 @@ def lost_index(folder: Path) -> None:
         (lambda folder: None, 0, 0, ""),
         (lambda folder: (folder / "manifest.json").unlink(), 4, 1, "no manifest.json"),
         (unfinished, 4, 1, "unfinished build"),
-        (other_version, 4, 1, "found format 'shardprep' version 9"),
+        (other_version, 4, 4, "found format 'shardprep' version 9"),
         (lost_index, 1, 1, "train.index.npy"),
         (lambda folder: (folder / "train-000001.tar").unlink(), 1, 1, "train-000001.tar"),
     ],

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from shardprep import BuildOptions, FormatError, build_shards, open_shards
+from shardprep import BuildOptions, FormatError, build_shards, open_shards, verify_shards
 from shardprep.format.index import index_dtype, is_index
 from shardprep.format.manifest import FileInfo, Manifest, decode_manifest, encode_manifest
 from shardprep.read.manifest_file import load_manifest
@@ -77,6 +77,9 @@ def test_version_1_is_refused_with_the_command_that_builds_anew(
     (old / "manifest.json").write_text(json.dumps({**content, "version": 1}))
     with pytest.raises(FormatError, match="version 1, expected 'shardprep' version 2") as caught:
         open_shards(old)
+    # Nothing is wrong with such a set, so verify finds no fault in it either.
+    with pytest.raises(FormatError, match="version 1"):
+        verify_shards(old)
     assert caught.value.remedy is not None
     command = caught.value.remedy.split("`")[1].replace("SRC", str(edge_source)).split()
     assert command == ["shardprep", "build", str(edge_source), str(old), "--overwrite"]
@@ -165,16 +168,12 @@ def test_names_that_lead_outside_are_refused_even_when_signed(
         decode_manifest(encode_manifest(forged), Path("manifest.json"))
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
-
-
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (b"", r"is empty \(0 bytes\)"),
         (bytes(900), "holds nothing but zero bytes"),
         (b'{\n "format": "shardprep",\n "vers', "ends early, after 32 bytes, as after"),
-        (LFS, "is a Git LFS pointer, not the file: run `git lfs pull`"),
         (b"<html><title>Index of /</title>", r"is a web page \(its title: 'Index of /'\)"),
         (b'{"message": "Not Found"}', r"is an error message of a server \('Not Found'\)"),
     ],
