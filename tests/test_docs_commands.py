@@ -91,9 +91,11 @@ def check(command: str) -> None:
         case ["shardprep", "train", *options]:
             parse_args(options)
         case ["shardprep", name, *arguments]:
-            parsed = cli.get_command(click.Context(cli), name)
+            parent = click.Context(cli, **cli.context_settings)
+            parsed = cli.get_command(parent, name)
             assert parsed is not None, f"there is no command {name}"
-            parsed.make_context(name, arguments)
+            # A command keeps the names of its help option, which are those of the first parent.
+            parsed.make_context(name, arguments, parent=parent)
         case ["python", "-m", module, *arguments]:
             package = (ROOT / module.replace(".", "/")).is_dir()
             script = importlib.import_module(f"{module}.__main__" if package else module)
