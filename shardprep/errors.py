@@ -2,7 +2,8 @@
 
 ShardprepError
 ├── SourceError        3  the data set to pack has a fault
-├── FormatError        4  not a shard folder, or one of a version that this release cannot read
+├── FormatError        4  not a shard folder
+│   └── VersionError   4  a shard folder of a version that this release cannot read
 ├── CorruptShardError  1  a shard, an index or the manifest was read and is damaged, or is missing
 ├── BuildError         5  the build cannot start or continue
 ├── StorageError       6  the machine or a store refused (permissions, limits, mount, disk, network)
@@ -88,7 +89,7 @@ class SourceError(ShardprepError):
 
 
 class FormatError(ShardprepError):
-    """Not a shard folder, or one of a version that this release cannot read."""
+    """Not a shard folder, or one of a version that this release cannot read: a VersionError."""
 
     exit_code = 4
 

@@ -14,6 +14,7 @@ EXIT_CODES = {
     errors.CorruptShardError: 1,
     errors.SourceError: 3,
     errors.FormatError: 4,
+    errors.VersionError: 4,
     errors.BuildError: 5,
     errors.StorageError: 6,
     errors.MissingExtraError: 2,
