@@ -39,8 +39,8 @@ import numpy as np
 import shardprep
 from shardprep.bench.machine import machine
 from shardprep.format.manifest import MANIFEST_NAME, encode_manifest
-from shardprep.load.order import Indices
-from shardprep.load.order_windowed import WindowedOrder
+from shardprep.load.orders.epoch import Indices
+from shardprep.load.orders.windowed import WindowedOrder
 from shardprep.read.manifest_file import load_manifest
 
 SMALL = 50_000

@@ -19,7 +19,7 @@ import numpy as np
 
 from scripts.simulate.job import Calibration, Figures, Job
 from scripts.simulate.network import Network, Node, WantedShard
-from shardprep.load.order_windowed import WindowedOrder
+from shardprep.load.orders.windowed import WindowedOrder
 from shardprep.load.read_ahead import PLANNED
 
 # The model may treat several utterances as one, but an epoch has at least FINE of these groups.

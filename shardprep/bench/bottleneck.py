@@ -15,7 +15,7 @@ import numpy as np
 
 from shardprep.bench.loaders import SegmentShape, from_shards
 from shardprep.bench.measure import measure
-from shardprep.load.order import epoch_order, segment_starts
+from shardprep.load.orders.epoch import epoch_order, segment_starts
 from shardprep.load.read_ahead import PLANNED
 from shardprep.read.shard_set import open_shards
 from shardprep.read.split import Split

@@ -18,7 +18,7 @@ import numpy as np
 
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask
-from shardprep.build.pool import Pool, ProgressListener, run_shards
+from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import check_shard, fetch_file
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest

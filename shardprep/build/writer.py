@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from shardprep.build.finished import changed_since, check_contents, check_same_build, times_of
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask, shard_tasks
-from shardprep.build.pool import Pool, ProgressListener, run_shards
-from shardprep.build.pool_local import LocalPool
-from shardprep.build.pool_ray import RayPool
+from shardprep.build.pools.local import LocalPool
+from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
+from shardprep.build.pools.ray import RayPool
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import Work, publish_file, publish_indexes, publish_rejects, split_of
 from shardprep.build.work_folder import FolderWork

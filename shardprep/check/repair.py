@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shardprep.build.lock import locked, remove_if_unused
-from shardprep.build.pool import Pool, ProgressListener
-from shardprep.build.pool_local import LocalPool
+from shardprep.build.pools.local import LocalPool
+from shardprep.build.pools.pool import Pool, ProgressListener
 from shardprep.build.work_folder import finish_repair
 from shardprep.check.repair_steps import Repair
 from shardprep.check.report import Fault, RepairReport

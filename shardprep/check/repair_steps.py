@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shardprep.build.options import options_of
 from shardprep.build.plan import shard_tasks
-from shardprep.build.pool import Pool, ProgressListener, run_shards
+from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import is_ours, publish_indexes, publish_rejects
 from shardprep.build.work_folder import FolderWork, refuse_folders

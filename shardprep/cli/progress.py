@@ -6,7 +6,7 @@ import time
 
 import click
 
-from shardprep.build.pool import ProgressListener
+from shardprep.build.pools.pool import ProgressListener
 from shardprep.cli.output import progress_bar
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from shardprep.load.epochs import Place
-from shardprep.load.order import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
-from shardprep.load.order_windowed import WindowedOrder, check_lanes
+from shardprep.load.orders.epoch import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
+from shardprep.load.orders.windowed import WindowedOrder, check_lanes
 from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
 from shardprep.load.world import World
 from shardprep.read.split import Split

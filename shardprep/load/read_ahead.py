@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 
 from shardprep.errors import ShardprepError, StorageError
-from shardprep.load.order import EpochOrder
-from shardprep.load.order_windowed import WindowedOrder
+from shardprep.load.orders.epoch import EpochOrder
+from shardprep.load.orders.windowed import WindowedOrder
 from shardprep.read.split import Split
 
 PLANNED = 16_384

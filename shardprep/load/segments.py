@@ -21,7 +21,7 @@ from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
 from shardprep.load.on_device import ResidentSplit, fits
-from shardprep.load.order import Indices
+from shardprep.load.orders.epoch import Indices
 from shardprep.load.plan import BatchPlan, Order, Sampling, check_split
 from shardprep.load.position import Position, Stretch
 from shardprep.load.world import Part, refuse_second_division, this_worker
@@ -66,7 +66,7 @@ class SegmentLoader(IterableDataset[Batch]):
         order: "global" shuffles the whole split: for data that fit into memory, or lie on a fast
             disk or on the device. "windowed" reads the shards one after another and shuffles
             within a shuffle window: for data larger than memory; see
-            `shardprep.load.order_windowed`.
+            `shardprep.load.orders.windowed`.
         lanes: Sequences of shards that "windowed" reads side by side; a multiple of the world
             size that divides the batch of all ranks.
         window_shards: Shards in the shuffle window of each lane.

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from shardprep.load.buffers import ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard
-from shardprep.load.order import length_batches
+from shardprep.load.orders.epoch import length_batches
 from shardprep.load.segments import Batch
 from shardprep.load.world import Part, refuse_second_division, this_worker
 from shardprep.read.split import Split

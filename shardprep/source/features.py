@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.format.limits import MAX_INFLATION
-from shardprep.source.pt_tensor import read_tensor
+from shardprep.source.pt.tensor import read_tensor
 from shardprep.storage.local import open_regular
 from shardprep.storage.trouble import machine_errors
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scripts.simulate import __main__ as scale
 from scripts.simulate import job as jobs
 from scripts.simulate import measure, model
-from shardprep.load.order_windowed import WindowedOrder
+from shardprep.load.orders.windowed import WindowedOrder
 from shardprep.load.read_ahead import plan_for_cache
 from shardprep.read import store_map
 

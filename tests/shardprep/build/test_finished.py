@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shardprep import BuildError, BuildOptions, build_shards, open_shards, verify_shards
-from shardprep.build.pool import ProgressListener
+from shardprep.build.pools.pool import ProgressListener
 from shardprep.errors import StorageError
 from shardprep.format import codecs
 from shardprep.source.dataset import scan_dataset

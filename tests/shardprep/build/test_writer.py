@@ -20,7 +20,7 @@ from shardprep import (
     open_shards,
     verify_shards,
 )
-from shardprep.build.pool import ProgressListener
+from shardprep.build.pools.pool import ProgressListener
 
 Build = Callable[..., BuildReport]
 Contents = Callable[[Path], dict[str, str]]

@@ -23,7 +23,7 @@ from shardprep import (
     Split,
     open_shards,
 )
-from shardprep.load.order import epoch_order, segment_starts
+from shardprep.load.orders.epoch import epoch_order, segment_starts
 
 Batch = dict[str, torch.Tensor]
 T = 32

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardprep.source.pt_tensor import read_tensor
+from shardprep.source.pt.tensor import read_tensor
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardprep.source.pt_tensor import read_tensor
+from shardprep.source.pt.tensor import read_tensor
 
 
 def npy() -> bytes:

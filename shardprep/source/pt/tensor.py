@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.source.pt_other import AGAIN, ends_early, what_else
-from shardprep.source.pt_pickle import (
+from shardprep.source.pt.other import AGAIN, ends_early, what_else
+from shardprep.source.pt.pickle import (
     Explained,
     Storage,
     TensorCall,
@@ -29,7 +29,7 @@ from shardprep.source.pt_pickle import (
     run_pickle,
     usual_call,
 )
-from shardprep.source.pt_zip import ZIP_MAGIC, DamagedRecord, read_records
+from shardprep.source.pt.zip import ZIP_MAGIC, DamagedRecord, read_records
 
 # NumPy has no bfloat16, the upper half of a float32.
 _DTYPES = {"float16": "<f2", "float32": "<f4", "float64": "<f8", "bfloat16": "<u2"}

@@ -14,7 +14,7 @@ import pytest
 
 from shardprep import BuildError, SourceError
 from shardprep.build.plan import ShardPlan, ShardTask, plan_shards
-from shardprep.build.pool_local import LocalPool
+from shardprep.build.pools.local import LocalPool
 from shardprep.build.shard import Advance, ShardRecord
 from shardprep.build.work_folder import FolderWork
 from shardprep.format.manifest import CodecInfo
@@ -44,7 +44,7 @@ def workers_of_this_process() -> list[str]:
         with contextlib.suppress(OSError):
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             command = (folder / "cmdline").read_text()
-            if int(parent) == os.getpid() and "pool_local" in command:
+            if int(parent) == os.getpid() and "pools" in command:
                 found.append(command)
     return found
 

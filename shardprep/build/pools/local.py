@@ -25,7 +25,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from shardprep.build.pool import Result, Task
+from shardprep.build.pools.pool import Result, Task
 from shardprep.build.shard import Advance
 from shardprep.errors import BuildError, ShardprepError
 from shardprep.system import usable_cores
@@ -35,7 +35,7 @@ _STOP = b""
 
 # The parent's path of imports may be another one than that of a new interpreter.
 _PROGRAM = (
-    "import sys; sys.path[:] = {path!r}; from shardprep.build.pool_local import serve; serve()"
+    "import sys; sys.path[:] = {path!r}; from shardprep.build.pools.local import serve; serve()"
 )
 
 

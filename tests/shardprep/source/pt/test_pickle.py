@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from shardprep.source.pt_pickle import run_pickle, usual_call
-from shardprep.source.pt_zip import read_records
+from shardprep.source.pt.pickle import run_pickle, usual_call
+from shardprep.source.pt.zip import read_records
 
 SHAPES = [(1, 1), (255, 1), (256, 1), (1, 256), (65535, 1), (65536, 1), (2, 40_000)]
 OTHERS: dict[str, Callable[[], object]] = {

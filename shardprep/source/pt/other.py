@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardprep.source.pt_zip import ZIP_MAGIC, record_names
+from shardprep.source.pt.zip import ZIP_MAGIC, record_names
 from shardprep.storage.sniff import sniff
 
 # The last record of a zip file.

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.load.order import Indices, Permutation, derive_key, mix64
+from shardprep.load.orders.epoch import Indices, Permutation, derive_key, mix64
 
-# Streams of random numbers; 1 and 2 are those of `shardprep.load.order`.
+# Streams of random numbers; 1 and 2 are those of `shardprep.load.orders.epoch`.
 _SHARDS, _WITHIN, _ACROSS = 3, 4, 5
 
 

@@ -23,7 +23,7 @@ _ROUNDS = 6
 _FEWEST_BITS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-# Streams of random numbers that must not be correlated; `order_windowed` has 3 to 5.
+# Streams of random numbers that must not be correlated; `windowed` has 3 to 5.
 _ORDER, _SEGMENT = 1, 2
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from shardprep import BuildError, BuildOptions, BuildReport, SourceError
-from shardprep.build import pool_ray
 from shardprep.build.plan import shard_tasks
-from shardprep.build.pool_ray import RayPool
+from shardprep.build.pools import ray as pool_ray
+from shardprep.build.pools.ray import RayPool
 from shardprep.build.work_folder import FolderWork
 from shardprep.format.manifest import WORK_FOLDER
 from shardprep.source.dataset import scan_dataset

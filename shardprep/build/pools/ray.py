@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardprep.build.pool import Result, Task
+from shardprep.build.pools.pool import Result, Task
 from shardprep.build.shard import Advance
 from shardprep.errors import BuildError, ShardprepError
 from shardprep.storage.remote import Location

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shardprep.load.order import (
+from shardprep.load.orders.epoch import (
     Permutation,
     derive_key,
     epoch_order,

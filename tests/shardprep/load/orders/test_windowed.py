@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardprep.load.order_windowed import WindowedOrder
+from shardprep.load.orders.windowed import WindowedOrder
 
 
 def order(shards: list[int], seed: int = 0, epoch: int = 0, **options: int) -> WindowedOrder:

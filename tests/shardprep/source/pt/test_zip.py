@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shardprep.source.pt_pickle import usual_call
-from shardprep.source.pt_tensor import read_tensor
-from shardprep.source.pt_zip import read_records
+from shardprep.source.pt.pickle import usual_call
+from shardprep.source.pt.tensor import read_tensor
+from shardprep.source.pt.zip import read_records
 
 DTYPES = (torch.float16, torch.float32, torch.float64)
 Records = dict[str, bytes]

@@ -1,0 +1,1 @@
+"""In which order an epoch comes: pure functions of (seed, epoch, position)."""
