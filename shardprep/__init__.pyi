@@ -1,7 +1,7 @@
 """The public names, for type checkers and for `__init__.py`, which loads them when asked for."""
 
 from .build.options import BuildOptions as BuildOptions
-from .build.writer import BuildReport as BuildReport
+from .build.report import BuildReport as BuildReport
 from .build.writer import build_shards as build_shards
 from .cache.shard_cache import ShardCache as ShardCache
 from .check.repair import repair_shards as repair_shards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from shardprep.build.finished import changed_since, check_contents, check_same_build, times_of
 from shardprep.build.options import BuildOptions
@@ -13,8 +13,9 @@ from shardprep.build.plan import ShardTask, shard_tasks
 from shardprep.build.pools.local import LocalPool
 from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.pools.ray import RayPool
+from shardprep.build.report import BuildReport, SplitReport, count_read, fill_report
 from shardprep.build.shard import ShardRecord, check_shard
-from shardprep.build.work import Work, publish_file, publish_indexes, publish_rejects, split_of
+from shardprep.build.work import Work, publish_file, publish_indexes, publish_rejects
 from shardprep.build.work_folder import FolderWork
 from shardprep.build.work_store import StoreWork
 from shardprep.errors import BuildError, ShardprepError, SourceError
@@ -24,7 +25,6 @@ from shardprep.format.manifest import (
     SOURCE_TIMES_NAME,
     VERSION,
     Manifest,
-    Reject,
     encode_manifest,
 )
 from shardprep.read.files import files_at
@@ -33,49 +33,6 @@ from shardprep.read.sidecars import read_rejects
 from shardprep.source.dataset import Source, rejects_error, scan_dataset
 from shardprep.source.metadata import METADATA, TESTDATA
 from shardprep.storage.remote import Location, Remote, locate
-
-
-@dataclass
-class SplitReport:
-    """Totals of a split: utterances, mel frames, shards, bytes of the shards."""
-
-    samples: int = 0
-    frames: int = 0
-    shards: int = 0
-    bytes: int = 0
-
-
-@dataclass
-class BuildReport:
-    """What a build did.
-
-    Attributes:
-        destination: The shard folder.
-        splits: Totals by split.
-        speakers: Number of speakers.
-        rejects: Utterances that were left out.
-        repeats: Entries of testdata.json that list the file of an earlier entry again.
-        notes: What a user should know about the result.
-        shards_kept: Number of shards taken over from an unfinished build.
-        up_to_date: Whether the set was there already, from the same source and options.
-        dry_run: Whether nothing was written.
-        utterances_read: Utterances read in this run.
-        source_bytes: Bytes of `.pt` files read in this run.
-        seconds: Time taken.
-    """
-
-    destination: str
-    splits: dict[str, SplitReport] = field(default_factory=dict)
-    speakers: int = 0
-    rejects: list[Reject] = field(default_factory=list)
-    repeats: list[Reject] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    shards_kept: int = 0
-    up_to_date: bool = False
-    dry_run: bool = False
-    utterances_read: int = 0
-    source_bytes: int = 0
-    seconds: float = 0.0
 
 
 def build_shards(
@@ -123,9 +80,9 @@ def build_shards(
             "predictions"
         )
     if options.dry_run:
-        _count_read(report, tasks)
+        count_read(report, tasks)
         pool = _pool(options, scanned.root, None)
-        _fill_report(report, scanned, run_shards(tasks, check_shard, pool, listener))
+        fill_report(report, scanned, run_shards(tasks, check_shard, pool, listener))
     else:
         with _claim(target, options.overwrite) as work:
             if work is None:
@@ -133,7 +90,7 @@ def build_shards(
             else:
                 pool = _pool(options, scanned.root, work.folder)
                 records = _write_missing(tasks, work, pool, listener, report)
-                _fill_report(report, scanned, records)
+                fill_report(report, scanned, records)
                 if not report.splits:
                     raise rejects_error(report.rejects, scanned.root)
                 _publish_set(work, scanned, options, records, report)
@@ -210,34 +167,10 @@ def _write_missing(
     )
     report.shards_kept = len(records)
     missing = [task for task in tasks if task.plan.file not in records]
-    _count_read(report, missing)
+    count_read(report, missing)
     for record in run_shards(missing, work, pool, listener):
         records[record.info.file] = record
     return [records[task.plan.file] for task in tasks]
-
-
-def _count_read(report: BuildReport, tasks: list[ShardTask]) -> None:
-    utterances = [utterance for task in tasks for utterance in task.plan.utterances]
-    report.utterances_read = len(utterances)
-    report.source_bytes = sum(utterance.nbytes for utterance in utterances)
-
-
-def _fill_report(report: BuildReport, source: Source, records: list[ShardRecord]) -> None:
-    labels: dict[str, set[int]] = {"train": set(), "val": set()}
-    for record in records:
-        # A shard is left out if all its utterances were rejected, and so is a split.
-        if record.info.samples:
-            split = report.splits.setdefault(split_of(record), SplitReport())
-            split.samples += record.info.samples
-            split.frames += record.info.frames
-            split.shards += 1
-            split.bytes += record.info.bytes
-            labels.setdefault(split_of(record), set()).update(row.label for row in record.rows)
-    report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
-    if "val" not in report.splits:
-        report.notes.append("there is no val split: no speaker can spare an utterance for it")
-    if missing := sorted(source.speakers[label] for label in labels["val"] - labels["train"]):
-        report.notes.append(f"these speakers are in val, but not in train: {', '.join(missing)}")
 
 
 def _publish_set(

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from shardprep.build.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
-from shardprep.build.writer import BuildReport, build_shards
+from shardprep.build.report import BuildReport
+from shardprep.build.writer import build_shards
 from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
