@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from shardprep import ShardprepError
 from shardprep.source.dataset import Source, Utterance, scan_dataset, source_error
-from shardprep.source.features import load_features
+from shardprep.source.features import Expected, load_features
 from shardprep_trainer.evaluation.labels import HEADER
 
 # We compare pieces of one second. Only one in five hundred pairs of utterances from two speakers
@@ -133,7 +133,7 @@ def divide_speaker(source: Source, utterances: Sequence[Utterance], situations: 
         SourceError: An utterance is not what metadata.json says; the message names its file.
     """
     mels = [
-        load_features(source.root / one.path, n_mels=source.n_mels, frames=one.frames)
+        load_features(source.root / one.path, Expected(source.n_mels, one.frames))
         for one in utterances
     ]
     chosen = choose_group(np.array([describe(mel) for mel in mels]), situations)

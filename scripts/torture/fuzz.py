@@ -244,11 +244,11 @@ class PtTarget(Target):
 
     def __call__(self, data: bytes) -> None:
         """See `Target`."""
-        from shardprep.source.features import load_features
+        from shardprep.source.features import Expected, load_features
 
         (self.folder / "a.pt").write_bytes(data)
         with contextlib.suppress(ValueError):
-            found = load_features(self.folder / "a.pt", n_mels=N_MELS, frames=5)
+            found = load_features(self.folder / "a.pt", Expected(N_MELS, 5))
             assert found.shape == (5, N_MELS)
             assert np.isfinite(found).all()
 

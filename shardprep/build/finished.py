@@ -19,15 +19,14 @@ import numpy as np
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask
 from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
-from shardprep.build.shard import check_shard, fetch_file
+from shardprep.build.shard import check_shard
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest
 from shardprep.format.source_times import decode_times, encode_times
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index, read_rejects
 from shardprep.read.split import Split
-from shardprep.source.dataset import Source, Utterance
-from shardprep.source.features import load_features
+from shardprep.source.contents import Source, Utterance
 from shardprep.storage.local import publish_bytes, read_at_most
 from shardprep.storage.remote import Location, Remote
 from shardprep.storage.trouble import storage_errors
@@ -184,16 +183,11 @@ def _with_other_matrices(
     splits = [Split(files, name, manifest) for name in manifest.splits] if utterances else []
     places = {str(key): (s, index) for s in splits for index, key in enumerate(s.keys)}
     other = []
-    for utterance in utterances:
-        file = fetch_file(source.root, utterance, source.n_mels)
-        try:
-            split, index = places[utterance.key]
-            if isinstance(file, ValueError):
-                raise file
-            mel = load_features(file, n_mels=source.n_mels, frames=utterance.frames)
-        except (KeyError, ValueError):
+    for utterance, mel in source.reader.read(utterances, source.n_mels):
+        if isinstance(mel, ValueError) or utterance.key not in places:
             other.append(utterance)
             continue
+        split, index = places[utterance.key]
         with np.errstate(over="ignore"):
             if not np.array_equal(mel.astype(split.dtype), split.read(index)):
                 other.append(utterance)

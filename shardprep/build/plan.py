@@ -17,8 +17,7 @@ import msgspec
 
 from shardprep.build.options import BuildOptions
 from shardprep.format.manifest import CodecInfo, shard_name
-from shardprep.source.dataset import Source, Utterance
-from shardprep.storage.remote import Location
+from shardprep.source.contents import Reader, Source, Utterance
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ShardTask:
 
     Attributes:
         plan: File name, split and utterances.
-        root: The data set's folder, or its URL.
+        reader: Gives the matrices.
         n_mels: Mel bins F.
         dtype: "float16" or "float32".
         codec: How matrices are stored.
@@ -44,7 +43,7 @@ class ShardTask:
     """
 
     plan: ShardPlan
-    root: Location
+    reader: Reader
     n_mels: int
     dtype: str
     codec: CodecInfo
@@ -70,7 +69,7 @@ def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
     def task(plan: ShardPlan) -> ShardTask:
         return ShardTask(
             plan,
-            source.root,
+            source.reader,
             source.n_mels,
             options.dtype,
             options.codec_info,
@@ -85,8 +84,8 @@ def plan_shards(
 ) -> dict[str, tuple[ShardPlan, ...]]:
     """Lay out every shard of every split that has utterances.
 
-    The labelled utterances are split by speaker into train and val and shuffled; the test
-    utterances keep the order of testdata.json.
+    The labelled utterances are split by speaker into train and val. Both are shuffled, with those
+    that the source puts there. The test utterances keep the order of testdata.json.
 
     Args:
         source: The data set, from `scan_dataset`.
@@ -99,8 +98,8 @@ def plan_shards(
     """
     train, val = split_validation(source.labelled, val_fraction, seed)
     splits = {
-        "train": shuffled(train, seed),
-        "val": shuffled(val, seed),
+        "train": shuffled([*train, *source.fixed.get("train", ())], seed),
+        "val": shuffled([*val, *source.fixed.get("val", ())], seed),
         "test": list(source.test),
     }
     return {

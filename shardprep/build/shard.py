@@ -6,18 +6,15 @@ where unknown) and KEY.json. Times, owners and modes are fixed, so equal content
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from shardprep.build.plan import ShardTask
 from shardprep.format import codecs
@@ -25,19 +22,11 @@ from shardprep.format.index import IndexRow
 from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
 from shardprep.format.manifest import CodecInfo, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
-from shardprep.source.dataset import Utterance, source_error
-from shardprep.source.features import check_file_size, load_features
-from shardprep.storage.local import fetch
-from shardprep.storage.remote import Location, Remote
+from shardprep.source.contents import Matrix, Utterance
+from shardprep.source.dataset import source_error
 
 # Called after each utterance, with the bytes read for it.
 Advance: TypeAlias = Callable[[int], None]
-
-# A file of a data set: its path, or its bytes, or why it cannot be used.
-SourceFile: TypeAlias = Path | bytes | ValueError
-
-# Enough requests at once to keep a disk or a store busy; they take a few MB of memory.
-_FILES_AHEAD = 32
 
 # Numbers from here on are rounded to infinity in float16.
 _FLOAT16_LIMIT = 65520
@@ -51,7 +40,7 @@ class ShardRecord(msgspec.Struct, frozen=True):
         info: The shard's entry in the manifest.
         rows: Its index rows.
         rejects: Utterances that were left out.
-        source_bytes: Bytes of the `.pt` files read.
+        source_bytes: Bytes read of the source.
     """
 
     inputs: str
@@ -76,17 +65,11 @@ def write_shard(
     """
     tar = TarWriter(file)
     rows, rejects, source_bytes = [], [], 0
-    for utterance, content in files_ahead(task.root, task.plan.utterances, task.n_mels):
+    for utterance, matrix in task.reader.read(task.plan.utterances, task.n_mels):
         try:
-            payload = encode_file(
-                content,
-                n_mels=task.n_mels,
-                frames=utterance.frames,
-                dtype=task.dtype,
-                codec=task.codec,
-            )
+            payload = encode_matrix(matrix, task.dtype, task.codec)
         except ValueError as fault:
-            split = "test" if utterance.speaker is None else "labelled"
+            split = "labelled" if utterance.entry is None else "test"
             reject = Reject(
                 utterance.path,
                 utterance.key,
@@ -96,7 +79,7 @@ def write_shard(
                 utterance.entry,
             )
             if not task.skip:
-                raise source_error(reject, task.root) from None
+                raise source_error(reject, task.reader.root) from None
             rejects.append(reject)
         else:
             rows.append(add_utterance(tar, utterance, payload, codecs.member_suffix(task.codec)))
@@ -108,67 +91,20 @@ def write_shard(
     return ShardRecord(task.inputs, info, tuple(rows), tuple(rejects), source_bytes)
 
 
-def files_ahead(
-    root: Location, utterances: Sequence[Utterance], n_mels: int
-) -> Iterator[tuple[Utterance, SourceFile]]:
-    """The utterances of the data set at `root` with their files; the next files are read ahead."""
-    if isinstance(root, Remote):
-        with ThreadPoolExecutor(_FILES_AHEAD) as threads:
-            requests = deque[Future[SourceFile]]()
-            later = iter(utterances)
-            for utterance in utterances:
-                for following in itertools.islice(later, _FILES_AHEAD - len(requests)):
-                    requests.append(threads.submit(fetch_file, root, following, n_mels))
-                yield utterance, requests.popleft().result()
-        return
-    later = iter(utterances)
-    for number, utterance in enumerate(utterances):
-        for following in itertools.islice(later, 1 if number else _FILES_AHEAD):
-            fetch(os.path.join(root, following.path))
-        yield utterance, root / utterance.path
-
-
-def fetch_file(root: Location, utterance: Utterance, n_mels: int) -> SourceFile:
-    """The file of an utterance: its path, or its bytes from a store, or why it cannot be used.
-
-    Raises:
-        StorageError: The store does not answer.
-    """
-    path = root / utterance.path
-    if not isinstance(path, Remote):
-        return path
-    try:
-        check_file_size(utterance.nbytes, n_mels=n_mels, frames=utterance.frames)
-        # The size is known already, so a ranged read saves one request.
-        return path.read(0, utterance.nbytes)
-    except ValueError as fault:
-        return fault
-    except FileNotFoundError:
-        return ValueError("the file does not exist")
-
-
-def encode_file(
-    file: SourceFile, *, n_mels: int, frames: int, dtype: str, codec: CodecInfo
-) -> bytes:
-    """Load a `.pt` file and encode it as the payload that a shard stores.
+def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:
+    """Encode a matrix as the payload that a shard stores.
 
     Args:
-        file: The file, as `fetch_file` gives it.
-        n_mels: Mel bins F.
-        frames: Mel frames T, by the metadata.
+        mel: The matrix (T, F), or what is wrong with it, as a reader gives it.
         dtype: Element type to store.
         codec: How to store the matrix.
 
     Raises:
-        ValueError: The file is faulty; the message is meant for `Reject.reason`.
-        StorageError: The file cannot be read, through no fault of its own.
+        ValueError: It cannot be stored; the message is meant for `Reject.reason`.
     """
-    if isinstance(file, ValueError):
-        raise file
-    mel = load_features(file, n_mels=n_mels, frames=frames)
-    if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
-        raise ValueError("has values beyond the range of float16; use --dtype float32")
-    stored = mel.astype(np.dtype(dtype).newbyteorder("<"))
+    if isinstance(mel, ValueError):
+        raise mel
+    stored = as_stored(mel, dtype)
     if stored.nbytes + codecs.NPY_HEADER_BYTES > MAX_MEMBER_BYTES:
         raise ValueError(f"takes {stored.nbytes} bytes, more than a member of a shard may have")
     payload = codecs.encode(stored, codec)
@@ -178,6 +114,13 @@ def encode_file(
             "use --codec none"
         )
     return payload
+
+
+def as_stored(mel: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
+    """A matrix in the element type that a shard stores. ValueError if that has no such numbers."""
+    if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
+        raise ValueError("has values beyond the range of float16; use --dtype float32")
+    return mel.astype(np.dtype(dtype).newbyteorder("<"), copy=False)
 
 
 def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:

@@ -137,7 +137,9 @@ def is_of(record: ShardRecord, task: ShardTask) -> bool:
         and {*keys, *(reject.key for reject in record.rejects)} == planned.keys()
         and all(reject.entry == planned[reject.key].entry for reject in record.rejects)
         and all(
-            (row.frames, row.label) == (planned[row.key].frames, planned[row.key].label)
+            row.label == planned[row.key].label
+            and row.frames == (planned[row.key].frames or row.frames)
+            and row.frames > 0
             and min(row.offset, row.nbytes, row.crc32) >= 0
             and row.offset + row.nbytes <= record.info.bytes
             and max(row.nbytes, row.crc32) < 2**32

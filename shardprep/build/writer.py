@@ -30,7 +30,8 @@ from shardprep.format.manifest import (
 from shardprep.read.files import files_at
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
-from shardprep.source.dataset import Source, rejects_error, scan_dataset
+from shardprep.source.contents import Source
+from shardprep.source.dataset import rejects_error, scan_dataset
 from shardprep.source.metadata import METADATA, TESTDATA
 from shardprep.storage.remote import Location, Remote, locate
 

@@ -44,7 +44,7 @@ from shardprep.read.files import FolderFiles
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import legible_rejects
 from shardprep.read.split import Split
-from shardprep.source.dataset import Source
+from shardprep.source.contents import Source
 from shardprep.storage.local import (
     exists,
     move,

@@ -9,13 +9,14 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from shardprep.build.shard import ShardRecord, add_utterance, encode_file, fetch_file
+from shardprep.build.shard import ShardRecord, add_utterance, encode_matrix
 from shardprep.check.file_faults import payloads
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
-from shardprep.source.dataset import Utterance, scan_dataset
+from shardprep.source.contents import Utterance
+from shardprep.source.dataset import scan_dataset
 from shardprep.storage.remote import Location
 from shardprep.storage.trouble import BadPlaceError
 
@@ -114,13 +115,9 @@ class SourcePayloads:
         try:
             if utterance is None:
                 raise ValueError("is not in the data set, or is faulty there")
-            payload = encode_file(
-                fetch_file(self.scanned.root, utterance, self._manifest.n_mels),
-                n_mels=self._manifest.n_mels,
-                frames=frames,
-                dtype=self._manifest.dtype,
-                codec=self._manifest.codec,
-            )
+            expected = [utterance._replace(frames=frames)]
+            ((_, mel),) = self.scanned.reader.read(expected, self._manifest.n_mels)
+            payload = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
             if zlib.crc32(payload) != crc32:
                 raise ValueError(self._other)
             return payload

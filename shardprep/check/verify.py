@@ -21,7 +21,7 @@ from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.check.beside import names_in, notes_on_others, stray_faults, times_fault
 from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
-from shardprep.check.verify_against import missing_faults, original_files, source_faults
+from shardprep.check.verify_against import missing_faults, originals_of, source_faults
 from shardprep.check.verify_tar import tar_faults
 from shardprep.errors import CorruptShardError, FormatError, StorageError, VersionError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
@@ -36,7 +36,8 @@ from shardprep.format.manifest import (
 from shardprep.read.files import Files, FolderFiles, StoreFiles
 from shardprep.read.manifest_file import check_fingerprint, load_manifest
 from shardprep.read.split import Split
-from shardprep.source.dataset import Source, scan_dataset
+from shardprep.source.contents import Source
+from shardprep.source.dataset import scan_dataset
 from shardprep.storage.local import read_at_most, temporary_place
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import storage_errors
@@ -250,7 +251,7 @@ def _utterance_faults(
     info: ShardInfo, split: Split, indices: np.ndarray, source: Source | None
 ) -> Iterator[Fault]:
     """Faults of the utterances of a shard, read one by one."""
-    originals = original_files(source, split, indices)
+    originals = originals_of(source, split, indices)
     for index, original in zip(map(int, indices), originals, strict=False):
         try:
             mel = split.read(index)

@@ -7,29 +7,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shardprep.build.shard import SourceFile, files_ahead
 from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
 from shardprep.format.manifest import Manifest
 from shardprep.read.files import Files
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
-from shardprep.source.dataset import Source, Utterance
-from shardprep.source.features import load_features
+from shardprep.source.contents import Matrix, Source, Utterance
 
 
-def original_files(
+def originals_of(
     source: Source | None, split: Split, indices: np.ndarray
-) -> Iterator[tuple[Utterance, SourceFile] | None]:
+) -> Iterator[tuple[Utterance, Matrix] | None]:
     """What the data set has of each utterance, None where it does not have the utterance."""
     if source is None:
         yield from itertools.repeat(None)
         return
     known = [source.by_key.get(str(split.keys[index])) for index in indices]
     present = [utterance for utterance in known if utterance is not None]
-    files = files_ahead(source.root, present, source.n_mels)
+    matrices = source.reader.read(present, source.n_mels)
     for utterance in known:
-        yield None if utterance is None else next(files)
+        yield None if utterance is None else next(matrices)
 
 
 def source_faults(
@@ -38,24 +36,20 @@ def source_faults(
     index: int,
     mel: np.ndarray,
     source: Source,
-    original: tuple[Utterance, SourceFile] | None,
+    original: tuple[Utterance, Matrix] | None,
 ) -> Iterator[Fault]:
     """Differences of an utterance, read as `mel`, from its original in the data set."""
     key = str(split.keys[index])
     if original is None:
         yield Fault(file, key, f"is not an utterance of {source.root}")
         return
-    utterance, stored = original
+    utterance, original_mel = original
     if utterance.label != int(split.labels[index]):
         yield Fault(
             file, key, f"its label is {split.labels[index]}, the source's {utterance.label}"
         )
-    try:
-        if isinstance(stored, ValueError):
-            raise stored
-        original_mel = load_features(stored, n_mels=source.n_mels, frames=utterance.frames)
-    except ValueError as error:
-        yield Fault(file, key, f"the source file {utterance.path} {error}")
+    if isinstance(original_mel, ValueError):
+        yield Fault(file, key, f"the source file {utterance.path} {original_mel}")
         return
     with np.errstate(over="ignore"):
         expected = original_mel.astype(split.dtype)

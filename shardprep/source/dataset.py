@@ -13,21 +13,18 @@ becomes a `Reject`, and the caller decides whether it stops the build.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import Any
 
 from shardprep.errors import SourceError
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import Reject
+from shardprep.source.contents import Source, Utterance
 from shardprep.source.json_text import name_of, whole_number
 from shardprep.source.listing import AbsentError, FileState, Listing, listing_of
 from shardprep.source.metadata import (
@@ -38,6 +35,7 @@ from shardprep.source.metadata import (
     read_metadata,
 )
 from shardprep.source.paths import OutsideError, Roots, key_of, relative_path, spellings
+from shardprep.source.reader import FileReader
 from shardprep.storage.remote import Location, locate
 
 # How many uses of a repeated file a reason lists; how many rejects a data set may have, far more
@@ -52,81 +50,6 @@ _CORRECT = (
 # Kinds of faults that an error tells apart, and what differs between reasons of one kind.
 _SHOWN = 5
 _DETAILS = re.compile(r"\d+(?:\.\d+)?|'[^']*'|, but .* (?:does|exists).*|[;:(].*")
-
-
-class Utterance(NamedTuple):
-    """One `.pt` file: its key in the shards, and what the metadata say about it.
-
-    Attributes:
-        key: Path of the metadata relative to the data set, with forward slashes, without ".pt";
-            names the utterance in the shards.
-        path: Where the file lies, relative to the data set. It is `key` and ".pt", unless the file
-            has another spelling of this name, such as the other form of Unicode.
-        speaker: Speaker name, or None where unknown.
-        label: Speaker number, or -1.
-        frames: Length in mel frames.
-        nbytes: Size of the file in bytes.
-        version: A number that changes when the file does, 0 if unknown; a later build finds by it
-            that the file has changed.
-        entry: Position in testdata.json; None for the utterances of metadata.json.
-    """
-
-    key: str
-    path: str
-    speaker: str | None
-    label: int
-    frames: int
-    nbytes: int
-    version: int
-    entry: int | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """The contents of a data set.
-
-    Attributes:
-        root: Folder or URL.
-        n_mels: Mel bins F.
-        speakers: Speaker names; the position is the label.
-        labelled: Utterances of metadata.json.
-        test: Utterances of testdata.json, in its order.
-        rejects: Utterances that cannot be packed.
-        repeats: Entries of testdata.json that list the file of an earlier entry again. They are no
-            fault: a test entry has no label that could be in doubt.
-    """
-
-    root: Location
-    n_mels: int
-    speakers: tuple[str, ...]
-    labelled: tuple[Utterance, ...]
-    test: tuple[Utterance, ...]
-    rejects: tuple[Reject, ...]
-    repeats: tuple[Reject, ...] = ()
-
-    @functools.cached_property
-    def utterances(self) -> tuple[Utterance, ...]:
-        """Every utterance that can be packed, in the order of the data set."""
-        return (*self.labelled, *self.test)
-
-    @property
-    def test_entries(self) -> int:
-        """Number of entries of testdata.json."""
-        rejected = sum(reject.split == "test" for reject in self.rejects)
-        return len(self.test) + len(self.repeats) + rejected
-
-    @functools.cached_property
-    def by_key(self) -> dict[str, Utterance]:
-        """Every utterance that can be packed, by its key."""
-        return {utterance.key: utterance for utterance in self.utterances}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over speakers, utterances, lengths and file sizes."""
-        rows = [[*u._replace(version=0)] for u in self.utterances]
-        lines = [msgspec.to_builtins(line) for line in (*self.rejects, *self.repeats)]
-        listed = [self.n_mels, self.speakers, rows, lines]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 @dataclass
@@ -298,7 +221,7 @@ def scan_dataset(root: str | os.PathLike[str], *, follow_links: bool = False) ->
         scan.add(entry, "test", None, NO_LABEL, number)
     scan.settle_repeated()
     return Source(
-        folder,
+        FileReader(folder),
         metadata.n_mels,
         tuple(sorted(metadata.labels, key=lambda name: metadata.labels[name])),
         tuple(scan.found["labelled"]),

@@ -1,4 +1,4 @@
-"""One `.pt` file: load its matrix without running code that the file may contain, and check it."""
+"""One `.pt` or `.npy` file: load its matrix without running code in the file, and check it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,46 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.format.limits import MAX_INFLATION
+from shardprep.source.npy import read_npy
 from shardprep.source.pt.tensor import read_tensor
 from shardprep.storage.local import open_regular
 from shardprep.storage.trouble import machine_errors
 
 # A file may have eight times the bytes of its matrix in float64, and 16 MiB around the matrix.
 _MOST_TIMES, _MOST_ITEMSIZE, _MOST_AROUND = 8, 8, 16 << 20
+# Most bytes where the length is unknown: an hour of frames takes far fewer.
+_MOST_UNKNOWN = 1 << 30
 
 
-def load_features(file: Path | bytes, *, n_mels: int, frames: int) -> NDArray[np.float32]:
-    """Load one `.pt` file without running code that the file may contain.
+class Expected(NamedTuple):
+    """What the source says about a matrix.
+
+    Attributes:
+        n_mels: Mel bins F; 0 if unknown.
+        frames: Length T; 0 if unknown.
+        length: What the source calls the length, for messages.
+    """
+
+    n_mels: int
+    frames: int
+    length: str = "mel_len"
+
+
+def load_features(
+    file: Path | bytes, expected: Expected, *, npy: bool = False
+) -> NDArray[np.float32]:
+    """Load one file without running code that the file may contain.
 
     Args:
         file: Its path, or its bytes.
-        n_mels: Mel bins F that the matrix must have.
-        frames: Length T that the matrix must have.
+        expected: What the matrix must have.
+        npy: Whether it is a `.npy` file, not a `.pt` file.
 
     Returns:
         Matrix (T, F), float32; it may be read-only.
@@ -35,34 +55,45 @@ def load_features(file: Path | bytes, *, n_mels: int, frames: int) -> NDArray[np
         StorageError: The machine, not the file, is at fault; a later try may succeed.
     """
     with _file_faults(file):
-        data = file if isinstance(file, bytes) else _read(file, n_mels, frames)
-        check_file_size(len(data), n_mels=n_mels, frames=frames)
+        data = file if isinstance(file, bytes) else _read(file, expected)
+        check_file_size(len(data), expected)
+        if npy:
+            values = read_npy(data)
+            check_shape(values.shape, expected, "array")
+            return finite(values)
         stored = read_tensor(data)
         # Before a copy is made: a view of few numbers can claim any size.
-        _check_shape(stored.numbers.shape, n_mels, frames)
+        check_shape(stored.numbers.shape, expected)
         if stored.repeats:
             raise ValueError("is a view that repeats its numbers; save tensor.clone()")
-        with np.errstate(all="ignore"):
-            mel: NDArray[np.float32] = np.ascontiguousarray(stored.values(), dtype=np.float32)
+        return finite(stored.values())
+
+
+def finite(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """A matrix in float32, in C order. ValueError if a number is not finite there."""
+    with np.errstate(all="ignore"):
+        mel: NDArray[np.float32] = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(mel).all():
         raise ValueError("has values that are not finite (NaN or infinity)")
     return mel
 
 
-def check_file_size(nbytes: int, *, n_mels: int, frames: int) -> None:
+def check_file_size(nbytes: int, expected: Expected) -> None:
     """ValueError if a file is much larger than its matrix needs."""
-    if nbytes > _MOST_AROUND + _MOST_TIMES * _MOST_ITEMSIZE * frames * n_mels:
+    n_mels, frames, _ = expected
+    most = _MOST_TIMES * _MOST_ITEMSIZE * frames * n_mels if n_mels and frames else _MOST_UNKNOWN
+    if nbytes > _MOST_AROUND + most:
         raise ValueError(
             f"has {nbytes} bytes, far more than its frames need; save tensor.clone(), which "
             "leaves out the larger tensor that this one is a part of"
         )
 
 
-def _read(path: Path, n_mels: int, frames: int) -> bytes:
+def _read(path: Path, expected: Expected) -> bytes:
     """The bytes of a file. ValueError if the file is much larger than its matrix needs."""
     with open_regular(path) as file:
         info = os.fstat(file.fileno())
-        check_file_size(info.st_size, n_mels=n_mels, frames=frames)
+        check_file_size(info.st_size, expected)
         # A sparse file may claim any size, and have nothing but holes.
         if info.st_size > max(_MOST_AROUND, MAX_INFLATION * info.st_blocks * 512):
             raise ValueError(f"has {info.st_size} bytes, nearly all of which are holes")
@@ -79,24 +110,33 @@ def _file_faults(file: Path | bytes) -> Iterator[None]:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
-def _check_shape(shape: tuple[int, ...], n_mels: int, frames: int) -> None:
-    if len(shape) == 2 and shape[1] == n_mels:
-        if shape[0] != frames:
-            raise ValueError(
-                f"has {shape[0]} frames, but mel_len says {frames}; correct mel_len, or make the "
-                "file again"
-            )
+def check_shape(shape: tuple[int, ...], expected: Expected, noun: str = "tensor") -> None:
+    """ValueError if a matrix has another shape than the source says, with what may help.
+
+    Args:
+        shape: Its shape.
+        expected: What the source says.
+        noun: What the matrix is called in code that corrects it.
+    """
+    n_mels, frames, length = expected
+    if len(shape) == 2 and n_mels in (0, shape[1]) and frames in (0, shape[0]):
         return
-    expected = f"has shape {shape}, expected (mel_len, {n_mels})"
+    if len(shape) == 2 and shape[1] == n_mels:
+        raise ValueError(
+            f"has {shape[0]} frames, but {length} says {frames}; correct {length}, or make the "
+            "file again"
+        )
+    wanted = f"has shape {shape}, expected ({length}, {n_mels or 'n_mels'})"
     inner = tuple(n for n in shape if n != 1)
-    if shape == (n_mels, frames):
-        raise ValueError(f"{expected}: it is transposed; save tensor.T")
-    if len(shape) > 2 and inner == (frames, n_mels):
-        raise ValueError(f"{expected}; save tensor.squeeze()")
-    if len(shape) > 2 and inner == (n_mels, frames):
-        raise ValueError(f"{expected}: it is transposed; save tensor.squeeze().T")
+    turned = len(inner) == 2 and inner[0] == n_mels and frames in (0, inner[1])
+    if len(shape) == 2 and turned:
+        raise ValueError(f"{wanted}: it is transposed; save {noun}.T")
+    if len(shape) > 2 and len(inner) == 2 and inner[1] == n_mels and frames in (0, inner[0]):
+        raise ValueError(f"{wanted}; save {noun}.squeeze()")
+    if len(shape) > 2 and turned:
+        raise ValueError(f"{wanted}: it is transposed; save {noun}.squeeze().T")
     if len(shape) == 2 and shape[0] == frames:
-        raise ValueError(f"{expected}; if all files have {shape[1]} mels, correct n_mels")
+        raise ValueError(f"{wanted}; if all files have {shape[1]} mels, correct n_mels")
     if len(shape) == 1:
-        raise ValueError(f"{expected}; if it is a waveform, save its log-mels")
-    raise ValueError(expected)
+        raise ValueError(f"{wanted}; if it is a waveform, save its log-mels")
+    raise ValueError(wanted)

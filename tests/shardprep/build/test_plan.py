@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardprep.build.plan import cut_into_shards, plan_shards, shuffled, split_validation
-from shardprep.source.dataset import Source, Utterance
+from shardprep.source.contents import Source, Utterance
+from shardprep.source.reader import FileReader
 
 
 def utterances(counts: list[int]) -> list[Utterance]:
@@ -24,7 +25,7 @@ def utterances(counts: list[int]) -> list[Utterance]:
 def source(counts: list[int], test: int = 0) -> Source:
     tests = tuple(Utterance(f"t{n}", f"t{n}.pt", None, -1, 50, 1000, 0) for n in range(test))
     names = tuple(f"s{n}" for n in range(len(counts)))
-    return Source(Path("Dataset"), 40, names, tuple(utterances(counts)), tests, ())
+    return Source(FileReader(Path("Dataset")), 40, names, tuple(utterances(counts)), tests, ())
 
 
 def keys(items: list[Utterance]) -> list[str]:

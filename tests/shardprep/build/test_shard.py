@@ -18,10 +18,10 @@ import zstandard
 from numpy.typing import NDArray
 
 from shardprep import BuildReport, SourceError, open_shards
-from shardprep.build import shard
 from shardprep.build.plan import ShardPlan, ShardTask, plan_shards
 from shardprep.build.shard import write_shard
 from shardprep.format.manifest import CodecInfo
+from shardprep.source import reader
 from shardprep.source.dataset import scan_dataset
 
 SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
@@ -40,7 +40,7 @@ def plain(data: bytes, suffix: str) -> NDArray[Any]:
 def task(make_dataset: Callable[..., Path]) -> ShardTask:
     source = scan_dataset(make_dataset(speakers=2, utterances=5))
     plan = plan_shards(source, val_fraction=0, samples_per_shard=99, seed=0)["train"][0]
-    return ShardTask(plan, source.root, 40, "float16", CodecInfo("none"), skip=False)
+    return ShardTask(plan, source.reader, 40, "float16", CodecInfo("none"), skip=False)
 
 
 @pytest.mark.parametrize("kind", SETS, ids="-".join)
@@ -123,17 +123,17 @@ def test_every_file_is_fetched_once_before_it_is_read_and_not_far_ahead(
     task: ShardTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, str]] = []
-    load = shard.load_features
+    load = reader.load_features
 
-    def loading(path: Path, **options: Any) -> Any:
+    def loading(path: Path, *expected: Any, **options: Any) -> Any:
         events.append(("load", str(path)))
-        return load(path, **options)
+        return load(path, *expected, **options)
 
-    monkeypatch.setattr(shard, "_FILES_AHEAD", 3)
-    monkeypatch.setattr(shard, "fetch", lambda path: events.append(("fetch", path)))
-    monkeypatch.setattr(shard, "load_features", loading)
+    monkeypatch.setattr(reader, "_FILES_AHEAD", 3)
+    monkeypatch.setattr(reader, "fetch", lambda path: events.append(("fetch", path)))
+    monkeypatch.setattr(reader, "load_features", loading)
     write_shard(task, io.BytesIO())
-    paths = [str(task.root / u.path) for u in task.plan.utterances]
+    paths = [str(task.reader.root / u.path) for u in task.plan.utterances]
     for kind in ("fetch", "load"):
         assert [path for what, path in events if what == kind] == paths
     for number, path in enumerate(paths):
@@ -190,7 +190,7 @@ def test_inputs_change_with_whatever_decides_the_bytes(task: ShardTask) -> None:
 
 def test_faulty_utterance_raises_or_is_left_out_as_the_task_says(task: ShardTask) -> None:
     bad = task.plan.utterances[3]
-    (task.root / bad.path).write_bytes(b"garbage")
+    (task.reader.root / bad.path).write_bytes(b"garbage")
     with pytest.raises(SourceError, match=bad.path):
         write_shard(task, io.BytesIO())
     file = io.BytesIO()

@@ -23,9 +23,9 @@ from shardprep import (
     repair_shards,
     verify_shards,
 )
-from shardprep.build import shard
 from shardprep.format.manifest import encode_manifest
 from shardprep.read.manifest_file import load_manifest
+from shardprep.source import reader
 from shardprep.storage.local import sha256_of
 
 SHARD = "train-000001.tar"
@@ -245,16 +245,16 @@ def test_deep_finds_values_that_are_not_finite(
     edge_source: Path, tmp_path: Path, build: Callable[..., BuildReport]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardprep.build.shard.np.isfinite", np.ones_like)
-        original = shard.load_features
+        patch.setattr("shardprep.source.features.np.isfinite", np.ones_like)
+        original = reader.load_features
 
-        def poisoned(path: Path, **expected: int) -> NDArray[np.float32]:
-            mel = original(path, **expected)
+        def poisoned(path: Path, *expected: Any, **kind: Any) -> NDArray[np.float32]:
+            mel = original(path, *expected, **kind)
             if "bob-003" not in str(path):
                 return mel
             return np.where(np.arange(len(mel))[:, None] == 0, np.float32("nan"), mel)
 
-        patch.setattr(shard, "load_features", poisoned)
+        patch.setattr(reader, "load_features", poisoned)
         build(edge_source, tmp_path / "shards")
     assert verify_shards(tmp_path / "shards").intact
     (fault,) = verify_shards(tmp_path / "shards", deep=True).faults

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shardprep import BuildOptions, StorageError, build_shards
-from shardprep.source.features import load_features
+from shardprep.source.features import Expected, load_features
 
 KINDS = ("float32", "float16", "bfloat16", "float64", "strided", "parameter", "older format")
 
@@ -35,7 +35,7 @@ def write(path: Path, mel: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_floating_tensor_loads_as_float32(tmp_path: Path, kind: str) -> None:
     value = write(tmp_path / "a.pt", torch.randn(12, 40), kind)
-    loaded = load_features(tmp_path / "a.pt", n_mels=40, frames=12)
+    loaded = load_features(tmp_path / "a.pt", Expected(40, 12))
     assert loaded.dtype == np.float32
     assert loaded.flags.c_contiguous
     np.testing.assert_array_equal(loaded, value.float().numpy())
@@ -45,15 +45,15 @@ def test_every_kind_of_floating_tensor_loads_as_float32(tmp_path: Path, kind: st
 def test_float64_beyond_float32_is_not_finite(tmp_path: Path, value: float) -> None:
     torch.save(torch.full((3, 4), value, dtype=torch.float64), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="not finite"):
-        load_features(tmp_path / "a.pt", n_mels=4, frames=3)
+        load_features(tmp_path / "a.pt", Expected(4, 3))
 
 
 def test_plain_file_is_read_without_importing_torch(tmp_path: Path) -> None:
     torch.save(torch.randn(5, 4), tmp_path / "a.pt")
     script = (
         "import sys, pathlib, shardprep.build.writer;"
-        "from shardprep.source.features import load_features;"
-        "load_features(pathlib.Path(sys.argv[1]), n_mels=4, frames=5);"
+        "from shardprep.source.features import Expected, load_features;"
+        "load_features(pathlib.Path(sys.argv[1]), Expected(4, 5));"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script, tmp_path / "a.pt"]).returncode == 0
@@ -71,7 +71,7 @@ def test_flipped_bit_never_gives_other_features(tmp_path: Path, kind: str) -> No
         data[at] ^= bit
         try:
             # A byte that means nothing, such as the time in the header of a record.
-            np.testing.assert_array_equal(load_features(path, n_mels=2, frames=3), mel)
+            np.testing.assert_array_equal(load_features(path, Expected(2, 3)), mel)
         except ValueError:
             faults += 1
     assert faults > len(data) // 4
@@ -86,7 +86,7 @@ def test_damaged_numbers_are_named_as_damage(tmp_path: Path, kind: str) -> None:
     data[at + 600] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"is damaged: .*a/data/0"):
-        load_features(path, n_mels=40, frames=30)
+        load_features(path, Expected(40, 30))
 
 
 def test_file_written_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_file_written_without_checksums_is_taken_as_it_is(tmp_path: Path) -> Non
         torch.save(mel, tmp_path / "a.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    loaded = load_features(tmp_path / "a.pt", n_mels=4, frames=3)
+    loaded = load_features(tmp_path / "a.pt", Expected(4, 3))
     np.testing.assert_array_equal(loaded, mel.numpy())
 
 
@@ -106,7 +106,7 @@ def test_every_truncation_is_a_fault(tmp_path: Path) -> None:
     for size in range(0, len(data), 3):
         (tmp_path / "a.pt").write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"is empty \(0 bytes\)|ends early, after \d+ bytes"):
-            load_features(tmp_path / "a.pt", n_mels=2, frames=3)
+            load_features(tmp_path / "a.pt", Expected(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_wrong_shape_has_the_same_message_for_every_kind_of_tensor(
     mel = torch.zeros(shape)
     torch.save(torch.nn.Parameter(mel) if kind == "parameter" else mel, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=said):
-        load_features(tmp_path / "a.pt", n_mels=4, frames=3)
+        load_features(tmp_path / "a.pt", Expected(4, 3))
 
 
 def test_a_view_that_claims_a_huge_size_is_not_copied(tmp_path: Path) -> None:
     torch.save(torch.zeros(1, 4).expand(1 << 40, 4), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"has {1 << 40} frames, but mel_len says 3"):
-        load_features(tmp_path / "a.pt", n_mels=4, frames=3)
+        load_features(tmp_path / "a.pt", Expected(4, 3))
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), MemoryError()])

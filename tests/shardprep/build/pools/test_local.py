@@ -26,7 +26,8 @@ def tasks(make_dataset: Callable[..., Path], tmp_path: Path) -> list[ShardTask]:
     source = scan_dataset(make_dataset(speakers=3, utterances=8, test_utterances=0))
     plans = plan_shards(source, val_fraction=0, samples_per_shard=3, seed=0)["train"]
     return [
-        ShardTask(plan, source.root, 40, "float16", CodecInfo("none"), skip=False) for plan in plans
+        ShardTask(plan, source.reader, 40, "float16", CodecInfo("none"), skip=False)
+        for plan in plans
     ]
 
 
@@ -80,10 +81,10 @@ def test_error_of_a_task_arrives_with_all_its_fields(
     tasks: list[ShardTask], work: FolderWork, workers: int
 ) -> None:
     bad = tasks[5].plan.utterances[1]
-    (tasks[5].root / bad.path).write_bytes(b"garbage")
+    (tasks[5].reader.root / bad.path).write_bytes(b"garbage")
     with pytest.raises(SourceError) as caught:
         list(LocalPool(workers).run(work, tasks, ignore))
-    assert caught.value.file == str(tasks[5].root / bad.path)
+    assert caught.value.file == str(tasks[5].reader.root / bad.path)
     assert caught.value.key == f"speaker {bad.speaker}"
     assert caught.value.remedy
     assert workers_of_this_process() == []
@@ -93,7 +94,7 @@ def test_error_of_a_task_stops_the_others_at_their_next_utterance(
     tasks: list[ShardTask], work: FolderWork
 ) -> None:
     bad, good = tasks[0], tasks[1].plan
-    (bad.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
+    (bad.reader.root / bad.plan.utterances[0].path).write_bytes(b"garbage")
     # Seconds of work, so that the other worker is busy when the fault is found.
     endless = ShardPlan(good.file, good.split, good.utterances * 30_000)
     with pytest.raises(SourceError):
