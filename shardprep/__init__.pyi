@@ -21,6 +21,7 @@ from .format.entries import Entry as Entry
 from .format.manifest import Manifest as Manifest
 from .load.segments import SegmentLoader as SegmentLoader
 from .load.utterances import UtteranceLoader as UtteranceLoader
+from .read.shard_set import OpenShards as OpenShards
 from .read.shard_set import ShardSet as ShardSet
 from .read.shard_set import open_shards as open_shards
 from .read.split import Split as Split

@@ -23,7 +23,7 @@ from shardprep.build.shard import check_shard
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest
 from shardprep.format.source_times import decode_times, encode_times
-from shardprep.read.files import Files, files_at
+from shardprep.read.files import Files, Origin, files_at
 from shardprep.read.sidecars import load_index, read_rejects
 from shardprep.read.split import Split
 from shardprep.source.contents import Source, Utterance
@@ -180,7 +180,9 @@ def _with_other_matrices(
     utterances: Sequence[Utterance], files: Files, manifest: Manifest, source: Source
 ) -> list[Utterance]:
     """Those of some utterances whose files have another matrix than the set."""
-    splits = [Split(files, name, manifest) for name in manifest.splits] if utterances else []
+    splits = (
+        [Split(name, [Origin(files, manifest)]) for name in manifest.splits] if utterances else []
+    )
     places = {str(key): (s, index) for s in splits for index, key in enumerate(s.keys)}
     other = []
     for utterance, mel in source.reader.read(utterances, source.n_mels):

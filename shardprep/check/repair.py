@@ -29,7 +29,7 @@ from shardprep.format.manifest import (
     Manifest,
     Reject,
 )
-from shardprep.read.files import FolderFiles
+from shardprep.read.files import FolderFiles, Origin
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.split import Split
 from shardprep.storage.local import exists, sync_folder
@@ -150,6 +150,6 @@ def _index_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Indexes that have the right sha256, but that no reader accepts."""
     for name, info in manifest.splits.items():
         try:
-            Split(FolderFiles(folder), name, manifest)
+            Split(name, [Origin(FolderFiles(folder), manifest)])
         except CorruptShardError as error:
             yield Fault(info.index.file, "", error.what)

@@ -40,7 +40,7 @@ from shardprep.format.manifest import (
     ShardInfo,
     encode_manifest,
 )
-from shardprep.read.files import FolderFiles
+from shardprep.read.files import FolderFiles, Origin
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import legible_rejects
 from shardprep.read.split import Split
@@ -266,7 +266,7 @@ class Repair:
         test = self.manifest.splits.get("test")
         if test is None or {test.index.file, REJECTS_NAME} & self.damaged:
             return lost
-        keys = Split(FolderFiles(self.folder), "test", self.manifest).keys
+        keys = Split("test", [Origin(FolderFiles(self.folder), self.manifest)]).keys
         position = dict(zip(map(str, keys), row_positions(len(keys), rejects), strict=True))
         return [
             msgspec.structs.replace(line, entry=position.get(line.key))
@@ -282,7 +282,7 @@ class Repair:
             yield from ((shard, None) for shard in split.shards)
             return
         # Checked as for reading: no row points outside its shard.
-        rows = Split(FolderFiles(self.folder), name, self.manifest).locations
+        rows = Split(name, [Origin(FolderFiles(self.folder), self.manifest)]).locations
         ends = np.searchsorted(rows["shard"], np.arange(len(split.shards)), side="right")
         for number, shard in enumerate(split.shards):
             own = rows[ends[number - 1] if number else 0 : ends[number]]

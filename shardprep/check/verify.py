@@ -33,7 +33,7 @@ from shardprep.format.manifest import (
     ShardInfo,
     encode_manifest,
 )
-from shardprep.read.files import Files, FolderFiles, StoreFiles
+from shardprep.read.files import Files, FolderFiles, Origin, StoreFiles
 from shardprep.read.manifest_file import check_fingerprint, load_manifest
 from shardprep.read.split import Split
 from shardprep.source.contents import Source
@@ -218,7 +218,7 @@ class _Check:
             for number, shard in enumerate(split.shards):
                 if shard.file == file:
                     try:
-                        rows = Split(self._files, name, self._manifest).locations
+                        rows = Split(name, [Origin(self._files, self._manifest)]).locations
                     except CorruptShardError:
                         return
                     rows = rows[rows["shard"] == number]
@@ -232,7 +232,7 @@ class _Check:
         if info.index.file in closed:
             return
         try:
-            split = Split(self._files, name, self._manifest)
+            split = Split(name, [Origin(self._files, self._manifest)])
         except CorruptShardError as error:
             yield Fault(info.index.file, "", error.what)
             return

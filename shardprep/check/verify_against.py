@@ -10,7 +10,7 @@ import numpy as np
 from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
 from shardprep.format.manifest import Manifest
-from shardprep.read.files import Files
+from shardprep.read.files import Files, Origin
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
 from shardprep.source.contents import Matrix, Source, Utterance
@@ -62,7 +62,7 @@ def missing_faults(files: Files, manifest: Manifest, source: Source) -> Iterator
     packed: set[str] = set()
     for name in manifest.splits:
         try:
-            packed.update(map(str, Split(files, name, manifest).keys))
+            packed.update(map(str, Split(name, [Origin(files, manifest)]).keys))
         except CorruptShardError:
             return
     try:

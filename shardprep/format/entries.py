@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from shardprep.format.manifest import Reject
 
 
@@ -29,19 +31,22 @@ class Entry:
     reason: str
 
 
-def merged_entries(keys: Sequence[str], rejects: Iterable[Reject]) -> tuple[Entry, ...]:
+def merged_entries(
+    keys: Sequence[str], rejects: Iterable[Reject], first: int = 0
+) -> tuple[Entry, ...]:
     """The entries of testdata.json, in its order.
 
     Args:
         keys: Keys of the split test, in its order.
         rejects: All lines of rejects.jsonl. Entries whose position a repair has lost come last.
+        first: Position of the first key in the split test, which may begin with other sets'.
     """
     lines = [reject for reject in rejects if _is_entry(reject)]
-    index_of = {key: index for index, key in enumerate(keys)}
+    index_of = {key: index for index, key in enumerate(keys, first)}
     rows = row_positions(len(keys), lines)
     found = [
         (position, Entry(f"{key}.pt", index, ""))
-        for index, (key, position) in enumerate(zip(keys, rows, strict=True))
+        for index, (key, position) in enumerate(zip(keys, rows, strict=True), first)
     ]
     last = len(keys) + len(lines)
     for line in lines:
@@ -56,6 +61,12 @@ def row_positions(count: int, rejects: Iterable[Reject]) -> list[int]:
     taken = {reject.entry for reject in rejects if reject.split == "test"}
     free = (position for position in itertools.count() if position not in taken)
     return list(itertools.islice(free, count))
+
+
+def later_reject(reject: Reject, before: int) -> Reject:
+    """The same line where so many other entries come before those of its testdata.json."""
+    entry, repeats = (x if x is None else x + before for x in (reject.entry, reject.repeats))
+    return msgspec.structs.replace(reject, entry=entry, repeats=repeats)
 
 
 def _is_entry(reject: Reject) -> bool:

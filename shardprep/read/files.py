@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shardprep.cache.folder import ROOM, Held
 from shardprep.cache.shard_cache import ShardCache
@@ -63,9 +63,6 @@ class Files(Protocol):
             StorageError: It cannot.
         """
 
-    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
-        """The bytes of some shards."""
-
     def check_unchanged(self, manifest: Manifest) -> None:
         """Make sure that the place still holds the set that was opened.
 
@@ -108,11 +105,6 @@ class FolderFiles:
 
     def check_room(self, size: int) -> None:
         """The files are here already."""
-
-    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
-        """See `Files.map_shards`."""
-        watch = self._watch_of(manifest)
-        return FolderMap([(self.place / shard.file, shard.bytes) for shard in shards], watch.check)
 
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; costs a `stat`."""
@@ -172,10 +164,6 @@ class StoreFiles:
                 remedy=ROOM,
             )
 
-    def map_shards(self, shards: Sequence[ShardInfo], manifest: Manifest) -> ShardMap:
-        """See `Files.map_shards`."""
-        return StoreMap(self.place, shards, self.cache)
-
     def check_unchanged(self, manifest: Manifest) -> None:
         """See `Files.check_unchanged`; a store that gives no answer counts as unchanged."""
         with contextlib.suppress(StorageError):
@@ -188,3 +176,39 @@ def files_at(place: Location, cache: ShardCache | None = None) -> Files:
         cache = cache or ShardCache()
         return StoreFiles(Remote(place.url, cache.patience), cache)
     return FolderFiles(place)
+
+
+class Origin(NamedTuple):
+    """A set from which a split comes, alone or with others."""
+
+    files: Files
+    manifest: Manifest
+
+    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """Its shards of a split, in the order of the index; none if it has no such split."""
+        info = self.manifest.splits.get(split)
+        return () if info is None else info.shards
+
+    def check_unchanged(self) -> None:
+        """See `Files.check_unchanged`."""
+        self.files.check_unchanged(self.manifest)
+
+
+def map_shards(origins: Sequence[Origin], split: str) -> ShardMap:
+    """The bytes of the shards of a split, of one set after another.
+
+    Args:
+        origins: The sets: all in folders of this machine, or all in stores with one cache.
+        split: Name of the split.
+    """
+    first = origins[0].files
+    found = [(origin.files.place, shard) for origin in origins for shard in origin.shards(split)]
+    if isinstance(first, StoreFiles):
+        stored = [(place, shard) for place, shard in found if isinstance(place, Remote)]
+        return StoreMap(stored, first.cache)
+
+    def confirm() -> None:
+        for origin in origins:
+            origin.check_unchanged()
+
+    return FolderMap([(Path(place / shard.file), shard.bytes) for place, shard in found], confirm)

@@ -1,4 +1,4 @@
-"""One split of a shard set: whole utterances, and whole batches of segments.
+"""A split of one or several shard sets: whole utterances, and whole batches of segments.
 
 The index says where every mel matrix lies, so nothing here parses a tar or a JSON file.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardprep.errors import CRC_FAULT, REBUILD, REPAIR, CorruptShardError
 from shardprep.format import codecs
-from shardprep.format.index import load_columns
-from shardprep.format.manifest import Manifest
-from shardprep.read.files import Files
+from shardprep.format.index import Columns, index_dtype, load_columns
+from shardprep.read.files import Origin, map_shards
 from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
+from shardprep.read.joined import joined_fingerprint, joined_rows, joined_speakers
 from shardprep.read.shard_map import WantedShards
 from shardprep.read.sidecars import load_index
 from shardprep.storage.remote import Location, Remote
@@ -25,46 +26,61 @@ from shardprep.system import usable_cores
 
 
 class Split:
-    """One split of a shard set, in the order of its index.
+    """A split of a shard set, in the order of its index; of several sets, one after another.
+
+    Args:
+        name: "train", "val" or "test".
+        origins: The sets; see `shardprep.read.joined.check_alike`.
 
     Attributes:
-        name: "train", "val" or "test".
+        name: As given.
         n_mels: Mel bins F.
         dtype: Element type of what is read.
-        fingerprint: Fingerprint of the set.
+        fingerprint: Fingerprint of the set, or of the sets together.
+        set_sizes: Utterances from each of the sets, in their order; they add up to N.
         labels: Speaker numbers (N,) int32; -1 where unknown.
         frames: Lengths in mel frames (N,) int64.
         keys: Keys of the utterances (N,), strings.
     """
 
-    def __init__(self, files: Files, name: str, manifest: Manifest) -> None:
+    def __init__(self, name: str, origins: Sequence[Origin]) -> None:
         self.name = name
-        self.n_mels = manifest.n_mels
-        self.dtype = manifest.numpy_dtype
-        self.fingerprint = manifest.fingerprint
-        self._codec = manifest.codec
-        self._manifest = manifest
-        self._files = files
-        self._info = manifest.splits[name]
-        self._rows = load_index(files, self._info)
-        self._map = files.map_shards(self._info.shards, manifest)
-        try:
-            columns = load_columns(self._rows, self._info, manifest, self._map.begins)
-        except ValueError as error:
-            raise CorruptShardError(
-                f"the {error} in the index does not fit the manifest",
-                file=files.place / self._info.index.file,
-                remedy=self._remedy,
-            ) from None
-        self.labels, self.frames = columns.labels, columns.frames
-        self._begin = columns.begin
+        self._origins = tuple(origins)
+        manifests = [origin.manifest for origin in origins]
+        self.n_mels = manifests[0].n_mels
+        self.dtype = manifests[0].numpy_dtype
+        self._codec = manifests[0].codec
+        self.fingerprint = joined_fingerprint([manifest.fingerprint for manifest in manifests])
+        # Where each shard is from, and what the manifest says of it.
+        self._shards = [(origin, shard) for origin in origins for shard in origin.shards(name)]
+        self._map = map_shards(origins, name)
+        ends = np.cumsum([len(origin.shards(name)) for origin in origins])
+        indexes = [
+            _open_index(origin, name, begins)
+            for origin, begins in zip(origins, np.split(self._map.begins, ends), strict=False)
+        ]
+        self._rows, columns = indexes[0] if len(indexes) == 1 else self._join(indexes)
+        self.set_sizes = tuple(len(rows) for rows, _ in indexes)
+        self.labels, self.frames, self._begin = columns
+
+    def _join(self, indexes: list[tuple[NDArray[Any], Columns]]) -> tuple[NDArray[Any], Columns]:
+        """The indexes of several sets as one, with the labels of all their speakers."""
+        _, labels = joined_speakers([origin.manifest.speakers for origin in self._origins])
+        shards = [len(origin.shards(self.name)) for origin in self._origins]
+        rows = joined_rows([rows for rows, _ in indexes], shards, labels)
+        columns = [columns for _, columns in indexes]
+        return rows, Columns(
+            rows["label"].copy(),
+            np.concatenate([own.frames for own in columns]),
+            np.concatenate([own.begin for own in columns]),
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __reduce__(self) -> Any:
         # The other process opens the files itself. Pickled maps would send every byte.
-        return type(self), (self._files, self.name, self._manifest)
+        return type(self), (self.name, self._origins)
 
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} utterances, {int(self.frames.sum())} frames)"
@@ -226,13 +242,9 @@ class Split:
         self._map.read_ahead(shard)
 
     @property
-    def _remedy(self) -> str:
-        return REBUILD if isinstance(self.place, Remote) else REPAIR
-
-    @property
     def place(self) -> Location:
-        """The folder of the set, or its URL."""
-        return self._files.place
+        """The folder of the set, or its URL; of the first of several."""
+        return self._origins[0].files.place
 
     def wanted_shards(self) -> WantedShards:
         """What one reader says that it will read next; at first, nothing."""
@@ -246,17 +258,17 @@ class Split:
     @property
     def shard_bytes(self) -> NDArray[np.int64]:
         """Size of each shard (shards,), in the order of the index."""
-        return np.array([shard.bytes for shard in self._info.shards], np.int64)
+        return np.array([shard.bytes for _, shard in self._shards], np.int64)
 
     @property
     def shard_samples(self) -> tuple[int, ...]:
         """Utterances of each shard, in the order of the index."""
-        return tuple(shard.samples for shard in self._info.shards)
+        return tuple(shard.samples for _, shard in self._shards)
 
     @property
     def nbytes(self) -> int:
         """Size of all matrices in bytes, uncompressed."""
-        return self._info.frames * self.n_mels * self.dtype.itemsize
+        return sum(shard.frames for _, shard in self._shards) * self.n_mels * self.dtype.itemsize
 
     def _check_range(self, index: NDArray[np.int64]) -> None:
         if index.size and (index.min() < 0 or index.max() >= len(self)):
@@ -265,5 +277,39 @@ class Split:
     def damaged(self, index: int, what: str = CRC_FAULT) -> CorruptShardError:
         """The error about an utterance's stored bytes, with file, key and remedy."""
         row = self._rows[index]
-        path = self._files.place / self._info.shards[int(row["shard"])].file
-        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=self._remedy)
+        origin, shard = self._shards[int(row["shard"])]
+        path = origin.files.place / shard.file
+        return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=_remedy(origin))
+
+
+def _remedy(origin: Origin) -> str:
+    return REBUILD if isinstance(origin.files.place, Remote) else REPAIR
+
+
+def _open_index(
+    origin: Origin, split: str, begins: NDArray[np.int64]
+) -> tuple[NDArray[Any], Columns]:
+    """The index of a split of a set, checked: its rows and columns, none if there is no such split.
+
+    Args:
+        origin: The set.
+        split: Name of the split.
+        begins: Where each of its shards begins (shards,), in bytes of the mapped shards.
+
+    Raises:
+        CorruptShardError: The index is missing or damaged, or does not fit the manifest.
+        StorageError: The machine cannot read it now, or the store does not answer.
+    """
+    info = origin.manifest.splits.get(split)
+    if info is None:
+        none = np.empty(0, np.int64)
+        return np.empty(0, index_dtype(1)), Columns(none.astype(np.int32), none, none)
+    rows = load_index(origin.files, info)
+    try:
+        return rows, load_columns(rows, info, origin.manifest, begins)
+    except ValueError as error:
+        raise CorruptShardError(
+            f"the {error} in the index does not fit the manifest",
+            file=origin.files.place / info.index.file,
+            remedy=_remedy(origin),
+        ) from None

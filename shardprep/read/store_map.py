@@ -31,8 +31,7 @@ class StoreMap:
     cache is short of room.
 
     Args:
-        folder: Where the files come from.
-        shards: Their names, sizes and sha256.
+        shards: Each file: where it comes from, and its name, size and sha256.
         cache: Where they are kept.
 
     Attributes:
@@ -42,11 +41,11 @@ class StoreMap:
         in_use: Bytes of the shards that are mapped.
     """
 
-    def __init__(self, folder: Remote, shards: Sequence[ShardInfo], cache: ShardCache) -> None:
-        self._space = AddressSpace(np.array([shard.bytes for shard in shards], np.int64))
+    def __init__(self, shards: Sequence[tuple[Remote, ShardInfo]], cache: ShardCache) -> None:
+        self._infos = [info for _, info in shards]
+        self._places = [folder / info.file for folder, info in shards]
+        self._space = AddressSpace(np.array([info.bytes for info in self._infos], np.int64))
         self.begins, self.bytes = self._space.begins, self._space.bytes
-        self._folder = folder
-        self._infos = shards
         self._cache = cache
         # The mapped shards, the longest mapped first; a dict for its order.
         self._held: dict[int, None] = {}
@@ -98,8 +97,7 @@ class StoreMap:
 
     def renew(self, shard: int) -> bool:
         """Fetch again a shard that was damaged in the cache; False if the store has the same."""
-        info = self._infos[shard]
-        if not self._cache.renew(self._folder / info.file, info):
+        if not self._cache.renew(self._places[shard], self._infos[shard]):
             return False
         with self._lock:
             # The damaged file is mapped. Whoever reads it now will find the damage too.
@@ -157,7 +155,7 @@ class StoreMap:
             raise StorageError(
                 f"{size} bytes of shards are read from at once, and the cache keeps at most "
                 f"{self._cache.folder.budget}",
-                file=self._folder,
+                file=self._places[missing[0]],
                 remedy=ROOM,
             )
         began = time.perf_counter()
@@ -209,7 +207,7 @@ class StoreMap:
 
     def _fetch(self, shard: int, *, wait: bool) -> None:
         info = self._infos[shard]
-        held = self._cache.hold(self._folder / info.file, info, wait=wait)
+        held = self._cache.hold(self._places[shard], info, wait=wait)
         with self._lock:
             self._coming.pop(shard, None)
             if self._space.mapped[shard]:

@@ -79,6 +79,28 @@ def edge_set(edge_sets: dict[tuple[str, str], Path]) -> Path:
     return edge_sets["float16", "none"]
 
 
+@pytest.fixture(scope="session")
+def second_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sets by codec that share the speaker bob, and some keys, with `edge_set`; not to be changed.
+
+    They have other speakers too, before and after bob, and a file that the build left out.
+    """
+    root = tmp_path_factory.mktemp("second")
+    lengths = {"abe": (33, 90, 260), "bob": (45, 128, 7, 300), "dora": (64, 64, 400, 20, 150)}
+    source = write_source(root / "Dataset", lengths, EDGE_LENGTHS[:5])
+    (source / "test-002.pt").write_bytes(b"no tensor")
+    for codec in ("none", "zstd"):
+        options = BuildOptions(
+            codec=codec,  # type: ignore[arg-type]
+            samples_per_shard=4,
+            val_fraction=0.2,
+            on_error="skip",
+            workers=1,
+        )
+        build_shards(source, root / codec, options)
+    return {codec: root / codec for codec in ("none", "zstd")}
+
+
 # Kills a program before its first, second, ... call to the operating system that changes a disk,
 # each time in another folder, until it reaches its end. It is killed by SIGKILL: no handler, no
 # clean-up. `act(subject, folder)` is the program, `prepare` runs before it without a kill, and

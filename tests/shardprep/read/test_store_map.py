@@ -81,9 +81,16 @@ def mapped(store: Store, tmp_path: Path) -> Callable[..., StoreMap]:
 
     def make(count: int, room: float, **options: Any) -> StoreMap:
         cache = ShardCache(tmp_path / "cache", int(room * SIZE), **{"readers": 1, **options})
-        return StoreMap(Remote("memory://set", 2.0), store.shards(count), cache)
+        return StoreMap(
+            [(Remote("memory://set", 2.0), info) for info in store.shards(count)], cache
+        )
 
     return make
+
+
+def another(shards: StoreMap) -> StoreMap:
+    """A second map of the same files, by the same cache."""
+    return StoreMap([(Remote("memory://set"), info) for info in shards._infos], shards._cache)
 
 
 def read(shards: StoreMap, *numbers: int) -> list[bytes]:
@@ -235,7 +242,7 @@ def test_files_that_nobody_wants_are_given_up_when_room_is_short(
 ) -> None:
     shards = mapped(10, 5)
     assert read(shards, 0, 1, 2, 3, 4) == [content(n) for n in range(5)]
-    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = another(shards)
     assert read(other, 5, 6, 7, 8, 9) == [content(n) for n in range(5, 10)]
 
 
@@ -246,7 +253,7 @@ def test_a_reader_takes_the_room_of_wanted_files_rather_than_wait(
     ahead = WantedShards(shards)
     ahead.want([0, 1], range(2, 6))
     wait_until(lambda: len(there(shards)) == 6)
-    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = another(shards)
     assert read(other, 10, 11, 12, 13, 14) == [content(n) for n in range(10, 15)]
     assert len(there(shards)) == 3
     assert read(shards, 4) == [content(4)]
@@ -266,7 +273,7 @@ def test_files_that_others_never_give_back_are_an_error_in_the_end(
     mapped: Callable[..., StoreMap],
 ) -> None:
     shards = mapped(10, 4, patience=0.3)
-    other = StoreMap(Remote("memory://set"), shards._infos, shards._cache)
+    other = another(shards)
     with other.reading(np.array([0, 1, 2])):
         with pytest.raises(StorageError, match="there was no room"):
             read(shards, 5, 6)
@@ -453,7 +460,7 @@ def slow(self, path, *arguments, **options):
 
 type(files).cat_file = slow
 cache = ShardCache(sys.argv[1], 4 * 5000, readers=1, patience=400)
-shards = StoreMap(Remote("memory://set"), infos, cache)
+shards = StoreMap([(Remote("memory://set"), info) for info in infos], cache)
 
 def right(number):
     with shards.reading(np.array([number])):
