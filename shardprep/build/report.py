@@ -9,7 +9,7 @@ from shardprep.build.plan import ShardTask
 from shardprep.build.shard import ShardRecord
 from shardprep.build.work import split_of
 from shardprep.format.manifest import Reject
-from shardprep.source.dataset import Source
+from shardprep.source.contents import Source
 
 
 @dataclass

@@ -90,11 +90,11 @@ def build_shards(
                 _report_finished(report, target, scanned, options, tasks, listener)
             else:
                 pool = _pool(options, scanned.root, work.folder)
-                records = _write_missing(tasks, work, pool, listener, report)
+                records = write_missing(tasks, work, pool, listener, report)
                 fill_report(report, scanned, records)
                 if not report.splits:
                     raise rejects_error(report.rejects, scanned.root)
-                _publish_set(work, scanned, options, records, report)
+                publish_set(work, scanned, options, records, report)
     report.seconds = time.monotonic() - began
     return report
 
@@ -153,7 +153,7 @@ def _report_finished(
     report.rejects = [line for line in lines if line.repeats is None]
 
 
-def _write_missing(
+def write_missing(
     tasks: list[ShardTask],
     work: Work,
     pool: Pool,
@@ -174,25 +174,36 @@ def _write_missing(
     return [records[task.plan.file] for task in tasks]
 
 
-def _publish_set(
+def publish_set(
     work: Work,
     source: Source,
     options: BuildOptions,
     records: list[ShardRecord],
     report: BuildReport,
+    *,
+    of_files: bool = True,
 ) -> None:
-    """Write indexes, rejects.jsonl and manifest, and move the complete set to its place."""
+    """Write indexes, rejects.jsonl and manifest, and move the complete set to its place.
+
+    Args:
+        work: The unfinished build.
+        source: What was packed.
+        options: The options of the build.
+        records: The records of all shards, in order.
+        report: The report, with rejects and repeats.
+        of_files: Whether a later build can compare the set with the files of its source.
+    """
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
         n_mels=source.n_mels,
         dtype=options.dtype,
         codec=options.codec_info,
-        features=None,
+        features=source.features,
         speakers=source.speakers,
         splits=publish_indexes(work, records),
         rejects=publish_rejects(work, [*report.rejects, *report.repeats]),
-        source_fingerprint=source.fingerprint,
+        source_fingerprint=source.fingerprint if of_files else None,
         build=options.record,
     )
     data = encode_manifest(manifest)
@@ -203,5 +214,7 @@ def _publish_set(
             file=work.target,
             remedy="Give a larger --samples-per-shard, or split the data set.",
         )
-    times = publish_file(work, SOURCE_TIMES_NAME, times_of(source))
-    work.install({**manifest.files(), SOURCE_TIMES_NAME: times}, data)
+    files = manifest.files()
+    if of_files:
+        files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times_of(source))
+    work.install(files, data)

@@ -41,42 +41,48 @@ def index_dtype(key_bytes: int) -> np.dtype[Any]:
     )
 
 
-def key_fault(key: str) -> str | None:
+def key_fault(key: str, suffix: str | None = ".pt") -> str | None:
     """Why a key cannot name an utterance in a tar, with a remedy; None if it can.
 
     The rules are those of the readers: `webdataset` and `datasets` cut a name at the first dot
     after its last slash, and skip some names that begin with two underscores.
+
+    Args:
+        key: The key.
+        suffix: What follows the key in the name of its file; None if the key is no name of a file.
     """
     folder, _, name = key.rpartition("/")
     first = folder.partition("/")[0]
+    noun, rename = ("file name", "rename it") if suffix else ("key", "write another")
     if not name:
-        return "the file has no name before .pt"
+        return f"the file has no name before {suffix}" if suffix else "the key ends in no name"
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
-        return "the file name is not valid Unicode"
+        return f"the {noun} is not valid Unicode"
     if _CONTROL.search(key):
-        return "the path has control characters; rename the file"
+        where, remedy = ("path", "rename the file") if suffix else ("key", rename)
+        return f"the {where} has control characters; {remedy}"
     if "." in name:
+        where = f"a dot before {suffix}" if suffix else "a dot"
         return (
-            f"the file name has a dot before .pt, where readers of tar files cut it; rename it, "
-            f"such as to {name.replace('.', '-')}.pt"
+            f"the {noun} has {where}, where readers of tar files cut it; {rename}, "
+            f"such as {'to ' if suffix else ''}{name.replace('.', '-')}{suffix or ''}"
         )
     if name.startswith("__"):
         return (
-            'the file name begins with "__", and Hugging Face datasets skips such files in a tar; '
-            "rename it"
+            f'the {noun} begins with "__", and Hugging Face datasets skips such files in a tar; '
+            f"{rename}"
         )
     if first.startswith("__") and first.endswith("__"):
         return (
             f'the folder {first} begins and ends with "__", and webdataset skips such folders; '
-            "rename it"
+            f"{rename}"
         )
     if size > MAX_KEY_BYTES:
-        return (
-            f"the path without .pt has {size} bytes, and a tar takes {MAX_KEY_BYTES}; shorten the "
-            "names of the file and its folders"
-        )
+        what = f"path without {suffix}" if suffix else "key"
+        shorten = "the names of the file and its folders" if suffix else "it"
+        return f"the {what} has {size} bytes, and a tar takes {MAX_KEY_BYTES}; shorten {shorten}"
     return None
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -43,6 +43,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # In testdata.json.
 Position = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+
+Features: TypeAlias = dict[str, str | int | float | bool | None]
+"""The recipe from audio to mel."""
 
 OTHER_RELEASE = "Build the shards again, or read them with the release that made them."
 
@@ -122,7 +125,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     n_mels: int
     dtype: Literal["float16", "float32"]
     codec: CodecInfo
-    features: dict[str, str | int | float | bool | None] | None
+    features: Features | None
     speakers: tuple[str, ...]
     splits: dict[str, SplitInfo]
     rejects: FileInfo | None

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.format.manifest import Reject
+from shardprep.format.manifest import Features, Reject
 from shardprep.storage.remote import Location
 
 Matrix: TypeAlias = NDArray[np.floating] | ValueError
@@ -87,6 +87,7 @@ class Source:
         rejects: Utterances that cannot be packed.
         repeats: Entries of testdata.json that list the file of an earlier entry again. They are no
             fault: a test entry has no label that could be in doubt.
+        features: The recipe of the features, where it is known; see `Manifest.features`.
         fixed: Further utterances whose split the source names, "train" or "val", by split.
     """
 
@@ -97,6 +98,7 @@ class Source:
     test: tuple[Utterance, ...]
     rejects: tuple[Reject, ...]
     repeats: tuple[Reject, ...] = ()
+    features: Features | None = None
     fixed: Mapping[str, tuple[Utterance, ...]] = field(default_factory=dict)
 
     @property

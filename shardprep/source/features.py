@@ -59,7 +59,7 @@ def load_features(
         check_file_size(len(data), expected)
         if npy:
             values = read_npy(data)
-            check_shape(values.shape, expected, "array")
+            check_shape(values.shape, expected, "save array")
             return finite(values)
         stored = read_tensor(data)
         # Before a copy is made: a view of few numbers can claim any size.
@@ -110,13 +110,13 @@ def _file_faults(file: Path | bytes) -> Iterator[None]:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
-def check_shape(shape: tuple[int, ...], expected: Expected, noun: str = "tensor") -> None:
+def check_shape(shape: tuple[int, ...], expected: Expected, save: str = "save tensor") -> None:
     """ValueError if a matrix has another shape than the source says, with what may help.
 
     Args:
         shape: Its shape.
         expected: What the source says.
-        noun: What the matrix is called in code that corrects it.
+        save: The beginning of code that corrects it.
     """
     n_mels, frames, length = expected
     if len(shape) == 2 and n_mels in (0, shape[1]) and frames in (0, shape[0]):
@@ -130,11 +130,11 @@ def check_shape(shape: tuple[int, ...], expected: Expected, noun: str = "tensor"
     inner = tuple(n for n in shape if n != 1)
     turned = len(inner) == 2 and inner[0] == n_mels and frames in (0, inner[1])
     if len(shape) == 2 and turned:
-        raise ValueError(f"{wanted}: it is transposed; save {noun}.T")
+        raise ValueError(f"{wanted}: it is transposed; {save}.T")
     if len(shape) > 2 and len(inner) == 2 and inner[1] == n_mels and frames in (0, inner[0]):
-        raise ValueError(f"{wanted}; save {noun}.squeeze()")
+        raise ValueError(f"{wanted}; {save}.squeeze()")
     if len(shape) > 2 and turned:
-        raise ValueError(f"{wanted}: it is transposed; save {noun}.squeeze().T")
+        raise ValueError(f"{wanted}: it is transposed; {save}.squeeze().T")
     if len(shape) == 2 and shape[0] == frames:
         raise ValueError(f"{wanted}; if all files have {shape[1]} mels, correct n_mels")
     if len(shape) == 1:

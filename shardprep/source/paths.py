@@ -103,6 +103,21 @@ def key_of(relative: str) -> str:
     return key
 
 
+def check_key(key: object) -> str:
+    """The key that a program or a list gives to an utterance.
+
+    Raises:
+        ValueError: Readers of shards would not take it; in words for `Reject.reason`.
+    """
+    if not isinstance(key, str):
+        raise ValueError(f"the key is {str(key)[:60]!a}, expected a text")
+    if fault := key_fault(key, None):
+        raise ValueError(fault)
+    if key.startswith("/") or posixpath.normpath(key) != key or key.split("/")[0] == "..":
+        raise ValueError("the key is no plain path; write it as in folder/name")
+    return key
+
+
 def spellings(path: str, relative: str) -> Iterator[str]:
     """Other names under which a file may lie: each means the same file, if it is there.
 
