@@ -1,6 +1,7 @@
 """The public names, for type checkers and for `__init__.py`, which loads them when asked for."""
 
 from .build.options import BuildOptions as BuildOptions
+from .build.program.shard_writer import ShardWriter as ShardWriter
 from .build.report import BuildReport as BuildReport
 from .build.writer import build_shards as build_shards
 from .cache.shard_cache import ShardCache as ShardCache

@@ -118,7 +118,7 @@ def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:
 
 def as_stored(mel: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
     """A matrix in the element type that a shard stores. ValueError if that has no such numbers."""
-    if dtype == "float16" and max(mel.max(), -mel.min()) >= _FLOAT16_LIMIT:
+    if dtype == "float16" and max(float(mel.max()), -float(mel.min())) >= _FLOAT16_LIMIT:
         raise ValueError("has values beyond the range of float16; use --dtype float32")
     return mel.astype(np.dtype(dtype).newbyteorder("<"), copy=False)
 

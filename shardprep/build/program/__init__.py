@@ -1,0 +1,1 @@
+"""Shards from a program that adds one utterance after the other."""
