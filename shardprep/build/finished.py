@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import check_shard
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest
-from shardprep.format.source_times import decode_times, encode_times
+from shardprep.format.source_times import decode_times, encode_times, times_size
 from shardprep.read.files import Files, Origin, files_at
 from shardprep.read.sidecars import load_index, read_rejects
 from shardprep.read.split import Split
@@ -45,15 +45,26 @@ def check_same_build(
         raise BuildError(
             f"the folder holds a finished set, built {' and '.join(differences)}",
             file=target,
-            remedy="Name another folder, or give --overwrite to replace the set.",
+            remedy="Name another folder, give --append to add what is new to the set, or "
+            "--overwrite to replace the set.",
         )
+    check_sizes(manifest, target)
+
+
+def check_sizes(manifest: Manifest, target: Location) -> None:
+    """Make sure that all files of a finished set are there, with their sizes.
+
+    Raises:
+        BuildError: One is not.
+    """
     present = _sizes(target, manifest.files())
     for name, info in manifest.files().items():
         if present.get(name) != info.bytes:
             raise BuildError(
                 f"{name} of the finished set is missing or has another size",
                 file=target,
-                remedy="Give --overwrite to build the set again.",
+                remedy="Give --overwrite to build the set again, or restore it with `shardprep "
+                "repair`.",
             )
 
 
@@ -80,25 +91,47 @@ def _differences(manifest: Manifest, source: Source, options: BuildOptions) -> I
 
 def changed_since(target: Location, source: Source) -> list[Utterance]:
     """The utterances whose files do not certainly look as they did when the set was built."""
-    utterances = source.utterances
-    # Trouble with this file is none: the contents decide.
+    before = remembered(target, source.fingerprint, versions_of(source))
+    return changed_files(source.utterances, before)
+
+
+def changed_files(utterances: Iterable[Utterance], before: Mapping[str, int]) -> list[Utterance]:
+    """Those of some utterances whose files do not certainly look as they did `before`."""
+    return [u for u in utterances if not u.version or u.version != before[u.key]]
+
+
+def versions_of(source: Source) -> dict[str, int]:
+    """What the files of a data set look like now: a number for each key; 0 where unknown."""
+    lines = (*source.rejects, *source.repeats)
+    versions = {line.key: 0 for line in lines if line.key}
+    versions.update((utterance.key, utterance.version) for utterance in source.utterances)
+    return versions
+
+
+def remembered(target: Location, fingerprint: str | None, keys: Collection[str]) -> dict[str, int]:
+    """What files looked like when a set was built from them, by key; 0 where unknown.
+
+    Args:
+        target: Where the set is.
+        fingerprint: Its source fingerprint.
+        keys: All keys of its indexes and its rejects.jsonl.
+    """
     data = b""
+    # Trouble with this file is none: the contents decide.
     with contextlib.suppress(OSError, StorageError):
-        most = len(times_of(source))
+        most = times_size(len(keys))
         path = target / SOURCE_TIMES_NAME
         data = path.read(0, most + 1) if isinstance(path, Remote) else read_at_most(path, most)
-    before = decode_times(data, source.fingerprint, len(utterances))
-    now = np.array([utterance.version for utterance in utterances], np.uint64)
-    return [utterances[index] for index in np.flatnonzero((before != now) | (now == 0)).tolist()]
+    numbers = decode_times(data, fingerprint or "", len(keys))
+    return dict(zip(sorted(keys), numbers.tolist(), strict=True))
 
 
-def times_of(source: Source) -> bytes:
-    """The content of source-times.npy for a set that is built now."""
-    versions = [utterance.version for utterance in source.utterances]
-    return encode_times(source.fingerprint, versions)
+def times_of(fingerprint: str, versions: Mapping[str, int]) -> bytes:
+    """The content of source-times.npy; see `remembered`."""
+    return encode_times(fingerprint, [versions[key] for key in sorted(versions)])
 
 
-def check_contents(
+def differing(
     manifest: Manifest,
     target: Location,
     source: Source,
@@ -106,8 +139,8 @@ def check_contents(
     changed: Sequence[Utterance],
     pool: Pool,
     listener: ProgressListener,
-) -> str | None:
-    """Make sure that files hold what the finished set has stored of them, and remember this.
+) -> list[Utterance]:
+    """Those of some utterances whose files do not hold what the finished set has stored of them.
 
     Args:
         manifest: Manifest of the set.
@@ -118,40 +151,34 @@ def check_contents(
         pool: Reads and encodes the files, as a build does.
         listener: Receives the progress.
 
-    Returns:
-        What a user should know, if the result cannot be remembered.
-
     Raises:
-        BuildError: Files are not those that the set was built from.
         CorruptShardError: An index, rejects.jsonl or a shard of the set is damaged.
         StorageError: The disk or a store failed.
     """
     keys = {utterance.key for utterance in changed}
     files = files_at(target)
-    records = run_shards(list(_only(tasks, keys)), check_shard, pool, listener)
-    now: dict[str, Any] = {reject.key: reject.reason for r in records for reject in r.rejects}
-    now.update((row.key, (row.nbytes, row.frames, row.crc32)) for r in records for row in r.rows)
+    now = read_again(tasks, keys, pool, listener)
     stored = _stored(files, manifest, keys)
     other = [utterance for utterance in changed if now[utterance.key] != stored.get(utterance.key)]
     if manifest.codec.name == "zstd":
         # Another release of zstandard may have other bytes for the same matrix.
         other = _with_other_matrices(other, files, manifest, source)
-    if other:
-        raise BuildError(
-            f"{len(other)} of {len(source.utterances)} files of the data set are not those that "
-            f"the set was built from, such as {other[0].path}",
-            file=target,
-            remedy="Compare them with `shardprep verify --against`, or build the set again with "
-            "--overwrite.",
-        )
-    try:
-        _remember(target, times_of(source))
-    except StorageError as error:
-        return f"the next build will compare these files again: {error}"
-    return None
+    return other
 
 
-def _only(tasks: Sequence[ShardTask], keys: set[str]) -> Iterable[ShardTask]:
+def read_again(
+    tasks: Sequence[ShardTask], keys: Set[str], pool: Pool, listener: ProgressListener
+) -> dict[str, tuple[int, int, int] | str]:
+    """Read and encode the files of some keys: size, frames and crc32, or why one is faulty."""
+    records = run_shards(list(_only(tasks, keys)), check_shard, pool, listener)
+    found: dict[str, tuple[int, int, int] | str] = {}
+    for record in records:
+        found.update((reject.key, reject.reason) for reject in record.rejects)
+        found.update((row.key, (row.nbytes, row.frames, row.crc32)) for row in record.rows)
+    return found
+
+
+def _only(tasks: Sequence[ShardTask], keys: Set[str]) -> Iterable[ShardTask]:
     """The tasks with only some of their utterances, whose faults are collected."""
     for task in tasks:
         some = tuple(u for u in task.plan.utterances if u.key in keys)
@@ -160,7 +187,7 @@ def _only(tasks: Sequence[ShardTask], keys: set[str]) -> Iterable[ShardTask]:
             yield dataclasses.replace(task, plan=plan, skip=True)
 
 
-def _stored(files: Files, manifest: Manifest, keys: set[str]) -> dict[str, Any]:
+def _stored(files: Files, manifest: Manifest, keys: Set[str]) -> dict[str, Any]:
     """What a set has of some utterances: size, frames and crc32, or why they were left out."""
     found: dict[str, Any] = {
         reject.key: reject.reason
@@ -196,12 +223,17 @@ def _with_other_matrices(
     return other
 
 
-def _remember(target: Location, data: bytes) -> None:
+def remember(target: Location, times: bytes) -> str | None:
+    """Write source-times.npy beside a finished set; what a user should know if that fails."""
     path = target / SOURCE_TIMES_NAME
-    if isinstance(path, Remote):
-        path.write(data)
-    else:
-        publish_bytes(path, data)
+    try:
+        if isinstance(path, Remote):
+            path.write(times)
+        else:
+            publish_bytes(path, times)
+    except StorageError as error:
+        return f"the next build will compare these files again: {error}"
+    return None
 
 
 def _sizes(target: Location, names: Iterable[str]) -> dict[str, int]:

@@ -90,6 +90,9 @@ class Work(Protocol):
             manifest: Content of manifest.json.
         """
 
+    def remove(self) -> None:
+        """Remove the work folder."""
+
 
 def is_ours(name: str) -> bool:
     """Whether builds write files of this name, complete or under a temporary name."""

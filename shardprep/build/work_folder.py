@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from shardprep.build.lock import locked
+from shardprep.build.lock import locked, remove_if_unused
 from shardprep.build.plan import ShardTask
 from shardprep.build.shard import Advance, ShardRecord, write_shard
 from shardprep.build.work import (
@@ -32,6 +32,7 @@ from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REPAIR_FOLDER,
+    SOURCE_TIMES_NAME,
     WORK_FOLDER,
     FileInfo,
     ShardInfo,
@@ -50,6 +51,8 @@ from shardprep.storage.local import (
 )
 from shardprep.storage.trouble import machine_errors, storage_errors
 
+# Work folders that may hold the manifest of a complete set.
+_PENDING = (REPAIR_FOLDER, WORK_FOLDER)
 # Most bytes in the record of a shard for each utterance.
 _MOST_RECORD = 1 << 14
 
@@ -86,7 +89,7 @@ class FolderWork:
                 return
             _check_manifest_of(target)
             with locked(target) as folder:
-                finish_repair(target)
+                finish_install(target)
                 # Only under the lock is it certain that no other build finishes the set.
                 if _is_finished(target) and not overwrite:
                     # Without shards, a build left the work folder that was killed in its last
@@ -95,14 +98,21 @@ class FolderWork:
                         remove_folder(folder)
                     yield None
                     return
-                yield cls(folder)
+                try:
+                    yield cls(folder)
+                finally:
+                    # What an append that had nothing to write leaves, or one that was refused.
+                    with contextlib.suppress(OSError):
+                        if _is_finished(target):
+                            remove_if_unused(folder)
 
     def keep_finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
         """See `Work.keep_finished`."""
         kept = {task.plan.file: record for task in tasks if (record := self._kept(task))}
         for path in self.folder.iterdir():
             name = path.name.removesuffix(RECORD_SUFFIX)
-            if name not in kept and (is_ours_and_complete(name) or path.suffix == ".tmp"):
+            ours = is_ours_and_complete(name) or name == MANIFEST_NAME or path.suffix == ".tmp"
+            if name not in kept and ours:
                 path.unlink()
         return kept
 
@@ -120,6 +130,17 @@ class FolderWork:
 
     def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
         """See `Work.install`."""
+        self.move_files(files, manifest)
+        with storage_errors(self.target):
+            self.remove()
+            sync_folder(self.target)
+
+    def remove(self) -> None:
+        """See `Work.remove`."""
+        remove_folder(self.folder)
+
+    def move_files(self, files: Collection[str], manifest: bytes) -> None:
+        """`install`, but keep the work folder, which may have the lock."""
         target = self.target
         with storage_errors(target):
             # Checked before the old set is given up.
@@ -135,7 +156,6 @@ class FolderWork:
                     move(self.folder / name, target / name)
             sync_folder(target)
             publish_bytes(target / MANIFEST_NAME, manifest, scratch=self.folder)
-            remove_folder(self.folder)
             sync_folder(target)
 
     def _record(self, task: ShardTask) -> Path:
@@ -160,25 +180,38 @@ class FolderWork:
             return None
 
 
-def finish_repair(target: Path) -> bool:
-    """Finish a `repair --drop` that was killed while it moved the new set to its place.
+def has_pending(target: Path) -> bool:
+    """Whether a folder without a set holds a complete one, whose files a killed program moved."""
+    return not _is_finished(target) and any(exists(target / n / MANIFEST_NAME) for n in _PENDING)
 
-    Everything else that an interrupted repair has left is removed. The caller holds the lock of
-    `target`.
+
+def finish_install(target: Path) -> str | None:
+    """Finish a `repair --drop` or `build --append` that was killed while it moved its files.
+
+    Both leave the manifest of the complete set in their work folder until then. Everything else
+    that an interrupted repair has left is removed. The caller holds the lock of `target`.
 
     Returns:
-        Whether there was such a set; it is in its place now.
+        The work folder of the set that is in its place now; None if there was none.
     """
-    work = FolderWork(target / REPAIR_FOLDER)
-    manifest = work.folder / MANIFEST_NAME
-    if not _is_finished(target) and exists(manifest):
-        data = read_at_most(manifest, MAX_MANIFEST_BYTES)
-        files = decode_manifest(data, manifest).files()
-        if all(_has_size(work, name, info.bytes) for name, info in files.items()):
-            work.install(files, data)
-            return True
-    shutil.rmtree(work.folder, ignore_errors=True)
-    return False
+    finished = None
+    for name in _PENDING:
+        work = FolderWork(target / name)
+        manifest = work.folder / MANIFEST_NAME
+        if not _is_finished(target) and exists(manifest):
+            data = read_at_most(manifest, MAX_MANIFEST_BYTES)
+            files = decode_manifest(data, manifest).files()
+            if all(_has_size(work, file, info.bytes) for file, info in files.items()):
+                # A repair leaves no times of source files.
+                times = [SOURCE_TIMES_NAME] if name == WORK_FOLDER else []
+                work.move_files([*files, *times], data)
+                work.keep_finished([])
+                finished = name
+        if _is_finished(target):
+            # The manifest of a program that was killed before it moved anything.
+            manifest.unlink(missing_ok=True)
+    shutil.rmtree(target / REPAIR_FOLDER, ignore_errors=True)
+    return finished
 
 
 def refuse_folders(places: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,7 +29,13 @@ from shardprep.build.work import (
 )
 from shardprep.errors import BuildError, StorageError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
-from shardprep.format.manifest import MANIFEST_NAME, WORK_FOLDER, FileInfo, ShardInfo
+from shardprep.format.manifest import (
+    MANIFEST_NAME,
+    WORK_FOLDER,
+    FileInfo,
+    ShardInfo,
+    decode_manifest,
+)
 from shardprep.storage.remote import Remote
 
 # Requests at the same time, and bytes of one read.
@@ -73,6 +79,9 @@ class StoreWork:
         """See `Work.claim`. No other build can be kept out: the user must run one at a time."""
         target.check_writable()
         present = target.listing()
+        if MANIFEST_NAME not in present and _IN_WORK + MANIFEST_NAME in present:
+            _finish_install(cls(target, replaces=True), present)
+            present = target.listing()
         finished = MANIFEST_NAME in present
         if finished:
             manifest = target / MANIFEST_NAME
@@ -133,16 +142,20 @@ class StoreWork:
                     file=self.target / name,
                     remedy="Run the same command again; another build may be running there.",
                 )
+        # No set has these names yet: a set that is there stays in use while they are copied.
+        free = [name for name in waiting if name not in present]
+        _each(lambda name: (self.folder / name).move(self.target / name), free)
         if MANIFEST_NAME in present:
             (self.target / MANIFEST_NAME).remove()
-        _each(lambda name: (self.folder / name).move(self.target / name), waiting)
+        others = [name for name in waiting if name in present]
+        _each(lambda name: (self.folder / name).move(self.target / name), others)
         stale = [name for name in present if is_ours(name) and name not in files]
         _each(lambda name: (self.target / name).remove(), stale)
         (self.target / MANIFEST_NAME).write(manifest)
         self.remove()
 
     def remove(self) -> None:
-        """Remove the work folder."""
+        """See `Work.remove`."""
         _each(lambda name: (self.folder / name).remove(), self.folder.listing())
 
     def _place(self, name: str) -> Remote:
@@ -168,6 +181,18 @@ class StoreWork:
                 if size == info.bytes and (same_version or _sha256(place, size) == info.sha256):
                     return sent.record
         return None
+
+
+def _finish_install(work: StoreWork, present: Mapping[str, dict[str, Any]]) -> None:
+    """Finish a `build --append` that was killed between the old manifest and the new one."""
+    pending = work.folder / MANIFEST_NAME
+    data = pending.read(0, MAX_MANIFEST_BYTES)
+    files = decode_manifest(data, pending).files()
+    sizes = [
+        present.get(_IN_WORK + name, present.get(name, {"size": -1}))["size"] for name in files
+    ]
+    if sizes == [info.bytes for info in files.values()]:
+        work.install(files, data)
 
 
 def _each(call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -7,7 +7,14 @@ import os
 import time
 from dataclasses import replace
 
-from shardprep.build.finished import changed_since, check_contents, check_same_build, times_of
+from shardprep.build.finished import (
+    changed_since,
+    check_same_build,
+    differing,
+    remember,
+    times_of,
+    versions_of,
+)
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask, shard_tasks
 from shardprep.build.pools.local import LocalPool
@@ -136,8 +143,17 @@ def _report_finished(
         report.utterances_read = len(changed)
         report.source_bytes = sum(utterance.nbytes for utterance in changed)
         pool = _pool(options, source.root, None)
-        note = check_contents(manifest, target, source, tasks, changed, pool, listener)
-        if note is not None:
+        other = differing(manifest, target, source, tasks, changed, pool, listener)
+        if other:
+            raise BuildError(
+                f"{len(other)} of {len(source.utterances)} files of the data set are not those "
+                f"that the set was built from, such as {other[0].path}",
+                file=target,
+                remedy="Compare them with `shardprep verify --against`, or build the set again "
+                "with --overwrite.",
+            )
+        times = times_of(source.fingerprint, versions_of(source))
+        if (note := remember(target, times)) is not None:
             report.notes.append(note)
     elif isinstance(source.root, Remote):
         # Web servers give times that a copy can keep, and tags made of them.
@@ -216,5 +232,6 @@ def publish_set(
         )
     files = manifest.files()
     if of_files:
-        files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times_of(source))
+        times = times_of(source.fingerprint, versions_of(source))
+        files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times)
     work.install(files, data)

@@ -16,7 +16,7 @@ from pathlib import Path
 from shardprep.build.lock import locked, remove_if_unused
 from shardprep.build.pools.local import LocalPool
 from shardprep.build.pools.pool import Pool, ProgressListener
-from shardprep.build.work_folder import finish_repair
+from shardprep.build.work_folder import finish_install, has_pending
 from shardprep.check.repair_steps import Repair
 from shardprep.check.report import Fault, RepairReport
 from shardprep.check.salvage_shard import SourcePayloads
@@ -26,6 +26,7 @@ from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
     REPAIR_FOLDER,
+    WORK_FOLDER,
     Manifest,
     Reject,
 )
@@ -36,6 +37,12 @@ from shardprep.storage.local import exists, sync_folder
 from shardprep.storage.remote import locate
 from shardprep.storage.trouble import storage_errors
 from shardprep.system import check_supported
+
+# By the work folder of what was interrupted.
+_FINISHED = {
+    REPAIR_FOLDER: f"an interrupted repair is finished now; {REJECTS_NAME} lists what it dropped",
+    WORK_FOLDER: "an interrupted `build --append` is finished now",
+}
 
 
 def repair_shards(
@@ -83,18 +90,15 @@ def repair_shards(
     if source is not None and drop:
         raise ValueError("give a source or drop, not both")
     report = RepairReport(str(folder))
-    pending = folder / REPAIR_FOLDER / MANIFEST_NAME
     with storage_errors(folder):
-        is_set = exists(folder / MANIFEST_NAME) or not exists(pending)
-    if is_set:
+        pending = has_pending(folder)
+    if not pending:
         # Raises before anything is written in a folder that holds no set.
         load_manifest(folder)
     with storage_errors(folder), locked(folder) as build_folder:
         try:
-            if finish_repair(folder):
-                report.notes.append(
-                    f"an interrupted repair is finished now; {REJECTS_NAME} lists what it dropped"
-                )
+            if (finished := finish_install(folder)) is not None:
+                report.notes.append(_FINISHED[finished])
             _run_steps(
                 Repair(folder, report, before_drop),
                 source,

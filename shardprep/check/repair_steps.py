@@ -228,7 +228,7 @@ class Repair:
             source_fingerprint=origin,
         )
         data = encode_manifest(manifest)
-        # With this file, `finish_repair` can finish a repair that is killed while it moves files.
+        # With this file, `finish_install` can finish a repair that is killed while it moves files.
         publish_bytes(self.work.folder / MANIFEST_NAME, data)
         for name in sorted(self._bad):
             self._set_aside(name)

@@ -22,7 +22,7 @@ def encode_times(fingerprint: str, versions: Sequence[int] | NDArray[np.uint64])
 
     Args:
         fingerprint: The source fingerprint of the set, hex digits.
-        versions: For each utterance of the data set (N,), in its order, a number that changes when
+        versions: For each key of the set (N,), in the order of the keys, a number that changes when
             the file does; 0 where this is unknown.
     """
     owner, numbers = bytes.fromhex(fingerprint), np.array(versions, "<u8").tobytes()
@@ -33,20 +33,20 @@ def encode_times(fingerprint: str, versions: Sequence[int] | NDArray[np.uint64])
 
 
 def times_size(count: int) -> int:
-    """Size of the file for `count` utterances, in bytes."""
+    """Size of the file for `count` keys, in bytes."""
     return len(encode_times("0" * 64, [0])) + 8 * (count - 1)
 
 
 def decode_times(data: bytes, fingerprint: str, count: int) -> NDArray[np.uint64]:
-    """The numbers (N,) of the `count` utterances of a data set.
+    """The numbers (N,) of the `count` keys of a set.
 
     Args:
-        data: The bytes of the file, which may be damaged, foreign or of another data set.
+        data: The bytes of the file, which may be damaged, foreign or of another set.
         fingerprint: The source fingerprint of the set.
-        count: Number of utterances N of the data set, at least one.
+        count: Number of keys N, at least one.
 
     Returns:
-        The numbers; zeros if the file is not that of this data set.
+        The numbers; zeros if the file is not that of this set.
     """
     numbers = np.frombuffer(data[-8 * count :], "<u8") if len(data) == times_size(count) else None
     # All but the numbers follows from them: nothing in a foreign file is interpreted.

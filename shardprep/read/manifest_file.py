@@ -211,6 +211,11 @@ _OTHER_FOLDERS = [
         "holds an unfinished repair",
         "Run `shardprep repair DST` to finish it.",
     ),
+    (
+        f"{WORK_FOLDER}/{MANIFEST_NAME}",
+        "holds an append that was interrupted while its files moved",
+        "Run the same `shardprep build --append` again, or `shardprep repair DST`, to finish it.",
+    ),
     (WORK_FOLDER, "holds an unfinished build", "Run `shardprep build SRC DST` again to finish it."),
     (
         "metadata.json",
