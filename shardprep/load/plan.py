@@ -6,20 +6,23 @@ Axis legend: B batch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Rational
+from typing import Any, Literal
 
 import numpy as np
 
 from shardprep.load.epochs import Place
 from shardprep.load.orders.epoch import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
+from shardprep.load.orders.mixed import endless_draws, whole_shares
 from shardprep.load.orders.windowed import WindowedOrder, check_lanes
 from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
 from shardprep.load.world import World
 from shardprep.read.split import Split
 
 Order = Literal["global", "windowed"]
+Balance = Literal["speaker"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Sampling:
     order: Order
     lanes: int
     window_shards: int
+    shares: Sequence[float | Rational] | None = None
+    balance: Balance | None = None
 
     def __post_init__(self) -> None:
         # NumPy's integers overflow in the arithmetic of the order, and are no JSON in a state.
@@ -50,6 +55,39 @@ class Sampling:
             raise ValueError(
                 f"lanes {self.lanes}, window_shards {self.window_shards}: both must be positive"
             )
+        if self.shares is not None:
+            object.__setattr__(self, "shares", whole_shares(self.shares))
+        if self.balance not in (None, "speaker"):
+            raise ValueError(f"balance {self.balance!r}: must be 'speaker' or None")
+        if self.is_endless and (self.order == "windowed" or not self.shuffle):
+            raise ValueError(
+                "shares and balance go with order 'global' and shuffle=True only: they draw from "
+                "everywhere at any time"
+            )
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether utterances are drawn without end, and an epoch is only a number of draws."""
+        return self.shares is not None or self.balance is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same utterances, as JSON values."""
+        found: dict[str, Any] = {"seed": self.seed, "order": self.order}
+        if self.order == "windowed":
+            found |= {"lanes": self.lanes, "window_shards": self.window_shards}
+        if self.is_endless:
+            # The length of an epoch, by which draws are counted.
+            found["drop_last"] = self.drop_last
+        if self.shares is not None:
+            found["shares"] = list(self.shares)
+        if self.balance is not None:
+            found["balance"] = self.balance
+        return found
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether a position means other utterances with another batch of all ranks."""
+        return self.order == "windowed" or self.is_endless
 
 
 @dataclass(frozen=True)
@@ -105,6 +143,10 @@ class BatchPlan:
             planned = plan_for_cache(split, sampling.order, own, sampling.window_shards, split.room)
         # Order and segments of many batches at once: NumPy's calls cost more than their work.
         self._batches_planned = max(1, planned // self.global_batch)
+        self._draws = None
+        if sampling.is_endless:
+            labels = None if sampling.balance is None else split.labels
+            self._draws = endless_draws(split.set_sizes, sampling.shares, labels, sampling.seed)
         orders = _Orders(split, sampling, self.global_batch)
         self._order_of = orders
         lanes = range(world.rank * own, (world.rank + 1) * own)
@@ -122,7 +164,6 @@ class BatchPlan:
             say_ahead: Whether to say which shards the batches of a block need, before it comes.
         """
         step = self.global_batch
-        order = self._order_of(start.epoch)
         all_begins = range(start.position, self.end, every * step)
         count = max(1, self._batches_planned // every)
         for first in range(0, len(all_begins), count):
@@ -138,19 +179,21 @@ class BatchPlan:
             )
             sizes = [share.stop - share.start for share in shares]
             nexts = [begin + every * step for begin in begins]
-            yield Block(nexts, sizes, *self._segments(order, start.epoch, positions))
+            yield Block(nexts, sizes, *self._segments(start.epoch, positions))
 
-    def _segments(
-        self, order: EpochOrder, epoch: int, positions: Indices
-    ) -> tuple[Indices, Indices]:
+    def _segments(self, epoch: int, positions: Indices) -> tuple[Indices, Indices]:
         """Indices and segment starts at some positions (B,) of an epoch."""
         sampling = self._sampling
         if not sampling.shuffle:
             return positions, np.zeros_like(positions)
-        indices = order(positions)
+        own_epoch: int | Indices = epoch
+        if self._draws is None:
+            indices = self._order_of(epoch)(positions)
+        else:
+            indices, own_epoch = self._draws(epoch * self.end + positions)
         frames = self._split.frames[indices]
         starts = segment_starts(
-            indices, frames, sampling.segment_frames, seed=sampling.seed, epoch=epoch
+            indices, frames, sampling.segment_frames, seed=sampling.seed, epoch=own_epoch
         )
         return indices, starts
 
@@ -160,9 +203,10 @@ def check_split(split: Split, sampling: Sampling, world_size: int) -> None:
 
     Raises:
         ValueError: The split has fewer utterances than a batch of all ranks, and the last smaller
-            batch is left out.
+            batch is left out; or it does not go with the shares or the balance.
         StorageError: The cache has less room than the global order needs.
     """
+    _check_draws(split, sampling)
     if sampling.drop_last and len(split) < sampling.batch_size * world_size:
         raise ValueError(
             f"split {split.name} has {len(split)} utterances, fewer than one batch of "
@@ -170,6 +214,26 @@ def check_split(split: Split, sampling: Sampling, world_size: int) -> None:
         )
     if sampling.order == "global" and split.room is not None:
         plan_for_cache(split, sampling.order, sampling.lanes, sampling.window_shards, split.room)
+
+
+def _check_draws(split: Split, sampling: Sampling) -> None:
+    """ValueError if a split cannot be drawn from with the shares or the balance."""
+    sizes, shares = split.set_sizes, sampling.shares
+    if shares is not None and len(shares) != len(sizes):
+        raise ValueError(
+            f"shares {list(shares)}: split {split.name} comes from {len(sizes)} set(s), and each "
+            "needs a share; open several sets as one by open_shards([A, B])"
+        )
+    if shares is not None and 0 in sizes:
+        raise ValueError(
+            f"shares {list(shares)}: set {sizes.index(0) + 1} of {len(sizes)} has no utterances in "
+            f"split {split.name}"
+        )
+    if sampling.balance is not None and (unknown := int((split.labels < 0).sum())):
+        raise ValueError(
+            f"balance {sampling.balance!r}: {unknown} of the {len(split)} utterances of split "
+            f"{split.name} have no speaker"
+        )
 
 
 class _Orders:

@@ -6,13 +6,16 @@ original hears of neither. So a loader shares its course with the copies in its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from shardprep.errors import ShardprepError, StorageError
 from shardprep.load.epochs import Course, Place, WorkerPlace
 from shardprep.load.world import Worker, this_worker
 from shardprep.storage.shared_value import SharedValue
+
+# What a state has only where the loader was told so.
+_OPTIONAL = ("shares", "balance")
 
 
 class Stretch(NamedTuple):
@@ -157,3 +160,23 @@ class Position:
                 "(num_workers=0): the loader prepares its batches by a thread.",
             )
         return course
+
+
+def check_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Make sure that a saved position means the same batches to the loader that loads it.
+
+    Args:
+        state: What was saved.
+        own: What the loader has; a value that is nowhere saved stands for None.
+
+    Raises:
+        ShardprepError: They differ.
+    """
+    for name in dict.fromkeys([*own, *_OPTIONAL]):
+        found, expected = state.get(name), own.get(name)
+        if found != expected:
+            raise ShardprepError(
+                f"the saved position has {name} {found!r}, this loader {expected!r}",
+                key=name,
+                remedy="Resume with the data set, the seed and the order that the run began with.",
+            )

@@ -6,10 +6,9 @@ Axis legend: B batch, T frames, F mel bins.
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Rational
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +19,11 @@ from torch.utils.data import IterableDataset
 from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
+from shardprep.load.iteration import Iteration
 from shardprep.load.on_device import ResidentSplit, fits
 from shardprep.load.orders.epoch import Indices
-from shardprep.load.plan import BatchPlan, Order, Sampling, check_split
-from shardprep.load.position import Position, Stretch
+from shardprep.load.plan import Balance, BatchPlan, Order, Sampling, check_split
+from shardprep.load.position import Position, Stretch, check_same
 from shardprep.load.world import Part, refuse_second_division, this_worker
 from shardprep.read.split import Split
 
@@ -33,8 +33,6 @@ Placement = Literal["auto", "host", "device"]
 Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
 # Where the batch after this one begins, how many segments replace damaged ones, and the batch.
 Planned = tuple[int, int, Segments]
-
-_log = logging.getLogger("shardprep")
 
 
 class SegmentLoader(IterableDataset[Batch]):
@@ -70,6 +68,15 @@ class SegmentLoader(IterableDataset[Batch]):
         lanes: Sequences of shards that "windowed" reads side by side; a multiple of the world
             size that divides the batch of all ranks.
         window_shards: Shards in the shuffle window of each lane.
+        shares: How often each set comes, of a split of several sets: with [3, 1], of every four
+            utterances three are from the first set, to within one utterance at any time. Each set
+            comes in epochs of its own, each utterance once in each of them, which go on over the
+            epochs of the loader. Whole numbers, fractions or floats;
+            see `shardprep.load.orders.mixed`. None reads all sets as one.
+        balance: "speaker" draws every speaker equally often, to within one utterance at any time;
+            a speaker's utterances come in epochs of the speaker's own. With `shares`, within each
+            set. With `shares` or `balance`, an epoch of the loader is as many utterances as
+            without them, and no utterance is left out at its end.
         device: Where the batches go; None leaves them on the host.
         dtype: What the segments are converted to, on the device; None keeps the stored dtype.
         placement: Where the split lies. "host" reads the mapped shards. "device" loads the split
@@ -120,6 +127,8 @@ class SegmentLoader(IterableDataset[Batch]):
         order: Order = "global",
         lanes: int = 8,
         window_shards: int = 4,
+        shares: Sequence[float | Rational] | None = None,
+        balance: Balance | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         placement: Placement = "auto",
@@ -141,6 +150,8 @@ class SegmentLoader(IterableDataset[Batch]):
             order=order,
             lanes=lanes,
             window_shards=window_shards,
+            shares=shares,
+            balance=balance,
         )
         self._part = Part(rank, world_size)
         check_split(split, self._sampling, world_size or 1)
@@ -155,7 +166,7 @@ class SegmentLoader(IterableDataset[Batch]):
         self._position = Position()
         # The global batch of a loaded state, by which the windowed order counts.
         self._loaded_batch: int | None = None
-        self._running: _Iteration | None = None
+        self._running: Iteration | None = None
         if world_size is not None:
             self._plan_now()
         if placement == "auto":
@@ -201,7 +212,7 @@ class SegmentLoader(IterableDataset[Batch]):
                 In these workers, for a StatefulDataLoader, it works.
         """
         state = {**self._position.state(), **self._identity()}
-        if self._sampling.order == "windowed":
+        if self._sampling.counts_batches:
             state["global_batch"] = self._plan_now().global_batch
         return state
 
@@ -212,29 +223,19 @@ class SegmentLoader(IterableDataset[Batch]):
             ShardprepError: The state belongs to other data, another seed or another order, or to
                 another worker of a DataLoader.
         """
-        for name, own in self._identity().items():
-            # Older states, from when there was one order, do not name the order.
-            _check_same(name, state.get(name, "global" if name == "order" else None), own)
-        batch = state.get("global_batch") if self._sampling.order == "windowed" else None
+        # Older states, from when there was one order, do not name the order.
+        check_same({"order": "global", **state}, self._identity())
+        batch = state.get("global_batch") if self._sampling.counts_batches else None
         if batch is not None:
-            _check_same("global_batch", batch, self._plan_now().global_batch)
+            check_same({"global_batch": batch}, {"global_batch": self._plan_now().global_batch})
         self._position.load(state)
         self._end_running()
         self._loaded_batch = batch
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on with the loader that loads it."""
-        sampling = self._sampling
-        identity = {
-            "seed": sampling.seed,
-            "split": self.split.name,
-            "fingerprint": self.split.fingerprint,
-            "order": sampling.order,
-        }
-        if sampling.order == "windowed":
-            # These decide which utterances came already.
-            identity |= {"lanes": sampling.lanes, "window_shards": sampling.window_shards}
-        return identity
+        split = {"split": self.split.name, "fingerprint": self.split.fingerprint}
+        return {**self._sampling.identity(), **split}
 
     def _plan_now(self) -> BatchPlan:
         """The plan for the world at this moment."""
@@ -246,8 +247,10 @@ class SegmentLoader(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         plan = self._plan_now()
         refuse_second_division(self, self._part)
-        if self._loaded_batch is not None and self._position.inside_an_epoch:
-            _check_same("global_batch", self._loaded_batch, plan.global_batch)
+        if self._loaded_batch is not None and (
+            self._position.inside_an_epoch or self._sampling.is_endless
+        ):
+            check_same({"global_batch": self._loaded_batch}, {"global_batch": plan.global_batch})
         if this_worker() is not None and (self._device.type != "cpu" or self.placement != "host"):
             raise ShardprepError(
                 f"device {self._device}, placement {self.placement}: workers of a DataLoader give "
@@ -258,7 +261,7 @@ class SegmentLoader(IterableDataset[Batch]):
             )
         self._load_resident()
         self._end_running()
-        self._running = running = _Iteration()
+        self._running = running = Iteration()
         return self._batches(plan, self._position.begin(plan.end, plan.global_batch), running)
 
     def _load_resident(self) -> None:
@@ -275,7 +278,7 @@ class SegmentLoader(IterableDataset[Batch]):
             self._running.end()
         self._running = None
 
-    def _batches(self, plan: BatchPlan, stretch: Stretch, running: _Iteration) -> Iterator[Batch]:
+    def _batches(self, plan: BatchPlan, stretch: Stretch, running: Iteration) -> Iterator[Batch]:
         """The batches of an iteration; the loader moves with them until the iteration is ended."""
         if running.is_over():
             return
@@ -348,41 +351,3 @@ class SegmentLoader(IterableDataset[Batch]):
         # Converted on the device, after the copy: fewer bytes are copied.
         mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
         return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
-
-
-class _Iteration:
-    """An iteration over a loader, until another one ends it."""
-
-    def __init__(self) -> None:
-        self._over = False
-        self._ready: weakref.ref[Generator[Planned]] | None = None
-
-    def reads(self, ready: Generator[Planned]) -> None:
-        """Say what prepares the batches of this iteration."""
-        self._ready = weakref.ref(ready)
-
-    def end(self) -> None:
-        """End it, with the thread that prepares its batches."""
-        self._over = True
-        if self._ready is not None and (ready := self._ready()) is not None:
-            # In use by another thread, which notices the end by itself.
-            with contextlib.suppress(ValueError):
-                ready.close()
-
-    def is_over(self) -> bool:
-        """Whether another iteration began; says so in the log, since the caller asked for more."""
-        if self._over:
-            _log.warning(
-                "an iteration over a loader gives no more batches: another one began, or a state "
-                "was loaded; to read twice at a time, make two loaders"
-            )
-        return self._over
-
-
-def _check_same(name: str, found: object, own: object) -> None:
-    if found != own:
-        raise ShardprepError(
-            f"the saved position has {name} {found!r}, this loader {own!r}",
-            key=name,
-            remedy="Resume with the data set, the seed and the order that the run began with.",
-        )

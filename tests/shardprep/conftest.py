@@ -86,7 +86,7 @@ def second_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     They have other speakers too, before and after bob, and a file that the build left out.
     """
     root = tmp_path_factory.mktemp("second")
-    lengths = {"abe": (33, 90, 260), "bob": (45, 128, 7, 300), "dora": (64, 64, 400, 20, 150)}
+    lengths = {"abe": (33, 90), "bob": (45, 128, 300), "dora": (64, 64, 400, 20), "eve": (70, 95)}
     source = write_source(root / "Dataset", lengths, EDGE_LENGTHS[:5])
     (source / "test-002.pt").write_bytes(b"no tensor")
     for codec in ("none", "zstd"):

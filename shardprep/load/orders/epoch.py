@@ -8,6 +8,7 @@ world size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ _ROUNDS = 6
 _FEWEST_BITS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-# Streams of random numbers that must not be correlated; `windowed` has 3 to 5.
+# Streams of random numbers that must not be correlated; `windowed` has 3 to 5, `endless` 6 to 8.
 _ORDER, _SEGMENT = 1, 2
 
 
@@ -53,12 +54,78 @@ def derive_key(*parts: int) -> int:
     return key
 
 
-class Permutation:
-    """A keyed bijection of range(n): a Feistel network with cycle walking.
+def derive_keys(keys: int | _U64, parts: Indices) -> _U64:
+    """Keys from a key, or from one key each, and one more integer each: (B,) uint64.
 
-    The network permutes the next power of two, in two parts of (nearly) equally many bits. A value
-    that is not below n goes through the network again until it is (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"), which takes under two passes on average.
+    What `derive_key(..., part)` gives, if `derive_key(...)` gave the key.
+    """
+    words = (np.asarray(keys, np.uint64) ^ parts.astype(np.uint64)) + np.uint64(_GOLDEN)
+    return mix64(words)
+
+
+class _Network(NamedTuple):
+    """Feistel networks with cycle walking: bijections of range(n) for every size n.
+
+    A network permutes a power of two, in two parts of (nearly) equally many bits. A value that is
+    not below n goes through the network again until it is (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains"), which takes under two passes on average for the next power of two.
+
+    Each field is for one network, or for one network each of B values.
+    """
+
+    n: NDArray[Any]
+    shift: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
+    keys: _U32
+    """A key a round: (rounds,) or (rounds, B)."""
+
+    @classmethod
+    def make(cls, n: NDArray[Any], bits: NDArray[Any], keys: _U64) -> _Network:
+        """Networks of sizes, each permuting words of so many bits; scalars, or one each."""
+        bits = np.maximum(_FEWEST_BITS, bits).astype(np.uint64)
+        shift, one = bits // np.uint64(2), np.uint64(1)
+        offsets = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        rounds = mix64(np.add.outer(offsets, keys))
+        return cls(
+            n.astype(np.uint64),
+            shift,
+            np.asarray((one << shift) - one, np.uint32),
+            np.asarray((one << bits - shift) - one, np.uint32),
+            (rounds >> np.uint64(32)).astype(np.uint32),
+        )
+
+    def of(self, which: Indices) -> _Network:
+        """The networks of some values (B,); a field for all values stays as it is."""
+        keys = np.take(self.keys, which, axis=1) if self.keys.ndim == 2 else self.keys
+        n, shift, low, high = (np.take(x, which) if x.ndim else x for x in self[:4])
+        return _Network(n, shift, low, high, keys)
+
+    def __call__(self, positions: Indices) -> Indices:
+        """Images of `positions` (B,), each in range(n)."""
+        # For a position outside the range, the loop might never end.
+        assert not positions.size or (positions.min() >= 0 and (positions < self.n).all())
+        values = self._pass(positions.astype(np.uint64))
+        outside = np.flatnonzero(values >= self.n)
+        while outside.size:
+            again = self.of(outside)
+            found = again._pass(values[outside])
+            values[outside] = found
+            outside = outside[found >= again.n]
+        return values.astype(np.int64)
+
+    def _pass(self, values: _U64) -> _U64:
+        low = values.astype(np.uint32) & self.low
+        high = (values >> self.shift).astype(np.uint32)
+        for number in range(0, _ROUNDS, 2):
+            low ^= _scramble(high ^ self.keys[number]) & self.low
+            high ^= _scramble(low ^ self.keys[number + 1]) & self.high
+        joined: _U64 = (high.astype(np.uint64) << self.shift) | low
+        return joined
+
+
+class Permutation:
+    """A keyed bijection of range(n), of which no image is stored.
 
     Args:
         n: Size of the range, from 1 to 2**63; or an array of sizes (B,), with one bijection for
@@ -69,38 +136,31 @@ class Permutation:
 
     def __init__(self, n: int | Indices, key: int | _U64, largest: int | None = None) -> None:
         largest = int(np.max(n)) if largest is None else largest
-        bits = max(_FEWEST_BITS, (largest - 1).bit_length())
-        self._n = np.asarray(n, np.uint64)
-        self._shift = np.uint64(bits // 2)
-        self._low = np.uint32((1 << bits // 2) - 1)
-        self._high = np.uint32((1 << bits - bits // 2) - 1)
-        keys = np.asarray(key, np.uint64)
-        offsets = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-        # (rounds,) for one key, (rounds, B) for many.
-        rounds = mix64(np.add.outer(offsets, keys))
-        self._keys = (rounds >> np.uint64(32)).astype(np.uint32)
+        bits = np.asarray((largest - 1).bit_length())
+        self._network = _Network.make(np.asarray(n), bits, np.asarray(key, np.uint64))
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
-        # For a position outside the range, the loop might never end.
-        assert not positions.size or (positions.min() >= 0 and (positions < self._n).all())
-        values = self._pass(positions.astype(np.uint64), self._keys)
-        outside = np.flatnonzero(values >= self._n)
-        while outside.size:
-            keys = self._keys if self._keys.ndim == 1 else self._keys[:, outside]
-            values[outside] = self._pass(values[outside], keys)
-            limits = self._n if self._n.ndim == 0 else self._n[outside]
-            outside = outside[values[outside] >= limits]
-        return values.astype(np.int64)
+        return self._network(positions)
 
-    def _pass(self, values: _U64, keys: _U32) -> _U64:
-        low = values.astype(np.uint32) & self._low
-        high = (values >> self._shift).astype(np.uint32)
-        for number in range(0, _ROUNDS, 2):
-            low ^= _scramble(high ^ keys[number]) & self._low
-            high ^= _scramble(low ^ keys[number + 1]) & self._high
-        joined: _U64 = (high.astype(np.uint64) << self._shift) | low
-        return joined
+
+class Permutations:
+    """Keyed bijections, one of range(n) for each of some sizes n.
+
+    Args:
+        sizes: Size of each range (K,), or one for all.
+        keys: Key of each bijection (K,), see `derive_keys`.
+    """
+
+    def __init__(self, sizes: int | Indices, keys: _U64) -> None:
+        n = np.asarray(sizes, np.int64)
+        # frexp counts bits: exactly, below 2**53.
+        self._network = _Network.make(n, np.frexp(n - 1.0)[1], keys)
+
+    def __call__(self, which: Indices, positions: Indices) -> Indices:
+        """Images of `positions` (B,), each by the bijection of its number in `which` (B,)."""
+        network = self._network
+        return network.of(np.asarray(0) if network.keys.shape[1] == 1 else which)(positions)
 
 
 def _scramble(x: _U32) -> _U32:
@@ -119,7 +179,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Permutation:
 
 
 def segment_starts(
-    indices: Indices, frames: Indices, length: int, *, seed: int, epoch: int
+    indices: Indices, frames: Indices, length: int, *, seed: int, epoch: int | Indices
 ) -> Indices:
     """First frame of each utterance's random segment in an epoch.
 
@@ -128,12 +188,12 @@ def segment_starts(
         frames: Lengths of these utterances in frames (B,).
         length: Frames a segment.
         seed: Seed of the run.
-        epoch: Number of the epoch.
+        epoch: Number of the epoch; or one for each utterance (B,).
 
     Returns:
         Starts (B,), uniform on 0..frames-length; 0 if the utterance is not longer than a segment.
     """
-    key = np.uint64(derive_key(_SEGMENT, seed, epoch))
+    key = derive_keys(derive_key(_SEGMENT, seed), np.atleast_1d(epoch))
     words = mix64((indices.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) ^ key)
     choices = np.maximum(frames - length, 0).astype(np.uint64) + np.uint64(1)
     # The high half of a 32 x 32-bit product maps 32 random bits to range(choices).

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from shardprep.load.orders.epoch import (
     Permutation,
+    Permutations,
     derive_key,
+    derive_keys,
     epoch_order,
     length_batches,
     mix64,
@@ -53,6 +55,31 @@ def test_permutation_is_a_bijection(sizes: Iterable[int]) -> None:
         images = Permutation(n, derive_key(n))(np.arange(n))
         assert images.dtype == np.int64
         np.testing.assert_array_equal(np.sort(images), np.arange(n))
+
+
+def test_keys_of_many_parts_are_those_of_each_part() -> None:
+    parts = [0, 1, 7, 2**40]
+    for keys in (derive_key(3, 4), np.array([derive_key(n) for n in range(4)], np.uint64)):
+        own = [derive_key(3, 4, part) for part in parts]
+        if not isinstance(keys, int):
+            own = [derive_key(n, part) for n, part in enumerate(parts)]
+        assert derive_keys(keys, np.array(parts)).tolist() == own
+
+
+def test_each_of_many_permutations_is_a_bijection_of_its_own() -> None:
+    sizes = np.array([*range(1, 70), 1000, 2**20 + 1])
+    orders = Permutations(sizes, derive_keys(0, np.arange(len(sizes))))
+    for number, n in enumerate(np.minimum(sizes, 3000).tolist()):
+        images = orders(np.full(n, number), np.arange(n))
+        assert len(set(images.tolist())) == n
+        assert images.max() < sizes[number]
+    both = np.array([10, 50] * 9)
+    mixed = orders(both, np.repeat(np.arange(9), 2))
+    for number in (10, 50):
+        alone = orders(np.full(9, number), np.arange(9))
+        np.testing.assert_array_equal(mixed[both == number], alone)
+    alike = Permutations(600, derive_keys(5, np.arange(3)))
+    assert sorted(alike(np.full(600, 2), np.arange(600)).tolist()) == list(range(600))
 
 
 def test_any_position_of_a_huge_range_is_computed_at_once() -> None:
