@@ -177,8 +177,10 @@ def shard_name(split: str, number: int) -> str:
 
 
 def index_name(split: str) -> str:
-    """Name of a split's index file, e.g. train.index.npy."""
-    return f"{split}.index.npy"
+    """Name of a split's index file, e.g. index=train.npy."""
+    # Not train.index.npy: what looks for files of a split by its name would take it for data, as
+    # Hugging Face `datasets` does with train.*, *-train-* and others.
+    return f"index={split}.npy"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -288,7 +290,7 @@ def _split_faults(name: str, split: SplitInfo) -> Iterator[tuple[str, str]]:
     if not _SPLIT.fullmatch(name):
         yield field, "is not a valid name of a split"
         return
-    if split.index.file != f"{name}.index.npy":
+    if split.index.file != index_name(name):
         yield field, f"has an index of the name {split.index.file[:100]!a}"
     shard = re.compile(re.escape(name) + r"-\d{6,12}\.tar")
     if any(not shard.fullmatch(info.file) for info in split.shards):
