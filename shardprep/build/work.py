@@ -29,7 +29,7 @@ from shardprep.storage.remote import Location
 
 # Names of the files of a set, except the manifest.
 _OURS = re.compile(
-    r"(?:train|val|test)-\d{6,}\.tar|index=(?:train|val|test)\.npy|"
+    r"(?:train|val|test)-\d{6,}\.tar|split=(?:train|val|test)\.index\.npy|"
     + "|".join(map(re.escape, (REJECTS_NAME, SOURCE_TIMES_NAME)))
 )
 # `publish` appends this to the name of a file that is not complete yet.

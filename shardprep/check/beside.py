@@ -7,7 +7,6 @@ reader takes README.md, .DS_Store or a folder of notes for a part of the set.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from shardprep.storage.sniff import refuse_stand_in
 from shardprep.storage.trouble import machine_errors, storage_errors
 
 _OWN = (MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
-_INDEX = re.compile(r"index=.+\.npy")
 _MOST_NAMED = 5
 # No line of rejects.jsonl is shorter.
 _SHORTEST_LINE = 40
@@ -115,7 +113,7 @@ def _is_stray(name: str) -> bool:
         return False
     if base.lower().endswith(".tar"):
         return True
-    return not folders and (base == REJECTS_NAME or _INDEX.fullmatch(base) is not None)
+    return not folders and (base.endswith(".index.npy") or base == REJECTS_NAME)
 
 
 def _is_hidden(name: str) -> bool:

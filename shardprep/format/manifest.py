@@ -177,10 +177,10 @@ def shard_name(split: str, number: int) -> str:
 
 
 def index_name(split: str) -> str:
-    """Name of a split's index file, e.g. index=train.npy."""
+    """Name of a split's index file, e.g. split=train.index.npy."""
     # Not train.index.npy: what looks for files of a split by its name would take it for data, as
     # Hugging Face `datasets` does with train.*, *-train-* and others.
-    return f"index={split}.npy"
+    return f"split={split}.index.npy"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -102,7 +102,7 @@ def test_a_thread_and_an_event_loop_build_read_and_repair(
         options = shardprep.BuildOptions(samples_per_shard=4, workers=2)
         shardprep.build_shards(source, built, options)
         assert shardprep.verify_shards(built, deep=True).intact
-        (built / "index=val.npy").unlink()
+        (built / "split=val.index.npy").unlink()
         assert shardprep.repair_shards(built, workers=2).intact
         train = shardprep.open_shards(built)["train"]
         batches = list(shardprep.SegmentLoader(train, batch_size=4, segment_frames=16))

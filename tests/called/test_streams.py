@@ -44,10 +44,10 @@ def test_closed_streams_do_not_matter(
     assert (done.returncode, done.stderr) == (0, "")
     # Nothing that was printed went into a file of the set.
     assert digests(tmp_path / "built") == digests(shards)
-    (tmp_path / "built" / "index=val.npy").write_bytes(b"damaged")
+    (tmp_path / "built" / "split=val.index.npy").write_bytes(b"damaged")
     done = run(["verify", "built"], redirection, tmp_path)
     assert done.returncode == 1
-    assert ("index=val.npy" in done.stdout) == (">&-" not in redirection.replace("2>&-", ""))
+    assert ("split=val.index.npy" in done.stdout) == (">&-" not in redirection.replace("2>&-", ""))
     assert "Traceback" not in done.stderr
 
 

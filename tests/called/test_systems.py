@@ -132,7 +132,7 @@ options = shardprep.BuildOptions(samples_per_shard=4, workers=2, codec="zstd")
 shardprep.build_shards(source, built, options)
 assert shardprep.verify_shards(built, deep=True, against=source).intact
 assert len(list(shardprep.SegmentLoader(shardprep.open_shards(built)["train"], batch_size=4))) == 5
-(shardprep.locate(built) / "index=val.npy").unlink()
+(shardprep.locate(built) / "split=val.index.npy").unlink()
 assert shardprep.repair_shards(built, source=source).intact
 with shardprep.hold_lock(shardprep.locate(built + ".lock")):
     pass

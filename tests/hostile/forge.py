@@ -77,7 +77,7 @@ def sign(shards: Path, edit: Edit = lambda content: None) -> None:
 
 def edit_index(shards: Path, edit: Edit, split: str = "train") -> None:
     """Let `edit` change the rows of an index, in place or by returning new rows."""
-    path = shards / f"index={split}.npy"
+    path = shards / f"split={split}.index.npy"
     rows = np.load(path)
     changed = edit(rows)
     np.save(path, rows if changed is None else changed)
@@ -111,7 +111,7 @@ def replace_payload(shards: Path, payload: bytes, frames: int | None = None) -> 
 
 def edit_payload(shards: Path, edit: Callable[[bytes], bytes]) -> None:
     """Change the stored bytes of the only test utterance."""
-    row = np.load(shards / "index=test.npy")[0]
+    row = np.load(shards / "split=test.index.npy")[0]
     data = (shards / "test-000000.tar").read_bytes()[row["offset"] :][: row["nbytes"]]
     replace_payload(shards, edit(data))
 

@@ -56,7 +56,7 @@ def test_shards_are_built_checked_and_read_without_torch(
     said = environment.succeed("python", "-c", READ, cwd=tmp_path)
     assert "pip install 'shardprep[torch]'" in said
 
-    (tmp_path / "shards" / "index=train.npy").unlink()
+    (tmp_path / "shards" / "split=train.index.npy").unlink()
     shard = tmp_path / "shards" / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-5000].replace(b"\x28\xb5", b"\x00\x00"))
     assert environment.run("shardprep", "verify", "shards", cwd=tmp_path).returncode == 1

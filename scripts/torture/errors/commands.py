@@ -151,7 +151,8 @@ COMMANDS = (
         ("repair", "{folder}/faulty", "--drop"),
         results=(FAULTY,),
         may_change=tuple(
-            f"{FAULTY}/{name}" for name in ("train-000000.tar", "index=train.npy", "manifest.json")
+            f"{FAULTY}/{name}"
+            for name in ("train-000000.tar", "split=train.index.npy", "manifest.json")
         ),
     ),
     Command(

@@ -26,21 +26,21 @@ from shardprep.format.index import index_dtype
 @kind("plain")
 def index_pickle(folder: Path) -> None:
     """an index is a pickled array that runs a command"""
-    np.save(folder / "index=train.npy", np.array([Canary()], object), allow_pickle=True)
+    np.save(folder / "split=train.index.npy", np.array([Canary()], object), allow_pickle=True)
     sign(folder)
 
 
 @kind("plain")
 def index_bare_pickle(folder: Path) -> None:
     """an index is a bare pickle, which np.load would also open"""
-    (folder / "index=train.npy").write_bytes(pickle.dumps(Canary()))
+    (folder / "split=train.index.npy").write_bytes(pickle.dumps(Canary()))
     sign(folder)
 
 
 @kind("plain")
 def index_zip(folder: Path) -> None:
     """an index is a zip bomb, which np.load would open"""
-    with zipfile.ZipFile(folder / "index=train.npy", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(folder / "split=train.index.npy", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", bytes(100 << 20))
     sign(folder)
 
@@ -48,7 +48,7 @@ def index_zip(folder: Path) -> None:
 def header(folder: Path, text: str) -> None:
     head = text.encode().ljust(118)[:60_000] + b"\n"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
-    (folder / "index=train.npy").write_bytes(data + bytes(500))
+    (folder / "split=train.index.npy").write_bytes(data + bytes(500))
     sign(folder)
 
 
@@ -76,7 +76,7 @@ def index_of_wide_keys(folder: Path) -> None:
     """an index has keys of 500 MB"""
     fields = index_dtype(500 << 20).descr
     header(folder, repr({"descr": fields, "fortran_order": False, "shape": (1,)}))
-    holes(folder / "index=train.npy", 600 << 20)
+    holes(folder / "split=train.index.npy", 600 << 20)
     sign(folder)
 
 
@@ -120,7 +120,7 @@ def index_key_not_unicode(folder: Path) -> None:
 @kind("plain")
 def index_pipe(folder: Path) -> None:
     """an index is a named pipe"""
-    pipe(folder / "index=train.npy")
+    pipe(folder / "split=train.index.npy")
 
 
 @kind("zstd")

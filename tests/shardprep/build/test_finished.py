@@ -339,7 +339,7 @@ def test_a_repair_takes_nothing_from_other_features(
     shards = tmp_path / "shards"
     build_shards(source, shards, BuildOptions(workers=1))
     other = scaled(source, tmp_path / "other")
-    row = np.load(shards / "index=train.npy")[0]
+    row = np.load(shards / "split=train.index.npy")[0]
     data = bytearray((shards / "train-000000.tar").read_bytes())
     data[int(row["offset"]) + 200] ^= 1
     (shards / "train-000000.tar").write_bytes(data)
@@ -349,7 +349,7 @@ def test_a_repair_takes_nothing_from_other_features(
     assert any("is not the file that the set was built from" in note for note in report.notes)
     assert contents(shards) == before
     # The index is gone too: the shard is built again, but not taken.
-    (shards / "index=train.npy").write_bytes(b"")
+    (shards / "split=train.index.npy").write_bytes(b"")
     before = contents(shards)
     report = repair_shards(shards, source=other, workers=1)
     assert not report.intact

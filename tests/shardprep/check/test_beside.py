@@ -22,14 +22,14 @@ HARMLESS = (
     ".DS_Store",
     ".nfs00001",
     "._train-000000.tar",
-    "._index=train.npy",
+    "._split=train.index.npy",
     "Thumbs.db",
     "notes.txt",
     "train-000000.tar.gz",
     "train-000000.tar.x1.tmp",
-    "index=train.npy.bak",
+    "split=train.index.npy.bak",
     "backup/manifest.json",
-    "backup/index=train.npy",
+    "backup/split=train.index.npy",
     ".git/objects/pack.tar",
     "__MACOSX/train-000000.tar",
     "a folder/with/files",
@@ -42,7 +42,7 @@ STRAY = (
     "TRAIN-000000.TAR",
     "old/train-000000.tar",
     "old/of/last/year/x.tar",
-    "index=dev.npy",
+    "split=dev.index.npy",
     "rejects.jsonl",
 )
 
@@ -66,7 +66,7 @@ def test_what_no_reader_takes_is_one_note_and_stays(shards: Path, run_cli: Cli) 
     assert ": intact (" in done.stdout
     assert "repair" not in done.stderr
     (note,) = [line for line in done.stderr.splitlines() if "note: " in line]
-    assert "no part of the set, left alone: .DS_Store, ._index=train.npy, " in note
+    assert "no part of the set, left alone: .DS_Store, ._split=train.index.npy, " in note
     # Five are named, and a folder counts once.
     assert note.endswith(f" and {len({name.split('/')[0] for name in HARMLESS}) - 5} more")
     for options in ((), ("--drop",)):
@@ -123,10 +123,10 @@ def test_a_set_in_a_store_is_judged_alike(edge_set: Path) -> None:
         report = verify_shards(place)
         assert report.intact
         assert len(report.notes) == 1
-        for name in ("old/train-000000.tar", "index=dev.npy"):
+        for name in ("old/train-000000.tar", "split=dev.index.npy"):
             store.pipe(f"{place}/{name}", b"what is this")
         found = {fault.file: fault.what for fault in verify_shards(place).faults}
-        assert sorted(found) == ["index=dev.npy", "old/train-000000.tar"]
+        assert sorted(found) == ["old/train-000000.tar", "split=dev.index.npy"]
         assert all("remove it, or move it elsewhere" in what for what in found.values())
     finally:
         store.store.clear()

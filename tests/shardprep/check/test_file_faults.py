@@ -31,7 +31,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MACHINE = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MACHINE += (errno.ETIMEDOUT, errno.ENODEV, errno.EIO, errno.EINVAL, errno.ENOSYS, errno.ENOTCONN)
-SHARD, INDEX = "train-000001.tar", "index=train.npy"
+SHARD, INDEX = "train-000001.tar", "split=train.index.npy"
 FILES = (SHARD, INDEX, "rejects.jsonl", "manifest.json")
 
 

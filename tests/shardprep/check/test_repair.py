@@ -31,7 +31,7 @@ Build = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
 Damage = Callable[[Path], Any]
 
-SHARD, OTHER, INDEX = "train-000001.tar", "train-000000.tar", "index=train.npy"
+SHARD, OTHER, INDEX = "train-000001.tar", "train-000000.tar", "split=train.index.npy"
 OPTIONS = {"samples_per_shard": 8, "val_fraction": 0.2, "on_error": "skip"}
 
 
@@ -98,7 +98,9 @@ BY_ITSELF: dict[str, Damage] = {
     "end of the tar": flip(SHARD, lambda folder: -3),
     "index": flip(INDEX, lambda folder: -3),
     "index lost": lost(INDEX),
-    "index of another split": lambda folder: shutil.copy(folder / "index=val.npy", folder / INDEX),
+    "index of another split": lambda folder: shutil.copy(
+        folder / "split=val.index.npy", folder / INDEX
+    ),
     "shards swapped": swap,
     "shard renamed": lambda folder: (folder / SHARD).rename(folder / "train-000007.tar"),
     "manifest reformatted": reformat,
@@ -264,7 +266,7 @@ def test_without_its_index_a_lost_test_utterance_comes_last(
 ) -> None:
     shards = tmp_path / "shards"
     build(source_of({"ann": [5, 6, 7]}, [8, 9, 10]), shards, val_fraction=0)
-    (shards / "index=test.npy").write_bytes(b"")
+    (shards / "split=test.index.npy").write_bytes(b"")
     rest = (shards / "test-000000.tar").read_bytes()
     (shards / "test-000000.tar").write_bytes(rest[:-100])
     report = repair_shards(shards, drop=True)
@@ -503,7 +505,7 @@ def act(damaged, folder):
 def test_repair_killed_at_any_step_continues_to_the_same_set(
     shards: Path, contents: Contents, killed_at_every_step: Callable[[str, Path], list[Path]]
 ) -> None:
-    several(flip(SHARD, payload(2)), flip("index=val.npy", lambda folder: -3))(shards)
+    several(flip(SHARD, payload(2)), flip("split=val.index.npy", lambda folder: -3))(shards)
     folders = killed_at_every_step(REPAIR, shards)
     dropped = repair_shards(shards, drop=True).dropped
     assert len(dropped) == 1

@@ -133,11 +133,11 @@ def other_bytes(shards: Path) -> None:
 
 
 def lose_index(shards: Path) -> None:
-    (shards / "index=val.npy").unlink()
+    (shards / "split=val.index.npy").unlink()
 
 
 def other_index(shards: Path) -> None:
-    shutil.copy(shards / "index=val.npy", shards / "index=train.npy")
+    shutil.copy(shards / "split=val.index.npy", shards / "split=train.index.npy")
 
 
 def folder_for_shard(shards: Path) -> None:
@@ -154,8 +154,8 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
         other_bytes,
         {"manifest.json": "not the bytes that a build writes"},
     ),
-    "missing index": (lose_index, {"index=val.npy": "is missing"}),
-    "index of another split": (other_index, {"index=train.npy": "expected"}),
+    "missing index": (lose_index, {"split=val.index.npy": "is missing"}),
+    "index of another split": (other_index, {"split=train.index.npy": "expected"}),
     "folder in a shard's place": (folder_for_shard, {SHARD: ""}),
 }
 
@@ -178,10 +178,10 @@ def test_index_of_another_build_is_found(
     shards: Path, edge_source: Path, tmp_path: Path, build: Callable[..., BuildReport]
 ) -> None:
     build(edge_source, tmp_path / "other", samples_per_shard=8, val_fraction=0.2, seed=1)
-    shutil.copy(tmp_path / "other" / "index=train.npy", shards / "index=train.npy")
-    assert "index=train.npy" in faults(verify_shards(shards))
+    shutil.copy(tmp_path / "other" / "split=train.index.npy", shards / "split=train.index.npy")
+    assert "split=train.index.npy" in faults(verify_shards(shards))
     shutil.copy(tmp_path / "other" / SHARD, shards / SHARD)
-    assert {"index=train.npy", SHARD} <= set(faults(verify_shards(shards)))
+    assert {"split=train.index.npy", SHARD} <= set(faults(verify_shards(shards)))
 
 
 def test_unfinished_build_is_reported(shards: Path) -> None:
@@ -278,7 +278,7 @@ def test_shards_that_were_not_fetched_are_no_damage(
     with pytest.raises(StorageError, match="run `git lfs pull`"):
         repair_shards(folder, drop=True)
     assert contents(folder) == before
-    with pytest.raises(StorageError, match=r"index=train\.npy: is a Git LFS pointer"):
+    with pytest.raises(StorageError, match=r"split=train.index\.npy: is a Git LFS pointer"):
         open_shards(folder)["train"]
     (folder / "manifest.json").write_bytes(pointer)
     for command in (open_shards, verify_shards, repair_shards):

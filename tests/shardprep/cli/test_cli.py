@@ -96,7 +96,7 @@ def other_version(folder: Path) -> None:
 
 
 def lost_index(folder: Path) -> None:
-    (folder / "index=train.npy").unlink()
+    (folder / "split=train.index.npy").unlink()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def lost_index(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").unlink(), 4, 1, "no manifest.json"),
         (unfinished, 4, 1, "unfinished build"),
         (other_version, 4, 4, "found format 'shardprep' version 9"),
-        (lost_index, 1, 1, "index=train.npy"),
+        (lost_index, 1, 1, "split=train.index.npy"),
         (lambda folder: (folder / "train-000001.tar").unlink(), 1, 1, "train-000001.tar"),
     ],
     ids=["intact", "no manifest", "unfinished", "version", "no index", "no shard"],

@@ -59,7 +59,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "is not a valid name of a split",
     ),
     "index of another split": (
-        lambda content: content["splits"]["train"]["index"].update(file="index=val.npy"),
+        lambda content: content["splits"]["train"]["index"].update(file="split=val.index.npy"),
         "has an index of the name",
     ),
     "shard of another split": (shard(file="val-000000.tar"), "a shard of another name than train"),

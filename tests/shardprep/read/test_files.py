@@ -83,7 +83,7 @@ def test_an_index_that_was_damaged_in_the_cache_comes_again(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     keys = open_shards(stored, cache)["val"].keys
-    flip(in_cache(cache, "index=val.npy"), 300)
+    flip(in_cache(cache, "split=val.index.npy"), 300)
     assert (open_shards(stored, cache)["val"].keys == keys).all()
 
 
@@ -91,16 +91,16 @@ def test_damage_in_the_store_is_an_error_with_a_remedy(
     stored: str, cache: ShardCache, edge_set: Path
 ) -> None:
     store = fsspec.filesystem("memory")
-    data = bytearray((edge_set / "index=train.npy").read_bytes())
+    data = bytearray((edge_set / "split=train.index.npy").read_bytes())
     data[300] ^= 1
-    store.pipe("/set/index=train.npy", bytes(data))
+    store.pipe("/set/split=train.index.npy", bytes(data))
     with pytest.raises(CorruptShardError, match="times") as caught:
         open_shards(stored, cache)["train"]
-    assert caught.value.file == f"{URL}/index=train.npy"
+    assert caught.value.file == f"{URL}/split=train.index.npy"
     # The sha256 of this set are those of a damaged payload: only its crc32 shows the damage.
     train = open_shards(edge_set)["train"]
     assert "repair DST" in str(train.damaged(0))
-    store.pipe("/set/index=train.npy", (edge_set / "index=train.npy").read_bytes())
+    store.pipe("/set/split=train.index.npy", (edge_set / "split=train.index.npy").read_bytes())
     far = open_shards(stored, cache)["train"]
     assert "build SRC URL --overwrite" in str(far.damaged(0))
 

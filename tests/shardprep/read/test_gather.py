@@ -100,7 +100,7 @@ def test_signed_index_with_a_huge_count_is_refused_before_anything_is_mapped(
 ) -> None:
     folder = tmp_path / "signed"
     shutil.copytree(edge_set, folder)
-    path = folder / "index=train.npy"
+    path = folder / "split=train.index.npy"
     data = path.read_bytes().replace(b"'shape': (28,)", b"'shape': (99,)")
     path.write_bytes(data)
     manifest = load_manifest(folder)

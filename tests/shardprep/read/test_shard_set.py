@@ -33,7 +33,7 @@ def test_set_is_a_mapping_of_splits(edge_set: Path) -> None:
         shard_set["dev"]
 
 
-@pytest.mark.parametrize("name", ["train-000001.tar", "index=train.npy"])
+@pytest.mark.parametrize("name", ["train-000001.tar", "split=train.index.npy"])
 def test_missing_file_is_named_on_opening(damaged: Callable[..., Path], name: str) -> None:
     folder = damaged("none", name, lambda data: None)
     (folder / name).unlink()
@@ -106,7 +106,7 @@ MACHINE += (errno.ETIMEDOUT, errno.ENODEV, errno.EIO, errno.EINVAL, errno.ENOSYS
     ("call", "name"),
     [
         ("open", "manifest.json"),
-        ("open", "index=train.npy"),
+        ("open", "split=train.index.npy"),
         ("open", "train-000000.tar"),
         ("stat", "manifest.json"),
         ("stat", "train-000000.tar"),

@@ -21,9 +21,9 @@ def index_of(folder: Path, keys: list[bytes]) -> SplitInfo:
     rows = np.zeros(len(keys), index_dtype(6))
     for row, key in zip(rows, keys, strict=True):
         row["key"] = key
-    np.save(folder / "index=train.npy", rows)
-    data = (folder / "index=train.npy").read_bytes()
-    entry = FileInfo("index=train.npy", len(data), hashlib.sha256(data).hexdigest())
+    np.save(folder / "split=train.index.npy", rows)
+    data = (folder / "split=train.index.npy").read_bytes()
+    entry = FileInfo("split=train.index.npy", len(data), hashlib.sha256(data).hexdigest())
     return SplitInfo(len(keys), 0, entry, ())
 
 
@@ -48,8 +48,8 @@ def test_other_keys_are_refused(
 def test_pickled_index_is_never_opened(tmp_path: Path) -> None:
     split = index_of(tmp_path, [b"a"])
     np.savez(tmp_path / "train.index.npz", a=np.zeros(3))
-    (tmp_path / "train.index.npz").rename(tmp_path / "index=train.npy")
-    data = (tmp_path / "index=train.npy").read_bytes()
-    entry = FileInfo("index=train.npy", len(data), hashlib.sha256(data).hexdigest())
+    (tmp_path / "train.index.npz").rename(tmp_path / "split=train.index.npy")
+    data = (tmp_path / "split=train.index.npy").read_bytes()
+    entry = FileInfo("split=train.index.npy", len(data), hashlib.sha256(data).hexdigest())
     with pytest.raises(CorruptShardError, match="is no index"):
         load_index(FolderFiles(tmp_path), msgspec.structs.replace(split, index=entry))

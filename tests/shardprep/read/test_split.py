@@ -217,7 +217,7 @@ def test_intact_finds_the_damaged_utterances(
 def test_altered_index_is_refused_on_opening(
     damaged: Callable[..., Path], edit: Callable[[bytearray], Any]
 ) -> None:
-    folder = damaged("none", "index=train.npy", edit)
+    folder = damaged("none", "split=train.index.npy", edit)
     with pytest.raises(CorruptShardError, match=r"train\.index\.npy"):
         open_shards(folder)["train"]
 
@@ -226,7 +226,7 @@ def sign_index(folder: Path, rows: NDArray[Any]) -> None:
     """Replace the index of train, and sign it in the manifest."""
     buffer = io.BytesIO()
     np.save(buffer, rows)
-    (folder / "index=train.npy").write_bytes(buffer.getvalue())
+    (folder / "split=train.index.npy").write_bytes(buffer.getvalue())
     manifest = load_manifest(folder)
     train = manifest.splits["train"]
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
@@ -258,8 +258,8 @@ def sign_index(folder: Path, rows: NDArray[Any]) -> None:
 def test_index_that_points_outside_is_refused_even_when_signed(
     damaged: Callable[..., Path], codec: str, field: str, value: int, named: str
 ) -> None:
-    folder = damaged(codec, "index=train.npy", lambda data: None)
-    rows = np.load(folder / "index=train.npy")
+    folder = damaged(codec, "split=train.index.npy", lambda data: None)
+    rows = np.load(folder / "split=train.index.npy")
     rows[field][2] = np.array(value).astype(rows.dtype[field])
     sign_index(folder, rows)
     with pytest.raises(CorruptShardError, match=f"the ({named}) in the index does not fit"):
@@ -267,8 +267,8 @@ def test_index_that_points_outside_is_refused_even_when_signed(
 
 
 def test_index_of_other_rows_is_refused_even_when_signed(damaged: Callable[..., Path]) -> None:
-    folder = damaged("none", "index=train.npy", lambda data: None)
-    rows = np.load(folder / "index=train.npy")
+    folder = damaged("none", "split=train.index.npy", lambda data: None)
+    rows = np.load(folder / "split=train.index.npy")
     for forged in (rows[:-1], rows["frames"], rows.reshape(1, -1)):
         sign_index(folder, forged)
         with pytest.raises(CorruptShardError):

@@ -113,7 +113,7 @@ def test_readers_take_every_key_that_is_taken(
     assert {key.rpartition("/")[0] for key in keys} == {folder}
     assert readable(tmp_path / "shards") == {"webdataset": keys, "datasets": keys}
     # A damaged index is made again from the tar, which checks the keys too.
-    (tmp_path / "shards" / "index=train.npy").write_bytes(b"")
+    (tmp_path / "shards" / "split=train.index.npy").write_bytes(b"")
     assert shardprep.repair_shards(tmp_path / "shards").intact
 
 
