@@ -127,7 +127,9 @@ def test_an_index_that_is_too_large_to_copy_names_the_remedy(
 ) -> None:
     refuse(errno.ENODEV, private=True)
     monkeypatch.setattr(sidecars, "MOST_COPIED", 100)
-    with pytest.raises(StorageError, match="train.index.npy: its file system cannot be memory-mapped"):
+    with pytest.raises(
+        StorageError, match="train.index.npy: its file system cannot be memory-mapped"
+    ):
         open_shards(edge_set)["train"]
 
 
