@@ -24,7 +24,7 @@ from shardprep.errors import FormatError, SourceError
 from shardprep.format.manifest import MANIFEST_NAME
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.read.split import Split
-from shardprep.source.dataset import scan_dataset
+from shardprep.source.scan import scan_source
 from shardprep.storage.remote import Location
 from shardprep.system import check_linux, usable_cores
 
@@ -171,7 +171,13 @@ def _check_same(sets: Sequence[ShardSet], splits: Sequence[Split]) -> None:
 
 def _source_files(source: Path, shard_set: ShardSet, split: Split) -> list[tuple[Path, int]]:
     """The files of the utterances of a split, with their labels."""
-    found = scan_dataset(source)
+    found = scan_source(source)
+    if not all(utterance.path.endswith(".pt") for utterance in found.utterances):
+        raise SourceError(
+            "lists other files than .pt files, and only these are measured",
+            file=source,
+            remedy="Leave --source out.",
+        )
     if found.fingerprint != shard_set.manifest.source_fingerprint:
         raise SourceError(
             f"is not the data set that {shard_set.path} was built from",

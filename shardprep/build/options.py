@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardprep.errors import BuildError
+from shardprep.format.limits import MAX_N_MELS
 from shardprep.format.manifest import BuildRecord, CodecInfo, Manifest
 
 DEFAULT_ZSTD_LEVEL = 3
@@ -31,6 +32,7 @@ class BuildOptions:
             report lists them.
         follow_links: Whether files of the data set may be links out of it, as download caches make
             them. Only for a data set that you trust: a link can name any file of this machine.
+        n_mels: Mel bins that a list of files must have; None for those of its first matrix.
         engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
         address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
@@ -46,6 +48,7 @@ class BuildOptions:
     overwrite: bool = False
     dry_run: bool = False
     follow_links: bool = False
+    n_mels: int | None = None
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
 
@@ -63,6 +66,7 @@ class BuildOptions:
             "level": (self.level is None or 1 <= self.level <= 22, "1 to 22"),
             "samples_per_shard": (self.samples_per_shard >= 1, "at least 1"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 or more, and less than 1"),
+            "n_mels": (self.n_mels is None or 1 <= self.n_mels <= MAX_N_MELS, f"1 to {MAX_N_MELS}"),
             "workers": (self.workers >= 0, "0 or more"),
         }
         for name, (valid, expected) in ranges.items():

@@ -38,8 +38,9 @@ from shardprep.read.files import files_at
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.contents import Source
-from shardprep.source.dataset import rejects_error, scan_dataset
-from shardprep.source.metadata import METADATA, TESTDATA
+from shardprep.source.dataset import rejects_error
+from shardprep.source.metadata import TESTDATA
+from shardprep.source.scan import scan_source
 from shardprep.storage.remote import Location, Remote, locate
 
 
@@ -55,7 +56,8 @@ def build_shards(
     interruptions (codec zstd: with the same release of zstandard).
 
     Args:
-        source: Folder in the homework's layout, or its URL; see `shardprep.source.dataset`.
+        source: Folder in the homework's layout, a list of files, or Kaldi's features; or the URL
+            of one of the first two. See `shardprep.source.scan`.
         destination: Folder for the shards, made if necessary, or a URL in an object store.
         options: How to build.
         listener: Receives the progress.
@@ -70,7 +72,7 @@ def build_shards(
     options = options or BuildOptions()
     listener = listener or ProgressListener()
     target = locate(destination)
-    scanned = scan_dataset(source, follow_links=options.follow_links)
+    scanned = scan_source(source, follow_links=options.follow_links, n_mels=options.n_mels)
     if scanned.rejects and options.on_error == "fail" and not options.dry_run:
         raise rejects_error(scanned.rejects, scanned.root)
     # A dry run finds all faults, also where the first one would stop a build.
@@ -121,7 +123,7 @@ def _pool(options: BuildOptions, source: Location, destination: Location | None)
 def _nothing_to_pack(source: Source) -> ShardprepError:
     if source.rejects:
         return rejects_error(source.rejects, source.root)
-    return SourceError("lists no utterance", file=source.root / METADATA, key="speakers")
+    return SourceError("lists no utterance", file=source.root / source.listing)
 
 
 def _report_finished(

@@ -16,7 +16,7 @@ from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
 from shardprep.source.contents import Utterance
-from shardprep.source.dataset import scan_dataset
+from shardprep.source.scan import scan_source
 from shardprep.storage.remote import Location
 from shardprep.storage.trouble import BadPlaceError
 
@@ -101,7 +101,7 @@ class SourcePayloads:
     """
 
     def __init__(self, source: Location, manifest: Manifest, follow_links: bool = False) -> None:
-        self.scanned = scan_dataset(source, follow_links=follow_links)
+        self.scanned = scan_source(source, follow_links=follow_links)
         self.notes: list[str] = []
         self._other = "is not the file that the set was built from"
         if manifest.codec.name == "zstd":

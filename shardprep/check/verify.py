@@ -37,7 +37,7 @@ from shardprep.read.files import Files, FolderFiles, Origin, StoreFiles
 from shardprep.read.manifest_file import check_fingerprint, load_manifest
 from shardprep.read.split import Split
 from shardprep.source.contents import Source
-from shardprep.source.dataset import scan_dataset
+from shardprep.source.scan import scan_source
 from shardprep.storage.local import read_at_most, temporary_place
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import storage_errors
@@ -76,7 +76,7 @@ def verify_shards(
     report = VerifyReport()
     source = None
     if against is not None:
-        source = scan_dataset(against, follow_links=follow_links)
+        source = scan_source(against, follow_links=follow_links)
     try:
         manifest = load_manifest(place)
     except VersionError:

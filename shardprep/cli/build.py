@@ -13,6 +13,7 @@ from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
 from shardprep.errors import SourceError
+from shardprep.format.limits import MAX_N_MELS
 from shardprep.format.manifest import REJECTS_NAME
 from shardprep.source.dataset import kinds_of
 from shardprep.storage.remote import Location
@@ -22,11 +23,12 @@ _EPILOG = """
 Examples:
   shardprep build Dataset/ shards/
   shardprep build Dataset/ s3://BUCKET/shards
+  shardprep build list.csv shards/
 """
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("source", type=Place(), metavar="SRC")
+@click.argument("source", type=Place(lists=True), metavar="SRC")
 @click.argument("destination", type=Place(exists=False), metavar="DST")
 @click.option(
     "--dtype",
@@ -107,7 +109,13 @@ Examples:
     "--follow-links",
     is_flag=True,
     help="Take files that are links out of SRC, as in caches of the Hugging Face Hub, DVC and "
-    "DataLad. Only for an SRC that you trust.",
+    "DataLad, and arks that lie out of SRC. Only for an SRC that you trust.",
+)
+@click.option(
+    "--n-mels",
+    type=click.IntRange(1, MAX_N_MELS),
+    show_default="those of its first matrix",
+    help="Mel bins that all matrices of a list must have.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
@@ -122,7 +130,9 @@ def build(
     """Pack the data set SRC into tar shards in DST.
 
     SRC has the layout of the NTU homework 4: metadata.json, optionally mapping.json and
-    testdata.json, and the .pt files that they name. The same SRC, options and seed give the same
+    testdata.json, and the .pt files that they name. Or it is a list of .pt and .npy files: a CSV,
+    TSV or JSON Lines with the columns path and speaker, and split if you like; or a folder with
+    Kaldi's feats.scp and utt2spk. The same SRC, options and seed give the same
     bytes. To continue an interrupted build, run the same command again. SRC and DST may be URLs
     that fsspec knows, such as s3://BUCKET/shards; a URL of a web server, SRC only.
     """

@@ -7,6 +7,7 @@ import os
 
 import click
 
+from shardprep.source.scan import LISTS
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import machine_errors
 
@@ -17,12 +18,14 @@ class Place(click.ParamType):  # type: ignore[type-arg]
 
     Args:
         exists: Whether a folder must exist. A URL is not checked before it is read.
+        lists: Whether a file that lists a source may be named in place of a folder.
     """
 
     name = "folder"
 
-    def __init__(self, *, exists: bool = True) -> None:
+    def __init__(self, *, exists: bool = True, lists: bool = False) -> None:
         # A folder that may not be read is trouble of the machine, not wrong usage.
+        self._lists = lists
         self._path = click.Path(exists=exists, file_okay=False, readable=False)
 
     def convert(
@@ -34,6 +37,8 @@ class Place(click.ParamType):  # type: ignore[type-arg]
             # click takes every error for a folder that does not exist.
             with contextlib.suppress(OSError), machine_errors(place):
                 os.stat(place)
+            if self._lists and place.name.endswith(LISTS) and os.path.isfile(place):
+                return place
             if os.path.isfile(place):
                 self.fail(f"{place} is a file; name its folder, {place.parent}", param, ctx)
             self._path.convert(str(place), param, ctx)

@@ -87,6 +87,7 @@ class Source:
         rejects: Utterances that cannot be packed.
         repeats: Entries of testdata.json that list the file of an earlier entry again. They are no
             fault: a test entry has no label that could be in doubt.
+        listing: Name of the file that lists the utterances, for messages.
         features: The recipe of the features, where it is known; see `Manifest.features`.
         fixed: Further utterances whose split the source names, "train" or "val", by split.
     """
@@ -98,6 +99,7 @@ class Source:
     test: tuple[Utterance, ...]
     rejects: tuple[Reject, ...]
     repeats: tuple[Reject, ...] = ()
+    listing: str = "metadata.json"
     features: Features | None = None
     fixed: Mapping[str, tuple[Utterance, ...]] = field(default_factory=dict)
 

@@ -41,8 +41,8 @@ from shardprep.storage.remote import Location, locate
 # How many uses of a repeated file a reason lists; how many rejects a data set may have, far more
 # than one that is worth packing.
 _MOST_LISTED = 10
-_MOST_REJECTS = 100_000
-_MOST_FRAMES = 2**32
+MOST_REJECTS = 100_000
+MOST_FRAMES = 2**32
 
 _CORRECT = (
     "Correct the data set, or leave such utterances out with --on-error skip; --dry-run lists all."
@@ -52,13 +52,48 @@ _SHOWN = 5
 _DETAILS = re.compile(r"\d+(?:\.\d+)?|'[^']*'|, but .* (?:does|exists).*|[;:(].*")
 
 
+@dataclass(frozen=True)
+class Finder:
+    """Finds the files that a source lists.
+
+    Attributes:
+        files: The files of the place.
+        roots: The place, by all its names.
+    """
+
+    files: Listing
+    roots: Roots
+
+    def place_of(self, path: str) -> str:
+        """See `relative_path`; a path of another machine is refused with what to remove from it."""
+        try:
+            return relative_path(path, self.roots)
+        except OutsideError as error:
+            if hint := self.files.hint_of(error.path):
+                raise ValueError(f"{error.what}, but {hint}") from None
+            raise
+
+    def find(self, path: str, listed: str) -> tuple[str, FileState]:
+        """Where the file of a path lies, and its state. ValueError if it cannot be used.
+
+        Args:
+            path: As in the list.
+            listed: The same, by `place_of`.
+        """
+        with contextlib.suppress(AbsentError):
+            return listed, self.files.look(listed)
+        for other in spellings(path, listed):
+            with contextlib.suppress(AbsentError):
+                return other, self.files.look(other)
+        raise ValueError(self.files.why_absent(listed))
+
+
 @dataclass
 class _Scan:
     """Collects utterances and rejects."""
 
     root: Location
-    files: Listing
-    roots: Roots
+    finder: Finder
     uses: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Utterance]] = field(default_factory=lambda: {"labelled": [], "test": []})
     rejects: list[Reject] = field(default_factory=list)
@@ -71,12 +106,12 @@ class _Scan:
         shown = path[:MOST_SHOWN] if isinstance(path, str) else _shown(raw)
         key = ""
         try:
-            listed = self._place_of(_path_of(raw))
+            listed = self.finder.place_of(_path_of(raw))
             key = key_of(listed)
             if speaker is not None and label == NO_LABEL:
                 raise ValueError(f"speaker {speaker} is not in {MAPPING}")
             frames = _frames_of(raw)
-            relative, state = self._find(raw["feature_path"], listed)
+            relative, state = self.finder.find(raw["feature_path"], listed)
         except ValueError as error:
             if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
                 # The file may be healthy: this process cannot even ask for it.
@@ -86,33 +121,15 @@ class _Scan:
             self._reject(Reject(shown, key, speaker, split, str(error), number))
             return
         self.uses[key] += 1
-        if self.uses[key] > _MOST_REJECTS:
+        if self.uses[key] > MOST_REJECTS:
             raise SourceError(
-                f"is listed more than {_MOST_REJECTS} times", file=self.root / relative
+                f"is listed more than {MOST_REJECTS} times", file=self.root / relative
             )
         self.found[split].append(Utterance(key, relative, speaker, label, frames, *state, number))
 
-    def _place_of(self, path: str) -> str:
-        """See `relative_path`; a path of another machine is refused with what to remove from it."""
-        try:
-            return relative_path(path, self.roots)
-        except OutsideError as error:
-            if hint := self.files.hint_of(error.path):
-                raise ValueError(f"{error.what}, but {hint}") from None
-            raise
-
-    def _find(self, path: str, listed: str) -> tuple[str, FileState]:
-        """Where the file of a path lies, and its state. ValueError if it cannot be used."""
-        with contextlib.suppress(AbsentError):
-            return listed, self.files.look(listed)
-        for other in spellings(path, listed):
-            with contextlib.suppress(AbsentError):
-                return other, self.files.look(other)
-        raise ValueError(self.files.why_absent(listed))
-
     def _reject(self, reject: Reject) -> None:
         self.rejects.append(reject)
-        if len(self.rejects) > _MOST_REJECTS:
+        if len(self.rejects) > MOST_REJECTS:
             raise rejects_error(self.rejects, self.root)
 
     def settle_repeated(self) -> None:
@@ -213,7 +230,7 @@ def scan_dataset(root: str | os.PathLike[str], *, follow_links: bool = False) ->
     files, roots = listing_of(folder, follow_links), Roots(folder)
     metadata = read_metadata(folder, files)
     files.expect(_paths(metadata, roots))
-    scan = _Scan(folder, files, roots)
+    scan = _Scan(folder, Finder(files, roots))
     for speaker, entries in metadata.speakers.items():
         for entry in entries:
             scan.add(entry, "labelled", speaker, metadata.labels.get(speaker, NO_LABEL))
@@ -261,8 +278,8 @@ def _frames_of(entry: dict[str, Any]) -> int:
         raise ValueError(f"mel_len is {name_of(entry['mel_len'])}, expected a whole number")
     if frames < 1:
         raise ValueError(f"mel_len is {frames}, expected at least 1")
-    if frames >= _MOST_FRAMES:
-        raise ValueError(f"mel_len is {_shown(frames)[:20]}, expected less than {_MOST_FRAMES}")
+    if frames >= MOST_FRAMES:
+        raise ValueError(f"mel_len is {_shown(frames)[:20]}, expected less than {MOST_FRAMES}")
     return frames
 
 

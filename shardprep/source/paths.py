@@ -14,13 +14,12 @@ import unicodedata
 from collections.abc import Iterator
 
 from shardprep.format.index import key_fault
-from shardprep.source.metadata import MOST_SHOWN
+from shardprep.source.metadata import METADATA, MOST_SHOWN
 from shardprep.storage.remote import Location, Remote
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DRIVE = re.compile(r"[A-Za-z]:/")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SUFFIX = ".pt"
 _AUDIO = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".sph")
 
 
@@ -30,10 +29,11 @@ class OutsideError(ValueError):
     Args:
         what: What is wrong with the path, as a clause.
         path: The path, with forward slashes.
+        listing: The file that has the path.
     """
 
-    def __init__(self, what: str, path: str) -> None:
-        super().__init__(f"{what}; write paths relative to the folder of metadata.json")
+    def __init__(self, what: str, path: str, listing: str) -> None:
+        super().__init__(f"{what}; write paths relative to the folder of {listing}")
         self.what = what
         self.path = path
 
@@ -43,9 +43,11 @@ class Roots:
 
     Args:
         root: Folder or URL.
+        listing: Name of the file that lists the paths, for messages.
     """
 
-    def __init__(self, root: Location) -> None:
+    def __init__(self, root: Location, listing: str = METADATA) -> None:
+        self.listing = listing
         if isinstance(root, Remote):
             names = [root.url]
         else:
@@ -81,26 +83,38 @@ def relative_path(path: str, roots: Roots) -> str:
     if absolute:
         inner = roots.inner(path if _URL.match(path) else plain)
         if inner is None:
-            raise OutsideError("the path is absolute and leads outside the data set", plain)
+            raise OutsideError(
+                "the path is absolute and leads outside the data set", plain, roots.listing
+            )
         plain = inner
     plain = posixpath.normpath(plain)
     if plain == ".." or plain.startswith("../"):
-        raise OutsideError("the path leads outside the data set", plain)
+        raise OutsideError("the path leads outside the data set", plain, roots.listing)
     return plain
 
 
-def key_of(relative: str) -> str:
+def key_of(relative: str, suffixes: tuple[str, ...] = (".pt",)) -> str:
     """The key of an utterance: the path of its file without `.pt`.
+
+    Args:
+        relative: The path, by `relative_path`.
+        suffixes: What the name of a file may end in.
 
     Raises:
         ValueError: Readers of shards would not take the key; in words for `Reject.reason`.
     """
-    if not relative.endswith(_SUFFIX):
-        raise ValueError(_wrong_suffix(relative))
-    key = relative.removesuffix(_SUFFIX)
-    if fault := key_fault(key):
+    key, suffix = split_suffix(relative, suffixes)
+    if fault := key_fault(key, suffix):
         raise ValueError(fault)
     return key
+
+
+def split_suffix(relative: str, suffixes: tuple[str, ...]) -> tuple[str, str]:
+    """A path without its suffix, and the suffix. ValueError if the path has none of those."""
+    for suffix in suffixes:
+        if relative.endswith(suffix):
+            return relative.removesuffix(suffix), suffix
+    raise ValueError(_wrong_suffix(relative, " or ".join(suffixes)))
 
 
 def check_key(key: object) -> str:
@@ -135,10 +149,10 @@ def spellings(path: str, relative: str) -> Iterator[str]:
             yield unicodedata.normalize(form, relative)
 
 
-def _wrong_suffix(relative: str) -> str:
+def _wrong_suffix(relative: str, expected: str) -> str:
     name = relative.rsplit("/", 1)[-1]
     suffix = os.path.splitext(name)[1].lower()
-    what = "the file name does not end in .pt"
+    what = f"the file name does not end in {expected}"
     if name != name.rstrip():
         return "the file name ends in a space; remove it in the metadata"
     if suffix == ".pt":

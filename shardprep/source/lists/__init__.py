@@ -1,0 +1,1 @@
+"""Sources that are lists of matrices: CSV, JSON Lines, Kaldi."""

@@ -1,0 +1,213 @@
+"""From the rows of a list to a source: each row checked, what is faulty put aside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from shardprep.errors import SourceError
+from shardprep.format.index import NO_LABEL
+from shardprep.format.limits import MAX_N_MELS
+from shardprep.format.manifest import Reject
+from shardprep.source.contents import Reader, Source, Utterance
+from shardprep.source.dataset import MOST_FRAMES, MOST_REJECTS, Finder, rejects_error
+from shardprep.source.listing import FileState, listing_of
+from shardprep.source.lists.place import folder_of
+from shardprep.source.lists.table import Row, read_table
+from shardprep.source.metadata import MOST_SHOWN, is_unicode
+from shardprep.source.paths import Roots, check_key, key_of, relative_path, split_suffix
+from shardprep.source.reader import FileReader
+from shardprep.storage.remote import Location
+
+_SUFFIXES = (".pt", ".npy")
+_SPLITS = ("train", "val", "test")
+
+
+class Found(NamedTuple):
+    """Where the matrix of a row lies, and the key that this place gives."""
+
+    key: str
+    path: str
+    state: FileState
+
+
+class _Kept(NamedTuple):
+    """A row that can be used, and its position among the test rows."""
+
+    row: Row
+    found: Found
+    entry: int | None
+
+
+def scan_table(place: Location, *, follow_links: bool = False, n_mels: int | None = None) -> Source:
+    """Read a CSV, TSV or JSON Lines that lists `.pt` and `.npy` files.
+
+    Args:
+        place: The list; the paths in it are relative to its folder.
+        follow_links: Whether files may be links out of the folder.
+        n_mels: Mel bins F; None for those of the first matrix.
+
+    Raises:
+        SourceError: The list is faulty.
+        StorageError: The machine cannot read the list now, or the store gives no answer.
+    """
+    rows, root = read_table(place), folder_of(place)
+    files, roots = listing_of(root, follow_links), Roots(root, place.name)
+    files.expect(_paths(rows, roots))
+    finder = Finder(files, roots)
+
+    def find(row: Row) -> Found:
+        if not row.path:
+            raise ValueError("the path is empty")
+        listed = finder.place_of(row.path)
+        split_suffix(listed, _SUFFIXES)
+        key = check_key(row.key) if row.key else key_of(listed, _SUFFIXES)
+        return Found(key, *finder.find(row.path, listed))
+
+    return source_of_rows(rows, find, FileReader(root, "frames"), place.name, n_mels)
+
+
+def _paths(rows: Iterable[Row], roots: Roots) -> Iterator[str]:
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            yield relative_path(row.path, roots)
+
+
+def source_of_rows(
+    rows: Iterable[Row],
+    find: Callable[[Row], Found],
+    reader: Reader,
+    listing: str,
+    n_mels: int | None,
+) -> Source:
+    """The source that a list describes; speakers are numbered in sorted order.
+
+    Args:
+        rows: The rows.
+        find: Where the matrix of a row lies; its ValueError makes the row a reject.
+        reader: Reads the matrices.
+        listing: Name of the list, for messages.
+        n_mels: Mel bins F; None for those of the first matrix.
+
+    Raises:
+        SourceError: No row can be used, or far too many cannot.
+    """
+    rejects: list[Reject] = []
+    kept: dict[str, _Kept] = {}
+    uses: dict[str, Row] = {}
+    tests = 0
+    for row in rows:
+        entry = tests if _split_of(row) == "test" else None
+        tests += entry is not None
+        found = None
+        try:
+            _check(row)
+            found = find(row)
+            _check_new(row, found, uses, kept)
+        except ValueError as fault:
+            if isinstance(fault, UnicodeEncodeError) and fault.encoding != "utf-8":
+                # The file may be healthy: this process cannot even ask for it.
+                raise
+            rejects.append(_reject(row, listing, "" if found is None else found.key, fault, entry))
+            if len(rejects) > MOST_REJECTS:
+                raise rejects_error(rejects, reader.root) from None
+            continue
+        uses[found.path] = row
+        kept[found.key] = _Kept(row, found, entry)
+    return _source(kept.values(), rejects, reader, listing, n_mels)
+
+
+def _source(
+    kept: Iterable[_Kept],
+    rejects: list[Reject],
+    reader: Reader,
+    listing: str,
+    n_mels: int | None,
+) -> Source:
+    speakers = tuple(sorted({row.speaker for row, _, _ in kept if row.speaker}))
+    labels = {name: label for label, name in enumerate(speakers)}
+    parts: dict[str, list[Utterance]] = {name: [] for name in ("", *_SPLITS)}
+    for row, found, entry in kept:
+        parts[_split_of(row)].append(
+            Utterance(
+                found.key,
+                found.path,
+                row.speaker or None,
+                labels.get(row.speaker, NO_LABEL),
+                int(row.frames or 0),
+                *found.state,
+                entry,
+            )
+        )
+    every = [utterance for own in parts.values() for utterance in own]
+    if not every and rejects:
+        raise rejects_error(rejects, reader.root)
+    return Source(
+        reader,
+        n_mels or _bins(reader, every, listing),
+        speakers,
+        tuple(parts[""]),
+        tuple(parts["test"]),
+        tuple(rejects),
+        listing=listing,
+        fixed={name: tuple(parts[name]) for name in ("train", "val") if parts[name]},
+    )
+
+
+def _check_new(row: Row, found: Found, uses: dict[str, Row], kept: dict[str, _Kept]) -> None:
+    """ValueError if an earlier row has the file or the key."""
+    if (first := uses.get(found.path)) is not None:
+        other = first.speaker != row.speaker
+        speakers = f", there as {first.speaker or 'unknown'}" if other else ""
+        raise ValueError(f"lists the same file as line {first.line}{speakers}")
+    if found.key in kept:
+        raise ValueError(f"has the key of line {kept[found.key].row.line}, {found.key}")
+
+
+def _split_of(row: Row) -> str:
+    """The split of a row; "" for one that the build draws."""
+    return row.split or ("" if row.speaker else "test")
+
+
+def _check(row: Row) -> None:
+    """ValueError if a row says what cannot be."""
+    if row.split not in ("", *_SPLITS):
+        raise ValueError(f"the split is {row.split[:60]!a}, expected train, val, test or nothing")
+    if row.split in ("train", "val") and not row.speaker:
+        raise ValueError(f"has no speaker, which the split {row.split} needs")
+    if len(row.speaker) > MOST_SHOWN or not is_unicode(row.speaker):
+        raise ValueError(f"the speaker is not valid Unicode of at most {MOST_SHOWN} characters")
+    if row.frames:
+        plain = row.frames.isascii() and row.frames.isdigit() and len(row.frames) < 12
+        if not plain or not 1 <= int(row.frames) < MOST_FRAMES:
+            raise ValueError(f"frames is {row.frames[:20]!a}, expected a whole number from 1")
+
+
+def _reject(row: Row, listing: str, key: str, fault: ValueError, entry: int | None) -> Reject:
+    shown = row.path[:MOST_SHOWN].encode(errors="backslashreplace").decode()
+    return Reject(
+        shown,
+        key,
+        row.speaker[:MOST_SHOWN].encode(errors="backslashreplace").decode() or None,
+        "labelled" if entry is None else "test",
+        f"line {row.line} of {listing}: {fault}",
+        entry,
+    )
+
+
+def _bins(reader: Reader, utterances: list[Utterance], listing: str) -> int:
+    """The mel bins of the first matrix that can be read."""
+    faults: list[ValueError] = []
+    for utterance in utterances:
+        ((_, mel),) = reader.read([utterance], 0)
+        if not isinstance(mel, ValueError) and mel.shape[1] <= MAX_N_MELS:
+            return int(mel.shape[1])
+        faults.append(mel if isinstance(mel, ValueError) else ValueError("has too many bins"))
+    if not utterances:
+        raise SourceError("lists no utterance", file=reader.root / listing)
+    raise SourceError(
+        f"none of the {len(utterances)} files that it lists can be read: {utterances[0].path} "
+        f"{faults[0]}",
+        file=reader.root / listing,
+    )
