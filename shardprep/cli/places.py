@@ -40,6 +40,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
             if self._lists and place.name.endswith(LISTS) and os.path.isfile(place):
                 return place
             if os.path.isfile(place):
-                self.fail(f"{place} is a file; name its folder, {place.parent}", param, ctx)
+                lists = f", or a list ({', '.join(LISTS)})" if self._lists else ""
+                self.fail(f"{place} is a file; name its folder, {place.parent}{lists}", param, ctx)
             self._path.convert(str(place), param, ctx)
         return place

@@ -21,7 +21,7 @@ _MOST_LINES = 20
 @click.argument("shards", type=Place(), metavar="DST")
 @click.option(
     "--source",
-    type=Place(),
+    type=Place(lists=True),
     metavar="SRC",
     help="Data set that DST was built from, to take damaged utterances from.",
 )

@@ -19,7 +19,7 @@ from shardprep.storage.remote import Location
 @click.option("--deep", is_flag=True, help="Also walk every tar and read every utterance.")
 @click.option(
     "--against",
-    type=Place(),
+    type=Place(lists=True),
     metavar="SRC",
     help="Also compare every utterance with the data set that DST was built from.",
 )

@@ -50,7 +50,7 @@ class Absences:
             return f"{ABSENT} on this machine: iCloud has it; download it in the Finder"
         plain = urllib.parse.unquote(name).strip()
         if plain != name and os.path.lexists(os.path.join(folder, plain)):
-            return f"{ABSENT}, but {plain!a} does; correct the name in the metadata"
+            return f"{ABSENT}, but {plain!a} does; correct the name where it is listed"
         if other := self._folded_names(folder).get(_folded(name)):
             return f"{ABSENT}, but {other!a} does: the case differs; rename one of the two"
         return self._further_in(relative) or ABSENT
@@ -82,7 +82,7 @@ class Absences:
 
 def remove_hint(inner: str, above: str) -> str:
     """What to do with a path whose end is the path of a file."""
-    return f"{inner} exists; remove {above} from the paths in the metadata"
+    return f"{inner} exists; remove {above} from the paths that are listed"
 
 
 def why_dangling(path: str) -> str:

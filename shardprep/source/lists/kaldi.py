@@ -6,14 +6,14 @@ import bisect
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardprep.errors import SourceError, needs
 from shardprep.source.contents import Source
 from shardprep.source.listing import AbsentError, FileState, FolderListing
 from shardprep.source.lists.ark import ArkReader, parse_entry
-from shardprep.source.lists.listed import Found, source_of_rows
+from shardprep.source.lists.listed import source_of_rows
 from shardprep.source.lists.place import read_listing
 from shardprep.source.lists.table import Row
 from shardprep.source.paths import Roots, check_key, relative_path
@@ -42,25 +42,8 @@ def scan_kaldi(scp: Path, *, follow_links: bool = False, n_mels: int | None = No
         Row(number, path, speakers.get(utterance, ""), key=utterance)
         for number, (utterance, path) in enumerate(_columns(scp), 1)
     ]
-    arks = _Arks(root, follow_links)
-    ends = _ends(entries)
-
-    def find(row: Row) -> Found:
-        key = check_key(row.key)
-        if not row.speaker:
-            raise ValueError(f"{key} is not in {UTT2SPK}")
-        entry = parse_entry(row.path)
-        file, state = arks.look(entry.file)
-        place = file + row.path.removeprefix(entry.file)
-        own = ends[entry.file]
-        after = bisect.bisect_right(own, entry.offset)
-        end = min(own[after], state.nbytes) if after < len(own) else state.nbytes
-        nbytes = end - entry.offset
-        if nbytes <= 0:
-            raise ValueError(f"begins at byte {entry.offset} of a file of {state.nbytes} bytes")
-        return Found(key, place, FileState(nbytes, state.version))
-
-    return source_of_rows(entries, find, ArkReader(root), scp.name, n_mels)
+    places = _ArkPlaces(_Arks(root, follow_links), _begins(entries))
+    return source_of_rows(entries, places, ArkReader(root), scp.name, n_mels)
 
 
 def _columns(path: Path) -> Iterator[tuple[str, str]]:
@@ -85,7 +68,7 @@ def _columns(path: Path) -> Iterator[tuple[str, str]]:
         yield values[0], values[1].strip()
 
 
-def _ends(rows: Sequence[Row]) -> Mapping[str, list[int]]:
+def _begins(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Where the matrices of each ark begin, in order: there an earlier one has ended."""
     found: dict[str, set[int]] = defaultdict(set)
     for row in rows:
@@ -93,6 +76,31 @@ def _ends(rows: Sequence[Row]) -> Mapping[str, list[int]]:
             entry = parse_entry(row.path)
             found[entry.file].add(entry.offset)
     return {file: sorted(offsets) for file, offsets in found.items()}
+
+
+class _ArkPlaces:
+    """A row names a place in an ark; see `Places`."""
+
+    def __init__(self, arks: _Arks, begins: dict[str, list[int]]) -> None:
+        self._arks, self._begins = arks, begins
+
+    def key(self, row: Row) -> str:
+        """See `Places`."""
+        return check_key(row.key)
+
+    def find(self, row: Row) -> tuple[str, FileState]:
+        """See `Places`."""
+        if not row.speaker:
+            raise ValueError(f"{row.key} is not in {UTT2SPK}")
+        entry = parse_entry(row.path)
+        file, state = self._arks.look(entry.file)
+        own = self._begins[entry.file]
+        after = bisect.bisect_right(own, entry.offset)
+        end = min(own[after], state.nbytes) if after < len(own) else state.nbytes
+        if entry.offset >= end:
+            raise ValueError(f"begins at byte {entry.offset} of a file of {state.nbytes} bytes")
+        place = file + row.path.removeprefix(entry.file)
+        return place, FileState(end - entry.offset, state.version)
 
 
 class _Arks:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 from shardprep.errors import SourceError
 from shardprep.format.index import NO_LABEL
@@ -24,19 +24,50 @@ _SUFFIXES = (".pt", ".npy")
 _SPLITS = ("train", "val", "test")
 
 
-class Found(NamedTuple):
-    """Where the matrix of a row lies, and the key that this place gives."""
+class Places(Protocol):
+    """What a kind of list means by its rows."""
 
-    key: str
-    path: str
-    state: FileState
+    def key(self, row: Row) -> str:
+        """The key of a row. ValueError if readers of shards would not take it."""
+
+    def find(self, row: Row) -> tuple[str, FileState]:
+        """Where the matrix of a row lies. ValueError if it cannot be used."""
+
+
+class _FilePlaces:
+    """A row names a file."""
+
+    def __init__(self, finder: Finder) -> None:
+        self._finder = finder
+
+    def key(self, row: Row) -> str:
+        """See `Places`."""
+        if not row.path:
+            raise ValueError("the path is empty")
+        listed = self._finder.place_of(row.path)
+        split_suffix(listed, _SUFFIXES)
+        return check_key(row.key) if row.key else key_of(listed, _SUFFIXES)
+
+    def find(self, row: Row) -> tuple[str, FileState]:
+        """See `Places`."""
+        return self._finder.find(row.path, self._finder.place_of(row.path))
 
 
 class _Kept(NamedTuple):
-    """A row that can be used, and its position among the test rows."""
+    """A row that can be used.
+
+    Attributes:
+        row: The row.
+        key: Its key.
+        path: Where its matrix lies.
+        state: What the place says of the file.
+        entry: Position among the test rows; None for other rows.
+    """
 
     row: Row
-    found: Found
+    key: str
+    path: str
+    state: FileState
     entry: int | None
 
 
@@ -55,17 +86,8 @@ def scan_table(place: Location, *, follow_links: bool = False, n_mels: int | Non
     rows, root = read_table(place), folder_of(place)
     files, roots = listing_of(root, follow_links), Roots(root, place.name)
     files.expect(_paths(rows, roots))
-    finder = Finder(files, roots)
-
-    def find(row: Row) -> Found:
-        if not row.path:
-            raise ValueError("the path is empty")
-        listed = finder.place_of(row.path)
-        split_suffix(listed, _SUFFIXES)
-        key = check_key(row.key) if row.key else key_of(listed, _SUFFIXES)
-        return Found(key, *finder.find(row.path, listed))
-
-    return source_of_rows(rows, find, FileReader(root, "frames"), place.name, n_mels)
+    places = _FilePlaces(Finder(files, roots))
+    return source_of_rows(rows, places, FileReader(root, "frames"), place.name, n_mels)
 
 
 def _paths(rows: Iterable[Row], roots: Roots) -> Iterator[str]:
@@ -76,7 +98,7 @@ def _paths(rows: Iterable[Row], roots: Roots) -> Iterator[str]:
 
 def source_of_rows(
     rows: Iterable[Row],
-    find: Callable[[Row], Found],
+    places: Places,
     reader: Reader,
     listing: str,
     n_mels: int | None,
@@ -85,7 +107,7 @@ def source_of_rows(
 
     Args:
         rows: The rows.
-        find: Where the matrix of a row lies; its ValueError makes the row a reject.
+        places: What its rows mean; a ValueError makes the row a reject.
         reader: Reads the matrices.
         listing: Name of the list, for messages.
         n_mels: Mel bins F; None for those of the first matrix.
@@ -95,48 +117,61 @@ def source_of_rows(
     """
     rejects: list[Reject] = []
     kept: dict[str, _Kept] = {}
-    uses: dict[str, Row] = {}
+    uses: dict[str, _Kept] = {}
     tests = 0
+
+    def refuse(row: Row, key: str, fault: ValueError | str, entry: int | None) -> None:
+        rejects.append(_reject(row, listing, key, fault, entry))
+        if len(rejects) > MOST_REJECTS:
+            raise rejects_error(rejects, reader.root)
+
     for row in rows:
         entry = tests if _split_of(row) == "test" else None
         tests += entry is not None
-        found = None
+        key = ""
         try:
+            key = places.key(row)
             _check(row)
-            found = find(row)
-            _check_new(row, found, uses, kept)
+            path, state = places.find(row)
+            own = _Kept(row, key, path, state, entry)
+            first = uses.setdefault(path, own)
+            if first is not own:
+                if first.row.speaker != row.speaker and kept.pop(first.key, None) is not None:
+                    # Nobody knows whose utterance it is.
+                    what = f"line {row.line} lists the same file with another speaker"
+                    refuse(first.row, first.key, what, first.entry)
+                raise ValueError(f"lists the same file as line {first.row.line}")
+            if key in kept:
+                raise ValueError(f"has the key of line {kept[key].row.line}, {key}")
         except ValueError as fault:
             if isinstance(fault, UnicodeEncodeError) and fault.encoding != "utf-8":
                 # The file may be healthy: this process cannot even ask for it.
                 raise
-            rejects.append(_reject(row, listing, "" if found is None else found.key, fault, entry))
-            if len(rejects) > MOST_REJECTS:
-                raise rejects_error(rejects, reader.root) from None
+            refuse(row, key, fault, entry)
             continue
-        uses[found.path] = row
-        kept[found.key] = _Kept(row, found, entry)
+        kept[key] = own
     return _source(kept.values(), rejects, reader, listing, n_mels)
 
 
 def _source(
-    kept: Iterable[_Kept],
+    kept: Collection[_Kept],
     rejects: list[Reject],
     reader: Reader,
     listing: str,
     n_mels: int | None,
 ) -> Source:
-    speakers = tuple(sorted({row.speaker for row, _, _ in kept if row.speaker}))
+    speakers = tuple(sorted({one.row.speaker for one in kept if one.row.speaker}))
     labels = {name: label for label, name in enumerate(speakers)}
     parts: dict[str, list[Utterance]] = {name: [] for name in ("", *_SPLITS)}
-    for row, found, entry in kept:
+    for row, key, path, state, entry in kept:
         parts[_split_of(row)].append(
             Utterance(
-                found.key,
-                found.path,
+                key,
+                path,
                 row.speaker or None,
                 labels.get(row.speaker, NO_LABEL),
                 int(row.frames or 0),
-                *found.state,
+                *state,
                 entry,
             )
         )
@@ -153,16 +188,6 @@ def _source(
         listing=listing,
         fixed={name: tuple(parts[name]) for name in ("train", "val") if parts[name]},
     )
-
-
-def _check_new(row: Row, found: Found, uses: dict[str, Row], kept: dict[str, _Kept]) -> None:
-    """ValueError if an earlier row has the file or the key."""
-    if (first := uses.get(found.path)) is not None:
-        other = first.speaker != row.speaker
-        speakers = f", there as {first.speaker or 'unknown'}" if other else ""
-        raise ValueError(f"lists the same file as line {first.line}{speakers}")
-    if found.key in kept:
-        raise ValueError(f"has the key of line {kept[found.key].row.line}, {found.key}")
 
 
 def _split_of(row: Row) -> str:
@@ -184,14 +209,14 @@ def _check(row: Row) -> None:
             raise ValueError(f"frames is {row.frames[:20]!a}, expected a whole number from 1")
 
 
-def _reject(row: Row, listing: str, key: str, fault: ValueError, entry: int | None) -> Reject:
+def _reject(row: Row, listing: str, key: str, fault: ValueError | str, entry: int | None) -> Reject:
     shown = row.path[:MOST_SHOWN].encode(errors="backslashreplace").decode()
     return Reject(
         shown,
         key,
         row.speaker[:MOST_SHOWN].encode(errors="backslashreplace").decode() or None,
         "labelled" if entry is None else "test",
-        f"line {row.line} of {listing}: {fault}",
+        f"{fault} (line {row.line} of {listing})",
         entry,
     )
 

@@ -61,31 +61,31 @@ CAUSES: dict[str, tuple[Edit, str]] = {
     ),
     "percent": (
         listed_as("ann%2D000.pt"),
-        "the file does not exist, but 'ann-000.pt' does; correct the name in the metadata",
+        "the file does not exist, but 'ann-000.pt' does; correct the name where it is listed",
     ),
     "space": (
         listed_as(" ann-000.pt"),
-        "the file does not exist, but 'ann-000.pt' does; correct the name in the metadata",
+        "the file does not exist, but 'ann-000.pt' does; correct the name where it is listed",
     ),
     "folder above": (
         listed_as("Dataset/ann-000.pt"),
-        "the file does not exist, but ann-000.pt exists; remove Dataset/ from the paths in the "
-        "metadata",
+        "the file does not exist, but ann-000.pt exists; remove Dataset/ from the paths that "
+        "are listed",
     ),
     "absolute path of another machine": (
         listed_as("/home/ann/Dataset/ann-000.pt"),
         "the path is absolute and leads outside the data set, but ann-000.pt exists; remove "
-        "/home/ann/Dataset/ from the paths in the metadata",
+        "/home/ann/Dataset/ from the paths that are listed",
     ),
     "absolute path of Windows": (
         listed_as("D:\\Dataset\\ann-000.pt"),
         "the path is absolute and leads outside the data set, but ann-000.pt exists; remove "
-        "D:/Dataset/ from the paths in the metadata",
+        "D:/Dataset/ from the paths that are listed",
     ),
     "path from another folder": (
         listed_as("../Dataset/ann-000.pt"),
         "the path leads outside the data set, but ann-000.pt exists; remove ../Dataset/ from the "
-        "paths in the metadata",
+        "paths that are listed",
     ),
     "absolute path of nothing": (
         listed_as("/etc/passwd.pt"),
