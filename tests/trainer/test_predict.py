@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,8 +78,8 @@ def test_the_recipe_chooses_the_backend_and_an_option_overrides_it(
 def test_a_backend_without_speakers_to_know_is_an_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_speakers(data: DataConfig, path: str | None) -> shardprep.ShardSet:
-        shards = open_shards_of(data, path)
+    def without_speakers(data: DataConfig, paths: Sequence[str]) -> shardprep.OpenShards:
+        shards = open_shards_of(data, paths)
         monkeypatch.setattr(shards["train"], "labels", np.full(len(shards["train"]), -1))
         return shards
 

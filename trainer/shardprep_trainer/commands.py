@@ -22,7 +22,10 @@ def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
     parameters = [
         click.argument("run", type=click.Path(path_type=Path)),
         click.option(
-            "--shards", default=None, help="Folder of the shards, or its URL.  [default: the run's]"
+            "--shards",
+            multiple=True,
+            help="Folder of the shards, or its URL; given repeatedly, the sets are read as one.  "
+            "[default: the run's]",
         ),
         click.option("--split", default=split, help="Split to read, in its own order."),
         click.option("--checkpoint", default="best", help="best, last, or a path as RUN is."),

@@ -46,7 +46,7 @@ def write_embeddings(inference: Inference, split: str, path: Path) -> tuple[int,
         "checkpoint": np.array(str(inference.file)),
         "step": np.array(inference.step, np.int64),
         "split": np.array(split),
-        "fingerprint": np.array(inference.shards.manifest.fingerprint),
+        "fingerprint": np.array(inference.shards.fingerprint),
         "tta": np.array(views.segments, np.int64),
         "tta_frames": np.array(views.frames if views.segments else 0, np.int64),
     }

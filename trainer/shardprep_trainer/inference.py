@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shardprep import ShardSet, Split, UtteranceLoader
+from shardprep import OpenShards, Split, UtteranceLoader
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
@@ -28,7 +28,7 @@ class ModelOptions:
     """The options of `commands.model_options`, as they were given."""
 
     run: Path
-    shards: str | None
+    shards: Sequence[str]
     split: str
     checkpoint: str
     max_frames: int
@@ -52,7 +52,7 @@ class Inference:
     """What names speakers."""
     views: Views
     """The model, in evaluation mode."""
-    shards: ShardSet
+    shards: OpenShards
     left_out: LeftOut | None
     """What the build of the shards left out."""
     device: torch.device
@@ -67,10 +67,9 @@ class Inference:
         Raises:
             PredictionError: There is none of that name, or nothing in it.
         """
-        splits = self.shards.manifest.splits
-        filled = [other for other, part in splits.items() if part.samples]
+        filled = [other for other, count in self.shards.samples.items() if count]
         if name not in filled:
-            what = f"{self.shards.path} has no split {name}, only {', '.join(filled)}"
+            what = f"{self.shards.where} has no split {name}, only {', '.join(filled)}"
             if name == "test" and (lost := self.shards.test_entries):
                 what += (
                     f": the build left out all {len(lost):,} entries of testdata.json, such as "
@@ -97,10 +96,10 @@ class Inference:
 
     @cached_property
     def _enrolled(self) -> Wccn:
-        train = self.shards.manifest.splits.get("train")
-        if train is None or not train.samples or not (self.shards["train"].labels >= 0).any():
+        enough = self.shards.samples.get("train", 0) > 0
+        if not (enough and (self.shards["train"].labels >= 0).any()):
             raise PredictionError(
-                f"{self.shards.path} has no train split with speakers, by whose utterances "
+                f"{self.shards.where} has no train split with speakers, by whose utterances "
                 "--backend wccn would know them; take shards that have one, or --backend head"
             )
         return Wccn(self.training.embeddings, self.shards["train"].labels)
@@ -180,10 +179,10 @@ def open_inference(
     shards = open_shards_of(config.data, options.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tell(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}")
-    n_mels, expected = shards.manifest.n_mels, checkpoint.n_mels
+    n_mels, expected = shards.n_mels, checkpoint.n_mels
     if n_mels != expected:
         raise PredictionError(
-            f"{shards.path} has {n_mels} mel bins a frame, but the model was trained on "
+            f"{shards.where} has {n_mels} mel bins a frame, but the model was trained on "
             f"{expected}; build shards from features like those it was trained on"
         )
     left_out = read_left_out(shards)
@@ -205,7 +204,7 @@ def open_inference(
     if not (may_be_empty and inference.lacks_test):
         inference.split(options.split)
     if inference.backend != "head":
-        who = f"those of the train split of {shards.path}, which is embedded first"
+        who = f"those of the train split of {shards.where}, which is embedded first"
         tell(f"note: speakers are named by --backend {inference.backend}: {who}")
         if options.split == "train":
             tell(

@@ -123,7 +123,7 @@ def true_names(inference: Inference, part: Split, labels: Path | None) -> list[s
         return [names[label] if label >= 0 else None for label in part.labels]
     rows, positions = read_labels(labels), positions_of(part.keys)
     if missing := [key for key in rows if key not in positions]:
-        where = f"split {part.name} of {inference.shards.path}"
+        where = f"split {part.name} of {inference.shards.where}"
         raise missing_rows(where, missing, labels, len(rows), inference.left_out)
     found: list[str | None] = [None] * len(part)
     for key, name in rows.items():
@@ -157,7 +157,7 @@ def choose_trials(
         return draw_trials(speakers, targets, nontargets, options.seed)
     except ValueError as error:
         raise PredictionError(
-            f"split {part.name} of {inference.shards.path}: {error}; take fewer --pairs (0 for "
+            f"split {part.name} of {inference.shards.where}: {error}; take fewer --pairs (0 for "
             "none), give --trials, or give --labels if the split has none"
         ) from error
 
@@ -171,7 +171,7 @@ def find_cohort(inference: Inference) -> NDArray[np.float64]:
     cohort = speaker_means(inference.training.embeddings, inference.split("train").labels)
     if len(cohort) < 2:
         raise PredictionError(
-            f"{inference.shards.path}: AS-norm needs two training speakers or more, found "
+            f"{inference.shards.where}: AS-norm needs two training speakers or more, found "
             f"{len(cohort)}; leave out --as-norm"
         )
     return cohort
@@ -215,7 +215,7 @@ def score(
     return Score(
         checkpoint=str(inference.file),
         step=inference.step,
-        shards=str(inference.shards.path),
+        shards=inference.shards.where,
         split=part.name,
         utterances=len(part),
         labelled=labelled,

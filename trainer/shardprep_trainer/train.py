@@ -89,7 +89,8 @@ def _run(asked: Invocation) -> int:
             click.echo(asked.config.to_yaml(), nl=False)
         return 0
     # Refuses a system without what shards need, before anything is made.
-    locate(asked.config.data.shards)
+    for place in asked.config.data.places:
+        locate(place)
     environment, command = dict(os.environ), parent_command()
     check_launch(environment, command)
     share = processes_to_start(environment, command)

@@ -302,7 +302,7 @@ def test_a_dict_from_another_version_is_refused_by_name() -> None:
         ("data.pad_value", [-0.5, 3], [True, "0.5", None, nan, inf]),
         ("data.cache_gb", [None, 0.1], [0, nan, inf]),
         ("model.center", [True], [1, None]),
-        ("data.shards", ["", "a"], [b"a", 1]),
+        ("data.shards", ["", "a", ["a", "b"]], [b"a", 1, [1], []]),
         ("model.pooling", ["mean"], ["c", 1, ["mean"]]),
         ("train.trackers", [[], ["a"]], [[1], "a", None]),
         (

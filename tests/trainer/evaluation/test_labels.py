@@ -39,8 +39,9 @@ def test_what_was_left_out_is_counted_and_named(
     folder, labelled, hidden = skipped
     found = read_left_out(shardprep.open_shards(folder))
     assert found is not None
-    assert found.listing == folder / "rejects.jsonl"
-    assert found.note == f"the build left 3 utterances out; {folder / 'rejects.jsonl'} lists them"
+    listing = str(folder / "rejects.jsonl")
+    assert found.listing == listing
+    assert found.note == f"the build left 3 utterances out; they are listed in {listing}"
     assert found.ids >= {*labelled, *hidden}
 
 

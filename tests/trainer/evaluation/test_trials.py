@@ -122,7 +122,7 @@ def test_a_list_is_read_by_either_name(tmp_path: Path) -> None:
 def test_a_faulty_list_is_refused_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "trials.txt"
     path.write_bytes(text.encode("latin-1"))
-    left_out = LeftOut(Path("rejects.jsonl"), 1, frozenset({"lost.pt"}))
+    left_out = LeftOut("rejects.jsonl", 1, frozenset({"lost.pt"}))
     with pytest.raises(PredictionError, match=message):
         read_trials(path, ["a", "b", "c"], left_out)
     with pytest.raises(PredictionError, match=r"nowhere\.txt: cannot be read"):

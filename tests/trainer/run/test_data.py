@@ -86,7 +86,7 @@ def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
     empty(shards, "val")
     with pytest.raises(ConfigError, match=r"no utterances in a val split.*--train\.valid_steps 0"):
         open_data(DataConfig(str(shards)), validated=True)
-    assert open_data(DataConfig(str(shards)), validated=False).path == shards
+    assert open_data(DataConfig(str(shards)), validated=False).where == str(shards)
     empty(shards, "train")
     with pytest.raises(ConfigError, match="no utterances in a train split, only in test;"):
         open_data(DataConfig(str(shards)), validated=False)

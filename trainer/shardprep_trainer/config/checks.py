@@ -107,6 +107,13 @@ def _check_data(data: DataConfig) -> None:
     if data.order == "windowed" and (data.global_batch or 0) % data.lanes:
         allowed = f"with data.order windowed a multiple of data.lanes, {data.lanes}"
         _refuse("data.global_batch", data.global_batch, allowed)
+    if not data.places:
+        _refuse("data.shards", list(data.places), "the folder or URL of one set, or a list of them")
+    if data.shares is not None and len(data.shares) != len(data.places):
+        allowed = f"a share for each set of data.shards, {len(data.places)}"
+        _refuse("data.shares", data.shares, allowed)
+    if data.order == "windowed" and (data.shares or data.balance):
+        _refuse("data.order", "windowed", "global with data.shares or data.balance")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -17,6 +17,7 @@ _WORDS: dict[Any, str] = {
     str: "text",
     NoneType: "null",
 }
+_LISTS: dict[Any, str] = {str: "[tensorboard]"}
 _FIELD = re.compile(r'Parser key "([^"]+)"')
 # The parser names each type that it tried, and what was given last.
 _VALUE = re.compile(r".*(?:Given|Got) value: (.*)|.*?Unable to load config '([^']*)'")
@@ -67,7 +68,7 @@ def _words(kind: Any) -> str:
     if origin is tuple:
         return f"{len(arguments)} numbers in brackets, such as [5, 20]"
     if origin is list:
-        return "a list in brackets, such as [tensorboard]"
+        return f"a list in brackets, such as {_LISTS.get(arguments[0], '[3, 1]')}"
     return _WORDS.get(kind, "a mapping of its fields")
 
 

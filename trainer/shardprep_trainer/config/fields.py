@@ -27,8 +27,15 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 class DataConfig:
     """What is read, and how much of it at once."""
 
-    shards: str = "shards/"
-    """Folder that `shardprep build` made, or the URL of one, such as s3://BUCKET/shards."""
+    shards: list[str] | str = "shards/"
+    """Folder that `shardprep build` made, or the URL of one, such as s3://BUCKET/shards; a list of
+    several, such as [a/, b/], is read as one set."""
+    shares: list[Positive] | None = None
+    """How often the segments of each set in data.shards come, such as [3, 1]; each set then comes
+    in epochs of its own. null reads all sets as one."""
+    balance: Literal["speaker"] | None = None
+    """speaker lets the segments of every speaker come equally often, with data.shares within each
+    set; null lets every utterance come equally often."""
     cache_folder: str | None = None
     """Where shards behind a URL are kept, on a disk of this machine; null for what the variable
     SHARDPREP_CACHE names, or a folder among the user's caches."""
@@ -65,6 +72,16 @@ class DataConfig:
     """Damaged utterances that skip leaves out on one process; one more ends the run."""
     eval_frames: AtLeastOne = 32768
     """Largest padded area of a batch of whole utterances [frames]; a longer one goes alone."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Folder or URL of each set."""
+        return (self.shards,) if isinstance(self.shards, str) else tuple(self.shards)
+
+    @property
+    def where(self) -> str:
+        """The places of the sets, as a text."""
+        return " and ".join(self.places)
 
 
 @dataclass(frozen=True)

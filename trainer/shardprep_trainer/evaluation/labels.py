@@ -5,12 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardprep import ShardSet, machine_errors, sniff
+from shardprep import OpenShards, machine_errors, sniff
 from shardprep_trainer.errors import PredictionError
 
 HEADER = ("Id", "Category")
@@ -20,8 +19,8 @@ HEADER = ("Id", "Category")
 class LeftOut:
     """The utterances that a build rejected."""
 
-    listing: os.PathLike[str]
-    """The file that lists them, with the reasons."""
+    listing: str
+    """The files that list them, with the reasons."""
     total: int
     ids: frozenset[str]
     """What a submission would call them, all splits together."""
@@ -29,10 +28,10 @@ class LeftOut:
     @property
     def note(self) -> str:
         """What a user must know, as a line of text."""
-        return f"the build left {self.total:,} utterances out; {self.listing} lists them"
+        return f"the build left {self.total:,} utterances out; they are listed in {self.listing}"
 
 
-def read_left_out(shards: ShardSet) -> LeftOut | None:
+def read_left_out(shards: OpenShards) -> LeftOut | None:
     """Read rejects.jsonl; None where the build left no utterance out.
 
     Raises:
@@ -40,10 +39,10 @@ def read_left_out(shards: ShardSet) -> LeftOut | None:
     """
     # A test entry that lists a file again has the utterance of that file.
     rejects = [reject for reject in shards.rejects if reject.repeats is None]
-    if shards.manifest.rejects is None or not rejects:
+    if not rejects:
         return None
     return LeftOut(
-        listing=shards.path / shards.manifest.rejects.file,
+        listing=" and ".join(map(str, shards.reject_lists)),
         total=len(rejects),
         ids=frozenset(name for reject in rejects for name in (reject.file, f"{reject.key}.pt")),
     )

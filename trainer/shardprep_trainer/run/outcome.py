@@ -47,7 +47,9 @@ def summary(
     if outcome.finished:
         lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
         command = ["shardprep", "predict", str(config.run)]
-        command += ["--shards", config.data.shards, "--out", "submission.csv"]
+        for place in config.data.places:
+            command += ["--shards", place]
+        command += ["--out", "submission.csv"]
         if outcome.best_accuracy is None:
             command += ["--checkpoint", "last"]
         lines.append(f"next: {shlex.join(command)}")

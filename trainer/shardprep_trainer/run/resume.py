@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardprep import ShardSet
+from shardprep import OpenShards
 from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest
 from shardprep_trainer.checkpoint.state import Description, Training
 from shardprep_trainer.config.fields import Config, flatten
@@ -18,6 +18,8 @@ _FIXED_PARTS = ("model.", "augment.", "loss.")
 _FIXED = (
     "data.segment_frames",
     "data.pad_value",
+    "data.shares",
+    "data.balance",
     "data.order",
     "data.lanes",
     "data.window_shards",
@@ -110,13 +112,13 @@ def check_same_run(
     return changed
 
 
-def check_same_data(shards: ShardSet, saved: Description, path: str) -> None:
+def check_same_data(shards: OpenShards, saved: Description, path: str) -> None:
     """Refuse to resume on another data set.
 
     Raises:
         ConfigError: Naming both fingerprints.
     """
-    found, expected = shards.manifest.fingerprint, saved.fingerprint
+    found, expected = shards.fingerprint, saved.fingerprint
     if found != expected:
         raise ConfigError(
             f"data.shards: {path} has fingerprint {found}, but the run to resume began on "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from shardprep import SegmentLoader, ShardSet, publish
+from shardprep import OpenShards, SegmentLoader, publish
 from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest, load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.state import Best
@@ -56,7 +56,7 @@ _PER_MACHINE = (
 class Found:
     """What the disks of this machine hold for a run."""
 
-    shards: ShardSet
+    shards: OpenShards
     """The data, open."""
     checkpoints: CheckpointFolder
     """Of the run."""
@@ -73,7 +73,7 @@ class Prepared:
     config: Config
     accelerator: Accelerator
     """Has prepared the model and the optimiser."""
-    shards: ShardSet
+    shards: OpenShards
     loader: SegmentLoader
     """This process's part of the training split, at its position."""
     train_step: TrainStep
@@ -201,7 +201,7 @@ def _check_machines(config: Config, found: Found) -> None:
     fields = {key: x for key, x in flatten(config.to_dict()).items() if key not in _PER_MACHINE}
     check_alike(fields, "give every machine the same options")
     check_alike(
-        {"the fingerprint of data.shards": found.shards.manifest.fingerprint},
+        {"the fingerprint of data.shards": found.shards.fingerprint},
         "all machines must read the same set",
     )
     newest = found.newest.checkpoint.file.name if found.newest else "none"
@@ -212,10 +212,10 @@ def _check_machines(config: Config, found: Found) -> None:
     )
 
 
-def _build_model(config: Config, shards: ShardSet) -> SpeakerModel:
+def _build_model(config: Config, shards: OpenShards) -> SpeakerModel:
     """The model with its first weights: random ones, or those of `train.start_from`."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, shards.manifest.n_mels, len(shards.speakers))
+    model = build_model(config.model, shards.n_mels, len(shards.speakers))
     if (path := config.train.start_from) is not None:
         speakers = tuple(shards.speakers)
         together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
@@ -227,14 +227,14 @@ def _build_model(config: Config, shards: ShardSet) -> SpeakerModel:
 def _restore(
     newest: Newest,
     config: Config,
-    shards: ShardSet,
+    shards: OpenShards,
     train_step: TrainStep,
     loader: SegmentLoader,
     global_batch: int,
 ) -> Changes:
     """Continue from a checkpoint; returns what differs from it and may."""
     saved, training, accelerator = newest.checkpoint, newest.training, train_step.accelerator
-    check_same_data(shards, saved, config.data.shards)
+    check_same_data(shards, saved, config.data.where)
     changes = check_same_run(
         config,
         saved.config,

@@ -232,8 +232,8 @@ class Trainer:
             best=self.best,
             config=self.config,
             speakers=tuple(self.shards.speakers),
-            n_mels=self.shards.manifest.n_mels,
-            fingerprint=self.shards.manifest.fingerprint,
+            n_mels=self.shards.n_mels,
+            fingerprint=self.shards.fingerprint,
             # Of the model itself: a wrapper would change the names of the weights.
             weights=self.train_step.predictor.state_dict(),
             training=training,
