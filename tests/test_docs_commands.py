@@ -196,8 +196,9 @@ def test_the_commands_and_snippets_of_all_pages_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_dataset(speakers=3, utterances=14)
-    assert run_cli("build", "Dataset/", "shards/", "--workers", "1").returncode == 0
+    for source, target, seed in (("More", "more", 1), ("Dataset", "shards", 0)):
+        make_dataset(source, speakers=3 + seed, utterances=14, seed=seed)
+        assert run_cli("build", source, target, "--workers", "1").returncode == 0
     assert train([*SHORTENED.split(), "--train.trackers", "[]"]) == 0
     for name in ("best", "demo"):
         Path("runs", name).symlink_to("boss")
@@ -266,7 +267,7 @@ def run(command: str, folder: Path, **environment: str) -> None:
 WHOLE_PAGES = {
     "README.md": [],
     "docs/quickstart.md": [],
-    "docs/training.md": ["shardprep build Dataset/ shards/"],
+    "docs/training.md": ["shardprep build Dataset/ shards/", "shardprep build More/ more/"],
     "docs/evaluation.md": [
         "shardprep build Dataset/ shards/",
         "accelerate launch --cpu trainer/train.py",
@@ -287,6 +288,7 @@ def test_pages_run_as_they_are_typed(
     for name in ("trainer", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     if page != "docs/quickstart.md":
+        make_dataset("More", speakers=4, utterances=14, seed=1)
         make_dataset(speakers=3, utterances=14)
     for command in (*WHOLE_PAGES[page], *commands(page)):
         if not command.startswith(LEFT_OUT):
