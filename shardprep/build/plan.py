@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -77,6 +77,11 @@ def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
         )
 
     return [task(plan) for shards in plans.values() for plan in shards]
+
+
+def utterances_of(tasks: Iterable[ShardTask]) -> list[Utterance]:
+    """The utterances of some tasks."""
+    return [utterance for task in tasks for utterance in task.plan.utterances]
 
 
 def plan_shards(

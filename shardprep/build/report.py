@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, field
 
-from shardprep.build.plan import ShardTask
 from shardprep.build.shard import ShardRecord
 from shardprep.build.work import split_of
 from shardprep.format.manifest import Reject
-from shardprep.source.contents import Source
+from shardprep.source.contents import Source, Utterance
+from shardprep.source.metadata import TESTDATA
 
 
 @dataclass
@@ -21,6 +21,13 @@ class SplitReport:
     shards: int = 0
     bytes: int = 0
 
+    def add(self, other: SplitReport) -> None:
+        """Add the totals of another part of the split."""
+        self.samples += other.samples
+        self.frames += other.frames
+        self.shards += other.shards
+        self.bytes += other.bytes
+
 
 @dataclass
 class BuildReport:
@@ -29,13 +36,18 @@ class BuildReport:
     Attributes:
         destination: The shard folder.
         splits: Totals by split.
+        added: What an append has added, by split.
+        present: Utterances of the data set that the set had before an append.
         speakers: Number of speakers.
-        rejects: Utterances that were left out.
+        new_speakers: How many of them are new with an append.
+        rejects: Utterances that were left out; of an append, those that are not listed yet.
         repeats: Entries of testdata.json that list the file of an earlier entry again.
         notes: What a user should know about the result.
         shards_kept: Number of shards taken over from an unfinished build.
-        up_to_date: Whether the set was there already, from the same source and options.
+        up_to_date: Whether the set was there already, from the same source and options, or an
+            append had nothing to add.
         dry_run: Whether nothing was written.
+        stops: Whether rejects stop a build with these options.
         utterances_read: Utterances read in this run.
         source_bytes: Bytes of `.pt` files read in this run.
         seconds: Time taken.
@@ -43,23 +55,26 @@ class BuildReport:
 
     destination: str
     splits: dict[str, SplitReport] = field(default_factory=dict)
+    added: dict[str, SplitReport] = field(default_factory=dict)
+    present: int = 0
     speakers: int = 0
+    new_speakers: int = 0
     rejects: list[Reject] = field(default_factory=list)
     repeats: list[Reject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shards_kept: int = 0
     up_to_date: bool = False
     dry_run: bool = False
+    stops: bool = False
     utterances_read: int = 0
     source_bytes: int = 0
     seconds: float = 0.0
 
 
-def count_read(report: BuildReport, tasks: Iterable[ShardTask]) -> None:
-    """Put into the report what is read to carry out these tasks."""
-    utterances = [utterance for task in tasks for utterance in task.plan.utterances]
-    report.utterances_read = len(utterances)
-    report.source_bytes = sum(utterance.nbytes for utterance in utterances)
+def count_read(report: BuildReport, utterances: Collection[Utterance]) -> None:
+    """Put into the report that these utterances are read."""
+    report.utterances_read += len(utterances)
+    report.source_bytes += sum(utterance.nbytes for utterance in utterances)
 
 
 def fill_report(report: BuildReport, source: Source, records: list[ShardRecord]) -> None:
@@ -78,11 +93,19 @@ def totals(records: Iterable[ShardRecord]) -> dict[str, SplitReport]:
         # A shard is left out if all its utterances were rejected, and so is a split.
         if record.info.samples:
             split = found.setdefault(split_of(record), SplitReport())
-            split.samples += record.info.samples
-            split.frames += record.info.frames
-            split.shards += 1
-            split.bytes += record.info.bytes
+            info = record.info
+            split.add(SplitReport(info.samples, info.frames, 1, info.bytes))
     return found
+
+
+def note_repeats(report: BuildReport, source: Source) -> None:
+    """Note the entries of testdata.json that list a file again."""
+    if source.repeats:
+        report.notes.append(
+            f"{len(source.repeats)} of {source.test_entries} entries of {TESTDATA} list a file "
+            f"again, such as {source.repeats[0].file}; it is packed once, and each entry gets its "
+            "row in predictions"
+        )
 
 
 def note_untrained(

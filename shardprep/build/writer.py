@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 
-from shardprep.build.finished import (
+from shardprep.build.existing.finished import (
     changed_since,
     check_same_build,
     differing,
@@ -16,11 +16,11 @@ from shardprep.build.finished import (
     versions_of,
 )
 from shardprep.build.options import BuildOptions
-from shardprep.build.plan import ShardTask, shard_tasks
+from shardprep.build.plan import ShardTask, shard_tasks, utterances_of
 from shardprep.build.pools.local import LocalPool
 from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.pools.ray import RayPool
-from shardprep.build.report import BuildReport, SplitReport, count_read, fill_report
+from shardprep.build.report import BuildReport, SplitReport, count_read, fill_report, note_repeats
 from shardprep.build.shard import ShardRecord, check_shard
 from shardprep.build.work import Work, publish_file, publish_indexes, publish_rejects
 from shardprep.build.work_folder import FolderWork
@@ -39,7 +39,6 @@ from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import read_rejects
 from shardprep.source.contents import Source
 from shardprep.source.dataset import rejects_error
-from shardprep.source.metadata import TESTDATA
 from shardprep.source.scan import scan_source
 from shardprep.storage.remote import Location, Remote, locate
 
@@ -79,26 +78,21 @@ def build_shards(
     policy = "skip" if options.dry_run else options.on_error
     tasks = shard_tasks(scanned, replace(options, on_error=policy))
     if not tasks:
-        raise _nothing_to_pack(scanned)
+        raise nothing_to_pack(scanned)
     report = BuildReport(str(target), speakers=len(scanned.speakers), dry_run=options.dry_run)
     report.repeats = list(scanned.repeats)
-    if report.repeats:
-        report.notes.append(
-            f"{len(report.repeats)} of {scanned.test_entries} entries of "
-            f"{TESTDATA} list a file again, such as "
-            f"{report.repeats[0].file}; it is packed once, and each entry gets its row in "
-            "predictions"
-        )
+    report.stops = options.on_error == "fail"
+    note_repeats(report, scanned)
     if options.dry_run:
-        count_read(report, tasks)
-        pool = _pool(options, scanned.root, None)
+        count_read(report, utterances_of(tasks))
+        pool = pool_of(options, scanned.root, None)
         fill_report(report, scanned, run_shards(tasks, check_shard, pool, listener))
     else:
-        with _claim(target, options.overwrite) as work:
+        with claim(target, options.overwrite) as work:
             if work is None:
                 _report_finished(report, target, scanned, options, tasks, listener)
             else:
-                pool = _pool(options, scanned.root, work.folder)
+                pool = pool_of(options, scanned.root, work.folder)
                 records = write_missing(tasks, work, pool, listener, report)
                 fill_report(report, scanned, records)
                 if not report.splits:
@@ -108,19 +102,22 @@ def build_shards(
     return report
 
 
-def _claim(target: Location, overwrite: bool) -> contextlib.AbstractContextManager[Work | None]:
+def claim(target: Location, overwrite: bool) -> contextlib.AbstractContextManager[Work | None]:
+    """See `Work.claim`."""
     if isinstance(target, Remote):
         return StoreWork.claim(target, overwrite)
     return FolderWork.claim(target, overwrite)
 
 
-def _pool(options: BuildOptions, source: Location, destination: Location | None) -> Pool:
+def pool_of(options: BuildOptions, source: Location, destination: Location | None) -> Pool:
+    """Who carries out the tasks of a build."""
     if options.engine == "ray":
         return RayPool(options.workers, options.address, source, destination)
     return LocalPool(options.workers)
 
 
-def _nothing_to_pack(source: Source) -> ShardprepError:
+def nothing_to_pack(source: Source) -> ShardprepError:
+    """The error for a source without an utterance that can be packed."""
     if source.rejects:
         return rejects_error(source.rejects, source.root)
     return SourceError("lists no utterance", file=source.root / source.listing)
@@ -142,9 +139,8 @@ def _report_finished(
             f"{len(changed)} of {len(source.utterances)} files of the data set may have changed "
             "since the set was built, by their times; comparing their contents"
         )
-        report.utterances_read = len(changed)
-        report.source_bytes = sum(utterance.nbytes for utterance in changed)
-        pool = _pool(options, source.root, None)
+        count_read(report, changed)
+        pool = pool_of(options, source.root, None)
         other = differing(manifest, target, source, tasks, changed, pool, listener)
         if other:
             raise BuildError(
@@ -186,7 +182,7 @@ def write_missing(
     )
     report.shards_kept = len(records)
     missing = [task for task in tasks if task.plan.file not in records]
-    count_read(report, missing)
+    count_read(report, utterances_of(missing))
     for record in run_shards(missing, work, pool, listener):
         records[record.info.file] = record
     return [records[task.plan.file] for task in tasks]
@@ -225,15 +221,20 @@ def publish_set(
         build=options.record,
     )
     data = encode_manifest(manifest)
-    if len(data) > MAX_MANIFEST_BYTES or json_values(data) > MAX_MANIFEST_VALUES:
-        raise BuildError(
-            f"the manifest of so many shards and speakers has {len(data)} bytes, more than "
-            "readers accept",
-            file=work.target,
-            remedy="Give a larger --samples-per-shard, or split the data set.",
-        )
+    check_manifest_size(data, work.target)
     files = manifest.files()
     if of_files:
         times = times_of(source.fingerprint, versions_of(source))
         files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times)
     work.install(files, data)
+
+
+def check_manifest_size(data: bytes, target: Location) -> None:
+    """BuildError if readers would refuse a manifest for its size."""
+    if len(data) > MAX_MANIFEST_BYTES or json_values(data) > MAX_MANIFEST_VALUES:
+        raise BuildError(
+            f"the manifest of so many shards and speakers has {len(data)} bytes, more than "
+            "readers accept",
+            file=target,
+            remedy="Give a larger --samples-per-shard, or split the data set.",
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from shardprep.build.existing.append import append_shards
 from shardprep.build.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
 from shardprep.build.report import BuildReport
 from shardprep.build.writer import build_shards
@@ -22,6 +23,7 @@ _EPILOG = """
 \b
 Examples:
   shardprep build Dataset/ shards/
+  shardprep build More/ shards/ --append
   shardprep build Dataset/ s3://BUCKET/shards
   shardprep build list.csv shards/
 """
@@ -101,6 +103,12 @@ Examples:
     "store, until it is copied.",
 )
 @click.option(
+    "--append",
+    is_flag=True,
+    help="Add what is new in SRC to the set in DST, as new shards. The options that decide the "
+    "bytes are those of the set.",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Read and check every file, list all faulty utterances, write nothing.",
@@ -124,6 +132,7 @@ def build(
     /,
     source: Location,
     destination: Location,
+    append: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -136,16 +145,29 @@ def build(
     bytes. To continue an interrupted build, run the same command again. SRC and DST may be URLs
     that fsspec knows, such as s3://BUCKET/shards; a URL of a web server, SRC only.
     """
+    given = {
+        name
+        for name in options
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+    if append and options["overwrite"]:
+        raise click.UsageError("give --append or --overwrite, not both")
+    if append and options["level"] is not None and "codec" not in given:
+        options["codec"] = "zstd"
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
     if options["address"] is not None and options["engine"] != "ray":
         raise click.UsageError("--address goes with --engine ray")
-    report = build_shards(source, destination, BuildOptions(**options), BuildProgress("build"))
+    asked = BuildOptions(**options)
+    if append:
+        report = append_shards(source, destination, asked, BuildProgress("append"), given=given)
+    else:
+        report = build_shards(source, destination, asked, BuildProgress("build"))
     if as_json:
         print_json(report)
     else:
-        _print_summary(report)
-    refused = report.dry_run and options["on_error"] == "fail" and bool(report.rejects)
+        _print_summary(report, append)
+    refused = report.dry_run and report.stops and bool(report.rejects)
     if report.rejects:
         click.echo(_refusal(report) if refused else _warning(report), err=True)
     for note in report.notes:
@@ -153,10 +175,12 @@ def build(
     context.exit(SourceError.exit_code if refused else 0)
 
 
-def _print_summary(report: BuildReport) -> None:
+def _print_summary(report: BuildReport, append: bool) -> None:
     done = "checked, nothing written" if report.dry_run else "complete"
     state = "up to date, nothing to do" if report.up_to_date else done
     click.echo(f"{report.destination}: {state}")
+    if append:
+        _print_added(report)
     click.echo(
         f"{'split':<7}{'utterances':>12}{'frames':>13}{'speech':>12}{'shards':>8}{'size':>12}"
     )
@@ -169,7 +193,8 @@ def _print_summary(report: BuildReport) -> None:
     if report.shards_kept:
         click.echo(f"{report.shards_kept} shards kept from the unfinished build")
     if not report.up_to_date:
-        written = sum(split.bytes for split in report.splits.values())
+        own = report.added if append else report.splits
+        written = sum(split.bytes for split in own.values())
         seconds = max(report.seconds, 1e-9)
         click.echo(
             f"read {report.utterances_read:,} files, {size(report.source_bytes)}; shards "
@@ -177,6 +202,17 @@ def _print_summary(report: BuildReport) -> None:
             f"{report.utterances_read / seconds:,.0f} utterances/s, "
             f"{report.source_bytes / 1e6 / seconds:.1f} MB/s"
         )
+
+
+def _print_added(report: BuildReport) -> None:
+    parts = [
+        f"{split.samples:,} in {name} ({count(split.shards, 'shard')})"
+        for name, split in report.added.items()
+    ]
+    new = count(report.new_speakers, "new speaker")
+    click.echo(f"added: {', '.join(parts) or 'no utterance'}; {new}")
+    if report.present:
+        click.echo(f"in the set before: {count(report.present, 'utterance')} of SRC")
 
 
 def _warning(report: BuildReport) -> str:

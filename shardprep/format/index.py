@@ -110,17 +110,26 @@ class IndexRow(msgspec.Struct, frozen=True, array_like=True):
 
 def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
     """The index file of a split: the rows of its shards, one after the other."""
+    return encode_index(index_rows(shards))
+
+
+def index_rows(shards: Iterable[Sequence[IndexRow]]) -> NDArray[Any]:
+    """The index (N,) of some shards: their rows, one shard after the other."""
     rows = [(number, row) for number, own in enumerate(shards) for row in own]
     keys = [row.key.encode() for _, row in rows]
-    table = np.array(
+    return np.array(
         [
             (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
             for (number, row), key in zip(rows, keys, strict=True)
         ],
         index_dtype(max(map(len, keys), default=1)),
     )
+
+
+def encode_index(rows: NDArray[Any]) -> bytes:
+    """The bytes of an index file."""
     buffer = io.BytesIO()
-    np.save(buffer, table, allow_pickle=False)
+    np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
 
 

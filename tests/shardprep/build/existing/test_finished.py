@@ -173,7 +173,7 @@ def test_what_cannot_be_remembered_is_a_note(
     def refuse(path: Path, data: bytes) -> None:
         raise StorageError("Read-only file system", file=path)
 
-    monkeypatch.setattr("shardprep.build.finished.publish_bytes", refuse)
+    monkeypatch.setattr("shardprep.build.existing.finished.publish_bytes", refuse)
     report = build_shards(source, shards, BuildOptions(workers=1))
     assert report.up_to_date
     (note,) = report.notes
