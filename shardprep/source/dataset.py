@@ -162,8 +162,7 @@ class _Scan:
                 reason = f"mel_len is {other.frames}, but {first.frames} in entry {first.entry}"
                 self._reject(_line(other, reason))
             else:
-                reason = f"listed again: the same file as entry {first.entry}"
-                self.repeats.append(_line(other, reason, first.entry))
+                self.repeats.append(_line(other, repeated(first.entry), first.entry))
         return first
 
 
@@ -172,6 +171,11 @@ def _line(utterance: Utterance, reason: str, repeats: int | None = None) -> Reje
     return Reject(
         utterance.path, utterance.key, utterance.speaker, split, reason, utterance.entry, repeats
     )
+
+
+def repeated(entry: int) -> str:
+    """The reason of an entry of testdata.json that lists the file of an earlier entry again."""
+    return f"listed again: the same file as entry {entry}"
 
 
 def source_error(reject: Reject, root: Location, remedy: str = _CORRECT) -> SourceError:

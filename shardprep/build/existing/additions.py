@@ -27,6 +27,7 @@ from shardprep.read.joined import joined_speakers
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.sidecars import load_index, read_rejects
 from shardprep.source.contents import Source, Utterance
+from shardprep.source.dataset import repeated
 from shardprep.storage.remote import Location
 
 # The options that decide the bytes; the set's own hold for what is appended too.
@@ -187,8 +188,9 @@ def additions(held: Held, source: Source, whole: Set[str]) -> Source:
     position = dict(zip(sorted(entries), _positions(held), strict=False))
 
     def moved(line: Reject) -> Reject:
-        entry, repeated = (None if x is None else position[x] for x in (line.entry, line.repeats))
-        return msgspec.structs.replace(line, entry=entry, repeats=repeated)
+        entry, first = (None if x is None else position[x] for x in (line.entry, line.repeats))
+        reason = line.reason if first is None else repeated(first)
+        return msgspec.structs.replace(line, entry=entry, repeats=first, reason=reason)
 
     return dataclasses.replace(
         source,
