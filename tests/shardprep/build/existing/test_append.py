@@ -432,7 +432,7 @@ def test_a_place_without_a_set_is_refused_and_stays_as_it_is(
 
 def test_a_damaged_set_is_refused(shards: Path, new: list[File], tmp_path: Path) -> None:
     source = write_files(tmp_path / "B", new)
-    index = shards / "train.index.npy"
+    (index,) = shards.glob("*train.index.npy")
     data = index.read_bytes()
     index.write_bytes(data[:-1] + b"x")
     with pytest.raises(CorruptShardError, match=r"train\.index\.npy"):
