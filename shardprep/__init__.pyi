@@ -1,6 +1,8 @@
 """The public names, for type checkers and for `__init__.py`, which loads them when asked for."""
 
 from .build.existing.append import append_shards as append_shards
+from .build.foreign.adopt import AdoptReport as AdoptReport
+from .build.foreign.adopt import adopt_shards as adopt_shards
 from .build.options import BuildOptions as BuildOptions
 from .build.program.shard_writer import ShardWriter as ShardWriter
 from .build.report import BuildReport as BuildReport

@@ -28,6 +28,12 @@ REPAIR = (
 )
 """Remedy for a damaged set in a folder."""
 
+RESTORE = (
+    "Its tars belong to another program, and are not changed here: restore the tar that "
+    "`shardprep verify DST --deep` names, or run `shardprep adopt TARS... DST --overwrite`."
+)
+"""Remedy for a damaged set of adopted tars."""
+
 REBUILD = (
     "`shardprep verify URL --deep` names all damage in the store, and `shardprep build SRC URL "
     "--overwrite` builds the set again."

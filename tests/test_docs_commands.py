@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -45,9 +46,13 @@ SHORTENED = (
     "--model.ff_dim 64 --model.heads 2 --model.head_dim 16"
 )
 # What makes others end soon.
-BRIEF = {"build": "--workers 1", "bench": "--rounds 1 --seconds 0.05 --batch-size 8"}
+BRIEF = {
+    "build": "--workers 1",
+    "adopt": "--workers 1",
+    "bench": "--rounds 1 --seconds 0.05 --batch-size 8",
+}
 # Without export, which takes long: a slow test runs it.
-RUN_HERE = ["build", "inspect", "verify", "repair", "bench", "predict", "score", "embed"]
+RUN_HERE = ["build", "adopt", "inspect", "verify", "repair", "bench", "predict", "score", "embed"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -199,6 +204,9 @@ def test_the_commands_and_snippets_of_all_pages_run(
     for source, target, seed in (("More", "more", 1), ("Dataset", "shards", 0)):
         make_dataset(source, speakers=3 + seed, utterances=14, seed=seed)
         assert run_cli("build", source, target, "--workers", "1").returncode == 0
+    Path("mels/train").mkdir(parents=True)
+    for number, split in enumerate(("train", "val")):
+        shutil.copy(f"shards/{split}-000000.tar", f"mels/train/{number:05d}.tar")
     assert train([*SHORTENED.split(), "--train.trackers", "[]"]) == 0
     for name in ("best", "demo"):
         Path("runs", name).symlink_to("boss")

@@ -147,6 +147,11 @@ def from_webdataset(
     )
 
 
+def decode_adopted(member: str, sample: dict[str, Any]) -> Sample:
+    """The mel matrix of a webdataset sample of adopted tars; its label may be no number."""
+    return codecs.decode(sample[member], CodecInfo("none")), NO_LABEL
+
+
 def decode_member(sample: dict[str, Any]) -> Sample:
     """The mel matrix and the label of a webdataset sample of our shards."""
     label = int(sample.get("cls", NO_LABEL))

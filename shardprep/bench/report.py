@@ -11,6 +11,7 @@ from pathlib import Path
 from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, time_stages
 from shardprep.bench.loaders import (
     SegmentShape,
+    decode_adopted,
     decode_member,
     file_candidate,
     shard_candidate,
@@ -217,8 +218,10 @@ def _candidates(
         candidates += [file_candidate(files, shape, workers) for workers in _worker_counts(None)]
     for label, shard_set in zip(_labels(sets), sets, strict=True):
         shards = shard_set.fetch(split)
+        member = shard_set.manifest.member
+        decode = decode_member if member is None else partial(decode_adopted, member)
         candidates += [
-            webdataset_candidate(f"webdataset{label}", shards, shape, workers, decode_member)
+            webdataset_candidate(f"webdataset{label}", shards, shape, workers, decode)
             for workers in _worker_counts(len(shards))
         ]
         ours.append(shard_candidate(f"shardprep{label}", shard_set, split, shape))

@@ -38,7 +38,14 @@ _TEMPORARY = re.compile(r"\.[^.]*\.tmp")
 RECORD_SUFFIX = ".json"
 
 
-class Work(Protocol):
+class Publisher(Protocol):
+    """Takes the small files of a set."""
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write a file of the set."""
+
+
+class Work(Publisher, Protocol):
     """An unfinished build, in a folder or in an object store; it pickles, for worker processes.
 
     A build writes to a work folder within its target first, where that is possible.
@@ -76,9 +83,6 @@ class Work(Protocol):
 
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
         """Write the shard of a task and its record; see `shard.write_shard`."""
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Write another file of the set."""
 
     def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
         """Move the complete set to its place, in place of an older set; the manifest comes last.
@@ -151,7 +155,7 @@ def is_of(record: ShardRecord, task: ShardTask) -> bool:
     )
 
 
-def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
+def publish_indexes(work: Publisher, records: Iterable[ShardRecord]) -> dict[str, SplitInfo]:
     """Write the index file of every split that has utterances.
 
     Returns:
@@ -172,7 +176,7 @@ def publish_indexes(work: Work, records: Iterable[ShardRecord]) -> dict[str, Spl
     }
 
 
-def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
+def publish_rejects(work: Publisher, rejects: Sequence[Reject]) -> FileInfo | None:
     """Write rejects.jsonl, if it has lines; returns its entry in the manifest."""
     if not rejects:
         return None
@@ -180,7 +184,7 @@ def publish_rejects(work: Work, rejects: Sequence[Reject]) -> FileInfo | None:
     return publish_file(work, REJECTS_NAME, lines)
 
 
-def publish_file(work: Work, name: str, data: bytes) -> FileInfo:
+def publish_file(work: Publisher, name: str, data: bytes) -> FileInfo:
     """Write a file of the set; returns its entry in the manifest."""
     work.publish(name, data)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())

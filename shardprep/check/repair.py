@@ -21,7 +21,7 @@ from shardprep.check.repair_steps import Repair
 from shardprep.check.report import Fault, RepairReport
 from shardprep.check.salvage_shard import SourcePayloads
 from shardprep.check.verify import verify_shards
-from shardprep.errors import CorruptShardError, StorageError
+from shardprep.errors import RESTORE, BuildError, CorruptShardError, StorageError
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
@@ -79,7 +79,7 @@ def repair_shards(
         SourceError: The source is no data set. Or the set was not built from it, and the original
             plan is needed: for a shard whose index is damaged too, and for rejects.jsonl.
         BuildError: Another build or repair is running in the folder, a folder is in the place of a
-            file, or nothing would be left.
+            file, or nothing would be left; or the set is one of adopted tars.
         CorruptShardError: A file has the right sha256, but is not what a build writes.
         StorageError: The machine could not read or write a file. If a file of the set could not be
             read, nothing was changed.
@@ -94,7 +94,7 @@ def repair_shards(
         pending = has_pending(folder)
     if not pending:
         # Raises before anything is written in a folder that holds no set.
-        load_manifest(folder)
+        _refuse_adopted(load_manifest(folder), folder)
     with storage_errors(folder), locked(folder) as build_folder:
         try:
             if (finished := finish_install(folder)) is not None:
@@ -123,6 +123,12 @@ def repair_shards(
     report.fingerprint = manifest.fingerprint
     report.seconds = time.monotonic() - began
     return report
+
+
+def _refuse_adopted(manifest: Manifest, folder: Path) -> None:
+    """BuildError if the tars of a set belong to another program."""
+    if manifest.member is not None:
+        raise BuildError("is a set of adopted tars", file=folder, remedy=RESTORE)
 
 
 def _run_steps(

@@ -21,6 +21,7 @@ from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.check.beside import names_in, notes_on_others, stray_faults, times_fault
 from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
+from shardprep.check.verify_adopted import adopted_faults
 from shardprep.check.verify_against import missing_faults, originals_of, source_faults
 from shardprep.check.verify_tar import tar_faults
 from shardprep.errors import CorruptShardError, FormatError, StorageError, VersionError
@@ -242,7 +243,8 @@ class _Check:
                 indices = np.flatnonzero(shards == number)
                 with self._noting_unread(shard.file):
                     if deep:
-                        yield from tar_faults(self._files, shard, split, indices, self._manifest)
+                        of_tar = tar_faults if self._manifest.member is None else adopted_faults
+                        yield from of_tar(self._files, shard, split, indices, self._manifest)
                     yield from _utterance_faults(shard, split, indices, source)
             self._advance(shard.bytes)
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from shardprep import __version__
+from shardprep.cli.adopt import adopt
 from shardprep.cli.announced import announced_commands
 from shardprep.cli.bench import bench
 from shardprep.cli.build import build
@@ -101,7 +102,7 @@ def cli() -> None:
     """
 
 
-for _command in (build, inspect, verify, repair, bench):
+for _command in (build, adopt, inspect, verify, repair, bench):
     cli.add_command(_command)
 
 

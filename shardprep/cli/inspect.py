@@ -53,6 +53,7 @@ def describe(shard_set: ShardSet) -> dict[str, Any]:
         "n_mels": manifest.n_mels,
         "dtype": manifest.dtype,
         "codec": manifest.codec,
+        "member": manifest.member,
         "speakers": len(manifest.speakers),
         "build": manifest.build,
         "splits": {name: _describe_split(shard_set, name) for name in shard_set.splits},
@@ -112,6 +113,8 @@ def _print_set(shard_set: ShardSet, about: dict[str, Any]) -> None:
     packed = codec.name
     if codec.name == "zstd":
         packed += f" level {codec.level}, chunks of {codec.chunk_frames} frames"
+    if about["member"] is not None:
+        packed += f", adopted tars, member .{about['member']}"
     click.echo(
         f"{about['path']}: {about['speakers']} speakers, {about['n_mels']} mels, "
         f"{about['dtype']}, codec {packed}"

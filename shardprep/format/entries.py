@@ -32,7 +32,7 @@ class Entry:
 
 
 def merged_entries(
-    keys: Sequence[str], rejects: Iterable[Reject], first: int = 0
+    keys: Sequence[str], rejects: Iterable[Reject], first: int = 0, ending: str = "pt"
 ) -> tuple[Entry, ...]:
     """The entries of testdata.json, in its order.
 
@@ -40,17 +40,18 @@ def merged_entries(
         keys: Keys of the split test, in its order.
         rejects: All lines of rejects.jsonl. Entries whose position a repair has lost come last.
         first: Position of the first key in the split test, which may begin with other sets'.
+        ending: What the name of a file has after its key and a dot.
     """
     lines = [reject for reject in rejects if _is_entry(reject)]
     index_of = {key: index for index, key in enumerate(keys, first)}
     rows = row_positions(len(keys), lines)
     found = [
-        (position, Entry(f"{key}.pt", index, ""))
+        (position, Entry(f"{key}.{ending}", index, ""))
         for index, (key, position) in enumerate(zip(keys, rows, strict=True), first)
     ]
     last = len(keys) + len(lines)
     for line in lines:
-        file = f"{line.key}.pt" if line.key else line.file
+        file = f"{line.key}.{ending}" if line.key else line.file
         entry = Entry(file, index_of.get(line.key), line.reason)
         found.append((last if line.entry is None else line.entry, entry))
     return tuple(entry for _, entry in sorted(found, key=lambda item: item[0]))

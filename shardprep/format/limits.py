@@ -20,6 +20,9 @@ MAX_REJECTS_BYTES = 64 << 20
 # much more for every file that the data set has.
 SMALL_JSON_BYTES, JSON_BYTES_A_FILE = 32 << 20, 512
 SMALL_JSON_VALUES, JSON_VALUES_A_FILE = 1_200_000, 4
+# In adopted tars: an extended header, and a .cls or .json member.
+MAX_TAR_HEADER_BYTES = 1 << 20
+MAX_FOREIGN_TEXT_BYTES = 1 << 20
 # A matrix may have so many bytes in any case, or so many times the bytes that are stored of it.
 SMALL_MATRIX_BYTES = 64 << 20
 MAX_INFLATION = 64

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from shardprep.errors import FormatError, VersionError
+from shardprep.errors import REPAIR, RESTORE, FormatError, VersionError
 from shardprep.format.limits import (
     MAX_CHUNK_BYTES,
     MAX_MANIFEST_VALUES,
@@ -40,6 +40,7 @@ _MAX_COUNT = 2**40
 _MAX_BYTES = 2**56
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MEMBER = re.compile(r"(?:[^/\x00-\x20\x7fA-Z]{1,60}\.)?npy")
 
 # In testdata.json.
 Position = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
@@ -116,6 +117,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         source_fingerprint: SHA-256 over what was packed: keys, speakers, lengths, file sizes; None
             where no build of a data set made the set.
         build: The options of the build; None likewise.
+        member: Of adopted tars, the extension of the member that has the matrix, in lower case:
+            what follows the key and a dot. None for tars that have the members of the format.
         fingerprint: SHA-256 over all fields above. They have the sha256 of every file of the
             set, so it stands for the contents of all files.
     """
@@ -131,12 +134,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rejects: FileInfo | None
     source_fingerprint: str | None
     build: BuildRecord | None
+    member: str | None = None
     fingerprint: str = ""
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Little-endian dtype of the stored matrices."""
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def remedy(self) -> str:
+        """What helps where files of the set, in a folder, are damaged."""
+        return REPAIR if self.member is None else RESTORE
 
     def files(self) -> dict[str, FileInfo | ShardInfo]:
         """Every file of the set but the manifest, by name."""
@@ -273,6 +282,10 @@ def manifest_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 f"is {codec.chunk_frames}, expected {MIN_CHUNK_FRAMES} or more, and chunks of at "
                 f"most {MAX_CHUNK_BYTES} bytes",
             )
+    if manifest.member is not None and not _MEMBER.fullmatch(manifest.member):
+        yield "member", "is not an extension that ends in npy, in lower case"
+    elif manifest.member is not None and codec.name != "none":
+        yield "member", "is for codec none only"
     for name, split in manifest.splits.items():
         yield from _split_faults(name, split)
     if sum(info.bytes for info in manifest.files().values()) > _MAX_BYTES:

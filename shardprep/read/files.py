@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from shardprep.cache.folder import ROOM, Held
 from shardprep.cache.shard_cache import ShardCache
-from shardprep.errors import StorageError
+from shardprep.errors import REPAIR, StorageError
 from shardprep.format.manifest import FileInfo, Manifest, ShardInfo
 from shardprep.read.folder_map import FolderMap
 from shardprep.read.manifest_file import (
@@ -211,4 +211,6 @@ def map_shards(origins: Sequence[Origin], split: str) -> ShardMap:
         for origin in origins:
             origin.check_unchanged()
 
-    return FolderMap([(Path(place / shard.file), shard.bytes) for place, shard in found], confirm)
+    remedy = next((o.manifest.remedy for o in origins if o.manifest.member), REPAIR)
+    files = [(Path(place / shard.file), shard.bytes) for place, shard in found]
+    return FolderMap(files, confirm, remedy)

@@ -26,6 +26,7 @@ class FolderMap:
     Args:
         files: Path and expected size in bytes of each shard.
         confirm: Called after a file was opened; raises if the file may belong to another set.
+        remedy: What helps where a file is damaged.
 
     Attributes:
         begins: See `ShardMap`.
@@ -36,10 +37,14 @@ class FolderMap:
     room: int | None = None
 
     def __init__(
-        self, files: Sequence[tuple[Path, int]], confirm: Callable[[], None] = lambda: None
+        self,
+        files: Sequence[tuple[Path, int]],
+        confirm: Callable[[], None] = lambda: None,
+        remedy: str = REPAIR,
     ) -> None:
         self._files = files
         self._confirm = confirm
+        self._remedy = remedy
         self._space = AddressSpace(np.array([size for _, size in files], np.int64))
         self.begins, self.bytes = self._space.begins, self._space.bytes
         self._missing = len(files)
@@ -69,7 +74,7 @@ class FolderMap:
         """See `ShardMap.check_sizes`."""
         for path, expected in self._files:
             with self._faults(path):
-                _check_size(path, os.stat(path).st_size, expected)
+                self._check_size(path, os.stat(path).st_size, expected)
 
     def read_ahead(self, shard: int) -> None:
         """See `ShardMap.read_ahead`: the file is read in one sweep."""
@@ -92,10 +97,14 @@ class FolderMap:
                 return
             path, expected = self._files[shard]
             with self._faults(path), open_regular(path) as file:
-                _check_size(path, os.fstat(file.fileno()).st_size, expected)
+                self._check_size(path, os.fstat(file.fileno()).st_size, expected)
                 self._confirm()
                 self._space.map(shard, file.fileno(), path)
             self._missing -= 1
+
+    def _check_size(self, path: Path, found: int, expected: int) -> None:
+        if found != expected:
+            raise wrong_size(path, found, expected, self._remedy)
 
     @contextlib.contextmanager
     def _faults(self, path: Path) -> Iterator[None]:
@@ -107,7 +116,7 @@ class FolderMap:
             # A shard that is missing may belong to a set that is gone as a whole.
             self._confirm()
             raise CorruptShardError(
-                f"cannot be read: {error.strerror}", file=path, remedy=REPAIR
+                f"cannot be read: {error.strerror}", file=path, remedy=self._remedy
             ) from None
 
 
@@ -120,8 +129,3 @@ def _after_fork() -> None:
 
 
 at_fork(_after_fork)
-
-
-def _check_size(path: Path, found: int, expected: int) -> None:
-    if found != expected:
-        raise wrong_size(path, found, expected)

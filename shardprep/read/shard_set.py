@@ -100,7 +100,8 @@ class OpenShards(Mapping[str, Split]):
         for origin in self._origins:
             split = origin.manifest.splits.get("test")
             own = keys[at : at + split.samples] if split else []
-            found.append(merged_entries(own, self._rejects_of(origin), first=at))
+            ending = origin.manifest.member or "pt"
+            found.append(merged_entries(own, self._rejects_of(origin), at, ending))
             at += len(own)
         return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shardprep.errors import CRC_FAULT, REBUILD, REPAIR, CorruptShardError
+from shardprep.errors import CRC_FAULT, REBUILD, CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.index import Columns, index_dtype, load_columns
 from shardprep.read.files import Origin, map_shards
@@ -283,7 +283,7 @@ class Split:
 
 
 def _remedy(origin: Origin) -> str:
-    return REBUILD if isinstance(origin.files.place, Remote) else REPAIR
+    return REBUILD if isinstance(origin.files.place, Remote) else origin.manifest.remedy
 
 
 def _open_index(

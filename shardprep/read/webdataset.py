@@ -14,7 +14,7 @@ import sys
 import tarfile
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
 from shardprep.format import codecs
+from shardprep.format.foreign_tar import key_and_extension, reader_of, walk_foreign
 from shardprep.format.index import NO_LABEL
 from shardprep.format.limits import SMALL_MATRIX_BYTES
-from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, SplitInfo
+from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, Manifest, SplitInfo
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
@@ -88,8 +89,11 @@ def stream(
         pipeline = wds.WebDataset(urls, **{**defaults, **options})
     else:
         files = files_at(place)
-        info = _info(files, split)
+        manifest = files.load_manifest()
+        info = _info(manifest, files, split)
         urls = [str(place / shard.file) for shard in info.shards]
+        if manifest.member is not None:
+            defaults["select_files"] = _Matrices(files, info, manifest.member)
         pipeline = wds.WebDataset(urls, **{**defaults, **options})
     stages = pipeline.pipeline
     opener = [isinstance(stage, StreamingOpen | FileCache) for stage in stages].index(True)
@@ -99,8 +103,9 @@ def stream(
         for stage in stages
     ]
     if place is not None:
-        stages.insert(opener, partial(_check_shards, files, info))
-        pipeline = pipeline.compose(partial(_check_samples, files, info))
+        check = _check_members if manifest.member is None else _check_foreign
+        stages.insert(opener, partial(_check_shards, files, info, check))
+        pipeline = pipeline.compose(partial(_check_samples, files, info, manifest))
     if shuffle:
         pipeline = pipeline.compose(_Shuffle(shuffle, seed))
     return pipeline.map(decode_sample).compose(_release_on_error)
@@ -172,8 +177,7 @@ def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
         return lasting(place) if exists(place) and place.is_dir() else None
 
 
-def _info(files: Files, split: str) -> SplitInfo:
-    manifest = files.load_manifest()
+def _info(manifest: Manifest, files: Files, split: str) -> SplitInfo:
     if split not in manifest.splits:
         raise FormatError(
             f"there is no split {split!r}; the set has {', '.join(manifest.splits)}",
@@ -183,7 +187,10 @@ def _info(files: Files, split: str) -> SplitInfo:
 
 
 def _check_shards(
-    files: Files, info: SplitInfo, shards: Iterable[dict[str, Any]]
+    files: Files,
+    info: SplitInfo,
+    check: Callable[[io.BufferedReader], None],
+    shards: Iterable[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Check the headers of each shard, on this machine, before webdataset opens it.
 
@@ -195,7 +202,7 @@ def _check_shards(
         with files.lend(infos[shard["url"]]) as path:
             try:
                 with machine_errors(path), open_regular(path) as file:
-                    _check_members(file)
+                    check(file)
             except OSError as error:
                 raise CorruptShardError(
                     f"cannot be read: {error.strerror}", file=shard["url"], remedy=REPAIR
@@ -208,29 +215,39 @@ def _check_shards(
 
 
 def _check_samples(
-    files: Files, info: SplitInfo, samples: Iterable[dict[str, Any]]
+    files: Files, info: SplitInfo, manifest: Manifest, samples: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Compare the utterances that come from the shards with the index, before the shuffle."""
+    """Compare the utterances that come from the shards with the index, before the shuffle.
+
+    Those of adopted tars come out with the members that our own tars have.
+    """
     rows = load_index(files, info)
     # In a folder a shard has its own name, in a cache its sha256.
     numbers = {shard.file: number for number, shard in enumerate(info.shards)}
     numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}
-    url, due = "", dict[bytes, int]()
+    names = _CODECS if manifest.member is None else (manifest.member,)
+    url, due, labels = "", dict[bytes, int](), dict[bytes, int]()
     path: Location = Path()
     for sample in samples:
-        if sample["__url__"] != url or not due:
-            _check_complete(path, due)
+        key = sample["__key__"].encode()
+        is_new = sample["__url__"] != url
+        if not is_new and manifest.member is not None and key not in labels:
+            continue
+        if is_new or not due:
+            _check_complete(path, due, manifest)
             url = sample["__url__"]
             number = numbers[Path(url).name]
             path = files.place / info.shards[number].file
             own = rows[rows["shard"] == number]
             due = dict(zip(own["key"].tolist(), own["crc32"].tolist(), strict=True))
-        key = sample["__key__"]
-        stored = next((sample[name] for name in _CODECS if name in sample), b"")
-        if due.pop(key.encode(), None) != zlib.crc32(stored):
-            raise CorruptShardError(CRC_FAULT, file=path, key=key, remedy=REPAIR)
-        yield sample
-    _check_complete(path, due)
+            labels = dict(zip(own["key"].tolist(), own["label"].tolist(), strict=True))
+            if manifest.member is not None and key not in labels:
+                continue
+        stored = next((sample[name] for name in names if name in sample), b"")
+        if due.pop(key, None) != zlib.crc32(stored):
+            raise CorruptShardError(CRC_FAULT, file=path, key=key.decode(), remedy=manifest.remedy)
+        yield sample if manifest.member is None else _as_ours(sample, stored, labels[key], manifest)
+    _check_complete(path, due, manifest)
 
 
 def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -253,11 +270,49 @@ def _release_on_error(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, A
         raise
 
 
-def _check_complete(path: Location, due: dict[bytes, int]) -> None:
+def _as_ours(
+    sample: dict[str, Any], stored: bytes, label: int, manifest: Manifest
+) -> dict[str, Any]:
+    """An utterance of an adopted tar, with the members that our own tars have."""
+    speaker = "" if label == NO_LABEL else manifest.speakers[label]
+    return {
+        "__key__": sample["__key__"],
+        "__url__": sample["__url__"],
+        "mel.npy": stored,
+        "cls": str(label).encode(),
+        "json": json.dumps({"speaker": speaker}).encode(),
+    }
+
+
+def _check_complete(path: Location, due: dict[bytes, int], manifest: Manifest) -> None:
     if due:
         raise CorruptShardError(
-            f"lacks {len(due)} of the utterances in its index", file=path, remedy=REPAIR
+            f"lacks {len(due)} of the utterances in its index", file=path, remedy=manifest.remedy
         )
+
+
+class _Matrices:
+    """Selects the members of adopted tars that have the matrices of a split.
+
+    What the index does not have, webdataset passes over without reading it.
+    """
+
+    def __init__(self, files: Files, info: SplitInfo, member: str) -> None:
+        self._keys = set(load_index(files, info)["key"].tolist())
+        self._member = member
+
+    def __call__(self, name: str) -> bool:
+        key, extension = key_and_extension(name) or ("", "")
+        return extension == self._member and key.encode("utf-8", "surrogateescape") in self._keys
+
+
+def _check_foreign(file: io.BufferedReader) -> None:
+    """Check an adopted tar as `_check_members` checks ours; only some of its members are read."""
+    status = os.fstat(file.fileno())
+    most = max(SMALL_MATRIX_BYTES, 512 * status.st_blocks)
+    for member in walk_foreign(reader_of(file), status.st_size):
+        if member.size > most:
+            raise tarfile.ReadError(f"{member.name[:100]!a} has holes")
 
 
 def _check_members(file: io.BufferedReader) -> None:

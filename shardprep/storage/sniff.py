@@ -135,7 +135,9 @@ def refuse_stand_in(data: bytes, path: str | os.PathLike[str]) -> None:
         raise StorageError(found.what, file=path, remedy="Then run the same command again.")
 
 
-def wrong_size(path: str | os.PathLike[str], found: int, expected: int) -> CorruptShardError:
+def wrong_size(
+    path: str | os.PathLike[str], found: int, expected: int, remedy: str = REPAIR
+) -> CorruptShardError:
     """The error for a file of a shard set that has another size than the manifest says.
 
     Raises:
@@ -143,7 +145,7 @@ def wrong_size(path: str | os.PathLike[str], found: int, expected: int) -> Corru
     """
     with contextlib.suppress(OSError), open_regular(path) as file:
         refuse_stand_in(file.read(_WINDOW), path)
-    return CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=REPAIR)
+    return CorruptShardError(f"has {found} bytes, expected {expected}", file=path, remedy=remedy)
 
 
 def _by_mark(head: bytes) -> Content | None:

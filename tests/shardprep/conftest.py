@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,33 @@ def damaged_split(
         return split, list(indices)
 
     return make
+
+
+@pytest.fixture
+def write_tar() -> Callable[..., Path]:
+    """`write_tar(path, members)`: a tar of (name, content) as webdataset's writer makes them.
+
+    An array is written by numpy.save. A float as modification time takes a PAX header a member.
+    """
+
+    def write(path: Path, members: Sequence[tuple[str, object]], mtime: float = 1.5) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                data = content
+                if isinstance(content, np.ndarray):
+                    buffer = io.BytesIO()
+                    np.save(buffer, content, allow_pickle=True)
+                    data = buffer.getvalue()
+                elif not isinstance(content, bytes):
+                    data = json.dumps(content).encode()
+                assert isinstance(data, bytes)
+                info.size, info.mtime, info.uname, info.mode = len(data), mtime, "bigdata", 0o444
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
 
 
 @pytest.fixture

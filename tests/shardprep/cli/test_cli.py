@@ -32,7 +32,7 @@ def test_module_runs_as_the_command() -> None:
     assert done.stdout == f"shardprep, version {shardprep.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["inspect"], ["verify"], ["repair"], ["bench"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.cli.commands)])
 def test_help_keeps_its_lines(run_cli: Cli, command: list[str]) -> None:
     done = run_cli(*command, "--help")
     assert done.returncode == 0

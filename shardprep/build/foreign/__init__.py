@@ -1,0 +1,1 @@
+"""Tars that another program wrote, made a set without a copy."""

@@ -1,0 +1,90 @@
+"""Verify an adopted tar by its own headers: the matrix of each utterance lies where the index says.
+
+What else the tar has is its writer's business.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from shardprep.build.foreign.members import npy_matrix
+from shardprep.check.report import Fault
+from shardprep.errors import CorruptShardError
+from shardprep.format.codecs import NPY_HEADER_BYTES
+from shardprep.format.foreign_tar import (
+    ForeignMember,
+    ReadAt,
+    key_and_extension,
+    reader_of,
+    walk_foreign,
+)
+from shardprep.format.manifest import Manifest, ShardInfo
+from shardprep.read.files import Files
+from shardprep.read.split import Split
+from shardprep.storage.local import open_regular
+from shardprep.storage.trouble import machine_errors
+
+_PIECE = 1 << 20
+
+
+def adopted_faults(
+    files: Files, info: ShardInfo, split: Split, indices: np.ndarray, manifest: Manifest
+) -> Iterator[Fault]:
+    """Walk an adopted tar, and find each utterance of the index in it.
+
+    Args:
+        files: The files of the set.
+        info: The shard.
+        split: Its split.
+        indices: The utterances of the split that the shard holds, in order.
+        manifest: Manifest of the set.
+
+    Raises:
+        StorageError: The machine cannot read the shard now.
+    """
+    due = {int(split.locations["offset"][index]): int(index) for index in indices}
+    try:
+        with files.lend(info) as path, machine_errors(path), open_regular(path) as tar:
+            read_at = reader_of(tar)
+            for member in walk_foreign(read_at, os.fstat(tar.fileno()).st_size):
+                if (index := due.pop(member.offset, None)) is not None:
+                    for what in _faults(read_at, member, split, index, manifest):
+                        yield Fault(info.file, str(split.keys[index]), what)
+    except (tarfile.TarError, OSError) as error:
+        yield Fault(info.file, "", f"is a damaged tar: {error}")
+    except CorruptShardError:
+        # The file is damaged in the store; this fault is reported already.
+        return
+    for index in due.values():
+        yield Fault(info.file, str(split.keys[index]), "no member lies where the index says")
+
+
+def _faults(
+    read_at: ReadAt, member: ForeignMember, split: Split, index: int, manifest: Manifest
+) -> Iterator[str]:
+    """What is wrong with the member that lies where the index says that an utterance does."""
+    row, key = split.locations[index], str(split.keys[index])
+    if key_and_extension(member.name) != (key, manifest.member):
+        yield f"the tar has {member.name[:100]!a} where the index has {key}.{manifest.member}"
+    if member.size != int(row["nbytes"]):
+        yield f"has {member.size} bytes in the tar, and {row['nbytes']} in the index"
+        return
+    head = read_at(member.offset, NPY_HEADER_BYTES)
+    crc, end = zlib.crc32(head), member.offset + member.size
+    for at in range(member.offset + NPY_HEADER_BYTES, end, _PIECE):
+        crc = zlib.crc32(read_at(at, min(_PIECE, end - at)), crc)
+    if crc != int(row["crc32"]):
+        yield "the member's bytes do not match the crc32 in the index"
+        return
+    try:
+        found = npy_matrix(head, member.size)
+    except ValueError as error:
+        yield str(error)
+        return
+    if found != (int(split.frames[index]), manifest.n_mels, manifest.dtype):
+        yield f"is {found[2]} {found[:2]}, unlike the index"
