@@ -21,6 +21,7 @@ from shardprep.check.repair_steps import Repair
 from shardprep.check.report import Fault, RepairReport
 from shardprep.check.salvage_shard import SourcePayloads
 from shardprep.check.verify import verify_shards
+from shardprep.check.verify_against import Against, sources_at
 from shardprep.errors import RESTORE, BuildError, CorruptShardError, StorageError
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -34,7 +35,6 @@ from shardprep.read.files import FolderFiles, Origin
 from shardprep.read.manifest_file import load_manifest
 from shardprep.read.split import Split
 from shardprep.storage.local import exists, sync_folder
-from shardprep.storage.remote import locate
 from shardprep.storage.trouble import storage_errors
 from shardprep.system import check_supported
 
@@ -48,7 +48,7 @@ _FINISHED = {
 def repair_shards(
     path: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: Against = None,
     drop: bool = False,
     follow_links: bool = False,
     workers: int = 0,
@@ -63,7 +63,7 @@ def repair_shards(
 
     Args:
         path: The shard folder.
-        source: The data set that it was built from.
+        source: The data set that it was built from, or a list of all that it was made of.
         drop: Whether to leave out what is damaged; not together with a source.
         follow_links: Whether files of the data set may be links out of it.
         workers: Processes that build shards; 0 for the number of cores.
@@ -133,7 +133,7 @@ def _refuse_adopted(manifest: Manifest, folder: Path) -> None:
 
 def _run_steps(
     repair: Repair,
-    source: str | os.PathLike[str] | None,
+    source: Against,
     drop: bool,
     follow_links: bool,
     pool: Pool,
@@ -145,10 +145,10 @@ def _run_steps(
     repair.remove_leftovers()
     from_source = None
     if source is not None:
-        from_source = SourcePayloads(locate(source), repair.manifest, follow_links)
+        from_source = SourcePayloads(sources_at(source, follow_links), repair.manifest)
     repair.rewrite_shards(from_source, listener)
     if from_source is not None:
-        repair.rebuild(from_source.scanned, pool, listener)
+        repair.rebuild(from_source.sources, pool, listener)
     repair.restore_indexes()
     if drop:
         repair.drop()

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,11 @@ class Repair:
             listener.advance(shard.samples, shard.bytes)
         listener.close()
 
-    def rebuild(self, scanned: Source, pool: Pool, listener: ProgressListener) -> None:
+    def rebuild(self, sources: Sequence[Source], pool: Pool, listener: ProgressListener) -> None:
         """Build the shards whose index is damaged too, and the list of rejects, again.
 
         Raises:
-            SourceError: The set was not built from this source.
+            SourceError: The set was not built from one of these data sets alone.
         """
         without_index = {
             shard.file
@@ -156,13 +156,16 @@ class Repair:
         }
         if not without_index and REJECTS_NAME not in self.damaged:
             return
-        if scanned.fingerprint != self.manifest.source_fingerprint:
+        expected = self.manifest.source_fingerprint
+        scanned = next((s for s in sources if s.fingerprint == expected), None)
+        if scanned is None:
             raise SourceError(
                 f"is not as it was when {self.folder} was built, or the set was repaired with "
-                f"--drop since: its fingerprint is {scanned.fingerprint}, expected "
-                f"{self.manifest.source_fingerprint}",
-                file=scanned.root,
-                remedy="Name the source that it was built from.",
+                f"--drop since, or appended to: its fingerprint is {sources[0].fingerprint}, "
+                f"expected {expected}",
+                file=sources[0].root,
+                remedy="Name the source that it was built from. Where a shard of a set that was "
+                "appended to is damaged together with the index, --drop keeps the rest.",
             )
         tasks = shard_tasks(scanned, options_of(self.manifest))
         missing = [task for task in tasks if task.plan.file in without_index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +15,7 @@ from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
 from shardprep.format.tar import TarWriter
-from shardprep.source.contents import Utterance
-from shardprep.source.scan import scan_source
-from shardprep.storage.remote import Location
+from shardprep.source.contents import Source, Utterance
 from shardprep.storage.trouble import BadPlaceError
 
 FromSource = Callable[[str, int, int], bytes | None]
@@ -88,20 +86,19 @@ def _utterance(row: Any, manifest: Manifest) -> Utterance:
 
 
 class SourcePayloads:
-    """Gives the stored bytes of utterances, encoded again from their files in the data set.
+    """Gives the stored bytes of utterances, encoded again from their files in a data set.
 
     Args:
-        source: The data set.
+        sources: The data sets; an utterance is taken from the first that has its key.
         manifest: Manifest of the set under repair.
-        follow_links: Whether files of the data set may be links out of it.
 
     Attributes:
-        scanned: What is in the data set.
+        sources: The data sets.
         notes: The reason for each utterance that it could not give.
     """
 
-    def __init__(self, source: Location, manifest: Manifest, follow_links: bool = False) -> None:
-        self.scanned = scan_source(source, follow_links=follow_links)
+    def __init__(self, sources: Sequence[Source], manifest: Manifest) -> None:
+        self.sources = sources
         self.notes: list[str] = []
         self._other = "is not the file that the set was built from"
         if manifest.codec.name == "zstd":
@@ -110,17 +107,19 @@ class SourcePayloads:
 
     def __call__(self, key: str, frames: int, crc32: int) -> bytes | None:
         """The bytes that a build has stored for an utterance, or None if there are others now."""
-        utterance = self.scanned.by_key.get(key)
-        path = self.scanned.root / (f"{key}.pt" if utterance is None else utterance.path)
+        source = next((s for s in self.sources if key in s.by_key), None)
+        if source is None:
+            places = " and ".join(str(source.root) for source in self.sources)
+            self.notes.append(f"{key}: is not in {places}, or is faulty there")
+            return None
+        utterance = source.by_key[key]
         try:
-            if utterance is None:
-                raise ValueError("is not in the data set, or is faulty there")
             expected = [utterance._replace(frames=frames)]
-            ((_, mel),) = self.scanned.reader.read(expected, self._manifest.n_mels)
+            ((_, mel),) = source.reader.read(expected, self._manifest.n_mels)
             payload = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
             if zlib.crc32(payload) != crc32:
                 raise ValueError(self._other)
             return payload
         except ValueError as error:
-            self.notes.append(f"{path}: {error}")
+            self.notes.append(f"{source.root / utterance.path}: {error}")
             return None

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,14 @@ from shardprep.check.beside import names_in, notes_on_others, stray_faults, time
 from shardprep.check.file_faults import bad_rows, fault_of
 from shardprep.check.report import Fault, VerifyReport
 from shardprep.check.verify_adopted import adopted_faults
-from shardprep.check.verify_against import missing_faults, originals_of, source_faults
+from shardprep.check.verify_against import (
+    Against,
+    missing_faults,
+    originals_of,
+    source_faults,
+    sources_at,
+    unknown_fault,
+)
 from shardprep.check.verify_tar import tar_faults
 from shardprep.errors import CorruptShardError, FormatError, StorageError, VersionError
 from shardprep.format.limits import MAX_MANIFEST_BYTES
@@ -38,7 +45,6 @@ from shardprep.read.files import Files, FolderFiles, Origin, StoreFiles
 from shardprep.read.manifest_file import check_fingerprint, load_manifest
 from shardprep.read.split import Split
 from shardprep.source.contents import Source
-from shardprep.source.scan import scan_source
 from shardprep.storage.local import read_at_most, temporary_place
 from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import storage_errors
@@ -48,7 +54,7 @@ def verify_shards(
     path: str | os.PathLike[str],
     *,
     deep: bool = False,
-    against: str | os.PathLike[str] | None = None,
+    against: Against = None,
     follow_links: bool = False,
     advance: Advance = lambda nbytes: None,
 ) -> VerifyReport:
@@ -57,8 +63,8 @@ def verify_shards(
     Args:
         path: The shard folder, or its URL, from which each file is fetched.
         deep: Also walk every tar and read every utterance: crc32, shape, finite values, label.
-        against: Data set folder. Compare every utterance with it: exactly for float32, after
-            rounding to float16 for float16.
+        against: The data set, or a list of all whose utterances were appended. Compare every
+            utterance with it: exactly for float32, after rounding to float16 for float16.
         follow_links: Whether files of `against` may be links out of it.
         advance: Called with the bytes done since the last call.
 
@@ -75,9 +81,7 @@ def verify_shards(
     began = time.monotonic()
     place = locate(path)
     report = VerifyReport()
-    source = None
-    if against is not None:
-        source = scan_source(against, follow_links=follow_links)
+    sources = sources_at(against, follow_links)
     try:
         manifest = load_manifest(place)
     except VersionError:
@@ -98,11 +102,11 @@ def verify_shards(
         else:
             report.faults.extend(_store_faults(files, manifest, report, advance))
         check.times_fault()
-        if deep or source is not None:
+        if deep or sources:
             for name, split in manifest.splits.items():
                 report.samples += split.samples
-                check.note(split.index.file, check.split_faults(name, deep, source))
-        if source is not None:
+                check.note(split.index.file, check.split_faults(name, deep, sources))
+        for source in sources:
             check.note(MANIFEST_NAME, missing_faults(files, manifest, source))
     if report.faults:
         # A build that replaces the set meanwhile takes its files away.
@@ -226,7 +230,7 @@ class _Check:
                     for row, what in bad_rows(folder / file, rows):
                         yield Fault(file, rows[row]["key"].decode(), what)
 
-    def split_faults(self, name: str, deep: bool, source: Source | None) -> Iterator[Fault]:
+    def split_faults(self, name: str, deep: bool, sources: Sequence[Source]) -> Iterator[Fault]:
         """Faults of a split that only reading every utterance finds."""
         info = self._manifest.splits[name]
         closed = self._bad | {fault.file for fault in self._report.unread}
@@ -245,16 +249,23 @@ class _Check:
                     if deep:
                         of_tar = tar_faults if self._manifest.member is None else adopted_faults
                         yield from of_tar(self._files, shard, split, indices, self._manifest)
-                    yield from _utterance_faults(shard, split, indices, source)
+                    yield from _utterance_faults(
+                        shard, split, indices, self._manifest.speakers, sources
+                    )
             self._advance(shard.bytes)
 
 
 def _utterance_faults(
-    info: ShardInfo, split: Split, indices: np.ndarray, source: Source | None
+    info: ShardInfo,
+    split: Split,
+    indices: np.ndarray,
+    speakers: Sequence[str],
+    sources: Sequence[Source],
 ) -> Iterator[Fault]:
     """Faults of the utterances of a shard, read one by one."""
-    originals = originals_of(source, split, indices)
-    for index, original in zip(map(int, indices), originals, strict=False):
+    unknown = []
+    originals = originals_of(sources, split, indices)
+    for index, original in zip(map(int, indices), originals, strict=True):
         try:
             mel = split.read(index)
         except CorruptShardError as error:
@@ -263,7 +274,11 @@ def _utterance_faults(
                 return
             yield Fault(info.file, error.key, error.what)
             continue
+        key = str(split.keys[index])
         if not np.isfinite(mel).all():
-            yield Fault(info.file, str(split.keys[index]), "has values that are not finite")
-        if source is not None:
-            yield from source_faults(info.file, split, index, mel, source, original)
+            yield Fault(info.file, key, "has values that are not finite")
+        if original is not None:
+            yield from source_faults(info.file, split, index, mel, speakers, original)
+        elif sources:
+            unknown.append(key)
+    yield from unknown_fault(info.file, unknown, sources)

@@ -1,33 +1,51 @@
-"""Compare a shard set with the data set that it was built from."""
+"""Compare a shard set with the data set that it was built from, or with all that it was made of."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
+from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import Manifest
 from shardprep.read.files import Files, Origin
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
 from shardprep.source.contents import Matrix, Source, Utterance
+from shardprep.source.scan import scan_source
+
+Against: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+"""A data set, or all that a set was made of, in a list."""
+
+
+def sources_at(against: Against, follow_links: bool) -> list[Source]:
+    """The data sets that a caller has named.
+
+    Raises:
+        SourceError: One is none.
+    """
+    if against is None:
+        return []
+    places = [against] if isinstance(against, (str, os.PathLike)) else against
+    return [scan_source(place, follow_links=follow_links) for place in places]
 
 
 def originals_of(
-    source: Source | None, split: Split, indices: np.ndarray
+    sources: Sequence[Source], split: Split, indices: np.ndarray
 ) -> Iterator[tuple[Utterance, Matrix] | None]:
-    """What the data set has of each utterance, None where it does not have the utterance."""
-    if source is None:
-        yield from itertools.repeat(None)
-        return
-    known = [source.by_key.get(str(split.keys[index])) for index in indices]
-    present = [utterance for utterance in known if utterance is not None]
-    matrices = source.reader.read(present, source.n_mels)
-    for utterance in known:
-        yield None if utterance is None else next(matrices)
+    """What the first data set that has an utterance has of it, None where none has it."""
+    keys = [str(split.keys[index]) for index in indices]
+    owners = [next((s for s in sources if key in s.by_key), None) for key in keys]
+    matrices = {}
+    for source in sources:
+        own = [source.by_key[k] for k, owner in zip(keys, owners, strict=True) if owner is source]
+        matrices[id(source)] = source.reader.read(own, source.n_mels)
+    for owner in owners:
+        yield None if owner is None else next(matrices[id(owner)])
 
 
 def source_faults(
@@ -35,19 +53,16 @@ def source_faults(
     split: Split,
     index: int,
     mel: np.ndarray,
-    source: Source,
-    original: tuple[Utterance, Matrix] | None,
+    speakers: Sequence[str],
+    original: tuple[Utterance, Matrix],
 ) -> Iterator[Fault]:
-    """Differences of an utterance, read as `mel`, from its original in the data set."""
-    key = str(split.keys[index])
-    if original is None:
-        yield Fault(file, key, f"is not an utterance of {source.root}")
-        return
+    """Differences of an utterance, read as `mel`, from its original in a data set."""
+    key, label = str(split.keys[index]), int(split.labels[index])
     utterance, original_mel = original
-    if utterance.label != int(split.labels[index]):
-        yield Fault(
-            file, key, f"its label is {split.labels[index]}, the source's {utterance.label}"
-        )
+    speaker = None if label == NO_LABEL else speakers[label]
+    wanted = None if utterance.label == NO_LABEL else utterance.speaker
+    if speaker != wanted:
+        yield Fault(file, key, f"its label is {label} ({speaker}), the source's speaker {wanted}")
     if isinstance(original_mel, ValueError):
         yield Fault(file, key, f"the source file {utterance.path} {original_mel}")
         return
@@ -55,6 +70,14 @@ def source_faults(
         expected = original_mel.astype(split.dtype)
     if not np.array_equal(expected, mel):
         yield Fault(file, key, f"differs from the source file {utterance.path}")
+
+
+def unknown_fault(file: str, keys: Sequence[str], sources: Sequence[Source]) -> Iterator[Fault]:
+    """The utterances of a shard that no data set has: one fault, as there may be many."""
+    if keys:
+        more = f", nor are {len(keys) - 1} others of this shard" if keys[1:] else ""
+        places = " or ".join(str(source.root) for source in sources)
+        yield Fault(file, keys[0], f"is not an utterance of {places}{more}")
 
 
 def missing_faults(files: Files, manifest: Manifest, source: Source) -> Iterator[Fault]:

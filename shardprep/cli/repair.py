@@ -22,8 +22,10 @@ _MOST_LINES = 20
 @click.option(
     "--source",
     type=Place(lists=True),
+    multiple=True,
     metavar="SRC",
-    help="Data set that DST was built from, to take damaged utterances from.",
+    help="Data set that DST was built from, to take damaged utterances from. Give it once for each "
+    "data set if others were appended.",
 )
 @click.option(
     "--drop", is_flag=True, help=f"Leave damaged utterances out, and list them in {REJECTS_NAME}."
@@ -45,7 +47,7 @@ _MOST_LINES = 20
 def repair(
     context: click.Context,
     shards: Location,
-    source: Location | None,
+    source: tuple[Location, ...],
     drop: bool,
     follow_links: bool,
     workers: int,
@@ -59,7 +61,7 @@ def repair(
     runs that were trained on the old one cannot be resumed on it. The exit code is 0 for an intact
     set and 1 if damage is left.
     """
-    if source is not None and drop:
+    if source and drop:
         raise click.UsageError("give --source or --drop, not both")
     if isinstance(shards, Remote):
         raise click.UsageError(
@@ -67,7 +69,7 @@ def repair(
         )
     report = repair_shards(
         shards,
-        source=source,
+        source=source or None,
         drop=drop,
         follow_links=follow_links,
         workers=workers,
@@ -77,7 +79,7 @@ def repair(
     if as_json:
         print_json({**dataclasses.asdict(report), "intact": report.intact})
     else:
-        _print(report, asked=source is not None or drop)
+        _print(report, asked=bool(source) or drop)
     context.exit(0 if report.intact else 1)
 
 

@@ -20,8 +20,10 @@ from shardprep.storage.remote import Location
 @click.option(
     "--against",
     type=Place(lists=True),
+    multiple=True,
     metavar="SRC",
-    help="Also compare every utterance with the data set that DST was built from.",
+    help="Also compare every utterance with the data set that DST was built from. Give it once for "
+    "each data set if others were appended.",
 )
 @click.option(
     "--follow-links",
@@ -34,7 +36,7 @@ def verify(
     context: click.Context,
     shards: Location,
     deep: bool,
-    against: Location | None,
+    against: tuple[Location, ...],
     follow_links: bool,
     as_json: bool,
 ) -> None:
@@ -45,9 +47,13 @@ def verify(
     The exit code is 0 for an intact set, 1 for faults, and 6 if the machine could not read all
     files; stdout names each fault and each file that was not read.
     """
-    with progress_bar(_total(shards, deep or against is not None), "B", "verify") as bar:
+    with progress_bar(_total(shards, deep or bool(against)), "B", "verify") as bar:
         report = verify_shards(
-            shards, deep=deep, against=against, follow_links=follow_links, advance=bar.update
+            shards,
+            deep=deep,
+            against=against or None,
+            follow_links=follow_links,
+            advance=bar.update,
         )
     if as_json:
         print_json({**dataclasses.asdict(report), "intact": report.intact})
@@ -67,7 +73,7 @@ def verify(
         for note in report.notes:
             click.echo(f"note: {note}", err=True)
         helps = not all(fault.by_hand for fault in report.faults)
-        if helps and report.files and not report.unread and against is None:
+        if helps and report.files and not report.unread and not against:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
             click.echo(f"note: {remedy}", err=True)
     if report.unread:

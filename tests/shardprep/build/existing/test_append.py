@@ -32,6 +32,7 @@ from shardprep import (
     append_shards,
     build_shards,
     open_shards,
+    repair_shards,
     verify_shards,
 )
 from shardprep.build.pools.pool import ProgressListener
@@ -451,6 +452,45 @@ def test_a_build_into_an_appended_set_is_refused_with_the_remedy(
     for one in (source, tmp_path / "A"):
         with pytest.raises(BuildError, match=r"built from another source\. .*--append"):
             build_shards(one, shards, BuildOptions(**OPTIONS))
+
+
+def test_an_appended_set_is_compared_with_all_that_it_was_made_of(
+    shards: Path, new: list[File], first: list[File], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "A", write_files(tmp_path / "B", new)
+    old = tars_of(shards)
+    append(two, shards)
+    assert verify_shards(shards, against=[one, two]).intact
+    faults = verify_shards(shards, against=one).faults
+    assert [fault.file for fault in faults] == [n for n in sorted_by_split(shards) if n not in old]
+    assert {fault.key for fault in faults} <= {file.name for file in new}
+    assert "nor are 1 others of this shard" in str(faults)
+    torch.save(torch.zeros(new[0].frames, MELS), two / f"{new[0].name}.pt")
+    (fault,) = verify_shards(shards, against=[one, two]).faults
+    assert (fault.key, fault.what[:7]) == (new[0].name, "differs")
+
+
+def sorted_by_split(shards: Path) -> list[str]:
+    splits = open_shards(shards).manifest.splits.values()
+    return [shard.file for split in splits for shard in split.shards]
+
+
+def test_an_appended_set_is_repaired_from_all_that_it_was_made_of(
+    shards: Path, new: list[File], tmp_path: Path, contents: Contents
+) -> None:
+    one, two = tmp_path / "A", write_files(tmp_path / "B", new)
+    append(two, shards)
+    before = contents(shards)
+    split = open_shards(shards)["train"]
+    for row in (split.locations[0], split.locations[-1]):
+        with (shards / f"train-{row['shard']:06d}.tar").open("r+b") as file:
+            file.seek(int(row["offset"]) + 130)
+            file.write(b"x")
+    part = repair_shards(shards, source=two, workers=1)
+    assert [fault.file for fault in part.faults] == ["train-000000.tar"]
+    assert f"is not in {two}" in part.notes[0]
+    assert repair_shards(shards, source=[one, two], workers=1).intact
+    assert contents(shards) == before
 
 
 def test_open_readers_go_on_or_say_that_the_set_was_changed(
