@@ -109,8 +109,8 @@ class SourcePayloads:
         """The bytes that a build has stored for an utterance, or None if there are others now."""
         source = next((s for s in self.sources if key in s.by_key), None)
         if source is None:
-            places = " and ".join(str(source.root) for source in self.sources)
-            self.notes.append(f"{key}: is not in {places}, or is faulty there")
+            places = " nor ".join(str(source.root) for source in self.sources)
+            self.notes.append(f"{key}: is not in the data set {places}, or is faulty there")
             return None
         utterance = source.by_key[key]
         try:

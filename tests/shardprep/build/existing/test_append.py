@@ -488,7 +488,7 @@ def test_an_appended_set_is_repaired_from_all_that_it_was_made_of(
             file.write(b"x")
     part = repair_shards(shards, source=two, workers=1)
     assert [fault.file for fault in part.faults] == ["train-000000.tar"]
-    assert f"is not in {two}" in part.notes[0]
+    assert f"is not in the data set {two}" in part.notes[0]
     assert repair_shards(shards, source=[one, two], workers=1).intact
     assert contents(shards) == before
 
