@@ -76,6 +76,8 @@ class Inference:
                     f"{lost[0].file} ({lost[0].reason}); `shardprep predict` with --fill SPEAKER "
                     "writes a stand-in for each"
                 )
+            elif filled:
+                what += f"; --split {filled[-1]} names one"
             raise PredictionError(what)
         return self.shards[name]
 

@@ -91,15 +91,16 @@ def score_submission(path: Path, truth: Path, left_out: LeftOut | None = None) -
         PredictionError: A file is not such a CSV, or the submission lacks an utterance.
     """
     answers, labels = read_labels(path), read_labels(truth)
-    # The labels may name utterances with or without .pt, as `shardprep score` takes them.
-    names = {key: key if key in answers else f"{key}.pt" for key in labels}
-    missing = [key for key, name in names.items() if name not in answers]
+    # Both may name utterances with or without .pt; `shardprep score` takes such labels, too.
+    found = {key.removesuffix(".pt"): name for key, name in answers.items()}
+    missing = [key for key in labels if key.removesuffix(".pt") not in found]
     if missing:
         raise missing_rows(str(path), missing, truth, len(labels), left_out)
-    return sum(answers[names[key]] == name for key, name in labels.items()), len(labels)
+    correct = sum(found[key.removesuffix(".pt")] == name for key, name in labels.items())
+    return correct, len(labels)
 
 
-def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | None:
+def _predict(options: ModelOptions, out: Path, fill: str | None, ids: str) -> LeftOut | None:
     # A stand-in that is named needs no prediction.
     may_be_empty = fill not in (None, COMMONEST)
     inference = open_inference(options, tell, may_be_empty)
@@ -117,6 +118,8 @@ def _predict(options: ModelOptions, out: Path, fill: str | None) -> LeftOut | No
         else [Entry(f"{key}.pt", index, "") for index, key in enumerate(part.keys)]
     )
     rows = submission_rows(entries, names, fill)
+    if ids == "key":
+        rows = [(file.removesuffix(".pt"), name) for file, name in rows]
     lost = [entry for entry in entries if entry.index is None]
     write_submission(out, rows)
     click.echo(f"{len(names):,} utterances of {split}, {len(rows):,} rows -> {out}", err=True)
@@ -180,7 +183,13 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     help="Speaker to write for entries of testdata.json whose files could not be packed, or "
     f"{COMMONEST} for the one that is predicted most often.  [default: no row]",
 )
-def main(out: Path, labels: Path | None, fill: str | None, **options: Any) -> None:
+@click.option(
+    "--ids",
+    type=click.Choice(["file", "key"]),
+    default="file",
+    help="What Id is: KEY.pt, as the homework wants it, or the KEY of the utterance in the shards.",
+)
+def main(out: Path, labels: Path | None, fill: str | None, ids: str, **options: Any) -> None:
     """The command; its help is above."""
     if fill is not None and options["split"] != "test":
         raise click.UsageError("--fill goes with --split test")
@@ -188,7 +197,7 @@ def main(out: Path, labels: Path | None, fill: str | None, **options: Any) -> No
         if labels is not None:
             # What is wrong with them is said before the long work.
             read_labels(labels)
-        left_out = _predict(ModelOptions(**options), out, fill)
+        left_out = _predict(ModelOptions(**options), out, fill, ids)
         if labels is not None:
             _tell_accuracy(str(labels), *score_submission(out, labels, left_out))
 
