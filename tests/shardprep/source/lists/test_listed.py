@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -266,6 +267,19 @@ def test_links_out_of_the_folder_are_taken_only_when_asked(tmp_path: Path) -> No
     with pytest.raises(SourceError, match="--follow-links"):
         scan_source(listed)
     assert len(scan_source(listed, follow_links=True).labelled) == 1
+
+
+def test_a_list_may_lie_behind_a_url_with_its_files(
+    tmp_path: Path, build: Callable[..., BuildReport], contents: Callable[[Path], dict[str, str]]
+) -> None:
+    listed = write_list(tmp_path / "data" / "list.csv", rows_of(tmp_path / "data"))
+    store = fsspec.filesystem("memory")
+    for path in (p for p in listed.parent.rglob("*") if p.is_file()):
+        store.pipe(f"/lists/{path.relative_to(listed.parent)}", path.read_bytes())
+    build("memory://lists/list.csv", tmp_path / "remote")  # type: ignore[arg-type]
+    build(listed, tmp_path / "local")
+    assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+    assert verify_shards(tmp_path / "local", against="memory://lists/list.csv").intact
 
 
 def test_the_command_takes_lists(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
