@@ -66,40 +66,41 @@ def derive_keys(keys: int | _U64, parts: Indices) -> _U64:
 class _Network(NamedTuple):
     """Feistel networks with cycle walking: bijections of range(n) for every size n.
 
-    A network permutes a power of two, in two parts of (nearly) equally many bits. A value that is
-    not below n goes through the network again until it is (Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains"), which takes under two passes on average for the next power of two.
+    A network permutes range(rows * 2**shift), of which range(n) is nearly all. A value has two
+    parts of (nearly) equally many bits, its row and its low bits. Each changes in turn, by a number
+    that depends on the other. A value that is not below n goes through the network again until it
+    is (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Each field is for one network, or for one network each of B values.
     """
 
     n: NDArray[Any]
     shift: NDArray[Any]
-    low: NDArray[Any]
-    high: NDArray[Any]
+    rows: _U64
     keys: _U32
     """A key a round: (rounds,) or (rounds, B)."""
 
     @classmethod
-    def make(cls, n: NDArray[Any], bits: NDArray[Any], keys: _U64) -> _Network:
-        """Networks of sizes, each permuting words of so many bits; scalars, or one each."""
-        bits = np.maximum(_FEWEST_BITS, bits).astype(np.uint64)
-        shift, one = bits // np.uint64(2), np.uint64(1)
+    def make(cls, n: NDArray[Any], largest: NDArray[Any], keys: _U64) -> _Network:
+        """Networks of sizes that do not exceed `largest`; scalars, or one each."""
+        # frexp counts bits; where rounding adds one, that does no harm.
+        bits = np.maximum(np.frexp(largest - 1.0)[1], _FEWEST_BITS)
+        shift = np.asarray(bits // 2, np.uint64)
+        rows = np.maximum(-(-largest >> shift.astype(np.int64)), 1 << _FEWEST_BITS // 2)
         offsets = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-        rounds = mix64(np.add.outer(offsets, keys))
+        found = mix64(np.add.outer(offsets, keys))
         return cls(
             n.astype(np.uint64),
             shift,
-            np.asarray((one << shift) - one, np.uint32),
-            np.asarray((one << bits - shift) - one, np.uint32),
-            (rounds >> np.uint64(32)).astype(np.uint32),
+            np.asarray(rows, np.uint64),
+            (found >> np.uint64(32)).astype(np.uint32),
         )
 
     def of(self, which: Indices) -> _Network:
         """The networks of some values (B,); a field for all values stays as it is."""
         keys = np.take(self.keys, which, axis=1) if self.keys.ndim == 2 else self.keys
-        n, shift, low, high = (np.take(x, which) if x.ndim else x for x in self[:4])
-        return _Network(n, shift, low, high, keys)
+        n, shift, rows = (np.take(x, which) if x.ndim else x for x in self[:3])
+        return _Network(n, shift, rows, keys)
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n)."""
@@ -115,12 +116,20 @@ class _Network(NamedTuple):
         return values.astype(np.int64)
 
     def _pass(self, values: _U64) -> _U64:
-        low = values.astype(np.uint32) & self.low
-        high = (values >> self.shift).astype(np.uint32)
+        mask = np.asarray((np.uint64(1) << self.shift) - np.uint64(1), np.uint32)
+        rows = np.asarray(self.rows, np.uint32)
+        low = values.astype(np.uint32) & mask
+        row = (values >> self.shift).astype(np.uint32)
         for number in range(0, _ROUNDS, 2):
-            low ^= _scramble(high ^ self.keys[number]) & self.low
-            high ^= _scramble(low ^ self.keys[number + 1]) & self.high
-        joined: _U64 = (high.astype(np.uint64) << self.shift) | low
+            low ^= _scramble(row ^ self.keys[number]) & mask
+            # The high half of a product maps 32 bits to range(rows).
+            words = _scramble(low ^ self.keys[number + 1]).astype(np.uint64)
+            words *= self.rows
+            words >>= np.uint64(32)
+            row += words.astype(np.uint32)
+            # Modulo: a row below `rows` wraps around to a large number here.
+            np.minimum(row, row - rows, out=row)
+        joined: _U64 = (row.astype(np.uint64) << self.shift) | low
         return joined
 
 
@@ -128,16 +137,15 @@ class Permutation:
     """A keyed bijection of range(n), of which no image is stored.
 
     Args:
-        n: Size of the range, from 1 to 2**63; or an array of sizes (B,), with one bijection for
+        n: Size of the range, from 1 to 2**62; or an array of sizes (B,), with one bijection for
             each of B positions.
         key: 64-bit key, see `derive_key`; or a uint64 array of keys (B,).
         largest: With an array of sizes: a number that no size exceeds. It decides the images too.
     """
 
     def __init__(self, n: int | Indices, key: int | _U64, largest: int | None = None) -> None:
-        largest = int(np.max(n)) if largest is None else largest
-        bits = np.asarray((largest - 1).bit_length())
-        self._network = _Network.make(np.asarray(n), bits, np.asarray(key, np.uint64))
+        most = np.asarray(np.max(n) if largest is None else largest, np.int64)
+        self._network = _Network.make(np.asarray(n), most, np.asarray(key, np.uint64))
 
     def __call__(self, positions: Indices) -> Indices:
         """Images of `positions` (B,), each in range(n); distinct positions, distinct images."""
@@ -154,8 +162,7 @@ class Permutations:
 
     def __init__(self, sizes: int | Indices, keys: _U64) -> None:
         n = np.asarray(sizes, np.int64)
-        # frexp counts bits: exactly, below 2**53.
-        self._network = _Network.make(n, np.frexp(n - 1.0)[1], keys)
+        self._network = _Network.make(n, n, keys)
 
     def __call__(self, which: Indices, positions: Indices) -> Indices:
         """Images of `positions` (B,), each by the bijection of its number in `which` (B,)."""
