@@ -23,6 +23,7 @@ from .errors import SourceError as SourceError
 from .errors import StorageError as StorageError
 from .format.entries import Entry as Entry
 from .format.manifest import Manifest as Manifest
+from .load.dataset import SegmentDataset as SegmentDataset
 from .load.segments import SegmentLoader as SegmentLoader
 from .load.utterances import UtteranceLoader as UtteranceLoader
 from .read.shard_set import OpenShards as OpenShards

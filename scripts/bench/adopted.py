@@ -7,7 +7,8 @@ The tars are named and filled as img2dataset does it: 00000.tar, with 000000000.
 for each utterance, and PAX headers by webdataset's writer. Both sets are in the page cache. In one
 process and one thread, `SegmentLoader` reads an epoch of one and an epoch of the other, in turns:
 what else the machine does meets both. The ratio is the median over the pairs. Adopting, in one
-process, is compared with reading the same bytes for their sha256.
+process, is compared with reading the same bytes for their sha256. `SegmentDataset` in a DataLoader
+without workers is compared with `SegmentLoader` likewise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 import shardprep
 from scripts.bench.loader import BATCH, FRAMES, LONGEST, MEDIAN_LENGTH, SHORTEST, SPREAD
@@ -72,12 +74,36 @@ def adopt_again(folder: Path, destination: Path) -> float:
     return time.perf_counter() - began
 
 
-def epoch_rate(loader: shardprep.SegmentLoader) -> float:
-    """Segments per second of an epoch."""
-    began, count = time.perf_counter(), 0
-    for batch in loader:
-        count += len(batch["label"])
-    return count / (time.perf_counter() - began)
+def seconds_of(batches: Iterable[Any]) -> tuple[float, float]:
+    """Seconds that some batches take, by the clock and of the processor."""
+    began = time.perf_counter(), time.process_time()
+    for _ in batches:
+        pass
+    return time.perf_counter() - began[0], time.process_time() - began[1]
+
+
+def compare(readers: dict[str, Iterable[Any]], pairs: int) -> dict[str, NDArray[np.float64]]:
+    """Let two readers take turns, each with an epoch; seconds of each (pairs, 2).
+
+    What else the machine does, meets both. The first of a pair changes from pair to pair, and two
+    pairs warm up.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+    for pair in range(pairs + 2):
+        for name in sorted(readers, reverse=bool(pair % 2)):
+            found[name].append(seconds_of(readers[name]))
+    return {name: np.array(values[2:]) for name, values in found.items()}
+
+
+def ratios(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[str, Any]:
+    """How many times as fast the first of two readers is, over the pairs."""
+    by_clock, by_cpu = (second / first).T
+    return {
+        "ratio": round(float(np.median(by_clock)), 3),
+        "ratio_quartiles": np.percentile(by_clock, [25, 75]).round(3).tolist(),
+        "ratio_of_cpu_time": round(float(np.median(by_cpu)), 3),
+        "ratio_of_cpu_time_quartiles": np.percentile(by_cpu, [25, 75]).round(3).tolist(),
+    }
 
 
 def measure(utterances: int, pairs: int, work: Path) -> dict[str, Any]:
@@ -93,33 +119,40 @@ def measure(utterances: int, pairs: int, work: Path) -> dict[str, Any]:
             writer.add(key, mel, speaker=speaker)
     splits = {name: shardprep.open_shards(work / name)["train"] for name in ("adopted", "built")}
     assert len(splits["adopted"]) == len(splits["built"]) == utterances
-    loaders = {
-        name: shardprep.SegmentLoader(split, batch_size=BATCH, segment_frames=FRAMES)
-        for name, split in splits.items()
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for pair in range(pairs + 2):
-        # The first of a pair changes, and the first two pairs warm up.
-        for name in sorted(loaders, reverse=bool(pair % 2)):
-            rates[name].append(epoch_rate(loaders[name]))
-    rates = {name: values[2:] for name, values in rates.items()}
-    ratios = [a / b for a, b in zip(rates["adopted"], rates["built"], strict=True)]
+    shape = {"batch_size": BATCH, "segment_frames": FRAMES}
+    loaders = {name: shardprep.SegmentLoader(split, **shape) for name, split in splits.items()}
+    found = compare(dict(loaders), pairs)
+    of_dataset = compare(_map_style(splits["built"], loaders["built"]), pairs)
+    segments = len(loaders["built"]) * BATCH
     medians = {name: statistics.median(values[1:]) for name, values in costs.items()}
-    size = sum(path.stat().st_size for path in (work / "tars").iterdir())
     return {
         **asdict(machine()),
         "utterances": utterances,
-        "tar_bytes": size,
-        "batch_size": BATCH,
-        "segment_frames": FRAMES,
+        "tar_bytes": sum(path.stat().st_size for path in (work / "tars").iterdir()),
+        **shape,
         "pairs": pairs,
-        "segments_per_s": {name: round(statistics.median(v)) for name, v in rates.items()},
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+        "segments_per_s": _rates(found, segments),
+        **ratios(found["adopted"], found["built"]),
         "adopt_s": round(medians["adopt"], 3),
         "sha256_s": round(medians["sha256"], 3),
-        "adopt_relative_to_sha256": round(medians["adopt"] / medians["sha256"], 2),
+        "map_style": {
+            "segments_per_s": _rates(of_dataset, segments),
+            **ratios(of_dataset["SegmentDataset"], of_dataset["SegmentLoader"]),
+        },
     }
+
+
+def _map_style(split: shardprep.Split, loader: shardprep.SegmentLoader) -> dict[str, Any]:
+    """The same batches by a DataLoader over the map-style data set, and by the loader."""
+    dataset = shardprep.SegmentDataset(split, FRAMES)
+    batches: Any = DataLoader(
+        dataset, batch_size=BATCH, shuffle=True, drop_last=True, collate_fn=dataset.collate
+    )
+    return {"SegmentDataset": batches, "SegmentLoader": loader}
+
+
+def _rates(found: dict[str, NDArray[np.float64]], segments: int) -> dict[str, int]:
+    return {name: round(segments / float(np.median(s[:, 0]))) for name, s in found.items()}
 
 
 @click.command()

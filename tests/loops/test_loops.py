@@ -101,6 +101,19 @@ def test_hugging_face_trainer(shards: Path, tmp_path: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_map_style_data_set_in_the_hugging_face_trainer(
+    shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    run("map_loop.py", shards, tmp_path, "trainer", ranks=ranks)
+    check_epochs(read(tmp_path, "trainer", ranks), shards)
+
+
+def test_map_style_data_set_in_a_lightning_data_module(shards: Path, tmp_path: Path) -> None:
+    run("map_loop.py", shards, tmp_path, "lightning")
+    check_epochs(read(tmp_path, "lightning", 1), shards)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_torchrun_and_accelerator_prepare(shards: Path, tmp_path: Path, ranks: int) -> None:
     run("plain_loop.py", shards, tmp_path, "plain", "prepare", ranks=ranks)
     for act in ("plain", "prepare"):
