@@ -216,7 +216,11 @@ _OTHER_FOLDERS = [
         "holds an append that was interrupted while its files moved",
         "Run the same `shardprep build --append` again, or `shardprep repair DST`, to finish it.",
     ),
-    (WORK_FOLDER, "holds an unfinished build", "Run `shardprep build SRC DST` again to finish it."),
+    (
+        WORK_FOLDER,
+        "holds an unfinished build",
+        "Run `shardprep build SRC DST`, or the other command that began it, again to finish it.",
+    ),
     (
         "metadata.json",
         "is not a shard folder, but a data set",
