@@ -11,6 +11,8 @@ Without --dataset, `scripts.synthetic` makes a small one. The parts:
 - kills: a build with two workers is killed (SIGKILL to it or to its process group) at a random
   moment; half of the builds are continued and killed a second time. Then the build is continued to
   its end. The set must be that of an undisturbed build.
+- appends: the same with `build --append`, which extends a set by the other half of a data set. The
+  old shards, and a set that is there after a kill, must be whole all the time.
 - refusals: one write, fsync, rename, mkdir or unlink of a build fails, with ENOSPC and with EIO,
   each call in its own build. The build must end with a StorageError; when it is continued, the set
   must be identical.
@@ -54,7 +56,7 @@ from shardprep import (
     verify_shards,
 )
 from shardprep.bench.machine import machine
-from shardprep.format.manifest import SOURCE_TIMES_NAME, WORK_FOLDER
+from shardprep.format.manifest import MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER
 from shardprep.storage.local import sha256_of
 
 SAMPLES_PER_SHARD = 40
@@ -172,29 +174,73 @@ def opens(folder: Path) -> bool:
     return True
 
 
+# Slow on purpose, so that most kills come while workers pack.
+SLOW = ("--samples-per-shard=10", "--codec=zstd", "--level=22")
+
+
 def kills(case: Case) -> Result:
     """Kill builds at random moments, and continue them."""
     folder = case.work / "kills"
-    # Slow on purpose, so that most kills come while workers pack.
-    options = ["--samples-per-shard=10", "--workers=2", "--codec=zstd", "--level=22"]
-    command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder), *options]
-    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder)]
+    return kill_often(case, [*command, *SLOW, "--workers=2"], folder, None)
+
+
+def appends(case: Case) -> Result:
+    """Kill appends at random moments, and continue them: each extends a set by the other half."""
+    folder, half, begin = case.work / "appends", case.work / "half", case.work / "half-shards"
+    write_half(case.source, half)
+    build = [sys.executable, "-m", "shardprep", "build"]
+    subprocess.run([*build, str(half), str(begin), *SLOW], check=True, capture_output=True)
+    command = [*build, str(case.source), str(folder), "--append", "--workers=2"]
+    return kill_often(case, command, folder, begin)
+
+
+def write_half(source: Path, half: Path) -> None:
+    """A data set of every other utterance of another one."""
+    shutil.copytree(source, half)
+    metadata = json.loads((source / "metadata.json").read_text())
+    for name, entries in metadata["speakers"].items():
+        metadata["speakers"][name] = entries[::2]
+    (half / "metadata.json").write_text(json.dumps(metadata))
+
+
+def kill_often(case: Case, command: list[str], folder: Path, begin: Path | None) -> Result:
+    """Kill a command that writes to a folder at random moments, and continue it.
+
+    Args:
+        case: Counts, and draws the moments.
+        command: The command.
+        folder: Where it writes.
+        begin: A set that is there before; None for nothing.
+    """
+
+    def restart() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if begin is not None:
+            shutil.copytree(begin, folder)
+
+    restart()
     subprocess.run(command, check=True, capture_output=True)
     expected = contents(folder)
     assert verify_shards(folder, deep=True, against=case.source).intact
-    shards = len(list(folder.glob("*.tar")))
+    old = {} if begin is None else contents(begin)
+    tars = {name: sha for name, sha in old.items() if name.endswith(".tar")}
+    shards = len(list(folder.glob("*.tar"))) - len(tars)
     killed, identical, kept = 0, 0, 0
     for _ in bar(range(case.counts["kills"]), "kills"):
-        shutil.rmtree(folder, ignore_errors=True)
-        # Start again if the build ended before the kill.
+        restart()
+        # Start again if the command ended before the kill.
         while not kill_once(command, folder, case.rng, shards):
-            shutil.rmtree(folder, ignore_errors=True)
+            restart()
         killed += 1
         if case.rng.random() < 0.5:
             killed += kill_once(command, folder, case.rng, shards)
         kept += len(list(folder.glob(f"{WORK_FOLDER}/*.tar")))
+        whole = tars.items() <= contents(folder).items()
+        if (folder / MANIFEST_NAME).exists():
+            whole &= opens(folder)
         subprocess.run(command, check=True, capture_output=True)
-        identical += contents(folder) == expected
+        identical += whole and contents(folder) == expected
     return {
         "asked": case.counts["kills"],
         "kills": killed,
@@ -296,6 +342,7 @@ PARTS: dict[str, Callable[[Case], Result]] = {
     "flips": flips,
     "truncations": truncations,
     "kills": kills,
+    "appends": appends,
     "refusals": refusals,
     "drops": drops,
 }
@@ -307,7 +354,7 @@ def is_held(part: str, result: Result) -> bool:
         return set(result["found"].values()) == {result["asked"]}
     if part == "truncations":
         return result["found"] == result["refused_on_opening"] == result["asked"]
-    if part == "kills":
+    if part in ("kills", "appends"):
         return result["identical"] == result["asked"] <= result["kills"]
     if part == "refusals":
         return all(

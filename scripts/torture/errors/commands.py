@@ -21,6 +21,7 @@ PER_SHARD = 4
 STEPS, SAVED_STEP = 4, 2
 _PATIENCE = 5.0
 SOURCE, SHARDS, FAULTY, RUNS, TRAINED = "Dataset", "shards", "faulty", "runs", "trained"
+MORE = "More"
 OUT, CACHE, SUBMISSION = "out", "cache", "submission.csv"
 _TRAIN = {
     "name": "run",
@@ -119,6 +120,15 @@ COMMANDS = (
         (SOURCE,),
         ("build", "{folder}/Dataset", "{folder}/out", *_BUILD, "--workers", "2"),
         results=(OUT,),
+    ),
+    Command(
+        "build --append",
+        (MORE, SHARDS),
+        ("build", "{folder}/More", "{folder}/shards", "--append", "--workers", "2"),
+        results=(SHARDS,),
+        may_change=tuple(
+            f"{SHARDS}/{name}" for name in ("manifest.json", "split=", SOURCE_TIMES_NAME)
+        ),
     ),
     Command("open and read", (SHARDS,), (), place="{folder}/shards"),
     Command("cache", (), (), place="{url}"),
@@ -229,8 +239,12 @@ def make_template(
     """
     sizes = ["--speakers", "3", "--utterances", "8", "--test-utterances", "4"]
     sizes += ["--frames-min", "70", "--frames-max", "100", "--workers", "1"]
-    made = [sys.executable, "-m", "scripts.synthetic", str(folder), *sizes]
-    subprocess.run(made, check=True, capture_output=True)
+    made = [sys.executable, "-m", "scripts.synthetic"]
+    subprocess.run([*made, str(folder), *sizes], check=True, capture_output=True)
+    if MORE in parts:
+        more = folder / "other"
+        subprocess.run([*made, str(more), *sizes, "--seed", "1"], check=True, capture_output=True)
+        (more / SOURCE).rename(folder / MORE)
     run(["build", str(folder / SOURCE), str(folder / SHARDS), *_BUILD, "--workers", "1"])
     if FAULTY in parts:
         shutil.copytree(folder / SHARDS, folder / FAULTY)

@@ -24,7 +24,7 @@ def case(make_dataset: Callable[..., Path], tmp_path: Path) -> Any:
     return torture.Case(source, tmp_path / "work", random.Random(0), COUNTS)
 
 
-@pytest.mark.parametrize("part", ["flips", "truncations", "kills", "drops"])
+@pytest.mark.parametrize("part", ["flips", "truncations", "kills", "appends", "drops"])
 def test_each_part_holds(case: Any, part: str) -> None:
     result = torture.PARTS[part](case)
     assert torture.is_held(part, result)

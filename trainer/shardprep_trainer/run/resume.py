@@ -122,5 +122,7 @@ def check_same_data(shards: OpenShards, saved: Description, path: str) -> None:
     if found != expected:
         raise ConfigError(
             f"data.shards: {path} has fingerprint {found}, but the run to resume began on "
-            f"{expected}; give the shards it began on, or start another run with --name NAME"
+            f"{expected}; give the shards it began on, or start another run with --name NAME. If "
+            "shards were appended, that run can begin with the weights of this one: "
+            "--train.start_from"
         )

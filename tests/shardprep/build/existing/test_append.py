@@ -342,6 +342,29 @@ def test_options_are_those_of_the_set_and_others_are_refused_by_name(
         assert open_shards(shards)[name].keys.tolist()[-len(split) :] == split.keys.tolist()
 
 
+def test_the_command_tells_what_is_new_and_refuses_options_that_were_given(
+    shards: Path, new: list[File], tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    source = write_files(tmp_path / "B", new)
+    # The default of the command, and not the set's own.
+    done = run_cli("build", source, shards, "--append", "--samples-per-shard", 1000)
+    assert done.returncode == 5
+    assert "samples_per_shard 2, not 1000" in done.stderr
+    done = run_cli("build", source, shards, "--append", "--level", 3)
+    assert done.returncode == 5
+    assert "codec none, not zstd" in done.stderr
+    assert run_cli("build", source, shards, "--append", "--overwrite").returncode == 2
+    done = run_cli("build", source, shards, "--append", "--dry-run", "--dtype", "float16")
+    assert done.returncode == 0
+    done = run_cli("build", source, shards, "--append", "--json")
+    told = json.loads(done.stdout)
+    assert sum(split["samples"] for split in told["added"].values()) == len(new)
+    assert (told["new_speakers"], told["up_to_date"]) == (2, False)
+    done = run_cli("build", source, shards, "--append")
+    assert "up to date, nothing to do\nadded: no utterance; 0 new speakers\n" in done.stdout
+    assert f"in the set before: {len(new)} utterances of SRC" in done.stdout
+
+
 def test_a_set_that_no_build_made_is_refused(
     shards: Path, new: list[File], tmp_path: Path, altered: Callable[..., None]
 ) -> None:
@@ -506,3 +529,29 @@ def test_open_readers_go_on_or_say_that_the_set_was_changed(
         opened.check_unchanged()
     with pytest.raises(CorruptShardError):
         opened["test"].read(0)
+
+
+def test_a_list_of_files_is_appended_like_a_data_set(
+    shards: Path, first: list[File], tmp_path: Path
+) -> None:
+    lines = ["path,speaker,split"]
+    added = [File(f"n{n:05d}", None if n == 4 else "zoe", 4 + n) for n in range(5)]
+    for file in added:
+        np.save(tmp_path / f"{file.name}.npy", mel_of(file))
+        split = "test" if file.speaker is None else "val" if file.name.endswith("0") else ""
+        lines.append(f"{file.name}.npy,{file.speaker or ''},{split}")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    report = append(tmp_path / "list.csv", shards)
+    assert {name: split.samples for name, split in report.added.items()}["test"] == 1
+    found = open_shards(shards)
+    assert [entry.file for entry in found.test_entries][-1].startswith("n00004")
+    keys = {name: found[name].keys.tolist() for name in found}
+    assert "n00000" in keys["val"]
+    for file in added:
+        split = next(found[name] for name in found if file.name in keys[name])
+        row = split.keys.tolist().index(file.name)
+        assert np.array_equal(split.read(row), mel_of(file).astype(np.float16))
+    assert append(tmp_path / "list.csv", shards).up_to_date
+    np.save(tmp_path / "n00001.npy", np.zeros((5, MELS), np.float32))
+    with pytest.raises(BuildError, match="not those of the set"):
+        append(tmp_path / "list.csv", shards)
