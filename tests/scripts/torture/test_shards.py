@@ -28,7 +28,7 @@ def case(make_dataset: Callable[..., Path], tmp_path: Path) -> Any:
 def test_each_part_holds(case: Any, part: str) -> None:
     result = torture.PARTS[part](case)
     assert torture.is_held(part, result)
-    assert result["asked"] >= COUNTS[part]
+    assert result["asked"] >= COUNTS["kills" if part == "appends" else part]
 
 
 def test_every_refusal_is_an_error(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
