@@ -3,6 +3,8 @@
 # make test-slow        the slow tests alone, JOBS (2) at a time
 # make test-loops       the tests with other people's training loops (Lightning and others), which it
 #                       installs into .venv
+# make test-readers     the tests with other programs that read shards (Hugging Face datasets, Energon
+#                       and others), in environments of their own, beside .venv
 # make test-all         all tests, those for GPUs too, one at a time
 # make check            lint and check types only
 # make lowest           try the lowest versions of all dependencies, in a temporary environment
@@ -27,6 +29,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 FUZZ_VENV ?= .venv-fuzz
+READERS_VENV ?= .venv-readers
 DATA ?=
 ARGS ?=
 MINUTES ?= 10
@@ -35,7 +38,7 @@ SECONDS ?= 600
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-loops test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
+.PHONY: demo test test-slow test-loops test-readers test-all lowest check bench bench-train bench-remote ladder torture fuzz clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), some gigabytes; pip says nothing for minutes'
@@ -52,15 +55,35 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu and not loops'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu and not loops and not readers'
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu and not loops'
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu and not loops and not readers'
 
 # Their packages must not change the version of PyTorch that all tests run with.
 test-loops: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,loops]'
 	SHARDPREP_TEST_LOOPS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal tests/loops
+
+# An environment that adds packages to those of .venv, which stays as it is.
+$(READERS_VENV)/%/.made: $(INSTALLED)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(echo $(@D)/lib/python*/site-packages)/below.pth
+	touch $@
+
+# Releases of datasets before that in constraints.txt.
+$(READERS_VENV)/datasets-%/.installed: $(READERS_VENV)/datasets-%/.made
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet 'datasets==$*'
+	touch $@
+
+$(READERS_VENV)/all/.installed: $(READERS_VENV)/all/.made
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet -c constraints.txt -e '.[readers]'
+	touch $@
+
+test-readers: $(READERS_VENV)/all/.installed $(READERS_VENV)/datasets-4.8.5/.installed \
+		$(READERS_VENV)/datasets-3.6.0/.installed
+	SHARDPREP_TEST_READERS=$(READERS_VENV) $(BIN)/pytest -n $(JOBS) --dist worksteal tests/readers
 
 test-all: check
 	$(BIN)/pytest
@@ -110,4 +133,4 @@ fuzz: $(FUZZ_VENV)/.installed
 		--out scripts/results/fuzz.json
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(FUZZ_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(FUZZ_VENV) $(READERS_VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ from .errors import PlatformError as PlatformError
 from .errors import ShardprepError as ShardprepError
 from .errors import SourceError as SourceError
 from .errors import StorageError as StorageError
+from .format.codecs import decode_npy as decode_npy
 from .format.entries import Entry as Entry
 from .format.manifest import Manifest as Manifest
 from .load.dataset import SegmentDataset as SegmentDataset

@@ -3,9 +3,9 @@
     python -m scripts.lowest
 
 The program makes an environment in a temporary folder, installs this checkout there with the extras
-train, export, http, s3 and ray, and runs on synthetic data: build (also on Ray), verify, train,
-predict, score, embed and export. PyTorch has the version in constraints.txt, because old versions
-are large and need an old NumPy. Exit codes: 0 all worked, 1 a command failed.
+train, export, http, s3, ray and parquet, and runs on synthetic data: build (also on Ray), verify,
+inspect, train, predict, score, embed and export. PyTorch has the version in constraints.txt,
+because old versions are large and need an old NumPy. Exit codes: 0 all worked, 1 a command failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import click
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-EXTRAS = ("torch", "train", "export", "http", "s3", "ray")
+EXTRAS = ("torch", "train", "export", "http", "s3", "ray", "parquet")
 NOT_LOWEST = "torch"
 
 COMMANDS = """
@@ -29,6 +29,7 @@ python -m scripts.synthetic WORK/data --speakers 3 --utterances 8 --test-utteran
 shardprep build WORK/data/Dataset WORK/shards --codec zstd --workers 2
 shardprep build WORK/data/Dataset WORK/ray --engine ray --workers 2
 shardprep verify WORK/shards --deep --against WORK/data/Dataset
+shardprep inspect WORK/shards --parquet WORK/shards.parquet
 shardprep train --config smoke --data.shards WORK/shards --train.runs WORK/runs
 shardprep predict WORK/runs/smoke --out WORK/submission.csv --labels WORK/data/test_labels.csv
 shardprep score WORK/runs/smoke

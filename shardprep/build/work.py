@@ -13,6 +13,7 @@ import msgspec
 from shardprep.build.plan import ShardTask
 from shardprep.build.shard import Advance, ShardRecord
 from shardprep.errors import BuildError
+from shardprep.format.card import CARD_NAME
 from shardprep.format.index import index_bytes
 from shardprep.format.manifest import (
     FORMAT,
@@ -84,14 +85,19 @@ class Work(Publisher, Protocol):
     def __call__(self, task: ShardTask, advance: Advance) -> ShardRecord:
         """Write the shard of a task and its record; see `shard.write_shard`."""
 
-    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
+    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> list[str]:
         """Move the complete set to its place, in place of an older set; the manifest comes last.
+
+        Before it comes the dataset card, unless someone's own README.md is there.
 
         If a build is killed here, the next one finds the files where they are and moves the rest.
 
         Args:
             files: All files to be there but the manifest, each in the work folder or moved already.
             manifest: Content of manifest.json.
+
+        Returns:
+            What a user should know about other files in the place.
         """
 
     def remove(self) -> None:
@@ -115,7 +121,7 @@ def may_lie_beside(name: str) -> bool:
     A fresh repository of a hub has README.md and .gitattributes, a fresh disk lost+found, and a
     folder that a Mac has shown .DS_Store.
     """
-    return name.startswith(".") or name in ("README.md", "lost+found")
+    return name.startswith(".") or name in (CARD_NAME, "lost+found")
 
 
 def check_manifest_is_ours(path: Location, data: bytes) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from shardprep.build.beside import new_card, notes_beside
 from shardprep.build.lock import locked, remove_if_unused
 from shardprep.build.plan import ShardTask
 from shardprep.build.shard import Advance, ShardRecord, write_shard
@@ -28,6 +29,7 @@ from shardprep.build.work import (
     may_lie_beside,
 )
 from shardprep.errors import BuildError
+from shardprep.format.card import CARD_NAME, MAX_CARD_BYTES
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -128,19 +130,24 @@ class FolderWork:
         """See `Work.publish`."""
         publish_bytes(self.folder / name, data)
 
-    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
+    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> list[str]:
         """See `Work.install`."""
-        self.move_files(files, manifest)
+        own_card = self.move_files(files, manifest)
         with storage_errors(self.target):
             self.remove()
             sync_folder(self.target)
+            return list(notes_beside(os.listdir(self.target), own_card))
 
     def remove(self) -> None:
         """See `Work.remove`."""
         remove_folder(self.folder)
 
-    def move_files(self, files: Collection[str], manifest: bytes) -> None:
-        """`install`, but keep the work folder, which may have the lock."""
+    def move_files(self, files: Collection[str], manifest: bytes) -> bool:
+        """`install`, but keep the work folder, which may have the lock.
+
+        Returns:
+            Whether a README.md stays that no build has written.
+        """
         target = self.target
         with storage_errors(target):
             # Checked before the old set is given up.
@@ -154,9 +161,27 @@ class FolderWork:
             for name in files:
                 if exists(self.folder / name):
                     move(self.folder / name, target / name)
+            written = self._write_card(manifest)
             sync_folder(target)
             publish_bytes(target / MANIFEST_NAME, manifest, scratch=self.folder)
             sync_folder(target)
+        return not written
+
+    def _write_card(self, manifest: bytes) -> bool:
+        """Write the dataset card; whether it was written."""
+        path = self.target / CARD_NAME
+        present: bytes | None
+        try:
+            present = read_at_most(path, MAX_CARD_BYTES)
+        except FileNotFoundError:
+            present = None
+        except OSError:
+            # It is no file, or too large for a card, or not ours to read.
+            return False
+        text = new_card(present, decode_manifest(manifest, self.target / MANIFEST_NAME))
+        if text is not None:
+            publish_bytes(path, text, scratch=self.folder)
+        return text is not None
 
     def _record(self, task: ShardTask) -> Path:
         return self.folder / f"{task.plan.file}{RECORD_SUFFIX}"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from shardprep.build.beside import new_card, notes_beside
 from shardprep.build.plan import ShardTask
 from shardprep.build.shard import Advance, ShardRecord, write_shard
 from shardprep.build.work import (
@@ -28,6 +29,7 @@ from shardprep.build.work import (
     may_lie_beside,
 )
 from shardprep.errors import BuildError, StorageError
+from shardprep.format.card import CARD_NAME, MAX_CARD_BYTES
 from shardprep.format.limits import MAX_MANIFEST_BYTES
 from shardprep.format.manifest import (
     MANIFEST_NAME,
@@ -130,7 +132,7 @@ class StoreWork:
         """See `Work.publish`."""
         self._place(name).write(data)
 
-    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> None:
+    def install(self, files: Mapping[str, FileInfo | ShardInfo], manifest: bytes) -> list[str]:
         """See `Work.install`."""
         present = self.target.listing()
         waiting = [name for name in files if _IN_WORK + name in present]
@@ -151,8 +153,21 @@ class StoreWork:
         _each(lambda name: (self.folder / name).move(self.target / name), others)
         stale = [name for name in present if is_ours(name) and name not in files]
         _each(lambda name: (self.target / name).remove(), stale)
+        written = self._write_card(manifest)
         (self.target / MANIFEST_NAME).write(manifest)
         self.remove()
+        return list(notes_beside(present, not written))
+
+    def _write_card(self, manifest: bytes) -> bool:
+        """Write the dataset card; whether it was written."""
+        path = self.target / CARD_NAME
+        present = None
+        with contextlib.suppress(FileNotFoundError):
+            present = path.read(0, MAX_CARD_BYTES)
+        text = new_card(present, decode_manifest(manifest, self.target / MANIFEST_NAME))
+        if text is not None:
+            path.write(text)
+        return text is not None
 
     def remove(self) -> None:
         """See `Work.remove`."""

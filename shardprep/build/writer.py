@@ -226,7 +226,7 @@ def publish_set(
     if of_files:
         times = times_of(source.fingerprint, versions_of(source))
         files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times)
-    work.install(files, data)
+    report.notes.extend(work.install(files, data))
 
 
 def check_manifest_size(data: bytes, target: Location) -> None:

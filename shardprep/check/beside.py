@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardprep.build.work import is_ours_and_complete
 from shardprep.check.report import BY_HAND, Fault
+from shardprep.format.card import CARD_NAME
 from shardprep.format.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
@@ -27,7 +28,7 @@ from shardprep.storage.remote import Location, Remote
 from shardprep.storage.sniff import refuse_stand_in
 from shardprep.storage.trouble import machine_errors, storage_errors
 
-_OWN = (MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
+_OWN = (MANIFEST_NAME, CARD_NAME, SOURCE_TIMES_NAME, WORK_FOLDER, REPAIR_FOLDER, SET_ASIDE_FOLDER)
 _MOST_NAMED = 5
 # No line of rejects.jsonl is shorter.
 _SHORTEST_LINE = 40

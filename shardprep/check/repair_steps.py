@@ -235,7 +235,7 @@ class Repair:
         publish_bytes(self.work.folder / MANIFEST_NAME, data)
         for name in sorted(self._bad):
             self._set_aside(name)
-        self.work.install(manifest.files(), data)
+        self.report.notes.extend(self.work.install(manifest.files(), data))
 
     def _without_damage(self) -> tuple[list[ShardRecord], list[Reject]]:
         """Write every damaged shard without its damaged utterances.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.cli.output import hours, print_json, size
+from shardprep.cli.parquet import write_parquet
 from shardprep.cli.places import Place
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import FRAMES_PER_SECOND
@@ -26,11 +28,23 @@ _PICTURE_COLUMNS, _PICTURE_ROWS = 72, 10
 @click.command(short_help="Show what the shard set DST holds.")
 @click.argument("shards", type=Place(), metavar="DST")
 @click.option("--sample", "key", metavar="KEY", help="Show one utterance.")
+@click.option(
+    "--parquet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a table with one row an utterance: key, label, speaker, frames, offset.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(shards: Location, key: str | None, as_json: bool) -> None:
+def inspect(shards: Location, key: str | None, parquet: Path | None, as_json: bool) -> None:
     """Show what the shard set DST holds: splits, speakers, lengths, dtype, codec, sizes."""
+    if parquet is not None and key is not None:
+        raise click.UsageError("--parquet is the table of all utterances; give no --sample")
     shard_set = open_shards(shards)
-    if key is not None:
+    if parquet is not None:
+        rows = write_parquet(shard_set, parquet)
+        # A file may be /dev/stdout.
+        click.echo(f"{parquet}: {rows:,} rows", err=True)
+    elif key is not None:
         split, index = _find(shard_set, key)
         about = describe_sample(shard_set, split, index)
         if as_json:

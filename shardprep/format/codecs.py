@@ -21,6 +21,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from shardprep.errors import REPAIR, CorruptShardError
 from shardprep.format.limits import most_matrix_bytes
 from shardprep.format.manifest import CodecInfo
 
@@ -87,6 +88,33 @@ def decode(data: bytes | memoryview, codec: CodecInfo, most: int | None = None) 
     if codec.name == "zstd":
         return _parse_npy(_inflate(data, most + _MOST_HEADER_BYTES), most)
     return _parse_npy(data, most)
+
+
+def decode_npy(name: str, data: bytes) -> NDArray[Any] | None:
+    """Decode a mel member for other readers: a handler for `webdataset.WebDataset(...).decode`.
+
+        webdataset.WebDataset("shards/train-000000.tar").decode(shardprep.decode_npy)
+
+    Nothing is unpickled, and a member that would fill the memory is refused.
+
+    Args:
+        name: Name of the member, or its extension: .mel.npy, .mel.npy.zst.
+        data: Its bytes.
+
+    Returns:
+        The matrix (T, F) of the stored dtype; None for members of other names.
+
+    Raises:
+        CorruptShardError: The member is damaged, or is no matrix of numbers.
+    """
+    for suffix, codec in ((".npy", CodecInfo("none")), (".npy.zst", CodecInfo("zstd"))):
+        if f".{name}".lower().endswith(suffix):
+            try:
+                return decode(data, codec)
+            except ValueError as error:
+                what = f"the member cannot be decoded: {error}"[:300]
+                raise CorruptShardError(what, key=name, remedy=REPAIR) from None
+    return None
 
 
 def _inflate(data: bytes | memoryview, most: int) -> bytearray:

@@ -290,7 +290,7 @@ class _Append:
             files[SOURCE_TIMES_NAME] = publish_file(work, SOURCE_TIMES_NAME, times)
         # With this file, any later build or repair finishes what is killed while files move.
         work.publish(MANIFEST_NAME, data)
-        work.install(files, data)
+        self.report.notes.extend(work.install(files, data))
 
     def _splits(
         self, work: Work, records: Sequence[ShardRecord], speakers: int

@@ -160,7 +160,7 @@ def adopt_shards(
             report.up_to_date = True
         else:
             _make_links(work, joined)
-            work.install(manifest.files(), data)
+            report.notes.extend(work.install(manifest.files(), data))
     report.seconds = time.monotonic() - began
     return report
 

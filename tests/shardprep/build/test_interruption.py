@@ -188,7 +188,7 @@ def reference(source: Path) -> dict[str, str]:
     build_shards(source, shards, BuildOptions(**OPTIONS))  # type: ignore[arg-type]
     assert verify_shards(shards).intact
     files = open_shards(shards).manifest.files()
-    return {name: sha256_of(shards / name) for name in (*files, "manifest.json")}
+    return {name: sha256_of(shards / name) for name in (*files, "README.md", "manifest.json")}
 
 
 @pytest.fixture

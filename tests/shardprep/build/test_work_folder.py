@@ -45,7 +45,7 @@ def unfinished(source: Path, tmp_path: Path, build: Build) -> Path:
     """A build that was interrupted after its shards, before its manifest."""
     shards = tmp_path / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardprep.build.writer._publish_set", interrupt)
+        patch.setattr("shardprep.build.writer.publish_set", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(source, shards, **OPTIONS)
     return shards
@@ -129,7 +129,7 @@ def test_set_that_is_overwritten_stays_in_use_until_the_new_one_is_complete(
     shards, other = tmp_path / "shards", {**OPTIONS, "samples_per_shard": 2}
     build(source, shards, **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr("shardprep.build.writer._publish_set", interrupt)
+        patch.setattr("shardprep.build.writer.publish_set", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(source, shards, overwrite=True, **other)
     assert verify_shards(shards, deep=True).intact

@@ -112,7 +112,7 @@ BY_SOURCE: dict[str, Damage] = {
     "shard lost": lost(SHARD),
     "shard and index": several(flip(SHARD, payload(0)), flip(INDEX, lambda folder: -3)),
     "rejects": flip("rejects.jsonl", lambda folder: 4),
-    "everything": lambda folder: [p.write_bytes(b"") for p in folder.glob("[!m]*")],
+    "everything": lambda folder: [p.write_bytes(b"") for p in folder.glob("[!mR]*")],
 }
 
 
