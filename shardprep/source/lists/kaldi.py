@@ -14,7 +14,7 @@ from shardprep.source.contents import Source
 from shardprep.source.listing import AbsentError, FileState, FolderListing
 from shardprep.source.lists.ark import ArkReader, parse_entry
 from shardprep.source.lists.listed import source_of_rows
-from shardprep.source.lists.place import read_listing
+from shardprep.source.lists.place import check_rows, read_listing
 from shardprep.source.lists.table import Row
 from shardprep.source.paths import Roots, check_key, relative_path
 
@@ -65,6 +65,7 @@ def _columns(path: Path) -> Iterator[tuple[str, str]]:
                 file=path,
             )
         seen[values[0]] = number
+        check_rows(len(seen), path)
         yield values[0], values[1].strip()
 
 

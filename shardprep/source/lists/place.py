@@ -11,6 +11,7 @@ from shardprep.storage.remote import Location, Remote
 from shardprep.storage.trouble import machine_errors
 
 MOST_LIST_BYTES = 512 << 20
+_MOST_ROWS = 4_000_000
 
 
 def folder_of(place: Location) -> Location:
@@ -18,6 +19,14 @@ def folder_of(place: Location) -> Location:
     if isinstance(place, Remote):
         return Remote(place.url.rstrip("/").rpartition("/")[0])
     return place.parent
+
+
+def check_rows(count: int, place: Location) -> None:
+    """SourceError if a list has far too many rows: short ones take a hundred times their bytes."""
+    if count > _MOST_ROWS:
+        raise SourceError(
+            f"has more than {_MOST_ROWS} rows", file=place, remedy="Split it into several."
+        )
 
 
 def read_listing(place: Location) -> bytes:

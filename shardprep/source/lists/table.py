@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from shardprep.errors import SourceError
-from shardprep.source.lists.place import read_listing
+from shardprep.source.lists.place import check_rows, read_listing
 from shardprep.storage.remote import Location
 from shardprep.storage.sniff import sniff
 
@@ -24,7 +24,6 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 _REQUIRED = ("path", "speaker")
 _KNOWN = (*_REQUIRED, "split", "frames", "key")
 _COLUMNS = "the columns path and speaker, and split, frames or key if there are such"
-_MOST_ROWS = 4_000_000
 _MOST_SHOWN = 80
 
 
@@ -60,10 +59,7 @@ def read_table(place: Location) -> list[Row]:
     rows: list[Row] = []
     for row in found:
         rows.append(row)
-        if len(rows) > _MOST_ROWS:
-            raise SourceError(
-                f"has more than {_MOST_ROWS} rows", file=place, remedy="Split it into several."
-            )
+        check_rows(len(rows), place)
     return rows
 
 

@@ -215,3 +215,15 @@ def test_faulty_files_are_named(folder: Path, file: str, text: Any, said: str) -
 def test_the_reader_pickles_for_worker_processes(folder: Path) -> None:
     reader = scan_source(folder).reader
     assert pickle.loads(pickle.dumps(reader)) == ArkReader(folder)
+
+
+@pytest.mark.parametrize("file", ["feats.scp", "utt2spk", "list.csv"])
+def test_far_too_many_rows_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr("shardprep.source.lists.place._MOST_ROWS", 20)
+    head = "path,speaker\n" if file == "list.csv" else ""
+    mark = "," if file == "list.csv" else " "
+    (folder / file).write_text(head + "".join(f"u{n}{mark}a\n" for n in range(21)))
+    with pytest.raises(SourceError, match=f"{file}: has more than 20 rows"):
+        scan_source(folder / file if file == "list.csv" else folder)
