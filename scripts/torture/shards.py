@@ -56,6 +56,7 @@ from shardprep import (
     verify_shards,
 )
 from shardprep.bench.machine import machine
+from shardprep.format.card import CARD_NAME
 from shardprep.format.manifest import MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER
 from shardprep.storage.local import sha256_of
 
@@ -70,8 +71,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a set; source-times.npy is no part of it."""
-    return sorted(path for path in folder.iterdir() if path.name != SOURCE_TIMES_NAME)
+    """The files of a set."""
+    return sorted(
+        path for path in folder.iterdir() if path.name not in (SOURCE_TIMES_NAME, CARD_NAME)
+    )
 
 
 class Case:

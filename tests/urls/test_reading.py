@@ -172,7 +172,8 @@ def test_with_a_cache_of_a_tenth_every_utterance_comes_once_and_the_budget_holds
     local: Path, url: str, cached: Callable[..., ShardSet], tmp_path: Path
 ) -> None:
     shards = cached(url, 0.1)
-    budget, most, done = shards["train"]._files.cache.folder.budget, [0], threading.Event()  # type: ignore[attr-defined]
+    files: Any = shards._origins[0].files
+    budget, most, done = files.cache.folder.budget, [0], threading.Event()
 
     def watch() -> None:
         while not done.is_set():

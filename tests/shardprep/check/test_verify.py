@@ -65,8 +65,9 @@ def test_intact_set_has_no_fault(
     report = verify_shards(edge_sets[kind], deep=True, against=edge_source, advance=read.append)
     assert report.intact
     assert report.samples == 41
-    # Of the folder's files, only the times of the source files are no part of the set.
-    files = [path for path in edge_sets[kind].iterdir() if path.name != "source-times.npy"]
+    # Two files are no part of the set: the times of the source files, and the dataset card.
+    others = ("source-times.npy", "README.md")
+    files = [path for path in edge_sets[kind].iterdir() if path.name not in others]
     assert report.files == len(files)
     sizes = {path.name: path.stat().st_size for path in files}
     assert report.bytes == sum(sizes.values()) - sizes["manifest.json"]
@@ -267,7 +268,8 @@ def test_shards_that_were_not_fetched_are_no_damage(
     """A clone without Git LFS has pointers in place of the shards: none may be dropped."""
     folder = Path(shutil.copytree(edge_set, tmp_path / "shards"))
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
-    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    others = ("manifest.json", "README.md")
+    names = [path.name for path in folder.iterdir() if path.name not in others]
     for name in names:
         (folder / name).write_bytes(pointer)
     report = verify_shards(folder)
