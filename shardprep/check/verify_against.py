@@ -75,9 +75,10 @@ def source_faults(
 def unknown_fault(file: str, keys: Sequence[str], sources: Sequence[Source]) -> Iterator[Fault]:
     """The utterances of a shard that no data set has: one fault, as there may be many."""
     if keys:
-        more = f", nor are {len(keys) - 1} others of this shard" if keys[1:] else ""
+        more = f" (and {len(keys) - 1} more of this shard)" if keys[1:] else ""
         places = " or ".join(str(source.root) for source in sources)
-        yield Fault(file, keys[0], f"is not an utterance of {places}{more}")
+        remedy = "; if other data sets were appended, name them too"
+        yield Fault(file, keys[0], f"is not an utterance of {places}{more}{remedy}")
 
 
 def missing_faults(files: Files, manifest: Manifest, source: Source) -> Iterator[Fault]:

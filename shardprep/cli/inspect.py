@@ -32,13 +32,14 @@ _PICTURE_COLUMNS, _PICTURE_ROWS = 72, 10
     "--parquet",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write a table with one row an utterance: key, label, speaker, frames, offset.",
+    help="Write the index as a table, one row an utterance: key, split, label, speaker, "
+    "frames, and where its matrix is.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(shards: Location, key: str | None, parquet: Path | None, as_json: bool) -> None:
     """Show what the shard set DST holds: splits, speakers, lengths, dtype, codec, sizes."""
-    if parquet is not None and key is not None:
-        raise click.UsageError("--parquet is the table of all utterances; give no --sample")
+    if parquet is not None and (key is not None or as_json):
+        raise click.UsageError("--parquet writes the table of all utterances; give no other option")
     shard_set = open_shards(shards)
     if parquet is not None:
         rows = write_parquet(shard_set, parquet)

@@ -49,15 +49,15 @@ def _text(manifest: Manifest) -> Iterable[str]:
     yield ""
     yield (
         f"{len(manifest.speakers):,} speakers, {manifest.n_mels} mel bins, {manifest.dtype}, codec "
-        f"{manifest.codec.name}. `manifest.json` names the speakers in the order of their numbers, "
-        "and has the sha256 of every file."
+        f"{manifest.codec.name}. `manifest.json` lists the speakers, the first with number 0, and "
+        "the sha256 of each shard."
     )
     yield ""
     member = "mel.npy" if manifest.codec.name == "none" else "mel.npy.zst"
     # `adopt` makes a set of tars whose members only their own program knows.
     adopted = manifest.build is None
     if adopted:
-        yield "Another program wrote the tars, and named their members."
+        yield "Another program wrote the tars, and chose their members."
     else:
         yield (
             f"Each utterance has three members: `KEY.{member}`, the matrix (frames, "
@@ -81,8 +81,9 @@ def _text(manifest: Manifest) -> Iterable[str]:
     yield "```"
     yield ""
     yield (
-        f"The [format]({_REPOSITORY}/blob/main/FORMAT.md) is specified in full. [More "
-        f"readers]({_REPOSITORY}/blob/main/docs/readers.md) have their lines of code there, too."
+        f"[FORMAT.md]({_REPOSITORY}/blob/main/FORMAT.md) specifies the files. "
+        f"[docs/readers.md]({_REPOSITORY}/blob/main/docs/readers.md) has the code for other "
+        "programs: plain tar, wids, Ray Data, Energon, litdata, lhotse, DuckDB and polars."
     )
 
 

@@ -116,6 +116,7 @@ def _train(asked: Invocation) -> int:
                     processes=trainer.world_size,
                     device=trainer.device.type,
                     precision=trainer.accelerator.mixed_precision,
+                    test="test" in trainer.shards,
                 )
                 _tell(text)
             # A launcher ends all processes as soon as one exits with a code other than 0.

@@ -126,7 +126,7 @@ def own_options(
         raise BuildError(
             f"the set was built with other options ({'; '.join(other)})",
             file=target,
-            remedy="Leave these options away: what is appended gets those of the set.",
+            remedy="Leave these options out: what is appended gets those of the set.",
         )
     skips = asked.on_error if asked.on_error == "skip" or "on_error" in given else own.on_error
     return dataclasses.replace(

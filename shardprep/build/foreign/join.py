@@ -180,4 +180,7 @@ class _Speakers:
         if not any(own for tar, _, own in kept if tar.split == "train"):
             yield "there is no train split, by the names of the tars and their folders; see --split"
         if any(own for _, _, own in kept) and not speakers:
-            yield "no utterance has a speaker: all labels are -1"
+            yield (
+                "no utterance has a speaker: all labels are -1; if a field of the .json members "
+                "names the speaker, give --speaker FIELD"
+            )

@@ -130,11 +130,12 @@ def whole_shares(shares: Sequence[float | Rational]) -> tuple[int, ...]:
         ValueError: There is none, one is not a positive number, or their sum is larger than
             LONGEST_PATTERN.
     """
+    refused = f"shares {shares!r}: must be positive numbers, at least .001, one for each set"
+    if isinstance(shares, str):
+        raise ValueError(refused)
     exact = [_fraction(share) for share in shares]
     if not exact or min(exact) <= 0:
-        raise ValueError(
-            f"shares {list(shares)}: must be positive numbers, at least .001, one for each set"
-        )
+        raise ValueError(refused)
     scale = math.lcm(*(share.denominator for share in exact))
     whole = [int(share * scale) for share in exact]
     divisor = math.gcd(*whole)

@@ -84,9 +84,10 @@ def test_without_pyarrow_the_extra_is_named(
     assert "shardprep[parquet]" in done.stderr
 
 
-def test_one_utterance_and_the_table_of_all_are_two_questions(
-    edge_set: Path, tmp_path: Path, run_cli: Cli
+@pytest.mark.parametrize("other", [["--sample", "x"], ["--json"]])
+def test_the_table_goes_with_no_other_option(
+    other: list[str], edge_set: Path, tmp_path: Path, run_cli: Cli
 ) -> None:
-    done = run_cli("inspect", edge_set, "--sample", "x", "--parquet", tmp_path / "t.parquet")
+    done = run_cli("inspect", edge_set, *other, "--parquet", tmp_path / "t.parquet")
     assert done.returncode == 2
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardprep_trainer.config.fields import Config
+from shardprep_trainer.run.outcome import Outcome, summary
 from shardprep_trainer.train import main
 
 ConfigFactory = Callable[..., Config]
@@ -36,3 +37,14 @@ def test_a_run_of_several_machines_is_continued_on_all_of_them(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(part)
     assert last.endswith(f"--config {config.run / 'config.yaml'} --resume")
+
+
+@pytest.mark.parametrize(("test", "command"), [(True, "predict"), (False, "score")])
+def test_the_next_command_is_one_that_the_splits_allow(
+    test: bool, command: str, make_config: ConfigFactory
+) -> None:
+    done = Outcome(step=12, finished=True, signal=0, best_accuracy=0.5, best_step=6)
+    text = summary(make_config(), done, processes=1, device="cpu", precision="no", test=test)
+    last = text.splitlines()[-1]
+    assert last.startswith(f"next: shardprep {command} ")
+    assert ("--out" in last) is test

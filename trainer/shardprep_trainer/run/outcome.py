@@ -28,7 +28,7 @@ class Outcome:
 
 
 def summary(
-    config: Config, outcome: Outcome, *, processes: int, device: str, precision: str
+    config: Config, outcome: Outcome, *, processes: int, device: str, precision: str, test: bool
 ) -> str:
     """What the run has done, and the command that continues it.
 
@@ -38,6 +38,7 @@ def summary(
         processes: Number of its processes.
         device: Type of their devices, e.g. "cpu".
         precision: Their mixed precision: no, fp16 or bf16.
+        test: Whether the shards have a split test.
     """
     lines = []
     if outcome.best_accuracy is not None:
@@ -46,10 +47,11 @@ def summary(
         )
     if outcome.finished:
         lines.insert(0, f"finished all {outcome.step:,} steps; the run is in {config.run}")
-        command = ["shardprep", "predict", str(config.run)]
+        # Without a split test, there is nothing to predict.
+        command = ["shardprep", "predict" if test else "score", str(config.run)]
         for place in config.data.places:
             command += ["--shards", place]
-        command += ["--out", "submission.csv"]
+        command += ["--out", "submission.csv"] if test else []
         if outcome.best_accuracy is None:
             command += ["--checkpoint", "last"]
         lines.append(f"next: {shlex.join(command)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,9 +88,9 @@ def test_shares_become_whole_numbers(shares: list[float], whole: tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "shares", [[], [0, 1], [-1, 1], [float("nan"), 1], [float("inf"), 1], [1e-9, 1]]
+    "shares", [[], [0, 1], [-1, 1], [float("nan"), 1], [float("inf"), 1], [1e-9, 1], "3:1", "31"]
 )
-def test_shares_that_are_not_positive_are_refused(shares: list[float]) -> None:
+def test_shares_that_are_not_positive_are_refused(shares: Any) -> None:
     with pytest.raises(ValueError, match="positive"):
         whole_shares(shares)
 
