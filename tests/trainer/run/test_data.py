@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +93,17 @@ def test_an_empty_split_is_refused_like_a_missing_one(shards: Path) -> None:
     empty(shards, "train")
     with pytest.raises(ConfigError, match="no utterances in a train split, only in test;"):
         open_data(DataConfig(str(shards)), validated=False)
+
+
+def test_adopted_tars_without_speakers_are_refused_with_the_option_that_names_them(
+    tmp_path: Path,
+) -> None:
+    member = io.BytesIO()
+    np.save(member, np.zeros((9, 4), np.float32))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        about = tarfile.TarInfo("a.npy")
+        about.size = len(member.getvalue())
+        tar.addfile(about, io.BytesIO(member.getvalue()))
+    shardprep.adopt_shards(tmp_path / "train.tar", tmp_path / "set", workers=1)
+    with pytest.raises(ConfigError, match="1 of the 1 utterances of split train .*--speaker FIELD"):
+        open_data(DataConfig(shards=str(tmp_path / "set")), validated=False)

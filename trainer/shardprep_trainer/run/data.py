@@ -21,8 +21,8 @@ def open_data(data: DataConfig, *, validated: bool) -> OpenShards:
         validated: Whether a validation split is needed.
 
     Raises:
-        ConfigError: There are no shards, or a split is missing or empty; the message has the
-            remedy.
+        ConfigError: There are no shards, a split is missing or empty, or its speakers are unknown;
+            the message has the remedy.
         ShardprepError: The shards cannot be read.
     """
     for path, place in zip(data.places, map(locate, data.places), strict=True):
@@ -48,6 +48,13 @@ def open_data(data: DataConfig, *, validated: bool) -> OpenShards:
         )
     # A run keeps the files that it has mapped, even if somebody replaces the set later.
     for name in ("train", "val") if validated else ("train",):
+        # Only adopted tars may have such utterances.
+        if unknown := int((shards[name].labels < 0).sum()):
+            raise ConfigError(
+                f"data.shards: {unknown:,} of the {len(shards[name]):,} utterances of split {name} "
+                f"of {where} have no speaker; name the field of the .json members that has it: "
+                "`shardprep adopt TARS DST --speaker FIELD --overwrite`"
+            )
         shards[name].map_all()
     return shards
 
