@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,12 @@ class BuildOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise BuildError(f"is {getattr(self, name)!r}, expected one of {values}", key=name)
+        for name in ("level", "samples_per_shard", "seed", "workers", "n_mels"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Integral):
+                raise BuildError(f"is {value!r:.60}, expected a whole number", key=name)
+        if not isinstance(self.val_fraction, numbers.Real):
+            raise BuildError(f"is {self.val_fraction!r:.60}, expected a number", key="val_fraction")
         ranges = {
             "level": (self.level is None or 1 <= self.level <= 22, "1 to 22"),
             "samples_per_shard": (self.samples_per_shard >= 1, "at least 1"),

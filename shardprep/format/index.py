@@ -67,7 +67,8 @@ def key_fault(key: str, suffix: str | None = ".pt") -> str | None:
         where = f"a dot before {suffix}" if suffix else "a dot"
         return (
             f"the {noun} has {where}, where readers of tar files cut it; {rename}, "
-            f"such as {'to ' if suffix else ''}{name.replace('.', '-')}{suffix or ''}"
+            f"such as {'to ' if suffix else f'{folder}/' * bool(folder)}{name.replace('.', '-')}"
+            f"{suffix or ''}"
         )
     if name.startswith("__"):
         return (

@@ -180,10 +180,13 @@ def repeated(entry: int) -> str:
 
 def source_error(reject: Reject, root: Location, remedy: str = _CORRECT) -> SourceError:
     """The error for an utterance that must not be left out, as with --on-error fail."""
+    # In an ark, and where a list gives keys, the path does not say which utterance it is.
+    named = [reject.key] if reject.key and reject.key not in reject.file else []
+    named += [f"speaker {reject.speaker}"] if reject.speaker else []
     return SourceError(
         reject.reason,
         file=root / reject.file,
-        key=f"speaker {reject.speaker}" if reject.speaker else None,
+        key=": ".join(named) or None,
         remedy=remedy,
     )
 

@@ -124,7 +124,7 @@ def check_key(key: object) -> str:
         ValueError: Readers of shards would not take it; in words for `Reject.reason`.
     """
     if not isinstance(key, str):
-        raise ValueError(f"the key is {str(key)[:60]!a}, expected a text")
+        raise ValueError(f"the key is {key!r:.60}, expected a text")
     if fault := key_fault(key, None):
         raise ValueError(fault)
     if key.startswith("/") or posixpath.normpath(key) != key or key.split("/")[0] == "..":

@@ -296,7 +296,7 @@ class _Scan:
         """End the utterance whose members came last."""
         if not self._key:
             return
-        fault, matrix = key_fault(self._key), self._matrix
+        fault, matrix = key_fault(self._key, None), self._matrix
         if fault is not None:
             fault = f"its key cannot be used: {fault}"
         elif self._key in self._seen:
@@ -306,7 +306,11 @@ class _Scan:
             self._seen.add(self._key)
             fault = self._fault or (None if matrix else self._missing())
         if fault is not None:
-            self.faults.append((self._key[:_MOST_SHOWN], fault))
+            # Names that are not UTF-8 have surrogates, which no record can hold.
+            key, fault = (
+                text.encode(errors="backslashreplace").decode() for text in (self._key, fault)
+            )
+            self.faults.append((key[:_MOST_SHOWN], fault))
         elif matrix is not None:
             self._found.append(Found(self._key, *matrix, self._name, self._number))
 

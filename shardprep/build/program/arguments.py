@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.errors import BuildError
+from shardprep.format.limits import MAX_N_MELS
 from shardprep.format.manifest import Features
 from shardprep.source.metadata import MOST_SHOWN, is_unicode
 
 SPLITS = ("train", "val", "test")
+
+
+def checked_n_mels(n_mels: object) -> int:
+    """A number of mel bins. BuildError if there cannot be so many."""
+    try:
+        number = 0 if isinstance(n_mels, bool) else operator.index(n_mels)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MAX_N_MELS:
+        raise BuildError(f"is {n_mels!r:.60}, expected 1 to {MAX_N_MELS}", key="n_mels")
+    return number
 
 
 def check_speaker(speaker: object, split: object) -> None:
@@ -58,7 +71,8 @@ def checked_features(features: Mapping[str, Any] | None) -> Features | None:
         plain = value is None or isinstance(value, str | bool | int | float)
         if isinstance(value, float) and not math.isfinite(value):
             plain = False
-        if not isinstance(name, str) or not plain:
+        texts = [text for text in (name, value) if isinstance(text, str)]
+        if not isinstance(name, str) or not plain or not all(map(is_unicode, texts)):
             raise BuildError(
                 f"{name!r:.60} is {value!r:.60}, expected a text, a number, True, False or None",
                 key="features",

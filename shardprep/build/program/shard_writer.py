@@ -17,14 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardprep.build.options import BuildOptions
-from shardprep.build.program.arguments import as_array, check_speaker, checked_features
+from shardprep.build.program.arguments import (
+    as_array,
+    check_speaker,
+    checked_features,
+    checked_n_mels,
+)
 from shardprep.build.program.finished_set import FinishedSet
 from shardprep.build.program.new_set import NewSet, Place
 from shardprep.build.report import BuildReport
 from shardprep.build.shard import as_stored
 from shardprep.build.work_folder import FolderWork
 from shardprep.errors import BuildError, SourceError
-from shardprep.format.limits import MAX_N_MELS
 from shardprep.source.features import Expected, check_shape, finite
 from shardprep.source.metadata import MOST_SHOWN
 from shardprep.source.paths import check_key
@@ -99,9 +103,9 @@ class ShardWriter:
                 file=target,
                 remedy="Name a folder, and copy the finished set to the URL.",
             )
-        if not isinstance(n_mels, int) or not 1 <= n_mels <= MAX_N_MELS:
-            raise BuildError(f"is {n_mels!r:.60}, expected 1 to {MAX_N_MELS}", key="n_mels")
-        self._n_mels = n_mels
+        # The program may change its current folder before it adds or closes.
+        target = target.absolute()
+        self._n_mels = checked_n_mels(n_mels)
         self._features = checked_features(features)
         self._added: dict[str, Spooled] = {}
         self._report: BuildReport | None = None
@@ -111,9 +115,9 @@ class ShardWriter:
             work = held.enter_context(FolderWork.claim(target, overwrite))
             self._place: Place
             if work is None:
-                self._place = FinishedSet(target, n_mels, self._options, self._features)
+                self._place = FinishedSet(target, self._n_mels, self._options, self._features)
             else:
-                self._place = NewSet(work, n_mels, self._options)
+                self._place = NewSet(work, self._n_mels, self._options)
             held.callback(self._place.close)
             self._held = held.pop_all()
 
@@ -144,6 +148,8 @@ class ShardWriter:
             try:
                 self._check_new(check_key(key))
                 check_speaker(speaker, split)
+                # Texts of NumPy are of a class of their own.
+                key, speaker = str(key), None if speaker is None else str(speaker)
                 stored = self._stored(matrix)
             except ValueError as fault:
                 raise SourceError(str(fault), key=str(key)[:MOST_SHOWN]) from None

@@ -170,7 +170,7 @@ def _source(
                 path,
                 row.speaker or None,
                 labels.get(row.speaker, NO_LABEL),
-                int(row.frames or 0),
+                int(_frames(row) or 0),
                 *state,
                 entry,
             )
@@ -195,6 +195,11 @@ def _split_of(row: Row) -> str:
     return row.split or ("" if row.speaker else "test")
 
 
+def _frames(row: Row) -> str:
+    """The length that a row says; pandas writes 435.0 for 435 where other rows say none."""
+    return row.frames.removesuffix(".0")
+
+
 def _check(row: Row) -> None:
     """ValueError if a row says what cannot be."""
     if row.split not in ("", *_SPLITS):
@@ -204,8 +209,9 @@ def _check(row: Row) -> None:
     if len(row.speaker) > MOST_SHOWN or not is_unicode(row.speaker):
         raise ValueError(f"the speaker is not valid Unicode of at most {MOST_SHOWN} characters")
     if row.frames:
-        plain = row.frames.isascii() and row.frames.isdigit() and len(row.frames) < 12
-        if not plain or not 1 <= int(row.frames) < MOST_FRAMES:
+        frames = _frames(row)
+        plain = frames.isascii() and frames.isdigit() and len(frames) < 12
+        if not plain or not 1 <= int(frames) < MOST_FRAMES:
             raise ValueError(f"frames is {row.frames[:20]!a}, expected a whole number from 1")
 
 

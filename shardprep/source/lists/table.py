@@ -126,9 +126,9 @@ class _Line(msgspec.Struct):
     """A line of JSON Lines."""
 
     path: str
-    speaker: str | None
+    speaker: str | int | None
     split: str | None = None
-    frames: int | str | None = None
+    frames: int | float | str | None = None
     key: str | None = None
 
 

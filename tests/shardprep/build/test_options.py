@@ -23,6 +23,10 @@ from shardprep.format.manifest import BuildRecord, CodecInfo
         ("val_fraction", 1.0),
         ("val_fraction", float("nan")),
         ("workers", -1),
+        ("workers", "2"),
+        ("samples_per_shard", 2.5),
+        ("seed", 1.5),
+        ("val_fraction", "a tenth"),
         ("engine", "spark"),
     ],
 )

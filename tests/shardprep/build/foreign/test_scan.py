@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -107,6 +108,7 @@ def test_offsets_checksums_and_labels_are_those_of_the_standard_library(
         ([("a.npy", MEL), ("a.cls", bytes(1 << 21))], "far too many"),
         ([("__a.npy", MEL)], 'its key cannot be used: .* begins with "__"'),
         ([(f"{'a' * 89}.npy", MEL)], "its key cannot be used: .* 89 bytes"),
+        ([("d/" * 60 + "a.npy", MEL)], "the key has 121 bytes, and a tar takes 88"),
         ([("a\x01.npy", MEL)], "its key cannot be used: .* control characters"),
     ],
 )
@@ -119,6 +121,21 @@ def test_what_cannot_be_mapped_is_named_with_its_reason(
     ((key, reason),) = record.faults
     assert key == members[0][0].split(".")[0]
     assert re.search(what, reason), reason
+
+
+def test_names_that_are_not_utf8_are_named_and_can_be_kept(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("caf\udce9.npy", "b.\udce9.npy", "c.npy"):
+            info = tarfile.TarInfo(name)
+            info.size = len(npy(MEL))
+            tar.addfile(info, io.BytesIO(npy(MEL)))
+    record = scan(tmp_path / "a.tar")
+    assert [found.key for found in record.found] == ["c"]
+    assert dict(record.faults) == {
+        "caf\\udce9": "its key cannot be used: the key is not valid Unicode",
+        "b": "has no member .npy, but .\\udce9.npy",
+    }
+    assert msgspec.json.decode(msgspec.json.encode(record), type=TarRecord) == record
 
 
 def test_of_a_key_that_comes_twice_none_is_taken(tmp_path: Path, write_tar: Write) -> None:

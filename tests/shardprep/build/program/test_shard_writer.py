@@ -39,7 +39,7 @@ def utterances(seed: int = 0) -> list[tuple[str, str | None, np.ndarray]]:
 
 def write(path: Path, some: Any = None, **options: Any) -> BuildReport:
     options = {"samples_per_shard": 4, "val_fraction": 0.2, "workers": 1, **options}
-    with ShardWriter(path, N_MELS, **options) as writer:
+    with ShardWriter(path, **{"n_mels": N_MELS, **options}) as writer:
         for key, speaker, matrix in utterances() if some is None else some:
             writer.add(key, matrix, speaker)
     return writer.close()
@@ -126,6 +126,7 @@ def test_arrays_and_tensors_of_every_float_are_taken(tmp_path: Path, kind: Any) 
         ("a", np.full((3, 5), np.nan), "ann", None, "a: has values that are not finite"),
         ("a", np.full((3, 5), 7e4), "ann", None, 'range of float16; use dtype="float32"'),
         ("a.b", np.ones((3, 5)), "ann", None, "a.b: the key has a dot.*such as a-b"),
+        ("a/b.c", np.ones((3, 5)), "ann", None, "such as a/b-c$"),
         ("../a", np.ones((3, 5)), "ann", None, "no plain path"),
         ("/a", np.ones((3, 5)), "ann", None, "no plain path"),
         ("a/", np.ones((3, 5)), "ann", None, "ends in no name"),
@@ -371,3 +372,33 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "s"], check=True)
+
+
+def test_texts_and_numbers_of_numpy_are_taken(
+    tmp_path: Path, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    write(tmp_path / "plain")
+    some = [(np.str_(key), s and np.str_(s), matrix) for key, s, matrix in utterances()]
+    write(tmp_path / "numpy", some, n_mels=np.int64(N_MELS))
+    assert contents(tmp_path / "numpy") == contents(tmp_path / "plain")
+
+
+def test_the_folder_stays_when_the_program_changes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ShardWriter("shards", N_MELS, val_fraction=0, workers=1) as writer:
+        writer.add("a", np.ones((3, N_MELS)), "ann")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        writer.add("b", np.ones((3, N_MELS)), "ann")
+    assert set(open_shards(tmp_path / "shards")["train"].keys.tolist()) == {"a", "b"}
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("features", [{"\ud800": "x"}, {"x": "\ud800"}])
+def test_a_recipe_that_no_manifest_can_hold_is_refused_at_once(
+    tmp_path: Path, features: dict[str, str]
+) -> None:
+    with pytest.raises(BuildError, match="features: "):
+        ShardWriter(tmp_path / "s", N_MELS, features=features)

@@ -140,6 +140,28 @@ def test_keys_and_frames_may_be_listed(tmp_path: Path) -> None:
     assert (utterance.key, utterance.frames) == ("folder/a b", 4)
 
 
+def test_pandas_may_write_it(tmp_path: Path) -> None:
+    """Its whole numbers are 4.0 where another row has none; its speakers may be numbers."""
+    (name, *_), (other, *_), *_ = rows_of(tmp_path)
+    header = ["path", "speaker", "frames"]
+    csv = write_list(tmp_path / "l.csv", [[name, "7", "4.0"], [other, "8", ""]], header)
+    lines = [{"path": name, "speaker": 7, "frames": 4.0}, {"path": other, "speaker": 8}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for listed in (csv, tmp_path / "l.jsonl"):
+        source = scan_source(listed)
+        assert source.speakers == ("7", "8")
+        assert [utterance.frames for utterance in source.labelled] == [4, 0]
+
+
+def test_messages_name_the_key_that_a_list_gives(tmp_path: Path) -> None:
+    header = ["path", "speaker", "key"]
+    listed = write_list(tmp_path / "l.csv", [["gone.npy", "ann", "talk-7"]], header)
+    with pytest.raises(
+        SourceError, match=r"gone\.npy: talk-7: speaker ann: the file does not exist"
+    ):
+        scan_source(listed)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
