@@ -158,7 +158,8 @@ class _Append:
         self.held = Held.at(target)
         self.manifest = self.held.manifest
         self.options = own_options(self.manifest, target, options, given)
-        check_sizes(self.manifest, target)
+        # To overwrite the set would leave only what is new.
+        check_sizes(self.manifest, target, "First restore it with `shardprep repair`.")
         _check_alike(self.manifest, target, source)
         self.pool: Pool = pool_of(self.options, source.root, None if work is None else work.folder)
         report.stops = self.options.on_error == "fail"

@@ -48,10 +48,14 @@ def check_same_build(
             remedy="Name another folder, give --append to add what is new to the set, or "
             "--overwrite to replace the set.",
         )
-    check_sizes(manifest, target)
+    check_sizes(
+        manifest,
+        target,
+        "Give --overwrite to build the set again, or restore it with `shardprep repair`.",
+    )
 
 
-def check_sizes(manifest: Manifest, target: Location) -> None:
+def check_sizes(manifest: Manifest, target: Location, remedy: str) -> None:
     """Make sure that all files of a finished set are there, with their sizes.
 
     Raises:
@@ -63,8 +67,7 @@ def check_sizes(manifest: Manifest, target: Location) -> None:
             raise BuildError(
                 f"{name} of the finished set is missing or has another size",
                 file=target,
-                remedy="Give --overwrite to build the set again, or restore it with `shardprep "
-                "repair`.",
+                remedy=remedy,
             )
 
 

@@ -463,8 +463,10 @@ def test_a_damaged_set_is_refused(shards: Path, new: list[File], tmp_path: Path)
         append(source, shards)
     index.write_bytes(data)
     (shards / "train-000000.tar").unlink()
-    with pytest.raises(BuildError, match=r"train-000000\.tar .* is missing"):
+    with pytest.raises(BuildError, match=r"train-000000\.tar .* is missing") as caught:
         append(source, shards)
+    # To overwrite the set would leave only what is new.
+    assert caught.value.remedy == "First restore it with `shardprep repair`."
 
 
 def test_a_build_into_an_appended_set_is_refused_with_the_remedy(
