@@ -67,8 +67,10 @@ class SegmentDataset(Dataset[Item]):
         pad_value: float = -20.0,
         verify_reads: VerifyReads | None = None,
     ) -> None:
-        if segment_frames is not None and operator.index(segment_frames) < 1:
-            raise ValueError(f"segment_frames {segment_frames}: must be positive, or None")
+        if segment_frames is not None:
+            segment_frames = operator.index(segment_frames)
+            if segment_frames < 1:
+                raise ValueError(f"segment_frames {segment_frames}: must be positive, or None")
         self.split = split
         self._frames = segment_frames
         self._random_start = random_start
@@ -80,16 +82,13 @@ class SegmentDataset(Dataset[Item]):
         return len(self.split)
 
     def __getitem__(self, index: SupportsIndex) -> Item:
-        number, count = operator.index(index), len(self)
-        if not -count <= number < count:
-            raise IndexError(f"utterance {number} of a split of {count}")
-        return self.__getitems__([number % count])[0]
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Sequence[Item]:
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> Sequence[Item]:
         """The items of a batch, which are gathered at once; see `collate`."""
-        chosen = np.array(indices, np.int64)
-        if not len(chosen):
+        if not len(indices):
             return ()
+        chosen = self._positions(indices)
         split = self.split
         frames = split.frames[chosen]
         self._guard.undamaged(chosen)
@@ -102,6 +101,16 @@ class SegmentDataset(Dataset[Item]):
             "index": torch.from_numpy(chosen),
         }
         return _Gathered(batch, whole=self._frames is None)
+
+    def _positions(self, indices: Sequence[SupportsIndex]) -> NDArray[np.int64]:
+        """Positions in the split (B,) of indices, of which negative ones count from its end."""
+        count = len(self)
+        numbers = [operator.index(index) for index in indices]
+        for number in (min(numbers), max(numbers)):
+            if not -count <= number < count:
+                raise IndexError(f"utterance {number} of a split of {count}")
+        chosen = np.array(numbers, np.int64)
+        return np.where(chosen < 0, chosen + count, chosen)
 
     def _starts(self, frames: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Where the segments of utterances begin (B,)."""

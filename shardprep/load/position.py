@@ -16,6 +16,9 @@ from shardprep.storage.shared_value import SharedValue
 
 # What a state has only where the loader was told so.
 _OPTIONAL = ("shares", "balance")
+_REMEDIES = dict.fromkeys(
+    (*_OPTIONAL, "drop_last"), "Give the loader the arguments that the run began with."
+) | {"global_batch": "Choose batch_size so that batch_size * world_size is what it was."}
 
 
 class Stretch(NamedTuple):
@@ -172,11 +175,15 @@ def check_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     Raises:
         ShardprepError: They differ.
     """
-    for name in dict.fromkeys([*own, *_OPTIONAL]):
+    # What another argument brings along, such as drop_last with shares, comes after it.
+    for name in dict.fromkeys([*_OPTIONAL, *own]):
         found, expected = state.get(name), own.get(name)
         if found != expected:
             raise ShardprepError(
                 f"the saved position has {name} {found!r}, this loader {expected!r}",
                 key=name,
-                remedy="Resume with the data set, the seed and the order that the run began with.",
+                remedy=_REMEDIES.get(
+                    name,
+                    "Resume with the data set, the seed and the order that the run began with.",
+                ),
             )

@@ -116,11 +116,26 @@ def test_it_is_a_sequence(edge_split: Split) -> None:
     for wrong in (len(dataset), -len(dataset) - 1):
         with pytest.raises(IndexError):
             dataset[wrong]
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"utterance {wrong} of a split of"):
             dataset.__getitems__([0, wrong])
     assert len(dataset.__getitems__([])) == 0
+    with pytest.raises(IndexError):
+        dataset.__getitems__([0, 1 << 70])
+    with pytest.raises(TypeError):
+        dataset.__getitems__([0, 1.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="segment_frames 0"):
         SegmentDataset(edge_split, 0)
+
+
+@pytest.mark.parametrize("frames", [16, None])
+def test_a_batch_takes_the_indices_that_an_item_takes(
+    edge_split: Split, frames: int | None
+) -> None:
+    dataset = SegmentDataset(edge_split, frames)
+    asked = [-1, 3, -len(edge_split), np.int64(2), torch.tensor(-2)]
+    (batch,) = DataLoader(Subset(dataset, asked), batch_size=5, collate_fn=dataset.collate)
+    assert batch["index"].tolist() == [dataset[index]["index"] for index in asked]
+    check(batch, edge_split, frames)
 
 
 def test_parts_and_unions_of_datasets_collate_too(edge_split: Split) -> None:
