@@ -68,9 +68,15 @@ def environment(checkout: Path) -> dict[str, str]:
 
 def loader_rate(checkout: Path, shards: Path, seconds: float) -> float:
     """Segments a second of the loader, after a warm-up of the same length."""
-    command = [sys.executable, "-c", LOADER, str(shards), str(seconds)]
+    command = [sys.executable, "-c", LOADER, str(shards.resolve()), str(seconds)]
+    # With -c, Python imports from the current folder first.
     done = subprocess.run(
-        command, env=environment(checkout), check=True, capture_output=True, text=True
+        command,
+        env=environment(checkout),
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return float(done.stdout)
 
