@@ -211,6 +211,19 @@ def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
     assert "warning" not in wrong
 
 
+def test_keys_that_sets_have_in_common_are_told(run: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    again = tmp_path / "again"
+    shardprep.build_shards(
+        tmp_path / "Dataset", again, shardprep.BuildOptions(samples_per_shard=2, workers=1)
+    )
+    count = len(shardprep.open_shards(shards)["test"])
+    result = predict(run, "--shards", shards, "--shards", again, "--out", out)
+    assert result.exit_code == 0
+    assert f"warning: {count} Ids occur again" in result.stderr
+    assert "warning" not in predict(run, "--shards", shards, "--out", out).stderr
+
+
 @pytest.fixture
 def incomplete(tmp_path: Path, run: Path) -> tuple[Path, list[str]]:
     """Shards of a data set whose third and fourth test entries have no utterance, and whose sixth

@@ -125,6 +125,11 @@ def _predict(options: ModelOptions, out: Path, fill: str | None, ids: str) -> Le
     click.echo(f"{len(names):,} utterances of {split}, {len(rows):,} rows -> {out}", err=True)
     if lost:
         tell(f"warning: {_without_utterance(lost, len(rows), fill)}")
+    if again := len(names) - len({} if part is None else set(part.keys.tolist())):
+        tell(
+            f"warning: {again:,} Ids occur again for another utterance, as the sets have keys in "
+            "common: Kaggle refuses such a file; predict each set by itself"
+        )
     labels: Sequence[int] = [] if part is None else part.labels.tolist()
     truths = [shards.speakers[label] if label >= 0 else None for label in labels]
     known = [(name, truth) for name, truth in zip(names, truths, strict=True) if truth is not None]

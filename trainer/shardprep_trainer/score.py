@@ -29,6 +29,7 @@ from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import missing_rows, read_labels
 from shardprep_trainer.evaluation.trials import (
     Trials,
+    check_single,
     draw_trials,
     positions_of,
     possible_trials,
@@ -116,7 +117,8 @@ def true_names(inference: Inference, part: Split, labels: Path | None) -> list[s
         labels: A CSV, Id,Category; utterances that it does not list are unknown.
 
     Raises:
-        PredictionError: The CSV is not one, or lists an utterance that the split lacks.
+        PredictionError: The CSV is not one, lists an utterance that the split lacks, or a key that
+            several utterances have.
     """
     if labels is None:
         names = inference.shards.speakers
@@ -127,6 +129,7 @@ def true_names(inference: Inference, part: Split, labels: Path | None) -> list[s
         raise missing_rows(where, missing, labels, len(rows), inference.left_out)
     found: list[str | None] = [None] * len(part)
     for key, name in rows.items():
+        check_single(positions, key, str(labels))
         if found[positions[key]] is not None:
             raise PredictionError(f"{labels}: {key} occurs twice; leave one row for each utterance")
         found[positions[key]] = name

@@ -92,6 +92,15 @@ def test_a_list_may_name_the_audio_and_begin_with_a_byte_order_mark(tmp_path: Pa
     assert trials.test.tolist() == [1, 2]
 
 
+def test_a_key_of_several_utterances_is_refused_where_a_list_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "trials.txt"
+    path.write_text("1 a b.pt\n0 a c\n")
+    assert len(read_trials(path, ["a", "b", "c", "d", "d"])) == 2
+    for keys in (["a", "b", "c", "b"], ["b", "b", "b", "a", "c"]):
+        with pytest.raises(PredictionError, match="line 1: b.pt stands for several utterances"):
+            read_trials(path, keys)
+
+
 def test_a_list_is_read_by_either_name(tmp_path: Path) -> None:
     path = tmp_path / "trials.txt"
     path.write_text("1 a b.pt\n\n0\tc.pt   a\r\n 1 b c \n")

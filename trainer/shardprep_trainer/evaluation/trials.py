@@ -5,7 +5,7 @@ A trial asks whether two utterances have one speaker. Axis legend: N utterances,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from shardprep_trainer.evaluation.labels import LeftOut, read_text
 
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
+
+SEVERAL = -1
+"""Position of a key that several utterances have."""
 
 _AUDIO = (".wav", ".flac", ".m4a")
 _ANSWERS = {"1": True, "0": False}
@@ -132,11 +135,27 @@ def _draw_distinct(rng: np.random.Generator, total: int, count: int) -> Ints:
 
 
 def positions_of(keys: Iterable[str]) -> dict[str, int]:
-    """Positions of utterances in a split, by both names that lists give them: KEY and KEY.pt."""
+    """Positions of utterances in a split, by both names that lists give them: KEY and KEY.pt.
+
+    SEVERAL stands for a key that several utterances have; see `check_single`.
+    """
     found: dict[str, int] = {}
     for position, key in enumerate(keys):
-        found[str(key)] = found[f"{key}.pt"] = position
+        found[str(key)] = found[f"{key}.pt"] = SEVERAL if key in found else position
     return found
+
+
+def check_single(positions: Mapping[str, int], key: str, where: str) -> None:
+    """Refuse a key that several utterances have: a list does not say which one it means.
+
+    Raises:
+        PredictionError: The key is such a one; `where` says who asked for it.
+    """
+    if positions[key] == SEVERAL:
+        raise PredictionError(
+            f"{where}: {key} stands for several utterances, as sets that are read as one have it "
+            "in common; name one of the sets with --shards"
+        )
 
 
 def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None) -> Trials:
@@ -168,6 +187,7 @@ def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None
         for key, name in zip(pair, fields[1:], strict=True):
             if key not in positions:
                 raise PredictionError(_stranger(path, number, name, left_out))
+            check_single(positions, key, f"{path}, line {number}")
         target.append(_ANSWERS[fields[0]])
         enroll.append(positions[pair[0]])
         test.append(positions[pair[1]])
