@@ -38,6 +38,7 @@ class VerifyReport:
         files: Number of files checked.
         bytes: Their size, by the manifest.
         samples: Number of utterances that were read (with deep or against), else 0.
+        adopted: Whether the set is one of adopted tars, which no repair changes.
         seconds: Time taken.
     """
 
@@ -47,6 +48,7 @@ class VerifyReport:
     files: int = 0
     bytes: int = 0
     samples: int = 0
+    adopted: bool = False
     seconds: float = 0.0
 
     @property

@@ -89,6 +89,7 @@ def verify_shards(
     except FormatError as error:
         report.faults.append(Fault(MANIFEST_NAME, "", str(error)))
         return report
+    report.adopted = manifest.member is not None
     report.files = 1 + len(manifest.files())
     report.bytes = sum(info.bytes for info in manifest.files().values())
     if _written(place / MANIFEST_NAME) != encode_manifest(manifest):

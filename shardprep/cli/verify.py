@@ -9,7 +9,7 @@ import click
 from shardprep.check.verify import verify_shards
 from shardprep.cli.output import count, print_json, progress_bar, size
 from shardprep.cli.places import Place
-from shardprep.errors import FormatError, StorageError
+from shardprep.errors import RESTORE, FormatError, StorageError
 from shardprep.read.manifest_file import load_manifest
 from shardprep.storage.remote import Location
 
@@ -75,7 +75,7 @@ def verify(
         helps = not all(fault.by_hand for fault in report.faults)
         if helps and report.files and not report.unread and not against:
             remedy = f"`shardprep repair {shards}` restores the set, or says what it needs"
-            click.echo(f"note: {remedy}", err=True)
+            click.echo(f"note: {RESTORE if report.adopted else remedy}", err=True)
     if report.unread:
         context.exit(StorageError.exit_code)
     context.exit(0 if report.intact else 1)

@@ -352,7 +352,7 @@ def test_a_tar_that_went_away_or_changed_is_named_when_the_set_is_opened(
 
 
 def test_damage_is_found_and_a_repair_refuses_to_change_foreign_tars(
-    tars: Path, tmp_path: Path
+    tars: Path, tmp_path: Path, run_cli: Callable[..., Any]
 ) -> None:
     adopt_shards(tars, tmp_path / "set", workers=1)
     split = open_shards(tmp_path / "set")["train"]
@@ -365,6 +365,9 @@ def test_damage_is_found_and_a_repair_refuses_to_change_foreign_tars(
     assert [fault.file for fault in verify_shards(tmp_path / "set").faults] == ["train-000001.tar"]
     keys = {fault.key for fault in verify_shards(tmp_path / "set", deep=True).faults}
     assert keys == {"", "000000010"}
+    said = run_cli("verify", tmp_path / "set").stderr
+    assert "restore the tar" in said
+    assert "shardprep repair" not in said
     with pytest.raises(CorruptShardError, match="crc32.*restore the tar"):
         split.read(10)
     with pytest.raises(CorruptShardError, match="crc32.*restore the tar"):
