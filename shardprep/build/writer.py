@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from shardprep.build.existing.finished import (
@@ -40,6 +41,7 @@ from shardprep.read.sidecars import read_rejects
 from shardprep.source.contents import Source
 from shardprep.source.dataset import rejects_error
 from shardprep.source.scan import scan_source
+from shardprep.source.spool import spools
 from shardprep.storage.remote import Location, Remote, locate
 
 
@@ -102,11 +104,25 @@ def build_shards(
     return report
 
 
-def claim(target: Location, overwrite: bool) -> contextlib.AbstractContextManager[Work | None]:
-    """See `Work.claim`."""
+@contextlib.contextmanager
+def claim(target: Location, overwrite: bool) -> Iterator[Work | None]:
+    """See `Work.claim`.
+
+    Raises:
+        BuildError: Also where a ShardWriter has left a spool, which a build would remove.
+    """
     if isinstance(target, Remote):
-        return StoreWork.claim(target, overwrite)
-    return FolderWork.claim(target, overwrite)
+        with StoreWork.claim(target, overwrite) as stored:
+            yield stored
+        return
+    with FolderWork.claim(target, overwrite) as work:
+        if work is not None and not overwrite and (left := spools(work.folder)):
+            raise BuildError(
+                "holds what an interrupted program has added by ShardWriter",
+                file=left[0],
+                remedy="Run the program again, or name another folder, or remove this file.",
+            )
+        yield work
 
 
 def pool_of(options: BuildOptions, source: Location, destination: Location | None) -> Pool:

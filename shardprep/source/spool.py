@@ -64,6 +64,11 @@ def version_of(stored: NDArray[np.floating]) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
+def spools(folder: Path) -> list[Path]:
+    """The spools in a work folder; of programs that were interrupted, unless one is running."""
+    return sorted(folder.glob(f"{_PREFIX}*"))
+
+
 class Spool:
     """The spool in a work folder; the caller holds the lock of the folder.
 
@@ -86,7 +91,7 @@ class Spool:
         self.reader = SpoolReader(folder, f"{_PREFIX}{n_mels}-{dtype}", n_mels, dtype)
         self._path = folder / self.reader.name
         with storage_errors(self._path):
-            for path in folder.glob(f"{_PREFIX}*"):
+            for path in spools(folder):
                 if path != self._path:
                     path.unlink()
             # A link must not lead the writer elsewhere.

@@ -16,9 +16,11 @@ import torch
 
 from shardprep import (
     BuildError,
+    BuildOptions,
     BuildReport,
     ShardWriter,
     SourceError,
+    build_shards,
     open_shards,
     verify_shards,
 )
@@ -402,3 +404,23 @@ def test_a_recipe_that_no_manifest_can_hold_is_refused_at_once(
 ) -> None:
     with pytest.raises(BuildError, match="features: "):
         ShardWriter(tmp_path / "s", N_MELS, features=features)
+
+
+def test_a_build_does_not_remove_what_an_interrupted_program_has_added(tmp_path: Path) -> None:
+    source = save_dataset(tmp_path / "source", np.float32)
+
+    def interrupted() -> None:
+        with ShardWriter(tmp_path / "set", N_MELS) as writer:
+            writer.add("first", np.ones((3, N_MELS)), "ann")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(BuildError, match="interrupted program has added") as caught:
+        build_shards(source, tmp_path / "set")
+    assert Path(str(caught.value.file)).name.startswith("spool-")
+    with ShardWriter(tmp_path / "set", N_MELS) as writer:
+        assert writer.keep("first")
+        writer.add("second", np.ones((3, N_MELS)), "ann")
+    build_shards(source, tmp_path / "set", BuildOptions(overwrite=True))
+    assert "part/01" in open_shards(tmp_path / "set")["train"].keys
