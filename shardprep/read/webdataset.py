@@ -42,7 +42,7 @@ _CODECS = {"mel.npy": CodecInfo("none"), "mel.npy.zst": CodecInfo("zstd")}
 
 
 def stream(
-    source: str | os.PathLike[str] | Sequence[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     split: str = "train",
     *,
     shuffle: int = 0,
@@ -69,7 +69,7 @@ def stream(
         or None, frames int.
 
     Raises:
-        FormatError: The folder has no such split.
+        FormatError: The folder has no such split, or one of several sources is a folder.
         CorruptShardError: While iterating: a shard of the folder is not a plain tar, lacks an
             utterance of the index, or has an utterance with another crc32; or an utterance cannot
             be decoded.
@@ -85,8 +85,11 @@ def stream(
     }
     place = _folder(source)
     if place is None:
-        urls = os.fspath(source) if isinstance(source, str | os.PathLike) else list(source)
-        pipeline = wds.WebDataset(urls, **{**defaults, **options})
+        if isinstance(source, str | os.PathLike):
+            pipeline = wds.WebDataset(os.fspath(source), **{**defaults, **options})
+        else:
+            urls = [_tar(each) for each in source]
+            pipeline = wds.WebDataset(urls, **{**defaults, **options})
     else:
         files = files_at(place)
         manifest = files.load_manifest()
@@ -166,7 +169,7 @@ class _Shuffle(wds.detshuffle):  # type: ignore[misc]
         return shuffled
 
 
-def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
+def _folder(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Location | None:
     """The shard folder that a source names, or its URL; None if the source is something else."""
     if not isinstance(source, str | os.PathLike):
         return None
@@ -175,6 +178,17 @@ def _folder(source: str | os.PathLike[str] | Sequence[str]) -> Location | None:
         return None if _NO_FOLDER.search(place.url) else place
     with machine_errors(place):
         return lasting(place) if exists(place) and place.is_dir() else None
+
+
+def _tar(source: str | os.PathLike[str]) -> str:
+    """One of several sources, which must be tars."""
+    if (folder := _folder(source)) is not None:
+        raise FormatError(
+            "is a folder, and stream takes one folder, or tars",
+            file=folder,
+            remedy="Name the tars, or read several sets as one with open_shards([...]).",
+        )
+    return os.fspath(source)
 
 
 def _info(manifest: Manifest, files: Files, split: str) -> SplitInfo:

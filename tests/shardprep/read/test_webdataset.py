@@ -80,6 +80,14 @@ def test_patterns_lists_and_pipes_are_sources_too(edge_set: Path) -> None:
         assert [sample["__key__"] for sample in shardprep.stream(source)] == expected
 
 
+def test_of_several_sources_each_is_a_tar(edge_set: Path) -> None:
+    tars = sorted(edge_set.glob("train-*.tar"))
+    keys = [sample["__key__"] for sample in shardprep.stream(tars)]
+    assert keys == open_shards(edge_set)["train"].keys.tolist()
+    with pytest.raises(FormatError, match="is a folder, and stream takes one folder, or tars"):
+        shardprep.stream([edge_set, edge_set])
+
+
 def test_shuffle_is_seeded_and_loses_nothing(edge_set: Path) -> None:
     def order(seed: int) -> list[str]:
         return [s["__key__"] for s in shardprep.stream(edge_set, shuffle=16, seed=seed)]
