@@ -38,8 +38,8 @@ def notes_beside(names: Iterable[str], own_card: bool) -> Iterator[str]:
     """
     if own_card:
         yield (
-            f"{CARD_NAME} is not a card that a build has written, and stays; docs/readers.md has "
-            "the `configs` that Hugging Face `datasets` needs in it"
+            f"{CARD_NAME} stays: it is not a card that a build has written, or it cannot be read; "
+            "docs/readers.md has the `configs` that Hugging Face `datasets` needs in it"
         )
     if stale := sorted({top for name in names if _SIDE_FILES.fullmatch(top := name.split("/")[0])}):
         more = f" and {len(stale) - _MOST_NAMED} more" if len(stale) > _MOST_NAMED else ""

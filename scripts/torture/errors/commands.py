@@ -15,6 +15,7 @@ from typing import Any
 
 import shardprep
 from scripts.torture.shards import contents
+from shardprep.format.card import CARD_NAME
 from shardprep.format.manifest import SOURCE_TIMES_NAME
 
 PER_SHARD = 4
@@ -88,7 +89,9 @@ class Command:
                 files = {"": hashlib.sha256(_ordered(place)).hexdigest()}
             found |= {os.path.join(name, path).rstrip("/"): x for path, x in files.items()}
         kept = (path for path in found if "/.shardprep-" not in path)
-        return {path: found[path] for path in kept if Path(path).name != SOURCE_TIMES_NAME}
+        # No parts of a set; what a command cannot write of them, it says in a note.
+        others = (SOURCE_TIMES_NAME, CARD_NAME)
+        return {path: found[path] for path in kept if Path(path).name not in others}
 
     def lost(self, before: Mapping[str, str], folder: Path) -> list[str]:
         """Files that were healthy before, and are missing or others now, though they may not."""
@@ -127,7 +130,7 @@ COMMANDS = (
         ("build", "{folder}/More", "{folder}/shards", "--append", "--workers", "2"),
         results=(SHARDS,),
         may_change=tuple(
-            f"{SHARDS}/{name}" for name in ("manifest.json", "split=", SOURCE_TIMES_NAME)
+            f"{SHARDS}/{name}" for name in ("manifest.json", "split=", SOURCE_TIMES_NAME, CARD_NAME)
         ),
     ),
     Command("open and read", (SHARDS,), (), place="{folder}/shards"),
@@ -162,7 +165,7 @@ COMMANDS = (
         results=(FAULTY,),
         may_change=tuple(
             f"{FAULTY}/{name}"
-            for name in ("train-000000.tar", "split=train.index.npy", "manifest.json")
+            for name in ("train-000000.tar", "split=train.index.npy", "manifest.json", CARD_NAME)
         ),
     ),
     Command(
