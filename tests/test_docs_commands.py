@@ -283,7 +283,9 @@ def test_the_commands_on_urls_run(
 
 def run(command: str, folder: Path, **environment: str) -> None:
     """Run a command in a shell, with the programs and packages of this environment."""
-    if set(shlex.split(command)) & set(TRAINER) and "--print-config" not in command:
+    words = shlex.split(command)
+    trains = set(words) & set(TRAINER) or words[:2] == ["shardprep", "train"]
+    if trains and "--print-config" not in command:
         command += f" {SHORTENED}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     everything = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}
