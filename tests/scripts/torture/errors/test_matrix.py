@@ -174,6 +174,7 @@ def test_what_a_command_leaves_is_judged_whatever_it_says(
 @needs_gcc
 @pytest.mark.slow
 @pytest.mark.remote
+@pytest.mark.timeout(1800)
 def test_every_command_meets_every_call_rightly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.torture.errors", "--out", "errors.json"]
     command += ["--mode", "once", "--errno", "EACCES", "--errno", "EIO"]
