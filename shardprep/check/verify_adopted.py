@@ -5,8 +5,8 @@ What else the tar has is its writer's business.
 
 from __future__ import annotations
 
+import io
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from shardprep.build.foreign.members import npy_matrix
 from shardprep.check.report import Fault
-from shardprep.errors import CorruptShardError
+from shardprep.check.verify_tar import faults_of_opened
 from shardprep.format.codecs import NPY_HEADER_BYTES
 from shardprep.format.foreign_tar import (
     ForeignMember,
@@ -26,8 +26,6 @@ from shardprep.format.foreign_tar import (
 from shardprep.format.manifest import Manifest, ShardInfo
 from shardprep.read.files import Files
 from shardprep.read.split import Split
-from shardprep.storage.local import open_regular
-from shardprep.storage.trouble import machine_errors
 
 _PIECE = 1 << 20
 
@@ -48,20 +46,17 @@ def adopted_faults(
         StorageError: The machine cannot read the shard now.
     """
     due = {int(split.locations["offset"][index]): int(index) for index in indices}
-    try:
-        with files.lend(info) as path, machine_errors(path), open_regular(path) as tar:
-            read_at = reader_of(tar)
-            for member in walk_foreign(read_at, os.fstat(tar.fileno()).st_size):
-                if (index := due.pop(member.offset, None)) is not None:
-                    for what in _faults(read_at, member, split, index, manifest):
-                        yield Fault(info.file, str(split.keys[index]), what)
-    except (tarfile.TarError, OSError) as error:
-        yield Fault(info.file, "", f"is a damaged tar: {error}")
-    except CorruptShardError:
-        # The file is damaged in the store; this fault is reported already.
-        return
-    for index in due.values():
-        yield Fault(info.file, str(split.keys[index]), "no member lies where the index says")
+
+    def check(tar: io.BufferedReader) -> Iterator[Fault]:
+        read_at = reader_of(tar)
+        for member in walk_foreign(read_at, os.fstat(tar.fileno()).st_size):
+            if (index := due.pop(member.offset, None)) is not None:
+                for what in _faults(read_at, member, split, index, manifest):
+                    yield Fault(info.file, str(split.keys[index]), what)
+
+    if (yield from faults_of_opened(files, info, check)):
+        for index in due.values():
+            yield Fault(info.file, str(split.keys[index]), "no member lies where the index says")
 
 
 def _faults(

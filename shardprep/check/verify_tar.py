@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -41,20 +41,38 @@ def tar_faults(
         StorageError: The machine cannot read the shard now.
     """
     suffix = codecs.member_suffix(manifest.codec)
+
+    def check(tar: io.BufferedReader) -> Iterator[Fault]:
+        members = walk(tar)
+        for index in map(int, indices):
+            for fault in _utterance_faults(tar, members, split, index, suffix, manifest):
+                yield Fault(info.file, str(split.keys[index]), fault)
+        if (extra := next(members, None)) is not None:
+            name = extra.name if extra.name.isprintable() else ascii(extra.name)
+            yield Fault(info.file, name, "is a member that the index does not have")
+
+    yield from faults_of_opened(files, info, check)
+
+
+def faults_of_opened(
+    files: Files, info: ShardInfo, check: Callable[[io.BufferedReader], Iterator[Fault]]
+) -> Generator[Fault, None, bool]:
+    """Open the tar of a shard; what `check` finds in it, or that it is no tar.
+
+    Returns:
+        False where a store has damaged the file, which is reported already.
+
+    Raises:
+        StorageError: The machine cannot read the shard now.
+    """
     try:
         with files.lend(info) as path, machine_errors(path), open_regular(path) as tar:
-            members = walk(tar)
-            for index in map(int, indices):
-                for fault in _utterance_faults(tar, members, split, index, suffix, manifest):
-                    yield Fault(info.file, str(split.keys[index]), fault)
-            if (extra := next(members, None)) is not None:
-                name = extra.name if extra.name.isprintable() else ascii(extra.name)
-                yield Fault(info.file, name, "is a member that the index does not have")
+            yield from check(tar)
     except (tarfile.TarError, OSError) as error:
         yield Fault(info.file, "", f"is a damaged tar: {error}")
     except CorruptShardError:
-        # The file is damaged in the store; this fault is reported already.
-        return
+        return False
+    return True
 
 
 def _utterance_faults(
