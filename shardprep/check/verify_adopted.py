@@ -20,14 +20,13 @@ from shardprep.format.foreign_tar import (
     ForeignMember,
     ReadAt,
     key_and_extension,
+    pieces,
     reader_of,
     walk_foreign,
 )
 from shardprep.format.manifest import Manifest, ShardInfo
 from shardprep.read.files import Files
 from shardprep.read.split import Split
-
-_PIECE = 1 << 20
 
 
 def adopted_faults(
@@ -70,9 +69,9 @@ def _faults(
         yield f"has {member.size} bytes in the tar, and {row['nbytes']} in the index"
         return
     head = read_at(member.offset, NPY_HEADER_BYTES)
-    crc, end = zlib.crc32(head), member.offset + member.size
-    for at in range(member.offset + NPY_HEADER_BYTES, end, _PIECE):
-        crc = zlib.crc32(read_at(at, min(_PIECE, end - at)), crc)
+    crc = zlib.crc32(head)
+    for piece in pieces(read_at, member.offset + NPY_HEADER_BYTES, member.offset + member.size):
+        crc = zlib.crc32(piece, crc)
     if crc != int(row["crc32"]):
         yield "the member's bytes do not match the crc32 in the index"
         return

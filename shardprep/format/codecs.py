@@ -138,11 +138,7 @@ def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
     """The matrix of an npy file of format 1 or 2, in memory of its own."""
     file = io.BytesIO(data[:_MOST_HEADER_BYTES])
     try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        shape, fortran, dtype = read_npy_header(file)
     except NPY_FAULTS as error:
         raise ValueError(f"its npy header is damaged ({error})") from None
     if dtype.kind not in "fiu" or dtype.subdtype is not None:
@@ -157,6 +153,16 @@ def _parse_npy(data: bytes | bytearray | memoryview, most: int) -> NDArray[Any]:
     matrix: NDArray[Any] = np.frombuffer(data, dtype, offset=begin).reshape(shape)
     own = isinstance(data, bytearray) and matrix.flags.aligned
     return matrix if own else matrix.copy()
+
+
+def read_npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype of an npy file of format 1 or 2.
+
+    The file then stands where the numbers begin. For a faulty header, NumPy raises NPY_FAULTS.
+    """
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:

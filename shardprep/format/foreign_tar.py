@@ -40,6 +40,7 @@ _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 # No writer nests them deeper: a long name, a long link, PAX.
 _MOST_HEADERS = 8
+_PIECE = 1 << 20
 
 
 class ForeignMember(NamedTuple):
@@ -74,6 +75,12 @@ def reader_of(file: io.BufferedReader) -> ReadAt:
         return file.read(size)
 
     return read_at
+
+
+def pieces(read_at: ReadAt, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of a tar from one place to another, at most 1 MiB at a time."""
+    for at in range(begin, end, _PIECE):
+        yield read_at(at, min(_PIECE, end - at))
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:

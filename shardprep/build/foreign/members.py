@@ -15,15 +15,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from shardprep.format.codecs import NPY_FAULTS, NPY_HEADER_BYTES
-from shardprep.format.foreign_tar import ForeignMember, ReadAt
+from shardprep.format.codecs import NPY_FAULTS, NPY_HEADER_BYTES, read_npy_header
+from shardprep.format.foreign_tar import ForeignMember, ReadAt, pieces
 from shardprep.format.index import NO_LABEL
 from shardprep.format.limits import MAX_FOREIGN_TEXT_BYTES, MAX_MEMBER_BYTES, MAX_N_MELS
 from shardprep.storage.sniff import sniff
 
 Dtype = Literal["float16", "float32"]
 
-_PIECE = 1 << 20
 _MOST_NAME = 200
 _DTYPES: dict[str, Dtype] = {"<f2": "float16", "<f4": "float32"}
 # Other ways to store an array, by the end of an extension.
@@ -78,9 +77,8 @@ def read_matrix(read_at: ReadAt, member: ForeignMember) -> Matrix:
         raise ValueError("its matrix is a link, a folder or a device")
     head = read_at(member.offset, min(member.size, NPY_HEADER_BYTES))
     frames, n_mels, dtype = npy_matrix(head, member.size)
-    crc, finite, end = zlib.crc32(head), True, member.offset + member.size
-    for at in range(member.offset + NPY_HEADER_BYTES, end, _PIECE):
-        piece = read_at(at, min(_PIECE, end - at))
+    crc, finite = zlib.crc32(head), True
+    for piece in pieces(read_at, member.offset + NPY_HEADER_BYTES, member.offset + member.size):
         crc = zlib.crc32(piece, crc)
         finite = finite and bool(np.isfinite(np.frombuffer(piece, dtype)).all())
     if not finite:
@@ -112,12 +110,8 @@ def npy_matrix(head: bytes, size: int) -> tuple[int, int, Dtype]:
             f"has an npy header of {begin} bytes, expected {NPY_HEADER_BYTES}: write it again with "
             "numpy.save"
         )
-    file = io.BytesIO(head[8:])
     try:
-        if width == 2:
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        shape, fortran, dtype = read_npy_header(io.BytesIO(head))
     except NPY_FAULTS as error:
         raise ValueError(f"has a damaged npy header ({error})"[:200]) from None
     if dtype.str not in _DTYPES:
