@@ -24,7 +24,7 @@ MOST_MODULES = 12
 BASE = {"errors"}
 CORE = {*BASE, "system"}
 READ = {*CORE, "format", "storage", "cache", "read", "load"}
-BUILD = {*CORE, "format", "storage", "source", "build", "read"}
+BUILD = {*CORE, "format", "storage", "audio", "source", "build", "read"}
 LEARN = {*BASE, "config", "processes", "model"}
 USE = {*LEARN, "checkpoint", "evaluation"}
 MAY_IMPORT: dict[str, dict[str, set[str]]] = {
@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "cache": {*CORE, "format", "storage"},
         "read": {*CORE, "format", "storage", "cache"},
         "load": {*CORE, "format", "storage", "cache", "read"},
-        "source": {*CORE, "format", "storage"},
-        "build": {*CORE, "format", "storage", "source", "read"},
+        "audio": {*CORE, "format", "storage"},
+        "source": {*CORE, "format", "storage", "audio"},
+        "build": {*CORE, "format", "storage", "audio", "source", "read"},
         "check": READ | BUILD,
         "bench": READ | BUILD,
         "cli": READ | BUILD | {"check", "bench"},
@@ -52,11 +53,15 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "learning": LEARN,
         "evaluation": LEARN,
         "run": USE | {"learning"},
-        "inference": USE,
+        "pretrained": USE,
+        "inference": USE | {"pretrained"},
         "train": USE | {"learning", "run"},
         "commands": {*BASE, "config"},
         "convert": {*BASE, "model"},
-        **{command: USE | {"inference", "commands"} for command in ("predict", "score", "embed")},
+        **{
+            command: USE | {"pretrained", "inference", "commands"}
+            for command in ("predict", "score", "embed", "compare", "identify")
+        },
         "export": {*BASE, "checkpoint", "model", "convert", "commands"},
     },
 }

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
-def model_of(file: Path) -> SpeakerModel:
+def model_of(file: Path) -> SpeakerNetwork:
     """The model that a checkpoint or a model file holds, in evaluation mode."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
@@ -22,6 +22,6 @@ def model_of(file: Path) -> SpeakerModel:
         saved = torch.load(file, weights_only=True)
         weights = saved["weights"]
     speakers = len(saved["speakers"])
-    model = SpeakerModel(saved["n_mels"], speakers, **saved["config"]["model"]).eval()
+    model = SpeakerNetwork(saved["n_mels"], speakers, **saved["config"]["model"]).eval()
     model.load_state_dict(weights)
     return model

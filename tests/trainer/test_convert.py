@@ -17,7 +17,7 @@ from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.convert import FORMATS, export_model
 from shardprep_trainer.errors import ExportError, TrainerError
 from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 SPEAKERS = 3
 TINY = {"conformer": {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}}
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 OTHER_RECIPES = ("simple", "medium", "strong", "best")
 
 
-def recipe_model(recipe: str, **changes: Any) -> SpeakerModel:
+def recipe_model(recipe: str, **changes: Any) -> SpeakerNetwork:
     """The model of a recipe, narrow, with weights and running statistics of no special value."""
     settings = parse_args(["--config", str(RECIPES / f"{recipe}.yaml")]).config.model
     options = {f"--model.{k}={v}" for k, v in {**TINY[settings.encoder], **changes}.items()}

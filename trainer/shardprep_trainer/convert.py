@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shardprep_trainer.errors import ExportError, TrainerError
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 from shardprep_trainer.model.traceable import Traceable
 
 # The newest version that PyTorch writes without a conversion; older runtimes read it too.
@@ -45,7 +45,7 @@ TRACED_CASE = (48, (48, 20, 5))
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def to_onnx(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
+def to_onnx(model: SpeakerNetwork, metadata: dict[str, str]) -> bytes:
     """The model as an ONNX file of opset 18, weights inside.
 
     Args:
@@ -85,7 +85,7 @@ def to_onnx(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
     return data
 
 
-def to_torchscript(model: SpeakerModel, metadata: dict[str, str]) -> bytes:
+def to_torchscript(model: SpeakerNetwork, metadata: dict[str, str]) -> bytes:
     """The model as a TorchScript file for the CPU; `metadata` are its extra files."""
     file = io.BytesIO()
     with _quiet(), torch.no_grad():
@@ -141,7 +141,7 @@ def example(n_mels: int, frames: int, lengths: tuple[int, ...]) -> tuple[Tensor,
     return mel, valid
 
 
-def check_parity(model: SpeakerModel, run: Run, n_mels: int) -> float:
+def check_parity(model: SpeakerNetwork, run: Run, n_mels: int) -> float:
     """Compare an exported file with its model in eval mode, at PARITY_CASES.
 
     Returns:
@@ -177,7 +177,7 @@ def _deviation(expected: Tensor, found: Tensor) -> float:
     return math.inf if math.isnan(deviation) else deviation
 
 
-def export_model(model: SpeakerModel, form: str, metadata: dict[str, str]) -> tuple[bytes, float]:
+def export_model(model: SpeakerNetwork, form: str, metadata: dict[str, str]) -> tuple[bytes, float]:
     """Export a model and check the result against it.
 
     Args:

@@ -14,16 +14,16 @@ import shardprep
 from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.learning.losses import SoftmaxLoss
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def model() -> SpeakerModel:
+def model() -> SpeakerNetwork:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
-    return SpeakerModel(40, 3, classifier="linear", **sizes).eval()
+    return SpeakerNetwork(40, 3, classifier="linear", **sizes).eval()
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def split(shards: Path) -> shardprep.Split:
     return shardprep.open_shards(shards)["train"]
 
 
-def one_by_one(model: SpeakerModel, split: shardprep.Split) -> tuple[list[int], float]:
+def one_by_one(model: SpeakerNetwork, split: shardprep.Split) -> tuple[list[int], float]:
     """The oracle: every utterance alone, without padding, in the split's order."""
     answers, loss = [], 0.0
     with torch.no_grad():
@@ -44,7 +44,7 @@ def one_by_one(model: SpeakerModel, split: shardprep.Split) -> tuple[list[int], 
 
 
 def on_ranks(
-    model: SpeakerModel, split: shardprep.Split, world_size: int, max_frames: int
+    model: SpeakerNetwork, split: shardprep.Split, world_size: int, max_frames: int
 ) -> list[Evaluation]:
     """Evaluate on ranks that are threads with a real all-reduce between them."""
     barrier = threading.Barrier(world_size, timeout=60)
@@ -77,7 +77,7 @@ def on_ranks(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("max_frames", [1, 700])
 def test_any_world_size_and_batch_size_gives_what_utterances_give_alone(
-    model: SpeakerModel, split: shardprep.Split, world_size: int, max_frames: int
+    model: SpeakerNetwork, split: shardprep.Split, world_size: int, max_frames: int
 ) -> None:
     answers, loss = one_by_one(model, split)
     results = on_ranks(model, split, world_size, max_frames)
@@ -91,7 +91,7 @@ def test_any_world_size_and_batch_size_gives_what_utterances_give_alone(
 
 
 def test_an_utterance_counted_twice_or_left_out_is_noticed(
-    model: SpeakerModel, split: shardprep.Split
+    model: SpeakerNetwork, split: shardprep.Split
 ) -> None:
     batches = list(shardprep.UtteranceLoader(split, max_frames=700))
     for wrong in (batches[1:], [*batches, batches[0]]):
@@ -99,7 +99,7 @@ def test_an_utterance_counted_twice_or_left_out_is_noticed(
             evaluate(model, wrong, split.labels, device=CPU)
 
 
-def test_what_may_be_left_out_counts_nowhere(model: SpeakerModel, split: shardprep.Split) -> None:
+def test_what_may_be_left_out_counts_nowhere(model: SpeakerNetwork, split: shardprep.Split) -> None:
     batches = list(shardprep.UtteranceLoader(split, max_frames=700))
     whole = evaluate(model, batches, split.labels, device=CPU)
     gone = batches[0]["index"].numpy()
@@ -113,7 +113,7 @@ def test_what_may_be_left_out_counts_nowhere(model: SpeakerModel, split: shardpr
 
 
 def test_unlabelled_utterances_are_predicted_but_not_counted(
-    model: SpeakerModel, shards: Path
+    model: SpeakerNetwork, shards: Path
 ) -> None:
     split = shardprep.open_shards(shards)["test"]
     result = evaluate(
@@ -124,7 +124,7 @@ def test_unlabelled_utterances_are_predicted_but_not_counted(
 
 
 def test_labelled_ones_among_unlabelled_have_their_own_loss(
-    model: SpeakerModel, split: shardprep.Split
+    model: SpeakerNetwork, split: shardprep.Split
 ) -> None:
     batches = list(shardprep.UtteranceLoader(split, max_frames=700))
     labels = np.full(len(split), -1)
@@ -140,7 +140,7 @@ def test_labelled_ones_among_unlabelled_have_their_own_loss(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_evaluated_without_dropout_and_left_as_it_was(
-    model: SpeakerModel, split: shardprep.Split, training: bool
+    model: SpeakerNetwork, split: shardprep.Split, training: bool
 ) -> None:
     model.train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -187,7 +187,7 @@ def test_the_five_highest_count_and_ties_go_as_in_argmax() -> None:
 
 @pytest.mark.parametrize("max_frames", [1, 700])
 def test_collected_embeddings_stand_in_the_order_of_the_split(
-    model: SpeakerModel, split: shardprep.Split, max_frames: int
+    model: SpeakerNetwork, split: shardprep.Split, max_frames: int
 ) -> None:
     loader = shardprep.UtteranceLoader(split, max_frames=max_frames)
     model.train()

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardprep_trainer.evaluation.views import Views
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
 @pytest.fixture(params=["linear", "cosine"])
-def model(request: pytest.FixtureRequest) -> SpeakerModel:
+def model(request: pytest.FixtureRequest) -> SpeakerNetwork:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
-    return SpeakerModel(5, 4, classifier=request.param, **sizes).eval()
+    return SpeakerNetwork(5, 4, classifier=request.param, **sizes).eval()
 
 
 def one_by_one(
-    model: SpeakerModel, mel: Tensor, starts: list[int], width: int
+    model: SpeakerNetwork, mel: Tensor, starts: list[int], width: int
 ) -> tuple[Tensor, Tensor]:
     """The oracle: one utterance (T, F), each of its views by itself."""
     views = [mel, *(mel[start : start + width] for start in starts)]
@@ -37,7 +37,7 @@ def one_by_one(
 )
 @torch.no_grad()
 def test_views_are_the_whole_and_segments_from_end_to_end(
-    model: SpeakerModel, segments: int, starts: list[list[int] | None]
+    model: SpeakerNetwork, segments: int, starts: list[list[int] | None]
 ) -> None:
     mel, lengths = torch.randn(3, 50, 5), torch.tensor([50, 12, 27])
     embedding, scores = Views(model, segments, 20).embed_and_score(mel, lengths)
@@ -51,7 +51,7 @@ def test_views_are_the_whole_and_segments_from_end_to_end(
 
 
 @torch.no_grad()
-def test_no_segments_are_the_model_itself(model: SpeakerModel) -> None:
+def test_no_segments_are_the_model_itself(model: SpeakerNetwork) -> None:
     mel, lengths = torch.randn(2, 30, 5), torch.tensor([30, 12])
     embedding, scores = Views(model).embed_and_score(mel, lengths)
     assert torch.equal(embedding, model.embed(mel, lengths))
@@ -60,7 +60,7 @@ def test_no_segments_are_the_model_itself(model: SpeakerModel) -> None:
 
 
 @torch.no_grad()
-def test_lengths_that_say_nothing_may_be_left_out(model: SpeakerModel) -> None:
+def test_lengths_that_say_nothing_may_be_left_out(model: SpeakerNetwork) -> None:
     mel, views = torch.randn(2, 30, 5), Views(model, 3, 20)
     for one, other in zip(
         views.embed_and_score(mel), views.embed_and_score(mel, torch.tensor([30, 30])), strict=True
@@ -69,7 +69,7 @@ def test_lengths_that_say_nothing_may_be_left_out(model: SpeakerModel) -> None:
 
 
 @torch.no_grad()
-def test_an_utterance_no_longer_than_a_segment_keeps_its_direction(model: SpeakerModel) -> None:
+def test_an_utterance_no_longer_than_a_segment_keeps_its_direction(model: SpeakerNetwork) -> None:
     mel = torch.randn(2, 20, 5)
     embedding, scores = Views(model, 5, 20).embed_and_score(mel)
     assert torch.allclose(embedding, F.normalize(model.embed(mel), dim=1), atol=1e-6)
@@ -77,6 +77,6 @@ def test_an_utterance_no_longer_than_a_segment_keeps_its_direction(model: Speake
 
 
 @pytest.mark.parametrize(("segments", "frames"), [(-1, 20), (1, 0)])
-def test_views_that_cannot_be_are_refused(model: SpeakerModel, segments: int, frames: int) -> None:
+def test_views_that_cannot_be_are_refused(model: SpeakerNetwork, segments: int, frames: int) -> None:
     with pytest.raises(ValueError, match="segments of"):
         Views(model, segments, frames)

@@ -19,7 +19,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.fields import Config, OptimConfig
 from shardprep_trainer.learning.build import build_optimizer
 from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.model import CosineClassifier, SpeakerModel
+from shardprep_trainer.model.model import CosineClassifier, SpeakerNetwork
 from shardprep_trainer.processes.meeting import join_processes
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
@@ -34,7 +34,7 @@ def make_trainer(
 ) -> Callable[..., Trainer]:
     """Trainers whose steps are skipped by a branch on the host, or by a fused optimiser."""
 
-    def build(config: OptimConfig, model: SpeakerModel, device: torch.device) -> Optimizer:
+    def build(config: OptimConfig, model: SpeakerNetwork, device: torch.device) -> Optimizer:
         if request.param == "muon":
             return build_optimizer(replace(config, name="muon"), model, device)
         decay, fused = config.weight_decay, request.param == "fused"

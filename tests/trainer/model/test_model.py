@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardprep_trainer.learning.losses import AMSoftmaxLoss, SoftmaxLoss
-from shardprep_trainer.model.model import CosineClassifier, Embedding, SpeakerModel
+from shardprep_trainer.model.model import CosineClassifier, Embedding, SpeakerNetwork
 
 CONFORMER = {
     "encoder": "conformer",
@@ -66,9 +66,9 @@ RECIPES = {
 }
 
 
-def build(name: str, *, seed: int = 0, dropout: float = 0.0, **changes: Any) -> SpeakerModel:
+def build(name: str, *, seed: int = 0, dropout: float = 0.0, **changes: Any) -> SpeakerNetwork:
     torch.manual_seed(seed)
-    return SpeakerModel(40, 5, dropout=dropout, **{**MODELS[name], **changes})
+    return SpeakerNetwork(40, 5, dropout=dropout, **{**MODELS[name], **changes})
 
 
 def padded(utterances: list[Tensor], value: float = torch.nan) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def padded(utterances: list[Tensor], value: float = torch.nan) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_four_recipes_of_the_homework_can_be_built(name: str) -> None:
-    model = SpeakerModel(40, 600, dropout=0.1, **RECIPES[name])
+    model = SpeakerNetwork(40, 600, dropout=0.1, **RECIPES[name])
     mel = torch.randn(2, 24, 40)
     assert model(mel).shape == (2, 600)
     assert model.embed(mel, torch.tensor([24, 9])).shape == (2, RECIPES[name]["dim"])

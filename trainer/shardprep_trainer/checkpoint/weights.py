@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardprep_trainer.checkpoint.state import Checkpoint, unfit
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -26,7 +26,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> No
         raise unfit(file, "weights", error) from error
 
 
-def load_model(checkpoint: Checkpoint) -> SpeakerModel:
+def load_model(checkpoint: Checkpoint) -> SpeakerNetwork:
     """Build the model that a checkpoint describes, with its weights.
 
     The shapes are compared before memory is taken for a model.

@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network; these are the arguments of `SpeakerModel`."""
+    """The network; these are the arguments of `SpeakerNetwork`."""
 
     encoder: Literal["conformer", "transformer"] = "conformer"
     """Kind of block."""

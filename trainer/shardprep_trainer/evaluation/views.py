@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
 class Views(nn.Module):
@@ -32,7 +32,7 @@ class Views(nn.Module):
         ValueError: A negative number of segments, or segments of no frame.
     """
 
-    def __init__(self, model: SpeakerModel, segments: int = 0, frames: int = 1) -> None:
+    def __init__(self, model: SpeakerNetwork, segments: int = 0, frames: int = 1) -> None:
         super().__init__()
         if segments < 0 or frames < 1:
             raise ValueError(f"{segments} segments of {frames} frames: pass 0 or more of 1 or more")
@@ -44,7 +44,7 @@ class Views(nn.Module):
         """Embed utterances and score them against every speaker.
 
         Args:
-            mel: (B, T, F) log-mels, see `SpeakerModel.embed`.
+            mel: (B, T, F) log-mels, see `SpeakerNetwork.embed`.
             lengths: (B,) valid frames, or None for all T.
 
         Returns:

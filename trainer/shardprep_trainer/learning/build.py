@@ -17,10 +17,10 @@ from shardprep_trainer.learning.losses import AAMSoftmaxLoss, AMSoftmaxLoss, Sof
 from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
 from shardprep_trainer.learning.schedule import learning_rate, margin
 from shardprep_trainer.learning.step import StepPlan, TrainStep
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
-def build_train_step(config: Config, model: SpeakerModel, accelerator: Accelerator) -> TrainStep:
+def build_train_step(config: Config, model: SpeakerNetwork, accelerator: Accelerator) -> TrainStep:
     """The step that trains a model; the accelerator prepares the model and its optimiser."""
     train, device = config.train, accelerator.device
     optimizer = build_optimizer(config.optim, model, device)
@@ -67,7 +67,7 @@ def build_plan(config: Config, average: AveragedModel | None, device: torch.devi
 
 
 def build_optimizer(
-    config: OptimConfig, model: SpeakerModel, device: torch.device
+    config: OptimConfig, model: SpeakerNetwork, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW for all weights, or Muon for the matrices and AdamW for the rest.
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from shardprep_trainer.config.fields import ModelConfig
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 
 
-def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerModel:
+def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerNetwork:
     """Build the network; its weights are drawn from torch's global generator."""
-    return SpeakerModel(n_mels, n_speakers, **asdict(config))
+    return SpeakerNetwork(n_mels, n_speakers, **asdict(config))
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:

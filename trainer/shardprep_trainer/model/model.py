@@ -1,6 +1,6 @@
 """The speaker model: mel frames -> encoder -> pooling -> embedding -> a score for each speaker.
 
-With every classifier, the predicted speaker is the argmax of `SpeakerModel.forward`. Padding never
+With every classifier, the predicted speaker is the argmax of `SpeakerNetwork.forward`. Padding never
 counts: an utterance has the same embedding alone, padded, or beside others in a batch. (In
 training, BatchNorm sees the other utterances of the batch, but not their padding.)
 
@@ -83,7 +83,7 @@ class Embedding(nn.Module):
             return out
 
 
-class SpeakerModel(nn.Module):
+class SpeakerNetwork(nn.Module):
     """An encoder of mel frames with a pooling layer and a classifier of speakers.
 
     Args:

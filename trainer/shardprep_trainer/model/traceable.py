@@ -1,4 +1,4 @@
-"""A SpeakerModel in a form that `torch.export` and `torch.jit.trace` can record for any B and T.
+"""A SpeakerNetwork in a form that `torch.export` and `torch.jit.trace` can record for any B and T.
 
 They record the computation of one example, so the model must not loop over frames or turn a size
 into a Python number. Layers that do so compute in another way here; all else is the model's code.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shardprep_trainer.model.blocks import ConformerBlock, TransformerBlock
 from shardprep_trainer.model.layers import zero_padding
-from shardprep_trainer.model.model import Embedding, SpeakerModel
+from shardprep_trainer.model.model import Embedding, SpeakerNetwork
 
 
 class TraceableConformerBlock(ConformerBlock):
@@ -96,7 +96,7 @@ class Traceable(nn.Module):
         model: Is copied; the model itself does not change.
     """
 
-    def __init__(self, model: SpeakerModel) -> None:
+    def __init__(self, model: SpeakerNetwork) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         for module in self.model.modules():

@@ -25,7 +25,7 @@ from shardprep_trainer.learning.build import build_train_step
 from shardprep_trainer.learning.step import TrainStep
 from shardprep_trainer.model import cpu_kernels as cpu
 from shardprep_trainer.model.build import build_model
-from shardprep_trainer.model.model import SpeakerModel
+from shardprep_trainer.model.model import SpeakerNetwork
 from shardprep_trainer.model.precision import allow_tensor_float32
 from shardprep_trainer.model.sync_norm import synchronise
 from shardprep_trainer.processes.agreement import check_alike, exchange, together
@@ -212,7 +212,7 @@ def _check_machines(config: Config, found: Found) -> None:
     )
 
 
-def _build_model(config: Config, shards: OpenShards) -> SpeakerModel:
+def _build_model(config: Config, shards: OpenShards) -> SpeakerNetwork:
     """The model with its first weights: random ones, or those of `train.start_from`."""
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, shards.n_mels, len(shards.speakers))

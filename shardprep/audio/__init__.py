@@ -1,0 +1,1 @@
+"""Recordings: decoded, and made into log-mels by a recipe."""
