@@ -14,6 +14,7 @@ later ones of its kind on the same path. Every cell of the matrix is one of thes
 - not reached: the command has no such call.
 - wrong: everything else. A file that was healthy is gone or another, the message speaks of damage,
   there is a traceback, the result is another, or the command does not end.
+- wrong once: wrong, but not when it was tried again.
 
 --out writes the counts, every wrong cell and the table in JSON, and the table in Markdown beside
 it. Needs gcc. Exit codes: 0 no cell is wrong, 1 some are, 2 usage.
@@ -49,6 +50,7 @@ from scripts.torture.errors.fork_server import ForkServer, fork_server
 from scripts.torture.errors.matrix import (
     COMMANDS_MODULE,
     ERRORS,
+    UNSTEADY,
     WRONG,
     Cell,
     Matrix,
@@ -103,7 +105,7 @@ def try_all(asked: Sequence[Cell], folder: Path, jobs: int) -> Found:
                 outcome = matrix.try_cell(cell)
             finally:
                 free.put(matrix)
-            if outcome.what == WRONG:
+            if outcome.what in (WRONG, UNSTEADY):
                 tqdm.write(" | ".join(described(cell, outcome)), file=sys.stderr)
             return outcome
 
@@ -129,14 +131,26 @@ def described(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
     """What somebody needs to know who mends a cell."""
     mode = "lasting" if cell.lasting else "once"
     place = f"{cell.place} {cell.kind}"
-    return cell.command.name, place, cell.error, mode, outcome.path, outcome.why
+    name, what = cell.command.name, f"{outcome.what}: {outcome.why}"
+    return name, place, cell.error, mode, outcome.path, what, outcome.said
 
 
 def summary(found: Mapping[Cell, Outcome]) -> dict[str, Any]:
     """Counts by command, and all that is wrong."""
     names = dict.fromkeys(cell.command.name for cell in found)
     own = {name: {c: o for c, o in found.items() if c.command.name == name} for name in names}
-    wrong = [
+    return {
+        "cells": len(found),
+        "counts": tally(found),
+        "by_command": {name: tally(part) for name, part in own.items()},
+        "wrong": _rows(found, WRONG),
+        "wrong_once": _rows(found, UNSTEADY),
+    }
+
+
+def _rows(found: Mapping[Cell, Outcome], what: str) -> list[dict[str, Any]]:
+    """All that is known of the cells of a class."""
+    return [
         {
             "command": cell.command.name,
             "call": cell.kind,
@@ -145,14 +159,8 @@ def summary(found: Mapping[Cell, Outcome]) -> dict[str, Any]:
             **asdict(outcome),
         }
         for cell, outcome in found.items()
-        if outcome.what == WRONG
+        if outcome.what == what
     ]
-    return {
-        "cells": len(found),
-        "counts": tally(found),
-        "by_command": {name: tally(part) for name, part in own.items()},
-        "wrong": wrong,
-    }
 
 
 @click.command(context_settings={"show_default": True})

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scripts.torture.errors.commands import Command, Files
@@ -34,15 +34,16 @@ ERRORS = (
 PLACES = ("first", "middle", "last")
 COMMANDS_MODULE = "scripts.torture.errors.commands"
 
-WORKS, NOTED, REFUSED, UNREACHED, WRONG = (
+WORKS, NOTED, REFUSED, UNREACHED, UNSTEADY, WRONG = (
     "works",
     "works with a note",
     "exit 6 with a remedy",
     "not reached",
+    "wrong once",
     "wrong",
 )
-CLASSES = (WORKS, NOTED, REFUSED, UNREACHED, WRONG)
-SIGNS = dict(zip(CLASSES, ("+", "n", "6", ".", "X"), strict=True))
+CLASSES = (WORKS, NOTED, REFUSED, UNREACHED, UNSTEADY, WRONG)
+SIGNS = dict(zip(CLASSES, ("+", "n", "6", ".", "x", "X"), strict=True))
 """One letter for each class, for tables."""
 
 _STORAGE_ERROR = 6
@@ -192,7 +193,17 @@ class Matrix:
         return self._known[command.name]
 
     def try_cell(self, cell: Cell) -> Outcome:
-        """Let the call of a cell fail, and look at what comes of it."""
+        """Let the call of a cell fail, and look at what comes of it.
+
+        A cell that is wrong is tried once more: threads and processes do not always call the same,
+        and only what is wrong again can be studied.
+        """
+        found = self._try_once(cell)
+        if found.what == WRONG and self._try_once(cell).what != WRONG:
+            return replace(found, what=UNSTEADY)
+        return found
+
+    def _try_once(self, cell: Cell) -> Outcome:
         command, usual = cell.command, self.undisturbed(cell.command)
         count = usual.counts[cell.kind]
         if not count:

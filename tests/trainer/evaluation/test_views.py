@@ -77,6 +77,8 @@ def test_an_utterance_no_longer_than_a_segment_keeps_its_direction(model: Speake
 
 
 @pytest.mark.parametrize(("segments", "frames"), [(-1, 20), (1, 0)])
-def test_views_that_cannot_be_are_refused(model: SpeakerNetwork, segments: int, frames: int) -> None:
+def test_views_that_cannot_be_are_refused(
+    model: SpeakerNetwork, segments: int, frames: int
+) -> None:
     with pytest.raises(ValueError, match="segments of"):
         Views(model, segments, frames)

@@ -1,7 +1,7 @@
 """The speaker model: mel frames -> encoder -> pooling -> embedding -> a score for each speaker.
 
-With every classifier, the predicted speaker is the argmax of `SpeakerNetwork.forward`. Padding never
-counts: an utterance has the same embedding alone, padded, or beside others in a batch. (In
+With every classifier, the predicted speaker is the argmax of `SpeakerNetwork.forward`. Padding
+never counts: an utterance has the same embedding alone, padded, or beside others in a batch. (In
 training, BatchNorm sees the other utterances of the batch, but not their padding.)
 
 Axis legend: B batch, T frames, F mel bins, D model width, E embedding width (D unless the recipe

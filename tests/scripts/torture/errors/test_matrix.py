@@ -171,6 +171,26 @@ def test_what_a_command_leaves_is_judged_whatever_it_says(
     assert (outcome.what == matrix.WRONG, outcome.why) == (bool(why), why)
 
 
+@pytest.mark.parametrize(("times", "expected"), [(1, matrix.UNSTEADY), (2, matrix.WRONG)])
+def test_a_cell_is_wrong_if_it_is_so_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, expected: str
+) -> None:
+    (tmp_path / "template").mkdir()
+    command = Command("test", (), ("x",), results=("out",))
+    monkeypatch.setattr(FailingCalls, "counts", dict.fromkeys(KINDS, 1))
+    monkeypatch.setattr(FailingCalls, "refused", 1)
+    tries: list[Path] = []
+
+    def harm(cell: Path) -> None:
+        tries.append(cell)
+        (cell / "out").write_text("other" if len(tries) <= times else "result")
+
+    server: Any = Server(tmp_path / "cell", harm, 0)
+    found = Matrix(server, tmp_path / "template", tmp_path, "", 0)
+    outcome = found.try_cell(Cell(command, "open", "EACCES", "first", lasting=False))
+    assert (outcome.what, outcome.why) == (expected, "exit code 0, but out is not as it should be")
+
+
 @needs_gcc
 @pytest.mark.slow
 @pytest.mark.remote
