@@ -2,8 +2,8 @@
 # All steps from a folder of mel files to a scored submission; `make demo` runs this.
 #
 #   BIN   folder of the virtual environment's programs
-#   DATA  a data set in the homework's layout, or a folder that contains one as Dataset/. If empty,
-#         a small set is synthesised first. If there is a test_labels.csv beside the data set, the
+#   DATA  a data set in the homework's layout, a folder that contains one as Dataset/, or a folder of
+#         recordings by speaker. If empty, a small set is synthesised first. If there is a test_labels.csv beside the data set, the
 #         submission is scored against it.
 set -eu
 
@@ -22,7 +22,9 @@ if [ -z "${DATA:-}" ]; then
   }
 fi
 dataset=$DATA labels=$DATA/../test_labels.csv
-[ -f "$dataset/metadata.json" ] || dataset=$DATA/Dataset labels=$DATA/test_labels.csv
+if [ ! -f "$dataset/metadata.json" ] && [ -d "$DATA/Dataset" ]; then
+  dataset=$DATA/Dataset labels=$DATA/test_labels.csv
+fi
 
 step "shardprep build"
 rm -rf "$work/shards" "$work/runs"

@@ -1,12 +1,15 @@
 """Write a synthetic data set in the homework's layout, to try all commands without real data.
 
     python -m scripts.synthetic OUT/ [--speakers 20] [--utterances 40] [--test-utterances 100]
+    python -m scripts.synthetic OUT/ --recordings
 
 The program writes OUT/Dataset/{metadata,mapping,testdata}.json, one `uttr-<32 hex>.pt` for each
 utterance, float32 (T, 40) log-mels, and OUT/test_labels.csv with the true speakers of the test
 utterances. `voice.py` computes the voices: speech-like babble without words, and no recording of
 anybody. Use it to try the tools and to measure their speed; accuracy on it says nothing about real
 speech.
+
+With --recordings it writes the waveforms instead, as OUT/recordings/SPEAKER/SESSION/NUMBER.wav.
 
 Test utterances come from recording sessions that are not in the training data, so test accuracy is
 lower than validation accuracy on a random split.
@@ -23,7 +26,12 @@ from pathlib import Path
 import click
 
 from scripts.synthetic import voice
-from scripts.synthetic.dataset import draw_lengths, plan_dataset, write_dataset
+from scripts.synthetic.dataset import (
+    draw_lengths,
+    plan_dataset,
+    write_dataset,
+    write_recordings,
+)
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -81,6 +89,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="File of lengths in frames, one on each line: make an utterance of each length instead. "
     "The last --test-utterances of them are test utterances.",
 )
+@click.option("--recordings", is_flag=True, help="Write waveforms (wav) in place of log-mels.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--workers", type=_COUNT, default=os.cpu_count() or 1, show_default=False)
 def main(
@@ -91,6 +100,7 @@ def main(
     frames_min: int,
     frames_max: int,
     lengths: Path | None,
+    recordings: bool,
     seed: int,
     workers: int,
 ) -> None:
@@ -105,7 +115,8 @@ def main(
             f"{lengths} holds {len(frames)} lengths, {test} of them for testing, which leaves too "
             f"few for {speakers} speakers: lower --speakers or --test-utterances."
         )
-    write_dataset(out, plan_dataset(speakers, frames, test, seed), workers)
+    write = write_recordings if recordings else write_dataset
+    write(out, plan_dataset(speakers, frames, test, seed), workers)
     click.echo(
         f"{out}: {train} labelled and {test} test utterances of {speakers} synthetic speakers, "
         f"{sum(frames) / 360_000:.2f} hours"

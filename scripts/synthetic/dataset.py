@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from wave import open as open_wav
 
 import numpy as np
 import torch
@@ -46,6 +47,20 @@ invented microphones, rooms and noise. There are no words in it, and no person w
 It has the layout and the kind of numbers of a real data set: Dataset/ holds {train} labelled and
 {test} test utterances as log-mels (T, 40), 10 ms a frame; test_labels.csv holds the true
 speakers of the test utterances, which come from recording sessions that are not in training.
+
+Use it to try and to time tools. Accuracy on it says nothing about real speech.
+"""
+
+
+README_RECORDINGS = """\
+Synthetic data: this is not speech.
+
+Every file here was computed by scripts/synthetic from random numbers (seed {seed}).
+{speakers} invented voices (pitch, vocal tract, breath, habits) babble random syllables, through
+invented microphones, rooms and noise. There are no words in it, and no person was recorded.
+
+recordings/SPEAKER/SESSION/NUMBER.wav, 16 kHz: {train} recordings of ten sessions a speaker, and
+{test} of three further sessions (session10 to session12), for testing.
 
 Use it to try and to time tools. Accuracy on it says nothing about real speech.
 """
@@ -137,12 +152,44 @@ def log_mel(wave: Tensor) -> Tensor:
 
 def render(utterance: Utterance, seed: int) -> Tensor:
     """Compute the log-mels of an utterance, float32 (frames, 40); a pure function."""
+    mel = log_mel(_speak(utterance, seed))
+    assert mel.shape == (utterance.frames, N_MELS)
+    return mel
+
+
+def _speak(utterance: Utterance, seed: int) -> Tensor:
+    """The waveform of an utterance, float32 (N,) at 16 kHz, at any level; a pure function."""
     speaker = _draw_speaker(seed, utterance.speaker)
     session = _draw_session(seed, utterance.speaker, utterance.session)
     rng = np.random.default_rng([seed, _UTTERANCE, utterance.number])
-    mel = log_mel(voice.speak(speaker, session, utterance.frames, rng))
-    assert mel.shape == (utterance.frames, N_MELS)
-    return mel
+    return voice.speak(speaker, session, utterance.frames, rng)
+
+
+def write_recordings(out: Path, plan: Plan, workers: int) -> None:
+    """Write OUT/recordings/SPEAKER/SESSION/NUMBER.wav, 16 kHz and 16 bit, for every utterance.
+
+    Each folder of a session has utterances of that session alone; those of testing come last.
+    """
+    everything = plan.train + plan.test
+    with _mapper(workers) as mapper:
+        done = mapper(partial(_record, out / "recordings", plan.seed), everything)
+        for _ in tqdm(done, total=len(everything), unit="recording", mininterval=0.5):
+            pass
+    counts = {"train": len(plan.train), "test": len(plan.test)}
+    readme = README_RECORDINGS.format(seed=plan.seed, speakers=plan.speakers, **counts)
+    (out / "README.txt").write_text(readme)
+
+
+def _record(folder: Path, seed: int, utterance: Utterance) -> None:
+    wave = _speak(utterance, seed)
+    samples = (wave * (PEAK / wave.abs().max()) * 32767).round().to(torch.int16).numpy()
+    place = folder / f"id{utterance.speaker:05d}" / f"session{utterance.session:02d}"
+    place.mkdir(parents=True, exist_ok=True)
+    with open_wav(str(place / f"{utterance.number:05d}.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(voice.SAMPLE_RATE)
+        file.writeframes(samples.astype("<i2").tobytes())
 
 
 def write_dataset(out: Path, plan: Plan, workers: int) -> None:

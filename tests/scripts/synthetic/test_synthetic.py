@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import wave
 from collections import defaultdict
 from pathlib import Path
 
@@ -124,6 +125,24 @@ def test_bytes_do_not_depend_on_the_number_of_workers(small: Path, tmp_path: Pat
     command = [sys.executable, "-m", "scripts.synthetic", str(out), "--workers", "2"]
     subprocess.run([*command, *flags(SMALL)], cwd=ROOT, check=True, capture_output=True)
     assert contents(out) == contents(small)
+
+
+def test_recordings_are_the_waveforms_behind_the_mels(tmp_path: Path) -> None:
+    plan = dataset.plan_dataset(2, [60, 80, 70], test=1, seed=3)
+    dataset.write_recordings(tmp_path, plan, workers=1)
+    files = sorted(tmp_path.glob("recordings/*/*/*.wav"))
+    assert len(files) == 3
+    for utterance in (*plan.train, *plan.test):
+        place = f"recordings/id{utterance.speaker:05d}/session{utterance.session:02d}"
+        with wave.open(str(tmp_path / place / f"{utterance.number:05d}.wav")) as file:
+            assert (file.getframerate(), file.getnchannels()) == (voice.SAMPLE_RATE, 1)
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        # 16 bits are too few for the lowest values.
+        found = dataset.log_mel(torch.from_numpy(samples / np.float32(32768))).clamp(min=-12)
+        torch.testing.assert_close(
+            found, dataset.render(utterance, 3).clamp(min=-12), atol=0.2, rtol=0
+        )
+    assert "no person was recorded" in (tmp_path / "README.txt").read_text()
 
 
 def test_another_seed_gives_other_names_and_other_mels() -> None:
