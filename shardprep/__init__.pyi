@@ -1,5 +1,9 @@
 """The public names, for type checkers and for `__init__.py`, which loads them when asked for."""
 
+from .audio.features import audio_features as audio_features
+from .audio.features import read_audio as read_audio
+from .audio.mel import log_mel as log_mel
+from .audio.recipe import FeatureRecipe as FeatureRecipe
 from .build.existing.append import append_shards as append_shards
 from .build.foreign.adopt import AdoptReport as AdoptReport
 from .build.foreign.adopt import adopt_shards as adopt_shards

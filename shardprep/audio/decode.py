@@ -1,0 +1,268 @@
+"""Opens a recording of any kind and gives its samples, block by block, mixed down to one channel.
+
+soundfile (libsndfile) reads wav, flac, ogg, opus, mp3, aiff and others; PyAV (FFmpeg) reads m4a,
+and whatever soundfile cannot open. Nothing is believed of what a header claims: memory is taken for
+samples that have come, and a recording that ends before its header says is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardprep.audio.recipe import LEAST_RATE, MOST_RATE
+from shardprep.errors import needs
+from shardprep.storage.sniff import sniff
+
+Samples = NDArray[np.float32]
+Place: TypeAlias = Path | bytes
+
+MOST_HOURS = 24
+_MOST_CHANNELS = 64
+_HEAD = 4096
+# Kinds of files in which libsndfile finds a sample by its number.
+_EXACT = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
+# Values that are decoded at a time, over all channels.
+_BLOCK = 1 << 19
+# What programs write as a size that they do not know yet, such as FFmpeg into a pipe.
+_UNKNOWN_SIZE = 0xFFFF_0000
+_SIZE = re.compile(r"data\s*:\s*(\d+) \(should be (\d+)\)")
+# A lossy codec adds samples at the beginning and at the end, which not all programs count.
+_SLACK_SECONDS = 0.2
+
+
+Blocks: TypeAlias = Callable[[int], tuple[int, Iterator[Samples]]]
+
+
+class Recording:
+    """A recording that is open.
+
+    Args:
+        rate: Its sample rate [Hz].
+        channels: Its channels.
+        blocks: Gives its samples, and where they begin: at the sample that is asked for if the kind
+            of file allows, else at the first.
+
+    Raises:
+        ValueError: Rate or channels are out of all bounds.
+    """
+
+    def __init__(self, rate: int, channels: int, blocks: Blocks) -> None:
+        if not LEAST_RATE <= rate <= MOST_RATE:
+            raise ValueError(
+                f"its header claims {rate} samples a second, expected {LEAST_RATE} to {MOST_RATE}"
+            )
+        if not 1 <= channels <= _MOST_CHANNELS:
+            raise ValueError(
+                f"its header claims {channels} channels, expected 1 to {_MOST_CHANNELS}"
+            )
+        self.rate = rate
+        self._blocks = blocks
+
+    def samples(self, start: float | None, end: float | None) -> Iterator[Samples]:
+        """The samples of one channel in blocks (N,) float32; full scale is 1.
+
+        Args:
+            start: Where to begin [s]; None for the beginning.
+            end: Where to end [s]; None for the end.
+
+        Raises:
+            ValueError: The recording is damaged, longer than `MOST_HOURS`, ends before `end`, or
+                has a sample that is no number.
+        """
+        begin = round((start or 0) * self.rate)
+        last = None if end is None else round(end * self.rate)
+        if begin < 0 or (last is not None and last <= begin):
+            raise ValueError(f"the piece from {start or 0} s to {end} s has no samples")
+        at, blocks = self._blocks(begin)
+        for block in blocks:
+            own = block[max(0, begin - at) : None if last is None else max(0, last - at)]
+            at += len(block)
+            if at > MOST_HOURS * 3600 * self.rate:
+                raise ValueError(f"is longer than {MOST_HOURS} hours: cut it into pieces")
+            if not np.isfinite(own).all():
+                raise ValueError("has samples that are not finite numbers")
+            if len(own):
+                yield own
+            if last is not None and at >= last:
+                return
+        if at <= begin or (last is not None and last - at > _SLACK_SECONDS * self.rate):
+            what = f"from {start or 0} s" + ("" if end is None else f" to {end} s")
+            raise ValueError(f"ends at {at / self.rate:.2f} s, before the piece {what} does")
+
+
+class _Watched:
+    """A file whose reader, in C, cannot pass on the errors of the system.
+
+    Attributes:
+        error: The first of them.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = self.error or error
+            return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def open_recording(place: Place) -> Iterator[Recording]:
+    """Open a recording.
+
+    Args:
+        place: A file, or its bytes.
+
+    Raises:
+        ValueError: It is no recording, or, also later, one that cannot be decoded.
+        OSError: The machine refused, also later.
+        MissingExtraError: The extra `audio` is not installed.
+    """
+    with needs("audio"):
+        import soundfile
+    with contextlib.ExitStack() as stack:
+        if not isinstance(place, bytes):
+            binary: BinaryIO = stack.enter_context(place.open("rb"))
+            _check_kind(binary.read(_HEAD))
+            binary.seek(0)
+        else:
+            _check_kind(place[:_HEAD])
+            binary = io.BytesIO(place)
+        file = _Watched(binary)
+        try:
+            try:
+                opened = stack.enter_context(soundfile.SoundFile(file))
+                found = Recording(
+                    opened.samplerate, opened.channels, functools.partial(_read, opened)
+                )
+            except soundfile.LibsndfileError as error:
+                file.seek(0)
+                fault = _brief(error).rpartition(": ")[2]
+                found = stack.enter_context(_open_av(file, fault))
+            yield found
+        except ValueError:
+            if file.error is not None:
+                raise file.error from None
+            raise
+
+
+def _check_kind(head: bytes) -> None:
+    """ValueError if a file is no recording, in words."""
+    if not head:
+        raise ValueError("is empty (0 bytes)")
+    found = sniff(head)
+    if found is not None and found.kind not in ("audio", "other"):
+        raise ValueError(f"is no recording: {found.what}")
+
+
+def _read(file: Any, begin: int) -> tuple[int, Iterator[Samples]]:
+    """The samples of a recording that soundfile has opened; see `Recording`."""
+    sizes = _SIZE.search(file.extra_info)
+    if sizes and int(sizes[1]) < _UNKNOWN_SIZE:
+        raise ValueError(f"is cut off: has {sizes[2]} of the {sizes[1]} bytes that it claims")
+    exact = file.format in _EXACT and begin < file.frames
+    return file.seek(begin) if exact and begin else 0, _blocks(file)
+
+
+def _blocks(file: Any) -> Iterator[Samples]:
+    import soundfile
+
+    at, length = file.tell(), max(1, _BLOCK // file.channels)
+    while True:
+        try:
+            block = file.read(length, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"cannot be decoded after {at} samples ({_brief(error)})") from None
+        if not len(block):
+            break
+        at += len(block)
+        yield _mono(block.T)
+    # libsndfile does not know the length of some streams.
+    if at < file.frames < 2**62:
+        raise ValueError(f"is cut off: has {at} of the {file.frames} samples that it claims")
+    if not at:
+        raise ValueError("has no samples")
+
+
+def _mono(channels: Samples) -> Samples:
+    """The mean (N,) of channels (C, N)."""
+    if len(channels) == 1:
+        return np.ascontiguousarray(channels[0])
+    total = channels[0] + channels[1]
+    for channel in channels[2:]:
+        total += channel
+    return np.asarray(total * np.float32(1 / len(channels)))
+
+
+@contextlib.contextmanager
+def _open_av(file: _Watched, fault: str) -> Iterator[Recording]:
+    """Open a recording by PyAV; `fault` says why soundfile could not."""
+    with needs("audio"):
+        import av
+    with contextlib.ExitStack() as stack:
+        try:
+            container = stack.enter_context(av.open(file, "r", metadata_errors="ignore"))
+            if not container.streams.audio:
+                raise ValueError("has no sound")
+            stream = container.streams.audio[0]
+            found = Recording(
+                int(stream.rate or 0),
+                int(stream.channels or 0),
+                lambda _: (0, _read_av(container, stream)),
+            )
+        except av.error.FFmpegError as error:
+            what = f"is no recording that can be read ({fault} {error.strerror}.)"
+            raise ValueError(what) from None
+        yield found
+
+
+def _read_av(container: Any, stream: Any) -> Iterator[Samples]:
+    import av
+
+    rate = int(stream.rate)
+    claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    came = 0
+    # Planar float of the same rate and channels: only the kind of number is changed.
+    convert = av.AudioResampler(format="fltp")
+    try:
+        for frame in container.decode(stream):
+            if frame.sample_rate != rate:
+                raise ValueError("changes its sample rate in the middle")
+            for part in convert.resample(frame):
+                planes = np.asarray(part.to_ndarray(), np.float32)
+                came += planes.shape[1]
+                yield _mono(planes)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"cannot be decoded after {came} samples ({_brief(error)})") from None
+    if not came:
+        raise ValueError("has no samples")
+    if came / rate < claimed - _SLACK_SECONDS:
+        raise ValueError(f"is cut off: has {came / rate:.2f} s of the {claimed:.2f} s it claims")
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
