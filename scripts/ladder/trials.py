@@ -10,7 +10,7 @@ import numpy as np
 
 from shardprep import publish
 from shardprep_trainer.evaluation.trials import draw_trials, possible_trials, read_trials
-from shardprep_trainer.evaluation.verification import score_trials
+from shardprep_trainer.evaluation.verification import cosine_scores, judge
 
 # The largest number of pairs of one speaker; there are as many pairs of two speakers.
 TRIALS = 50_000
@@ -57,5 +57,6 @@ def verify_embeddings(file: Path, trials: Path) -> dict[str, float]:
     """
     with np.load(file) as kept:
         keys, embeddings = [str(key) for key in kept["key"]], kept["embedding"]
-    found = score_trials(embeddings, read_trials(trials, keys), None, 0)
+    pairs = read_trials(trials, keys)
+    found = judge(cosine_scores(embeddings, pairs), pairs.target)
     return {"eer": found.eer, "min_dcf": found.min_dcf}

@@ -35,7 +35,13 @@ from shardprep_trainer.evaluation.trials import (
     possible_trials,
     read_trials,
 )
-from shardprep_trainer.evaluation.verification import P_TARGET, score_trials, speaker_means
+from shardprep_trainer.evaluation.verification import (
+    P_TARGET,
+    as_norm,
+    cosine_scores,
+    judge,
+    speaker_means,
+)
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 # Trials drawn of each kind where no number is given, and where there are so many.
@@ -213,7 +219,10 @@ def score(
     found = inference.recognise(part, classes) if labelled else inference.embed(part)
     result = None
     if trials is not None:
-        result = score_trials(found.embeddings, trials, cohort, size or 0)
+        scores = cosine_scores(found.embeddings, trials)
+        if cohort is not None:
+            scores = as_norm(scores, found.embeddings, trials, cohort, size or 0)
+        result = judge(scores, trials.target)
     source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
     return Score(
         checkpoint=str(inference.file),

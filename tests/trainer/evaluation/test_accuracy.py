@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def one_by_one(model: SpeakerNetwork, split: shardprep.Split) -> tuple[list[int]
 
 
 def on_ranks(
-    model: SpeakerNetwork, split: shardprep.Split, world_size: int, max_frames: int
+    model: SpeakerNetwork,
+    split: shardprep.Split,
+    world_size: int,
+    max_frames: int,
+    keep: np.ndarray | None = None,
 ) -> list[Evaluation]:
     """Evaluate on ranks that are threads with a real all-reduce between them."""
     barrier = threading.Barrier(world_size, timeout=60)
@@ -63,7 +68,14 @@ def on_ranks(
             split, max_frames=max_frames, rank=rank, world_size=world_size
         )
         results[rank] = evaluate(
-            model, loader, split.labels, device=CPU, criterion=SoftmaxLoss(), reduce=reduce
+            # As in a process of its own.
+            copy.deepcopy(model),
+            loader,
+            split.labels,
+            device=CPU,
+            criterion=SoftmaxLoss(),
+            reduce=reduce,
+            keep=keep,
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
@@ -88,6 +100,27 @@ def test_any_world_size_and_batch_size_gives_what_utterances_give_alone(
         assert result.correct == sum(a == b for a, b in zip(answers, split.labels, strict=True))
         assert result.accuracy == result.correct / 24
         assert result.loss == pytest.approx(loss / 24, rel=1e-4)
+
+
+@pytest.mark.parametrize("classifier", ["linear", "mlp", "cosine"])
+def test_embeddings_that_are_kept_are_the_same_at_any_world_size(
+    split: shardprep.Split, classifier: str
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
+    model = SpeakerNetwork(40, 3, classifier=classifier, embedding_dim=12, **sizes).eval()
+    keep = np.array([23, 0, 7, 8])
+    (one,) = on_ranks(model, split, 1, 700, keep)
+    assert one.embeddings is not None
+    with torch.no_grad():
+        for position, found in zip(keep, one.embeddings, strict=True):
+            alone = model.embed(torch.from_numpy(split.read(position)).float()[None])[0]
+            assert np.allclose(found, alone.numpy(), atol=1e-5)
+    # 9 ranks are more than there are batches.
+    for result in on_ranks(model, split, 2, 700, keep) + on_ranks(model, split, 9, 700, keep):
+        assert result.embeddings is not None
+        assert np.array_equal(result.embeddings, one.embeddings)
+        assert result.predictions.tolist() == one.predictions.tolist()
 
 
 def test_an_utterance_counted_twice_or_left_out_is_noticed(

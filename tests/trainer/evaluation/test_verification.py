@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scored_trials import Scored, scored_trials
 
 from shardprep_trainer.evaluation.trials import Trials
 from shardprep_trainer.evaluation.verification import (
@@ -16,22 +17,11 @@ from shardprep_trainer.evaluation.verification import (
     cosine_scores,
     equal_error_rate,
     error_rates,
+    judge,
     min_dcf,
     normalize,
     speaker_means,
 )
-
-Scored = tuple[np.ndarray, np.ndarray]
-
-
-@st.composite
-def scored_trials(draw: st.DrawFn) -> Scored:
-    """Scores with many ties, and at least one trial of each kind."""
-    targets = draw(st.lists(st.integers(-4, 4), min_size=1, max_size=15))
-    others = draw(st.lists(st.integers(-4, 4), min_size=1, max_size=15))
-    pairs = [(score, True) for score in targets] + [(score, False) for score in others]
-    pairs = draw(st.permutations(pairs))
-    return np.array([s for s, _ in pairs], float), np.array([t for _, t in pairs])
 
 
 def naive_points(scores: np.ndarray, target: np.ndarray) -> list[tuple[Fraction, Fraction]]:
@@ -60,10 +50,29 @@ def naive_eer(scores: np.ndarray, target: np.ndarray) -> Fraction:
 
 @given(scored_trials())
 def test_rates_are_those_of_every_threshold(trials: Scored) -> None:
-    miss, alarm = error_rates(*trials)
+    found = error_rates(*trials)
     wanted = naive_points(*trials)
-    assert miss.tolist() == [float(point[0]) for point in wanted]
-    assert alarm.tolist() == [float(point[1]) for point in wanted]
+    assert found.miss.tolist() == [float(point[0]) for point in wanted]
+    assert found.alarm.tolist() == [float(point[1]) for point in wanted]
+
+
+@given(scored_trials())
+def test_thresholds_have_the_rates_and_the_cost_that_are_told(trials: Scored) -> None:
+    scores, target = trials
+    found = judge(scores, target)
+
+    def rates(threshold: float) -> tuple[float, float]:
+        accepted = scores >= threshold
+        return float((~accepted)[target].mean()), float(accepted[~target].mean())
+
+    miss, alarm = rates(found.thresholds.min_dcf)
+    assert found.min_dcf == pytest.approx((0.01 * miss + 0.99 * alarm) / 0.01)
+    # No other threshold has rates closer to one another along the line that crosses.
+    gaps = [abs(m - a) for m, a in (rates(t) for t in [*scores, scores.max() + 1])]
+    miss, alarm = rates(found.thresholds.eer)
+    assert abs(miss - alarm) == pytest.approx(min(gaps))
+    assert min(miss, alarm) - 1e-12 <= found.eer <= max(miss, alarm) + 1e-12
+    assert (found.trials, found.target_trials) == (len(scores), target.sum())
 
 
 @given(scored_trials())

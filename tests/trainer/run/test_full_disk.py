@@ -21,7 +21,7 @@ from shardprep import StorageError
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.run import trainer as run
+from shardprep_trainer.run import validation as run
 from shardprep_trainer.run.journal import Journal, MetricsLog
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
@@ -121,10 +121,10 @@ def test_the_best_is_what_is_on_the_disk(
     class Scored:
         def __init__(self, real: Any) -> None:
             self.loss, self.correct, self.labelled = real.loss, real.correct, real.labelled
-            self.accuracy = next(accuracies)
+            self.accuracy, self.embeddings = next(accuracies), None
 
     monkeypatch.setattr(
-        "shardprep_trainer.run.trainer.evaluate", lambda *a, **o: Scored(evaluate(*a, **o))
+        "shardprep_trainer.run.validation.evaluate", lambda *a, **o: Scored(evaluate(*a, **o))
     )
     refuse(monkeypatch, CheckpointFolder, "save_best", {2}, NO_ROOM)
     # The .8 of step 6 was never saved, so that the .6 of step 9 is the best.

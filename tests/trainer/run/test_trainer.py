@@ -130,7 +130,7 @@ def test_best_is_a_copy_of_the_weights_at_the_best_step(
     def fake(*args: object, **options: object) -> Evaluation:
         return Evaluation(torch.zeros(6).numpy(), next(scores), 6, 1.0)
 
-    monkeypatch.setattr("shardprep_trainer.run.trainer.evaluate", fake)
+    monkeypatch.setattr("shardprep_trainer.run.validation.evaluate", fake)
     config = make_config(
         **{"train.valid_steps": 3, "train.save_steps": 3, "train.keep": 9, "train.log_steps": 5}
     )

@@ -21,10 +21,11 @@ FORMAT = 2
 
 
 class Best(msgspec.Struct, frozen=True):
-    """The best validation so far; None before the first."""
+    """The best validation so far; None before the first, and where a measure is not taken."""
 
     accuracy: float | None = None
     step: int | None = None
+    eer: float | None = None
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):

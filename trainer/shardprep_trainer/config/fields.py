@@ -195,6 +195,9 @@ class TrainConfig:
     """Micro-batches of a step."""
     valid_steps: AtLeastZero = 2000
     """Steps from one validation on whole utterances to the next; 0 never validates."""
+    valid_trials: AtLeastZero = 10000
+    """Trials of a validation, half of them of one speaker: among speakers of val whom train lacks
+    if there are such, and then their equal error rate chooses the best model; 0 for none."""
     log_steps: AtLeastOne = 100
     """Steps from one line of metrics to the next."""
     save_steps: AtLeastOne = 2000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Evaluation:
     """Sum over the labelled utterances; 0 without a criterion."""
     correct_top5: int = 0
     """Labelled utterances whose speaker is among the five that score highest."""
+    embeddings: NDArray[np.float32] | None = None
+    """(K, D) of the utterances whose embeddings were asked for, else None; 0 for one left out."""
 
     @property
     def accuracy(self) -> float:
@@ -76,31 +78,39 @@ def evaluate(
     criterion: Criterion | None = None,
     reduce: Callable[[Tensor], Tensor] = on_one_process,
     incomplete: bool = False,
+    keep: Labels | None = None,
 ) -> Evaluation:
     """Classify every utterance of a split, whole.
 
     Args:
         model: Maps mel (B, T, F) and lengths (B,) to logits (B, S); left in the mode it was in.
-        batches: This rank's part of the split: `mel`, `label`, `length`, and `index`, the
-            utterance's position in the split. Ranks may have different numbers of batches.
+        batches: This rank's part of the split: `mel`, `length`, and `index`, the utterance's
+            position in the split. Ranks may have different numbers of batches.
         labels: Class of every utterance of the split (N,), -1 where unknown.
         device: Where the model is.
         criterion: Mean loss of logits (B, S) and labels (B,); None leaves the loss out.
         reduce: Sums a tensor over the ranks; called the same number of times on each.
         incomplete: Whether the batches may leave utterances out, as damaged ones are.
+        keep: Positions (K,) of the utterances whose embeddings are returned, each once; the model
+            must be a `SpeakerNetwork`. None returns none.
 
     Returns:
         Counts over the whole split, equal on every rank.
     """
     tally = _Tally(labels, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    with _evaluating(model):
+    truth = torch.from_numpy(labels.astype(np.int64))
+    kept = None if keep is None else _Kept(model.get_submodule("classifier"), keep, len(labels))
+    with _evaluating(model), kept or contextlib.nullcontext():
         for batch in batches:
             logits = model(*model_inputs(batch, device)).float()
             tally.add(batch["index"], logits)
+            if kept is not None:
+                kept.add(batch["index"])
             if criterion is not None:
-                loss_sum += _summed_loss(criterion, logits, batch["label"])
-    return tally.evaluation(reduce, reduce(loss_sum), incomplete=incomplete)
+                loss_sum += _summed_loss(criterion, logits, truth[batch["index"]])
+    counts = tally.evaluation(reduce, reduce(loss_sum), incomplete=incomplete)
+    return counts if kept is None else replace(counts, embeddings=kept.embeddings(reduce))
 
 
 def collect(
@@ -165,6 +175,43 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+class _Kept:
+    """The embeddings of some utterances, as a model gives them to its classifier.
+
+    The model is called as a whole, as ever: its `forward` may be wrapped for mixed precision.
+    """
+
+    def __init__(self, classifier: nn.Module, keep: Labels, count: int) -> None:
+        self._classifier = classifier
+        weight = next(classifier.parameters())
+        self._rows = torch.full((count,), -1)
+        self._rows[torch.from_numpy(keep)] = torch.arange(len(keep))
+        # Every rank knows the width, also one without a batch.
+        self._found = weight.new_zeros((len(keep), weight.shape[1]), dtype=torch.float32)
+        self._last = self._found
+
+    def __enter__(self) -> None:
+        self._hook = self._classifier.register_forward_pre_hook(self._take)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._last = inputs[0]
+
+    def add(self, index: Tensor) -> None:
+        """Keep what the model was just called for: utterances at positions `index` (B,)."""
+        rows = self._rows[index]
+        wanted = rows >= 0
+        chosen, rows = (each.to(self._found.device) for each in (wanted, rows[wanted]))
+        self._found[rows] = self._last[chosen].float()
+
+    def embeddings(self, reduce: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+        """The embeddings (K, D) that all ranks have kept: every row is of one rank."""
+        found: NDArray[np.float32] = reduce(self._found).cpu().numpy()
+        return found
 
 
 class _Tally:

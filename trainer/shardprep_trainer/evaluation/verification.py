@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardprep_trainer.config.scoring import Thresholds
 from shardprep_trainer.evaluation.trials import Bools, Ints, Trials
 
 Floats = NDArray[np.floating[Any]]
@@ -55,16 +56,42 @@ def cosine_scores(embeddings: Floats, trials: Trials) -> NDArray[np.float64]:
     return scores
 
 
-def error_rates(scores: Floats, target: Bools) -> tuple[Floats, Floats]:
+@dataclass(frozen=True)
+class ErrorRates:
+    """What each threshold that makes a difference leads to."""
+
+    threshold: Floats
+    """The distinct scores, rising, and one just above all of them."""
+    miss: Floats
+    """Share of the target trials that are rejected, rising from 0 to 1."""
+    alarm: Floats
+    """Share of the other trials that are accepted, falling from 1 to 0."""
+
+    def equal(self) -> tuple[float, float]:
+        """The equal error rate, see `equal_error_rate`, and the threshold next to it."""
+        # Every point has a trial more or less of some kind, so the gap grows strictly from -1 to 1.
+        gap = self.miss - self.alarm
+        after = int(np.searchsorted(gap, 0.0))
+        before = after - 1
+        share = -gap[before] / (gap[after] - gap[before])
+        rate = self.miss[before] + share * (self.miss[after] - self.miss[before])
+        nearest = before if share < 0.5 else after
+        return float(rate), float(self.threshold[nearest])
+
+    def least_cost(self, p_target: float, c_miss: float, c_fa: float) -> tuple[float, float]:
+        """The least normalised cost, see `min_dcf`, and the lowest threshold that has it."""
+        at_miss, at_alarm = c_miss * p_target, c_fa * (1 - p_target)
+        costs = at_miss * self.miss + at_alarm * self.alarm
+        best = int(costs.argmin())
+        return float(costs[best] / min(at_miss, at_alarm)), float(self.threshold[best])
+
+
+def error_rates(scores: Floats, target: Bools) -> ErrorRates:
     """Miss and false-alarm rate at every threshold that makes a difference.
 
     Args:
         scores: (K,), higher where the speakers seem the same.
         target: Whether they are (K,).
-
-    Returns:
-        Miss rate, rising from 0 to 1, and false-alarm rate, falling from 1 to 0, at thresholds
-        rising through the distinct scores to one above all of them.
 
     Raises:
         ValueError: A score is not finite, or there is no target or no non-target trial.
@@ -82,7 +109,11 @@ def error_rates(scores: Floats, target: Bools) -> tuple[Floats, Floats]:
     # Where a run of equal scores begins; a threshold at that score rejects all before it.
     below = np.concatenate(([0], np.flatnonzero(np.diff(ranked)) + 1, [len(ranked)]))
     missed = np.concatenate(([0], np.cumsum(target[order])))[below]
-    return missed / targets, (others - (below - missed)) / others
+    return ErrorRates(
+        threshold=np.append(ranked[below[:-1]], np.nextafter(ranked[-1], np.inf)),
+        miss=missed / targets,
+        alarm=(others - (below - missed)) / others,
+    )
 
 
 def equal_error_rate(scores: Floats, target: Bools) -> float:
@@ -105,13 +136,7 @@ def equal_error_rate(scores: Floats, target: Bools) -> float:
     Raises:
         ValueError: As `error_rates`.
     """
-    miss, alarm = error_rates(scores, target)
-    # Every point has a trial more or less of some kind, so the gap grows strictly from -1 to 1.
-    gap = miss - alarm
-    after = int(np.searchsorted(gap, 0.0))
-    before = after - 1
-    share = -gap[before] / (gap[after] - gap[before])
-    return float(miss[before] + share * (miss[after] - miss[before]))
+    return error_rates(scores, target).equal()[0]
 
 
 def min_dcf(
@@ -143,9 +168,7 @@ def min_dcf(
     """
     if not 0 < p_target < 1 or c_miss <= 0 or c_fa <= 0:
         raise ValueError(f"p_target {p_target}, c_miss {c_miss}, c_fa {c_fa}: out of range")
-    miss, alarm = error_rates(scores, target)
-    at_miss, at_alarm = c_miss * p_target, c_fa * (1 - p_target)
-    return float((at_miss * miss + at_alarm * alarm).min() / min(at_miss, at_alarm))
+    return error_rates(scores, target).least_cost(p_target, c_miss, c_fa)[0]
 
 
 def speaker_means(embeddings: Floats, speakers: Ints) -> NDArray[np.float64]:
@@ -210,8 +233,8 @@ def as_norm(
 
 
 @dataclass(frozen=True)
-class TrialScores:
-    """What trials tell of a model."""
+class Verified:
+    """What the scores of trials tell of a model."""
 
     trials: int
     target_trials: int
@@ -219,28 +242,23 @@ class TrialScores:
     """Equal error rate, 0 to 1."""
     min_dcf: float
     """At a prior of P_TARGET, normalised."""
+    thresholds: Thresholds
+    """Of the scores, at both."""
 
 
-def score_trials(
-    embeddings: NDArray[np.float32],
-    trials: Trials,
-    cohort: NDArray[np.float64] | None,
-    cohort_size: int,
-) -> TrialScores:
-    """Score trials between embeddings (N, D), and say how well the scores tell speakers apart.
+def judge(scores: Floats, target: Bools) -> Verified:
+    """Say how well scores (K,) tell target trials (K,) from the others.
 
-    Args:
-        embeddings: (N, D).
-        trials: The trials.
-        cohort: (C, D) mean embeddings that AS-norm compares with; None for plain cosines.
-        cohort_size: How many of them count for each side of a trial.
+    Raises:
+        ValueError: As `error_rates`.
     """
-    scores = cosine_scores(embeddings, trials)
-    if cohort is not None:
-        scores = as_norm(scores, embeddings, trials, cohort, cohort_size)
-    return TrialScores(
-        trials=len(trials),
-        target_trials=int(trials.target.sum()),
-        eer=equal_error_rate(scores, trials.target),
-        min_dcf=min_dcf(scores, trials.target, p_target=P_TARGET),
+    rates = error_rates(scores, target)
+    eer, at_eer = rates.equal()
+    cost, at_cost = rates.least_cost(P_TARGET, 1.0, 1.0)
+    return Verified(
+        trials=len(target),
+        target_trials=int(target.sum()),
+        eer=eer,
+        min_dcf=cost,
+        thresholds=Thresholds(eer=at_eer, min_dcf=at_cost),
     )

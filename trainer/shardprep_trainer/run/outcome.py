@@ -22,9 +22,11 @@ class Outcome:
     signal: int
     """Number of the signal that ended the run early, or 0."""
     best_accuracy: float | None
-    """Best validation accuracy so far, None without validation."""
+    """Validation accuracy of the best model so far, None where there is none."""
     best_step: int | None
-    """Step of the best accuracy."""
+    """Step of the best model, None without validation."""
+    best_eer: float | None = None
+    """Its equal error rate, where that chose it."""
 
 
 def summary(
@@ -41,7 +43,12 @@ def summary(
         test: Whether the shards have a split test.
     """
     lines = []
-    if outcome.best_accuracy is not None:
+    if outcome.best_eer is not None:
+        lines.append(
+            f"best equal error rate of new speakers {100 * outcome.best_eer:.2f} % at step "
+            f"{outcome.best_step:,}"
+        )
+    elif outcome.best_accuracy is not None:
         lines.append(
             f"best validation accuracy {outcome.best_accuracy:.4f} at step {outcome.best_step:,}"
         )
@@ -52,7 +59,7 @@ def summary(
         for place in config.data.places:
             command += ["--shards", place]
         command += ["--out", "submission.csv"] if test else []
-        if outcome.best_accuracy is None:
+        if outcome.best_step is None:
             command += ["--checkpoint", "last"]
         lines.append(f"next: {shlex.join(command)}")
         return "\n".join(lines)

@@ -41,6 +41,8 @@ from shardprep_trainer.run.resume import (
     check_same_run,
     choose_checkpoint,
 )
+from shardprep_trainer.run.speakers import Speakers, speakers_of
+from shardprep_trainer.run.validation import Validation, plan_validation
 
 # What may differ from machine to machine: where things lie.
 _PER_MACHINE = (
@@ -74,6 +76,10 @@ class Prepared:
     accelerator: Accelerator
     """Has prepared the model and the optimiser."""
     shards: OpenShards
+    speakers: Speakers
+    """Those of the head."""
+    validation: Validation | None
+    """What is measured at each validation; None without."""
     loader: SegmentLoader
     """This process's part of the training split, at its position."""
     train_step: TrainStep
@@ -131,7 +137,13 @@ def _prepare(
     found = find_start(config, claim, resume=resume)
     loader = together(lambda: build_train_loader(config, found.shards, rank, world_size, device))
     global_batch = batch_of_each(config.data, world_size) * world_size * train.accumulate
-    train_step = build_train_step(config, _build_model(config, found.shards), accelerator)
+    speakers = speakers_of(found.shards)
+    validation = None
+    if train.valid_steps:
+        wanted = train.valid_trials
+        validation = together(lambda: plan_validation(found.shards, speakers, wanted))
+    model = _build_model(config, found.shards.n_mels, speakers.names)
+    train_step = build_train_step(config, model, accelerator)
     step, best, changes = 0, Best(), Changes()
     if (newest := found.newest) is not None:
         changes = together(
@@ -146,6 +158,8 @@ def _prepare(
         config=config,
         accelerator=accelerator,
         shards=found.shards,
+        speakers=speakers,
+        validation=validation,
         loader=loader,
         train_step=train_step,
         checkpoints=found.checkpoints,
@@ -212,12 +226,11 @@ def _check_machines(config: Config, found: Found) -> None:
     )
 
 
-def _build_model(config: Config, shards: OpenShards) -> SpeakerNetwork:
+def _build_model(config: Config, n_mels: int, speakers: tuple[str, ...]) -> SpeakerNetwork:
     """The model with its first weights: random ones, or those of `train.start_from`."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, shards.n_mels, len(shards.speakers))
+    model = build_model(config.model, n_mels, len(speakers))
     if (path := config.train.start_from) is not None:
-        speakers = tuple(shards.speakers)
         together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
     if config.train.sync_batchnorm:
         synchronise(model)
@@ -266,13 +279,18 @@ def _introduce(run: Prepared, newest: Newest | None, changes: Changes) -> None:
     say = run.journal.progress.say
     weights = sum(weight.numel() for weight in run.train_step.bare.parameters())
     say(
-        f"{config.name}: {weights:,} weights, {len(run.shards.speakers):,} speakers, "
+        f"{config.name}: {weights:,} weights, {len(run.speakers.names):,} speakers, "
         f"{len(run.shards['train']):,} utterances to train on; "
         f"{run.accelerator.num_processes} process(es) on "
         f"{device.type}, precision {precision}, "
         f"{run.global_batch:,} segments a step, data on the {run.loader.placement}; "
         + (f"continues after step {run.step:,}" if run.step else f"run folder {config.run}")
     )
+    if run.validation is not None and run.validation.by_eer:
+        say(
+            f"note: {run.validation.strangers:,} speakers of val are not in train; the equal error "
+            "rate of trials among them chooses the best model"
+        )
     if device.type == "cpu" and precision == "bf16" and cpu.is_slow_in_bfloat16():
         run.journal.warn(run.step, cpu.SLOW_BFLOAT16)
     for error in newest.unusable if newest else ():

@@ -18,7 +18,6 @@ from shardprep import CorruptShardError, StorageError
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
 from shardprep_trainer.checkpoint.training import gather_training
 from shardprep_trainer.errors import DivergedError
-from shardprep_trainer.evaluation.accuracy import evaluate
 from shardprep_trainer.learning.metrics import Sums, combine, peak_memory_mib
 from shardprep_trainer.model.sync_norm import share_buffers
 from shardprep_trainer.processes.interrupt import StopSignals
@@ -32,6 +31,7 @@ from shardprep_trainer.processes.watchdog import (
 from shardprep_trainer.run.data import build_eval_loader
 from shardprep_trainer.run.outcome import Outcome
 from shardprep_trainer.run.start import Prepared
+from shardprep_trainer.run.validation import Validation
 
 
 class Trainer:
@@ -54,6 +54,8 @@ class Trainer:
         self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
         self.device = run.accelerator.device
         self.shards = run.shards
+        self.speakers = run.speakers
+        self.validation = run.validation
         self.loader = run.loader
         self.global_batch = run.global_batch
         self.train_step = run.train_step
@@ -91,8 +93,8 @@ class Trainer:
                 last = self.step == train.total_steps
                 if last or self.step % train.log_steps == 0:
                     self._log_training()
-                if train.valid_steps and (last or self.step % train.valid_steps == 0):
-                    self._validate()
+                if self.validation and (last or self.step % train.valid_steps == 0):
+                    self._validate(self.validation)
                 signal = self._agree(signals.received)
                 stop = last or bool(signal) or self.step == train.stop_step
                 if stop:
@@ -109,13 +111,20 @@ class Trainer:
             signal=0 if finished else signal,
             best_accuracy=self.best.accuracy,
             best_step=self.best.step,
+            best_eer=self.best.eer if self.validation and self.validation.by_eer else None,
         )
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """The training batches, with labels as the head numbers them."""
+        numbers = None
+        if not self.speakers.all_of_the_shards:
+            numbers = torch.from_numpy(self.speakers.numbers).to(self.device)
         while True:
             self.watchdog.enter(READING, self.step)
             for batch in self.loader:
                 self.watchdog.enter(COMPUTING, self.step)
+                if numbers is not None:
+                    batch["label"] = numbers[batch["label"]]
                 yield batch
                 self.watchdog.enter(READING, self.step)
 
@@ -170,7 +179,7 @@ class Trainer:
         found = torch.tensor([self._replaced - before], device=self.device)
         return int(self.accelerator.gather(found).sum())
 
-    def _validate(self) -> None:
+    def _validate(self, validation: Validation) -> None:
         """Validate on whole utterances, and save the model if it is the best so far."""
         started = time.perf_counter()
         self._sums()
@@ -178,36 +187,37 @@ class Trainer:
             share_buffers(self.train_step.predictor)
         data, place = self.config.data, (self.rank, self.world_size)
         batches = build_eval_loader(data, self.shards, "val", *place)
-        result = evaluate(
+        found = validation(
             self.train_step.predictor,
             self.watchdog.each(batches, VALIDATING, self.step),
-            self.shards["val"].labels,
             device=self.device,
             criterion=self.train_step.criterion,
             reduce=lambda total: self.accelerator.reduce(total, "sum"),
             incomplete=data.on_corrupt == "skip",
         )
+        counts, verified = found.evaluation, found.verified
         record = {
             "event": "valid",
             "step": self.step,
-            "loss": result.loss,
-            "accuracy": result.accuracy,
-            "correct": result.correct,
-            "utterances": result.labelled,
+            "loss": counts.loss if counts.labelled else None,
+            "accuracy": found.accuracy,
+            "correct": counts.correct,
+            "utterances": counts.labelled,
+            "eer": found.eer,
+            "min_dcf": None if verified is None else verified.min_dcf,
+            "trials": 0 if verified is None else verified.trials,
             "seconds": time.perf_counter() - started,
         }
         self.journal.record(record)
-        # A later model of equal accuracy replaces the best: it has been trained for longer.
-        better = self.best.accuracy is None or result.accuracy >= self.best.accuracy
+        better = validation.is_better(found, self.best)
         if better:
-            before, self.best = self.best, Best(result.accuracy, self.step)
+            before, self.best = self.best, Best(found.accuracy, self.step, found.eer)
             # If the disk refuses, the model that was saved before stays the best: a later model
             # need only be better than that one.
             if self.accelerator.is_main_process and self._try(self._save_best):
                 self.best = before
         self.progress.say(
-            f"validation at step {self.step:,}: accuracy {result.accuracy:.4f} "
-            f"({result.correct:,} of {result.labelled:,}), loss {result.loss:.4f}"
+            f"validation at step {self.step:,}: {validation.describe(found)}"
             + (", the best so far" if better else "")
         )
         self.train_step.throughput.restart()
@@ -231,7 +241,7 @@ class Trainer:
             step=self.step,
             best=self.best,
             config=self.config,
-            speakers=tuple(self.shards.speakers),
+            speakers=self.speakers.names,
             n_mels=self.shards.n_mels,
             fingerprint=self.shards.fingerprint,
             # Of the model itself: a wrapper would change the names of the weights.
