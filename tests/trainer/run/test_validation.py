@@ -20,6 +20,7 @@ from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.evaluation.accuracy import Evaluation
+from shardprep_trainer.evaluation.calibration import fit_calibration
 from shardprep_trainer.evaluation.verification import equal_error_rate, judge
 from shardprep_trainer.model.model import SpeakerNetwork
 from shardprep_trainer.run.data import build_train_loader
@@ -108,8 +109,27 @@ def test_trials_of_strangers_give_the_rate_that_each_embedded_alone_gives(
     assert row["eer"] == pytest.approx(equal_error_rate(scores, plan.trials.target), abs=0.06)
     assert row["trials"] == 18
     assert (row["utterances"], row["accuracy"]) == (4, row["correct"] / 4)
-    best = load(config.run / BEST).best
-    assert best == Best(row["accuracy"], 12, row["eer"])
+    best = load(config.run / BEST)
+    assert best.best == Best(row["accuracy"], 12, row["eer"])
+    # What a command decides by: the rates at the threshold are those of the validation.
+    assert best.thresholds is not None
+    accepted = scores >= best.thresholds.eer - 1e-6
+    rates = (~accepted[:9]).mean(), accepted[9:].mean()
+    assert min(rates) - 0.06 <= row["eer"] <= max(rates) + 0.06
+    fitted = fit_calibration(scores, plan.trials.target)
+    assert best.calibration is not None
+    assert best.calibration.scale == pytest.approx(fitted.scale, rel=1e-3)
+    assert best.calibration.offset == pytest.approx(fitted.offset, rel=1e-3)
+    described = json.loads((config.run / "model" / "config.json").read_text())
+    assert described["calibration"]["scale"] == best.calibration.scale
+
+
+def test_without_trials_a_model_has_no_thresholds(mixed: Path, make_config: ConfigFactory) -> None:
+    config = make_config(**{"data.shards": mixed, "train.valid_trials": 0})
+    fit(config)
+    best = load(config.run / BEST)
+    assert (best.thresholds, best.calibration, best.best.eer) == (None, None, None)
+    assert [row["eer"] for row in validations(config)] == [None, None]
 
 
 def test_a_resumed_run_with_strangers_equals_an_uninterrupted_one(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardprep_trainer.config.checks import parse_config
 from shardprep_trainer.config.fields import AtLeastZero, Config
+from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.errors import CheckpointError, ConfigError
 
 FORMAT = 2
@@ -61,6 +62,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     """Mel bins of a frame."""
     fingerprint: str
     """Of the shards that it was trained on."""
+    thresholds: Thresholds | None = None
+    """Of cosines, by the trials of the validation that chose the model; None without trials."""
+    calibration: Calibration | None = None
+    """Of cosines, by the same trials."""
 
     def __post_init__(self) -> None:
         """Make sure that a name means one speaker."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from shardprep import CorruptShardError, StorageError
@@ -31,7 +32,7 @@ from shardprep_trainer.processes.watchdog import (
 from shardprep_trainer.run.data import build_eval_loader
 from shardprep_trainer.run.outcome import Outcome
 from shardprep_trainer.run.start import Prepared
-from shardprep_trainer.run.validation import Validation
+from shardprep_trainer.run.validation import Validated, Validation
 
 
 class Trainer:
@@ -214,7 +215,7 @@ class Trainer:
             before, self.best = self.best, Best(found.accuracy, self.step, found.eer)
             # If the disk refuses, the model that was saved before stays the best: a later model
             # need only be better than that one.
-            if self.accelerator.is_main_process and self._try(self._save_best):
+            if self.accelerator.is_main_process and self._try(lambda: self._save_best(found)):
                 self.best = before
         self.progress.say(
             f"validation at step {self.step:,}: {validation.describe(found)}"
@@ -285,8 +286,11 @@ class Trainer:
             )
         self.train_step.throughput.restart()
 
-    def _save_best(self) -> None:
-        self.checkpoints.save_best(self._checkpoint())
+    def _save_best(self, found: Validated) -> None:
+        """Save the model as the best, with what the trials of its validation say of scores."""
+        thresholds = None if found.verified is None else found.verified.thresholds
+        best = replace(self._checkpoint(), thresholds=thresholds, calibration=found.calibration)
+        self.checkpoints.save_best(best)
 
     def _try(self, save: Callable[[], object]) -> StorageError | None:
         """Save; a disk that refuses costs a checkpoint, not the run. Returns the refusal."""
