@@ -148,3 +148,11 @@ class FeatureRecipe:
             return cls(**values)
         except SourceError as error:
             raise FormatError(error.what, file=where, key=f"features.{error.key}") from None
+
+
+def known_recipe(features: Features | None) -> FeatureRecipe | None:
+    """The recipe that the features of a manifest describe; None where they are of another kind."""
+    try:
+        return FeatureRecipe.from_features(features)
+    except FormatError:
+        return None

@@ -6,6 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal
 
+from shardprep.audio.recipe import FeatureRecipe
 from shardprep.errors import BuildError
 from shardprep.format.limits import MAX_N_MELS
 from shardprep.format.manifest import BuildRecord, CodecInfo, Manifest
@@ -24,6 +25,8 @@ class BuildOptions:
         level: zstd level, 1 to 22; None for 3. Only with the codec zstd.
         samples_per_shard: Most utterances in a shard.
         val_fraction: Share of each speaker's utterances for the split val, in [0, 1).
+        val_speakers: Share of the speakers whose utterances are all for the split val, in [0, 1):
+            speakers whom no training meets.
         seed: Seed of the split and of the order.
         workers: Number of processes; 0 for the number of cores. With Ray, most tasks at a time;
             0 for as many as the cluster has CPUs.
@@ -34,6 +37,8 @@ class BuildOptions:
         follow_links: Whether files of the data set may be links out of it, as download caches make
             them. Only for a data set that you trust: a link can name any file of this machine.
         n_mels: Mel bins that a list of files must have; None for those of its first matrix.
+        recipe: From recordings to log-mels; None for the homework's. Where the source is features,
+            it is what they were made by, for the manifest.
         engine: "local" for processes on this machine, "ray" for tasks on a Ray cluster.
         address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
@@ -43,6 +48,7 @@ class BuildOptions:
     level: int | None = None
     samples_per_shard: int = 1000
     val_fraction: float = 0.1
+    val_speakers: float = 0.0
     seed: int = 0
     workers: int = 0
     on_error: Literal["fail", "skip"] = "fail"
@@ -50,6 +56,7 @@ class BuildOptions:
     dry_run: bool = False
     follow_links: bool = False
     n_mels: int | None = None
+    recipe: FeatureRecipe | None = None
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
 
@@ -67,12 +74,14 @@ class BuildOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, numbers.Integral):
                 raise BuildError(f"is {value!r:.60}, expected a whole number", key=name)
-        if not isinstance(self.val_fraction, numbers.Real):
-            raise BuildError(f"is {self.val_fraction!r:.60}, expected a number", key="val_fraction")
+        for name in ("val_fraction", "val_speakers"):
+            if not isinstance(value := getattr(self, name), numbers.Real):
+                raise BuildError(f"is {value!r:.60}, expected a number", key=name)
         ranges = {
             "level": (self.level is None or 1 <= self.level <= 22, "1 to 22"),
             "samples_per_shard": (self.samples_per_shard >= 1, "at least 1"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 or more, and less than 1"),
+            "val_speakers": (0 <= self.val_speakers < 1, "0 or more, and less than 1"),
             "n_mels": (self.n_mels is None or 1 <= self.n_mels <= MAX_N_MELS, f"1 to {MAX_N_MELS}"),
             "workers": (self.workers >= 0, "0 or more"),
         }
@@ -96,7 +105,11 @@ class BuildOptions:
         """The options that decide the bytes, as the manifest states them."""
         # The types must be those that a reader gets: the fingerprint differs between 0 and 0.0.
         return BuildRecord(
-            int(self.seed), float(self.val_fraction), int(self.samples_per_shard), self.on_error
+            int(self.seed),
+            float(self.val_fraction),
+            float(self.val_speakers),
+            int(self.samples_per_shard),
+            self.on_error,
         )
 
 
@@ -109,6 +122,7 @@ def options_of(manifest: Manifest) -> BuildOptions:
         level=codec.level,
         samples_per_shard=build.samples_per_shard,
         val_fraction=build.val_fraction,
+        val_speakers=build.val_speakers,
         seed=build.seed,
         on_error=build.on_error,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from shardprep.build.options import BuildOptions
-from shardprep.format.manifest import CodecInfo, shard_name
+from shardprep.format.manifest import CodecInfo, Features, shard_name
 from shardprep.source.contents import Reader, Source, Utterance
 
 
@@ -40,6 +40,7 @@ class ShardTask:
         dtype: "float16" or "float32".
         codec: How matrices are stored.
         skip: Whether to leave out faulty utterances; otherwise the first one raises an error.
+        features: The recipe of the features, where it is known.
     """
 
     plan: ShardPlan
@@ -48,12 +49,13 @@ class ShardTask:
     dtype: str
     codec: CodecInfo
     skip: bool
+    features: Features | None = None
 
     @property
     def inputs(self) -> str:
         """SHA-256 over everything that decides the bytes; of files, their sizes and versions."""
         codec = msgspec.to_builtins(self.codec)
-        listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip]
+        listed = [self.plan.utterances, self.n_mels, self.dtype, codec, self.skip, self.features]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -62,6 +64,7 @@ def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
     plans = plan_shards(
         source,
         val_fraction=options.val_fraction,
+        val_speakers=options.val_speakers,
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
     )
@@ -74,6 +77,7 @@ def shard_tasks(source: Source, options: BuildOptions) -> list[ShardTask]:
             options.dtype,
             options.codec_info,
             options.on_error == "skip",
+            source.features,
         )
 
     return [task(plan) for shards in plans.values() for plan in shards]
@@ -85,26 +89,36 @@ def utterances_of(tasks: Iterable[ShardTask]) -> list[Utterance]:
 
 
 def plan_shards(
-    source: Source, *, val_fraction: float, samples_per_shard: int, seed: int
+    source: Source,
+    *,
+    val_fraction: float,
+    samples_per_shard: int,
+    seed: int,
+    val_speakers: float = 0.0,
 ) -> dict[str, tuple[ShardPlan, ...]]:
     """Lay out every shard of every split that has utterances.
 
-    The labelled utterances are split by speaker into train and val. Both are shuffled, with those
-    that the source puts there. The test utterances keep the order of testdata.json.
+    Some speakers are held out whole, for val. The labelled utterances of the others are split by
+    speaker into train and val. Both are shuffled, with those that the source puts there. The test
+    utterances keep the order of testdata.json.
 
     Args:
         source: The data set, from `scan_dataset`.
         val_fraction: Share of each speaker's utterances for val, in [0, 1).
+        val_speakers: Share of the speakers who are held out, in [0, 1).
         samples_per_shard: Most utterances in a shard.
         seed: Seed of the split and of the shuffle.
 
     Returns:
         The shards of each split, by its name ("train", "val", "test").
     """
-    train, val = split_validation(source.labelled, val_fraction, seed)
+    held = held_out(source, val_speakers, seed)
+    known = [utterance for utterance in source.labelled if utterance.speaker not in held]
+    unseen = [utterance for utterance in source.labelled if utterance.speaker in held]
+    train, val = split_validation(known, val_fraction, seed)
     splits = {
         "train": shuffled([*train, *source.fixed.get("train", ())], seed),
-        "val": shuffled([*val, *source.fixed.get("val", ())], seed),
+        "val": shuffled([*val, *unseen, *source.fixed.get("val", ())], seed),
         "test": list(source.test),
     }
     return {
@@ -112,6 +126,20 @@ def plan_shards(
         for name, utterances in splits.items()
         if utterances
     }
+
+
+def held_out(source: Source, share: float, seed: int) -> frozenset[str]:
+    """The speakers of a source who are held out whole: of n, round(n * share), but one at least.
+
+    Speakers whom the source or a set puts into train take no part, and one speaker stays.
+    """
+    if not share:
+        return frozenset()
+    fixed = {utterance.speaker for own in source.fixed.values() for utterance in own}
+    free = {utterance.speaker for utterance in source.labelled} - fixed - source.trained
+    names = sorted((name for name in free if name), key=lambda name: _draw(seed, "speaker", name))
+    kept = 0 if fixed or source.trained else 1
+    return frozenset(names[: min(max(1, int(len(names) * share + 0.5)), len(names) - kept)])
 
 
 def split_validation(

@@ -69,15 +69,7 @@ def write_shard(
         try:
             payload = encode_matrix(matrix, task.dtype, task.codec)
         except ValueError as fault:
-            split = "labelled" if utterance.entry is None else "test"
-            reject = Reject(
-                utterance.path,
-                utterance.key,
-                utterance.speaker,
-                split,
-                str(fault),
-                utterance.entry,
-            )
+            reject = reject_of(utterance, fault)
             if not task.skip:
                 raise source_error(reject, task.reader.root) from None
             rejects.append(reject)
@@ -89,6 +81,14 @@ def write_shard(
     frames = sum(row.frames for row in rows)
     info = ShardInfo(task.plan.file, len(rows), frames, tar.size, tar.sha256.hexdigest())
     return ShardRecord(task.inputs, info, tuple(rows), tuple(rejects), source_bytes)
+
+
+def reject_of(utterance: Utterance, fault: ValueError) -> Reject:
+    """The line of an utterance that cannot be packed."""
+    split = "labelled" if utterance.entry is None else "test"
+    return Reject(
+        utterance.path, utterance.key, utterance.speaker, split, str(fault), utterance.entry
+    )
 
 
 def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:

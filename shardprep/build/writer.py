@@ -57,8 +57,8 @@ def build_shards(
     interruptions (codec zstd: with the same release of zstandard).
 
     Args:
-        source: Folder in the homework's layout, a list of files, or Kaldi's features; or the URL
-            of one of the first two. See `shardprep.source.scan`.
+        source: Folder in the homework's layout or of recordings, a list of files, or Kaldi's data;
+            or the URL of one (not Kaldi's). See `shardprep.source.scan`.
         destination: Folder for the shards, made if necessary, or a URL in an object store.
         options: How to build.
         listener: Receives the progress.
@@ -73,7 +73,9 @@ def build_shards(
     options = options or BuildOptions()
     listener = listener or ProgressListener()
     target = locate(destination)
-    scanned = scan_source(source, follow_links=options.follow_links, n_mels=options.n_mels)
+    scanned = scan_source(
+        source, follow_links=options.follow_links, n_mels=options.n_mels, recipe=options.recipe
+    )
     if scanned.rejects and options.on_error == "fail" and not options.dry_run:
         raise rejects_error(scanned.rejects, scanned.root)
     # A dry run finds all faults, also where the first one would stop a build.

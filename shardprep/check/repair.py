@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shardprep.audio.recipe import known_recipe
 from shardprep.build.lock import locked, remove_if_unused
 from shardprep.build.pools.local import LocalPool
 from shardprep.build.pools.pool import Pool, ProgressListener
@@ -145,7 +146,8 @@ def _run_steps(
     repair.remove_leftovers()
     from_source = None
     if source is not None:
-        from_source = SourcePayloads(sources_at(source, follow_links), repair.manifest)
+        recipe = known_recipe(repair.manifest.features)
+        from_source = SourcePayloads(sources_at(source, follow_links, recipe), repair.manifest)
     repair.rewrite_shards(from_source, listener)
     if from_source is not None:
         repair.rebuild(from_source.sources, pool, listener)

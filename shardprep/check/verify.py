@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shardprep.audio.recipe import known_recipe
 from shardprep.build.shard import Advance
 from shardprep.cache.shard_cache import DOWNLOADS, ShardCache
 from shardprep.check.beside import names_in, notes_on_others, stray_faults, times_fault
@@ -81,14 +82,15 @@ def verify_shards(
     began = time.monotonic()
     place = locate(path)
     report = VerifyReport()
-    sources = sources_at(against, follow_links)
     try:
         manifest = load_manifest(place)
     except VersionError:
         raise
     except FormatError as error:
+        sources_at(against, follow_links)
         report.faults.append(Fault(MANIFEST_NAME, "", str(error)))
         return report
+    sources = sources_at(against, follow_links, known_recipe(manifest.features))
     report.adopted = manifest.member is not None
     report.files = 1 + len(manifest.files())
     report.bytes = sum(info.bytes for info in manifest.files().values())

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from shardprep.audio.recipe import FeatureRecipe
 from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
 from shardprep.format.index import NO_LABEL
@@ -22,8 +23,15 @@ Against: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] |
 """A data set, or all that a set was made of, in a list."""
 
 
-def sources_at(against: Against, follow_links: bool) -> list[Source]:
+def sources_at(
+    against: Against, follow_links: bool, recipe: FeatureRecipe | None = None
+) -> list[Source]:
     """The data sets that a caller has named.
+
+    Args:
+        against: What the caller has named.
+        follow_links: Whether files may be links out of them.
+        recipe: That of the set, where it is known: recordings are compared by it.
 
     Raises:
         SourceError: One is none.
@@ -31,7 +39,7 @@ def sources_at(against: Against, follow_links: bool) -> list[Source]:
     if against is None:
         return []
     places = [against] if isinstance(against, (str, os.PathLike)) else against
-    return [scan_source(place, follow_links=follow_links) for place in places]
+    return [scan_source(place, follow_links=follow_links, recipe=recipe) for place in places]
 
 
 def originals_of(

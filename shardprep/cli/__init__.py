@@ -19,6 +19,7 @@ from shardprep.cli.announced import announced_commands
 from shardprep.cli.bench import bench
 from shardprep.cli.build import build
 from shardprep.cli.inspect import inspect
+from shardprep.cli.recordings.features import features
 from shardprep.cli.repair import repair
 from shardprep.cli.streams import READER_LEFT, discard_output, open_closed_streams
 from shardprep.cli.verify import verify
@@ -102,7 +103,7 @@ def cli() -> None:
     """
 
 
-for _command in (build, adopt, inspect, verify, repair, bench):
+for _command in (build, features, adopt, inspect, verify, repair, bench):
     cli.add_command(_command)
 
 

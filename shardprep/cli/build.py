@@ -13,6 +13,7 @@ from shardprep.build.writer import build_shards
 from shardprep.cli.output import count, hours, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
+from shardprep.cli.recordings.options import recipe_of, recipe_options
 from shardprep.errors import SourceError
 from shardprep.format.limits import MAX_N_MELS
 from shardprep.format.manifest import REJECTS_NAME
@@ -26,6 +27,7 @@ Examples:
   shardprep build More/ shards/ --append
   shardprep build Dataset/ s3://BUCKET/shards
   shardprep build list.csv shards/
+  shardprep build Recordings/ shards/ --n-mels 80
 """
 
 
@@ -65,6 +67,13 @@ Examples:
     default=0.1,
     show_default=True,
     help="Share of each speaker's utterances for the split val; train keeps at least one.",
+)
+@click.option(
+    "--val-speakers",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the speakers who are for val alone: training does not know them.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Decides the val split and the order."
@@ -122,9 +131,10 @@ Examples:
 @click.option(
     "--n-mels",
     type=click.IntRange(1, MAX_N_MELS),
-    show_default="those of its first matrix",
-    help="Mel bins that all matrices of a list must have.",
+    show_default="40, or those of the first matrix",
+    help="Mel bins: of recordings, to compute; of a list of matrices, to find in all of them.",
 )
+@recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
 def build(
@@ -139,11 +149,13 @@ def build(
     """Pack the data set SRC into tar shards in DST.
 
     SRC has the layout of the NTU homework 4: metadata.json, optionally mapping.json and
-    testdata.json, and the .pt files that they name. Or it is a list of .pt and .npy files: a CSV,
-    TSV or JSON Lines with the columns path and speaker, and split if you like; or a folder with
-    Kaldi's feats.scp and utt2spk. The same SRC, options and seed give the same
-    bytes. To continue an interrupted build, run the same command again. SRC and DST may be URLs
-    that fsspec knows, such as s3://BUCKET/shards; a URL of a web server, SRC only.
+    testdata.json, and the .pt files that they name. Or it is recordings (wav, flac, mp3, m4a, ogg
+    and others): a folder SRC/SPEAKER/..., a list of them, or Kaldi's wav.scp; the options from
+    --features-from on are for these. Or it is a list of .pt and .npy files: a CSV, TSV or JSON
+    Lines with the columns path and speaker, and split if you like; or a folder with Kaldi's
+    feats.scp and utt2spk. The same SRC, options and seed give the same bytes. To continue an
+    interrupted build, run the same command again. SRC and DST may be URLs that fsspec knows, such
+    as s3://BUCKET/shards; a URL of a web server, SRC only.
     """
     given = {
         name
@@ -156,6 +168,7 @@ def build(
         options["codec"] = "zstd"
     if options["level"] is not None and options["codec"] != "zstd":
         raise click.UsageError("--level goes with --codec zstd")
+    options["recipe"] = recipe_of(options)
     if options["address"] is not None and options["engine"] != "ray":
         raise click.UsageError("--address goes with --engine ray")
     asked = BuildOptions(**options)

@@ -97,6 +97,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     seed: int
     val_fraction: float
+    val_speakers: float
     samples_per_shard: int
     on_error: Literal["fail", "skip"]
 

@@ -90,6 +90,7 @@ class Source:
         listing: Name of the file that lists the utterances, for messages.
         features: The recipe of the features, where it is known; see `Manifest.features`.
         fixed: Further utterances whose split the source names, "train" or "val", by split.
+        trained: Speakers whom a build may not hold out: those in train of a set to append to.
     """
 
     reader: Reader
@@ -102,6 +103,7 @@ class Source:
     listing: str = "metadata.json"
     features: Features | None = None
     fixed: Mapping[str, tuple[Utterance, ...]] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
 
     @property
     def root(self) -> Location:
@@ -127,10 +129,12 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over speakers, utterances, lengths and file sizes."""
+        """SHA-256 over speakers, utterances, lengths, file sizes, and features where known."""
         rows = [[*u._replace(version=0)] for u in self.utterances]
         lines = [msgspec.to_builtins(line) for line in (*self.rejects, *self.repeats)]
         listed = [self.n_mels, self.speakers, rows, lines]
         if self.fixed:
             listed.append({name: len(own) for name, own in self.fixed.items()})
+        if self.features is not None:
+            listed.append(self.features)
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

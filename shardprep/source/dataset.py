@@ -252,6 +252,7 @@ def scan_dataset(root: str | os.PathLike[str], *, follow_links: bool = False) ->
         tuple(scan.found["test"]),
         tuple(scan.rejects),
         tuple(sorted(scan.repeats, key=lambda line: line.entry or 0)),
+        features=metadata.features,
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shardprep.audio.recipe import known_recipe
 from shardprep.errors import SourceError
 from shardprep.format.limits import MAX_N_MELS, json_fits, most_json_bytes
-from shardprep.format.manifest import MANIFEST_NAME
+from shardprep.format.manifest import MANIFEST_NAME, Features
 from shardprep.source.json_text import name_of, read_object, refuse_server_error, whole_number
 from shardprep.source.listing import Listing
 from shardprep.source.missing import ABSENT
@@ -43,12 +44,14 @@ class Metadata:
         speakers: Speaker name to the entries of its utterances.
         labels: Speaker name to number, by mapping.json, or in sorted order where there is none.
         test: Entries of testdata.json.
+        features: How the features were made, where `shardprep features` has written them.
     """
 
     n_mels: int
     speakers: dict[str, list[Any]]
     labels: dict[str, int]
     test: list[Any]
+    features: Features | None = None
 
 
 def read_metadata(folder: Location, files: Listing) -> Metadata:
@@ -61,6 +64,7 @@ def read_metadata(folder: Location, files: Listing) -> Metadata:
     metadata = _read_json(folder, files, METADATA, {"n_mels": _NUMBER, "speakers": _OBJECT})
     n_mels = _n_mels(metadata, folder / METADATA)
     labels = _labels(folder, files, metadata["speakers"])
+    features = _features(metadata.get("features"))
     for speaker, entries in metadata["speakers"].items():
         if not is_unicode(speaker) or len(speaker) > MOST_SHOWN:
             raise SourceError(
@@ -75,7 +79,7 @@ def read_metadata(folder: Location, files: Listing) -> Metadata:
                 key=f"speakers.{speaker}",
             )
     if not _has(folder, files, TESTDATA):
-        return Metadata(n_mels, metadata["speakers"], labels, [])
+        return Metadata(n_mels, metadata["speakers"], labels, [], features)
     testdata = _read_json(folder, files, TESTDATA, {"n_mels": _NUMBER, "utterances": _LIST})
     if _n_mels(testdata, folder / TESTDATA) != n_mels:
         raise SourceError(
@@ -84,7 +88,13 @@ def read_metadata(folder: Location, files: Listing) -> Metadata:
             key="n_mels",
             remedy="Make both files of the same features, or leave testdata.json out.",
         )
-    return Metadata(n_mels, metadata["speakers"], labels, testdata["utterances"])
+    return Metadata(n_mels, metadata["speakers"], labels, testdata["utterances"], features)
+
+
+def _features(found: Any) -> Features | None:
+    """What metadata.json says of the features, if it is the recipe of `shardprep features`."""
+    recipe = known_recipe(found if isinstance(found, dict) else None)
+    return None if recipe is None else recipe.to_features()
 
 
 def is_unicode(text: str) -> bool:

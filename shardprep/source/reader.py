@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,13 @@ class FileReader:
         self, utterances: Sequence[Utterance], n_mels: int
     ) -> Iterator[tuple[Utterance, Matrix]]:
         """See `Reader.read`."""
-        for utterance, file in self._files(utterances, n_mels):
+        files = files_of(
+            self.root,
+            utterances,
+            lambda utterance: utterance.path,
+            lambda utterance: self._check(utterance, n_mels),
+        )
+        for utterance, file in files:
             expected = self._expected(utterance, n_mels)
             try:
                 if isinstance(file, ValueError):
@@ -46,35 +52,49 @@ class FileReader:
             else:
                 yield utterance._replace(frames=len(mel)), mel
 
-    def _files(
-        self, utterances: Sequence[Utterance], n_mels: int
-    ) -> Iterator[tuple[Utterance, Path | bytes | ValueError]]:
-        """The utterances with their files: the path, or the bytes, or why there are none."""
-        later = iter(utterances)
-        if isinstance(self.root, Remote):
-            with ThreadPoolExecutor(_FILES_AHEAD) as threads:
-                requests = deque[Future[bytes | ValueError]]()
-                for utterance in utterances:
-                    for following in itertools.islice(later, _FILES_AHEAD - len(requests)):
-                        requests.append(threads.submit(self._fetch, following, n_mels))
-                    yield utterance, requests.popleft().result()
-            return
-        for number, utterance in enumerate(utterances):
-            for following in itertools.islice(later, 1 if number else _FILES_AHEAD):
-                fetch(os.path.join(self.root, following.path))
-            yield utterance, self.root / utterance.path
+    def _check(self, utterance: Utterance, n_mels: int) -> None:
+        check_file_size(utterance.nbytes, self._expected(utterance, n_mels))
 
-    def _fetch(self, utterance: Utterance, n_mels: int) -> bytes | ValueError:
-        """The bytes of a file in a store, or why it cannot be used."""
-        assert isinstance(self.root, Remote)
+    def _expected(self, utterance: Utterance, n_mels: int) -> Expected:
+        return Expected(n_mels, utterance.frames, self.length)
+
+
+def files_of(
+    root: Location,
+    utterances: Sequence[Utterance],
+    path_of: Callable[[Utterance], str],
+    check: Callable[[Utterance], None],
+) -> Iterator[tuple[Utterance, Path | bytes | ValueError]]:
+    """Utterances with their files: the path, or the bytes, or why there are none.
+
+    Args:
+        root: Folder or URL.
+        utterances: The utterances.
+        path_of: Where the file of one lies, relative to the folder.
+        check: Raises a ValueError for a file in a store that is not worth fetching.
+    """
+
+    def fetched(utterance: Utterance) -> bytes | ValueError:
+        assert isinstance(root, Remote)
         try:
-            check_file_size(utterance.nbytes, self._expected(utterance, n_mels))
+            check(utterance)
             # The size is known already, so a ranged read saves one request.
-            return (self.root / utterance.path).read(0, utterance.nbytes)
+            return (root / path_of(utterance)).read(0, utterance.nbytes)
         except ValueError as fault:
             return fault
         except FileNotFoundError:
             return ValueError("the file does not exist")
 
-    def _expected(self, utterance: Utterance, n_mels: int) -> Expected:
-        return Expected(n_mels, utterance.frames, self.length)
+    later = iter(utterances)
+    if isinstance(root, Remote):
+        with ThreadPoolExecutor(_FILES_AHEAD) as threads:
+            requests = deque[Future[bytes | ValueError]]()
+            for utterance in utterances:
+                for following in itertools.islice(later, _FILES_AHEAD - len(requests)):
+                    requests.append(threads.submit(fetched, following))
+                yield utterance, requests.popleft().result()
+        return
+    for number, utterance in enumerate(utterances):
+        for following in itertools.islice(later, 1 if number else _FILES_AHEAD):
+            fetch(os.path.join(root, path_of(following)))
+        yield utterance, root / path_of(utterance)

@@ -1,19 +1,25 @@
-"""What is to be packed, whatever it is: a data set, a list of files, features of Kaldi."""
+"""What is to be packed, whatever it is: a data set, recordings, a list of files, Kaldi's data."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from shardprep.audio.recipe import FeatureRecipe
 from shardprep.errors import SourceError
 from shardprep.source.contents import Source
 from shardprep.source.dataset import scan_dataset
 from shardprep.source.lists.kaldi import SCP, scan_kaldi
-from shardprep.source.lists.listed import scan_table
-from shardprep.source.lists.table import SUFFIXES
+from shardprep.source.lists.listed import scan_files
+from shardprep.source.lists.place import folder_of
+from shardprep.source.lists.table import SUFFIXES, read_table
 from shardprep.source.metadata import METADATA
+from shardprep.source.recordings.folders import has_recordings, recordings_in
+from shardprep.source.recordings.names import is_recording
+from shardprep.source.recordings.scan import WAV_SCP, scan_recordings, scan_rows, scan_wav_scp
 from shardprep.storage.local import exists
-from shardprep.storage.remote import Remote, locate
+from shardprep.storage.remote import Location, Remote, locate
 from shardprep.storage.trouble import storage_errors
 
 LISTS = (*SUFFIXES, ".scp")
@@ -21,32 +27,53 @@ LISTS = (*SUFFIXES, ".scp")
 
 
 def scan_source(
-    place: str | os.PathLike[str], *, follow_links: bool = False, n_mels: int | None = None
+    place: str | os.PathLike[str],
+    *,
+    follow_links: bool = False,
+    n_mels: int | None = None,
+    recipe: FeatureRecipe | None = None,
 ) -> Source:
     """Read what lists the utterances of a source, and look at every file that it names.
 
     Args:
-        place: Folder in the homework's layout or with Kaldi's feats.scp, or a list: CSV, TSV, JSON
-            Lines, or a feats.scp; or the URL of one (not Kaldi's).
+        place: A folder in the homework's layout, of recordings by speaker, or of Kaldi (feats.scp
+            or wav.scp); or a list, of features or of recordings: CSV, TSV, JSON Lines, or an scp;
+            or the URL of one (not Kaldi's).
         follow_links: Whether files may be links out of the folder; Kaldi's may lie out of it.
         n_mels: Mel bins F; None for what the source says.
+        recipe: From recordings to log-mels; None for the homework's, with `n_mels` bins if given.
+            Of a source of features, it is what its matrices were made by.
 
     Raises:
         SourceError: There is no source, or what lists its utterances is faulty.
         StorageError: The machine cannot read it now, or the store behind the URL gives no answer.
     """
     found = locate(place)
-    is_list = found.name.endswith(LISTS)
+    own = recipe or (FeatureRecipe() if n_mels is None else FeatureRecipe(n_mels=n_mels))
+    if n_mels not in (None, own.n_mels):
+        raise SourceError(f"is {n_mels}, but {own.n_mels} in the recipe", key="n_mels")
+    source = _scan(found, own, follow_links, n_mels if recipe is None else own.n_mels)
+    if recipe is None or source.features is not None:
+        return source
+    return replace(source, features=recipe.to_features())
+
+
+def _scan(found: Location, recipe: FeatureRecipe, follow_links: bool, n_mels: int | None) -> Source:
+    listed = found.name.endswith(LISTS)
     if isinstance(found, Path):
         with storage_errors(found):
             is_folder = found.is_dir()
-            kaldi = is_folder and exists(found / SCP) and not exists(found / METADATA)
-            if is_folder and is_list and not exists(found / METADATA):
-                raise SourceError("is a folder, expected a list", file=found)
-            is_list = is_list and not is_folder
-        if kaldi:
-            found, is_list = found / SCP, True
-    if not is_list:
+            if is_folder and not exists(found / METADATA):
+                if listed:
+                    raise SourceError("is a folder, expected a list", file=found)
+                for scp in (SCP, WAV_SCP):
+                    if not listed and exists(found / scp):
+                        found, listed = found / scp, True
+            elif is_folder:
+                listed = False
+    if not listed:
+        if _is_of_recordings(found, follow_links):
+            return scan_recordings(found, recipe, follow_links=follow_links)
         source = scan_dataset(found, follow_links=follow_links)
         if n_mels not in (None, source.n_mels):
             raise SourceError(
@@ -55,6 +82,22 @@ def scan_source(
         return source
     if found.name.endswith(".scp"):
         if isinstance(found, Remote):
-            raise SourceError("Kaldi's features are read from folders of this machine", file=found)
+            raise SourceError("Kaldi's data are read from folders of this machine", file=found)
+        if found.name.endswith(WAV_SCP):
+            return scan_wav_scp(found, recipe, follow_links=follow_links)
         return scan_kaldi(found, follow_links=follow_links, n_mels=n_mels)
-    return scan_table(found, follow_links=follow_links, n_mels=n_mels)
+    rows, root = read_table(found), folder_of(found)
+    if any(is_recording(row.path) for row in rows):
+        return scan_rows(rows, root, found.name, recipe, follow_links=follow_links)
+    return scan_files(rows, root, found.name, follow_links=follow_links, n_mels=n_mels)
+
+
+def _is_of_recordings(place: Location, follow_links: bool) -> bool:
+    """Whether a folder or a URL has recordings, and no data set in the homework's layout."""
+    if isinstance(place, Remote):
+        if place.is_http or METADATA in place.listing():
+            return False
+        return bool(recordings_in(place))
+    if not place.is_dir() or exists(place / METADATA):
+        return False
+    return has_recordings(place, follow_links=follow_links)

@@ -31,7 +31,7 @@ from shardprep.source.dataset import repeated
 from shardprep.storage.remote import Location
 
 # The options that decide the bytes; the set's own hold for what is appended too.
-_DECIDING = ("dtype", "codec", "level", "samples_per_shard", "val_fraction", "seed")
+_DECIDING = ("dtype", "codec", "level", "samples_per_shard", "val_fraction", "val_speakers", "seed")
 
 
 class Packed(NamedTuple):
@@ -192,15 +192,31 @@ def additions(held: Held, source: Source, whole: Set[str]) -> Source:
         reason = line.reason if first is None else repeated(first)
         return msgspec.structs.replace(line, entry=entry, repeats=first, reason=reason)
 
+    trained, unseen = _speakers_of(held)
+    labelled, fixed = new(source.labelled), {n: new(own) for n, own in source.fixed.items()}
+    if later := tuple(utterance for utterance in labelled if utterance.speaker in unseen):
+        fixed["val"] = (*fixed.get("val", ()), *later)
+        labelled = tuple(utterance for utterance in labelled if utterance.speaker not in unseen)
     return dataclasses.replace(
         source,
         speakers=speakers,
-        labelled=new(source.labelled),
-        fixed={name: new(own) for name, own in source.fixed.items()},
+        labelled=labelled,
+        fixed=fixed,
+        trained=trained,
         test=tuple(u._replace(entry=None if u.entry is None else position[u.entry]) for u in test),
         rejects=tuple(map(moved, rejects)),
         repeats=tuple(map(moved, repeats)),
     )
+
+
+def _speakers_of(held: Held) -> tuple[frozenset[str], frozenset[str]]:
+    """The speakers in train of a set, and those whom its build held out whole, for val."""
+    found: dict[str, frozenset[str]] = {}
+    for name in ("train", "val"):
+        labels = {packed.label for packed in held.packed.values() if packed.split == name}
+        found[name] = frozenset(held.manifest.speakers[n] for n in labels if n != NO_LABEL)
+    holds_out = held.manifest.build is not None and held.manifest.build.val_speakers > 0
+    return found["train"], found["val"] - found["train"] if holds_out else frozenset()
 
 
 def _positions(held: Held) -> Iterator[int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from shardprep.audio.recipe import known_recipe
 from shardprep.build.existing.additions import (
     Held,
     additions,
@@ -121,12 +122,18 @@ def append_shards(
         if not pending:
             # Raises before anything is written in a folder that holds no set.
             load_manifest(target)
-    scanned = scan_source(source, follow_links=options.follow_links, n_mels=options.n_mels)
-    if not scanned.utterances:
-        raise nothing_to_pack(scanned)
     report = BuildReport(str(target), dry_run=options.dry_run)
     with contextlib.ExitStack() as held:
+        # This completes an append that was interrupted while it put its files into place.
         work = None if options.dry_run else held.enter_context(claim(target, overwrite=True))
+        scanned = scan_source(
+            source,
+            follow_links=options.follow_links,
+            n_mels=options.n_mels,
+            recipe=options.recipe or known_recipe(load_manifest(target).features),
+        )
+        if not scanned.utterances:
+            raise nothing_to_pack(scanned)
         append = _Append(
             target, scanned, options, frozenset(given), work, listener or ProgressListener(), report
         )

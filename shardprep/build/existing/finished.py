@@ -73,7 +73,15 @@ def check_sizes(manifest: Manifest, target: Location, remedy: str) -> None:
 
 def _differences(manifest: Manifest, source: Source, options: BuildOptions) -> Iterator[str]:
     """How a finished set was built otherwise than this build would build it."""
-    if source.fingerprint != manifest.source_fingerprint:
+    if source.features != manifest.features:
+        found, wanted = manifest.features or {}, source.features or {}
+        other = [
+            f"{name} {found.get(name)}, not {wanted.get(name)}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        yield f"with other features ({'; '.join(other)})"
+    elif source.fingerprint != manifest.source_fingerprint:
         yield "from another source"
 
     def named(build: BuildRecord | None, dtype: str, codec: CodecInfo) -> dict[str, Any]:

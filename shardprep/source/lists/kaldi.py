@@ -37,17 +37,21 @@ def scan_kaldi(scp: Path, *, follow_links: bool = False, n_mels: int | None = No
     with needs("kaldi"):
         import kaldiio  # noqa: F401
     root = scp.parent
-    speakers = dict(_columns(root / UTT2SPK))
+    speakers = dict(columns(root / UTT2SPK))
     entries = [
         Row(number, path, speakers.get(utterance, ""), key=utterance)
-        for number, (utterance, path) in enumerate(_columns(scp), 1)
+        for number, (utterance, path) in enumerate(columns(scp), 1)
     ]
-    places = _ArkPlaces(_Arks(root, follow_links), _begins(entries))
+    places = _ArkPlaces(OuterFiles(root, scp.name, follow_links), _begins(entries))
     return source_of_rows(entries, places, ArkReader(root), scp.name, n_mels)
 
 
-def _columns(path: Path) -> Iterator[tuple[str, str]]:
-    """The two columns of a file of Kaldi."""
+def columns(path: Path) -> Iterator[tuple[str, str]]:
+    """The two columns of a file of Kaldi; the second one may have spaces.
+
+    Raises:
+        SourceError: The file is missing or faulty.
+    """
     try:
         lines = read_listing(path).decode().split("\n")
     except UnicodeDecodeError as error:
@@ -82,7 +86,7 @@ def _begins(rows: Sequence[Row]) -> dict[str, list[int]]:
 class _ArkPlaces:
     """A row names a place in an ark; see `Places`."""
 
-    def __init__(self, arks: _Arks, begins: dict[str, list[int]]) -> None:
+    def __init__(self, arks: OuterFiles, begins: dict[str, list[int]]) -> None:
         self._arks, self._begins = arks, begins
 
     def key(self, row: Row) -> str:
@@ -104,16 +108,23 @@ class _ArkPlaces:
         return place, FileState(end - entry.offset, state.version)
 
 
-class _Arks:
-    """Looks at each ark once."""
+class OuterFiles:
+    """Looks at files that may lie out of the folder of a list, at each once.
 
-    def __init__(self, root: Path, follow_links: bool) -> None:
-        self._root, self._roots = root, Roots(root, SCP)
-        self._files, self._follow_links = FolderListing(root, follow_links), follow_links
+    Args:
+        root: The folder.
+        listing: Name of the list, for messages.
+        follow_links: Whether files may lie out of the folder.
+    """
+
+    def __init__(self, root: Path, listing: str, follow_links: bool) -> None:
+        self.follow_links = follow_links
+        self._root, self._roots = root, Roots(root, listing)
+        self._files = FolderListing(root, follow_links)
         self._known: dict[str, tuple[str, FileState] | ValueError] = {}
 
     def look(self, path: str) -> tuple[str, FileState]:
-        """Where an ark lies, and its state. ValueError if it cannot be used."""
+        """Where a file lies, and its state. ValueError if it cannot be used."""
         if path not in self._known:
             try:
                 self._known[path] = self._look(path)
@@ -132,7 +143,7 @@ class _Arks:
                 return inner, self._files.look(inner)
         outer = os.path.abspath(path)
         inside = self._roots.inner(outer)
-        if inside is None and not self._follow_links:
+        if inside is None and not self.follow_links:
             raise ValueError(
                 f"{path[:200]} lies out of the folder, or does not exist; --follow-links takes "
                 "such files, if you trust the data set"

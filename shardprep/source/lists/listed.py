@@ -13,8 +13,7 @@ from shardprep.format.manifest import Reject
 from shardprep.source.contents import Reader, Source, Utterance
 from shardprep.source.dataset import MOST_FRAMES, MOST_REJECTS, Finder, rejects_error
 from shardprep.source.listing import FileState, listing_of
-from shardprep.source.lists.place import folder_of
-from shardprep.source.lists.table import Row, read_table
+from shardprep.source.lists.table import Row
 from shardprep.source.metadata import MOST_SHOWN, is_unicode
 from shardprep.source.paths import Roots, check_key, key_of, relative_path, split_suffix
 from shardprep.source.reader import FileReader
@@ -71,26 +70,30 @@ class _Kept(NamedTuple):
     entry: int | None
 
 
-def scan_table(place: Location, *, follow_links: bool = False, n_mels: int | None = None) -> Source:
-    """Read a CSV, TSV or JSON Lines that lists `.pt` and `.npy` files.
+def scan_files(
+    rows: list[Row], root: Location, listing: str, *, follow_links: bool, n_mels: int | None
+) -> Source:
+    """The `.pt` and `.npy` files that the rows of a CSV, TSV or JSON Lines name.
 
     Args:
-        place: The list; the paths in it are relative to its folder.
+        rows: The rows.
+        root: The folder of the list, which the paths in it are relative to.
+        listing: Name of the list.
         follow_links: Whether files may be links out of the folder.
         n_mels: Mel bins F; None for those of the first matrix.
 
     Raises:
-        SourceError: The list is faulty.
-        StorageError: The machine cannot read the list now, or the store gives no answer.
+        SourceError: No row can be used.
+        StorageError: The machine or the store gives no answer.
     """
-    rows, root = read_table(place), folder_of(place)
-    files, roots = listing_of(root, follow_links), Roots(root, place.name)
-    files.expect(_paths(rows, roots))
+    files, roots = listing_of(root, follow_links), Roots(root, listing)
+    files.expect(paths_of(rows, roots))
     places = _FilePlaces(Finder(files, roots))
-    return source_of_rows(rows, places, FileReader(root, "frames"), place.name, n_mels)
+    return source_of_rows(rows, places, FileReader(root, "frames"), listing, n_mels)
 
 
-def _paths(rows: Iterable[Row], roots: Roots) -> Iterator[str]:
+def paths_of(rows: Iterable[Row], roots: Roots) -> Iterator[str]:
+    """The paths of all rows, relative to the folder of the list, except faulty ones."""
     for row in rows:
         with contextlib.suppress(ValueError):
             yield relative_path(row.path, roots)

@@ -1,4 +1,4 @@
-"""Reads a list of matrices: CSV, TSV or JSON Lines, within limits.
+"""Reads a list of matrices or recordings: CSV, TSV or JSON Lines, within limits.
 
 A fault of the list itself (no header, a row of another length, no JSON) always raises, with the
 number of the line. What its rows say is checked later, row by row.
@@ -22,8 +22,8 @@ from shardprep.storage.sniff import sniff
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 _REQUIRED = ("path", "speaker")
-_KNOWN = (*_REQUIRED, "split", "frames", "key")
-_COLUMNS = "the columns path and speaker, and split, frames or key if there are such"
+_KNOWN = (*_REQUIRED, "split", "frames", "key", "start", "end")
+_COLUMNS = "the columns path and speaker, and split, frames, key, start or end if you like"
 _MOST_SHOWN = 80
 
 
@@ -37,6 +37,8 @@ class Row(NamedTuple):
         split: "train", "val" or "test".
         frames: Length in mel frames.
         key: The key in the shards.
+        start: Of a recording, where its piece begins [s].
+        end: Of a recording, where its piece ends [s].
     """
 
     line: int
@@ -45,6 +47,8 @@ class Row(NamedTuple):
     split: str = ""
     frames: str = ""
     key: str = ""
+    start: str = ""
+    end: str = ""
 
 
 def read_table(place: Location) -> list[Row]:
@@ -130,6 +134,8 @@ class _Line(msgspec.Struct):
     split: str | None = None
     frames: int | float | str | None = None
     key: str | None = None
+    start: int | float | str | None = None
+    end: int | float | str | None = None
 
 
 def _json_rows(text: str, place: Location) -> Iterator[Row]:
@@ -146,7 +152,7 @@ def _json_rows(text: str, place: Location) -> Iterator[Row]:
                 remedy='Each line is an object such as {"path": "a.npy", "speaker": "ann"}.',
             ) from None
         empty = False
-        values = (found.path, found.speaker, found.split, found.frames, found.key)
+        values = (getattr(found, name) for name in _KNOWN)
         yield Row(number, *("" if value is None else str(value).strip() for value in values))
     if empty:
         raise SourceError("lists no utterance", file=place)

@@ -1,1 +1,1 @@
-"""Sources that are recordings."""
+"""Sources that are recordings: folders of speakers, lists, and Kaldi's wav.scp."""

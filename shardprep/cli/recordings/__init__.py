@@ -1,0 +1,1 @@
+"""What commands offer for recordings."""

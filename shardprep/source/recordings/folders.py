@@ -1,0 +1,65 @@
+"""Recordings that lie in folders of speakers.
+
+AUDIO/SPEAKER/.../NAME.wav             any folders below a speaker: VoxCeleb's videos,
+LibriSpeech's chapters
+AUDIO/train|val|test/SPEAKER/.../NAME.wav   where there are no other folders than these
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardprep.source.lists.table import Row
+from shardprep.source.recordings.names import is_recording
+from shardprep.storage.remote import Location, Remote
+from shardprep.storage.trouble import machine_errors
+
+_SPLITS = {"train", "val", "test"}
+
+
+def recordings_in(root: Location, *, follow_links: bool = False) -> list[str]:
+    """Paths of the recordings below a folder, sorted, with forward slashes.
+
+    A web server has no list of its files: of one, nothing is found.
+
+    Raises:
+        StorageError: The machine cannot list a folder now, or the store gives no answer.
+    """
+    if isinstance(root, Remote):
+        names = () if root.is_http else root.listing()
+        return sorted(filter(is_recording, names))
+    with machine_errors(root):
+        return sorted(_walk(root, follow_links))
+
+
+def has_recordings(root: Path, *, follow_links: bool = False) -> bool:
+    """Whether there is a recording below a folder of this machine."""
+    with machine_errors(root):
+        return next(_walk(root, follow_links), None) is not None
+
+
+def _walk(root: Path, follow_links: bool) -> Iterator[str]:
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=follow_links):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inner = os.path.relpath(folder, root)
+        for name in names:
+            if is_recording(name):
+                yield name if inner == "." else f"{inner}/{name}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def rows_of(paths: list[str]) -> list[Row]:
+    """The rows of a list of these recordings: the speaker is the first folder."""
+    tops = {path.partition("/")[0] for path in paths if "/" in path}
+    split = bool(tops) and tops <= _SPLITS
+    rows = []
+    for number, path in enumerate(paths, 1):
+        parts = path.split("/")
+        own = parts.pop(0) if split and len(parts) > 1 else ""
+        rows.append(Row(number, path, parts[0] if len(parts) > 1 else "", own))
+    return rows
