@@ -11,7 +11,7 @@ from shardprep.errors import SourceError
 from shardprep.source.contents import Source
 from shardprep.source.dataset import scan_dataset
 from shardprep.source.lists.kaldi import SCP, scan_kaldi
-from shardprep.source.lists.listed import scan_files
+from shardprep.source.lists.listed import FILES, scan_files
 from shardprep.source.lists.place import folder_of
 from shardprep.source.lists.table import SUFFIXES, read_table
 from shardprep.source.metadata import METADATA
@@ -87,7 +87,9 @@ def _scan(found: Location, recipe: FeatureRecipe, follow_links: bool, n_mels: in
             return scan_wav_scp(found, recipe, follow_links=follow_links)
         return scan_kaldi(found, follow_links=follow_links, n_mels=n_mels)
     rows, root = read_table(found), folder_of(found)
-    if any(is_recording(row.path) for row in rows):
+    # The first file of a known kind says what the list is of.
+    known = (row.path for row in rows if is_recording(row.path) or row.path.endswith(FILES))
+    if is_recording(next(known, "")):
         return scan_rows(rows, root, found.name, recipe, follow_links=follow_links)
     return scan_files(rows, root, found.name, follow_links=follow_links, n_mels=n_mels)
 

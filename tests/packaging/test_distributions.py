@@ -51,7 +51,8 @@ def test_wheel_announces_its_commands(wheel: zipfile.ZipFile) -> None:
     assert "shardprep = shardprep.cli:main" in text
     group = text.partition("[shardprep.commands]\n")[2].partition("\n\n")[0]
     names = [line.split(" = ")[0] for line in group.strip().splitlines()]
-    assert sorted(names) == ["embed", "export", "predict", "score", "train"]
+    expected = ["compare", "embed", "export", "identify", "predict", "score", "train"]
+    assert sorted(names) == expected
 
 
 def test_without_extras_the_wheel_asks_for_a_few_small_packages(metadata: Message) -> None:

@@ -19,7 +19,9 @@ from shardprep.source.paths import Roots, check_key, key_of, relative_path, spli
 from shardprep.source.reader import FileReader
 from shardprep.storage.remote import Location
 
-_SUFFIXES = (".pt", ".npy")
+FILES = (".pt", ".npy")
+"""What the names of matrices end in."""
+
 _SPLITS = ("train", "val", "test")
 
 
@@ -44,8 +46,8 @@ class _FilePlaces:
         if not row.path:
             raise ValueError("the path is empty")
         listed = self._finder.place_of(row.path)
-        split_suffix(listed, _SUFFIXES)
-        return check_key(row.key) if row.key else key_of(listed, _SUFFIXES)
+        split_suffix(listed, FILES)
+        return check_key(row.key) if row.key else key_of(listed, FILES)
 
     def find(self, row: Row) -> tuple[str, FileState]:
         """See `Places`."""

@@ -27,6 +27,9 @@ from shardprep.source.recordings.reader import RecordingReader
 from shardprep.storage.local import exists
 from shardprep.storage.remote import Location
 
+# Of a path out of the folder, how many names make the key: speaker, session, recording.
+_DEPTH = 3
+
 WAV_SCP, SEGMENTS, UTT2SPK = "wav.scp", "segments", "utt2spk"
 
 
@@ -138,8 +141,8 @@ class _ListPlaces:
         except ValueError:
             if self._outer is None or not self._outer.follow_links:
                 raise
-            # Out of the folder: the names of its folders are those of another place.
-            listed = os.path.normpath(row.path).lstrip("/.").replace("../", "")
+            # Out of the folder: only its last folders tell utterances apart, and keys are short.
+            listed = "/".join(os.path.normpath(row.path).replace("..", "").split("/")[-_DEPTH:])
         _check_suffix(listed)
         return check_key(key_of_recording(_piece(listed, row).path))
 

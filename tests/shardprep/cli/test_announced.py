@@ -11,7 +11,7 @@ import pytest
 import shardprep
 from shardprep.cli.announced import announced_commands
 
-COMMANDS = ["embed", "export", "predict", "score", "train"]
+COMMANDS = ["compare", "embed", "export", "identify", "predict", "score", "train"]
 
 # Stands for an environment without these packages: importing them fails.
 _HIDDEN = (
