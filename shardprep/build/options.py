@@ -107,9 +107,9 @@ class BuildOptions:
         return BuildRecord(
             int(self.seed),
             float(self.val_fraction),
-            float(self.val_speakers),
             int(self.samples_per_shard),
             self.on_error,
+            float(self.val_speakers),
         )
 
 

@@ -92,14 +92,14 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: tuple[ShardInfo, ...]
 
 
-class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The options of a build that decide its bytes."""
+class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The options of a build that decide its bytes; `val_speakers` only where it is not 0."""
 
     seed: int
     val_fraction: float
-    val_speakers: float
     samples_per_shard: int
     on_error: Literal["fail", "skip"]
+    val_speakers: float = 0.0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

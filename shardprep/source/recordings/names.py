@@ -90,10 +90,12 @@ def is_recording(name: str) -> bool:
 def key_of_recording(path: str) -> str:
     """The key of a recording: its path without suffix; a dot in the name becomes a hyphen.
 
-    Readers of tars cut names at their first dot. A piece has its times in its key.
+    Readers of tars cut names at their first dot. A piece has its times in its key, with an
+    underscore for the point: a-1_5-2.
     """
     file, start, end = piece_of(path)
     folder, name = posixpath.split(posixpath.splitext(file)[0])
+    name = name.replace(".", "-")
     if start is not None or end is not None:
-        name += f"-{shown(start or 0)}-{shown(end)}".rstrip("-")
-    return posixpath.join(folder, name.replace(".", "-"))
+        name += f"-{shown(start or 0)}-{shown(end)}".rstrip("-").replace(".", "_")
+    return posixpath.join(folder, name)

@@ -119,6 +119,18 @@ def test_features_are_null_or_a_flat_object_that_readers_keep(manifest: Manifest
         decode_manifest(encode_manifest(nested), Path("m"))
 
 
+def test_only_builds_that_hold_speakers_out_say_so(manifest: Manifest) -> None:
+    # Sets of earlier releases stay as they are, with their fingerprints.
+    assert manifest.build is not None
+    build = json.loads(encode_manifest(manifest))["build"]
+    assert build.keys() == {"seed", "val_fraction", "samples_per_shard", "on_error"}
+    held = msgspec.structs.replace(
+        manifest, build=msgspec.structs.replace(manifest.build, val_speakers=0.05)
+    )
+    assert json.loads(encode_manifest(held))["build"] == {**build, "val_speakers": 0.05}
+    assert decode_manifest(encode_manifest(held), Path("m")).build == held.build
+
+
 def test_a_set_that_no_build_made_is_read_without_build_and_source(manifest: Manifest) -> None:
     written = msgspec.structs.replace(manifest, build=None, source_fingerprint=None)
     assert decode_manifest(encode_manifest(written), Path("m")).build is None

@@ -151,8 +151,8 @@ def test_a_list_names_recordings_and_pieces_of_them(
     assert found["a/00000"][:2] == ("test", "a")
     assert found["own/name"][:2] == ("val", "b")
     pieces: tuple[tuple[str, str, dict[str, float]], ...] = (
-        ("long-v2-0-25-1", "z", {"start": 0.25, "end": 1.0}),
-        ("long-v2-1-5", "y", {"start": 1.5}),
+        ("long-v2-0_25-1", "z", {"start": 0.25, "end": 1.0}),
+        ("long-v2-1_5", "y", {"start": 1.5}),
     )
     for key, speaker, times in pieces:
         assert found[key][1] == speaker
@@ -393,6 +393,13 @@ def test_a_piece_survives_its_path(times: tuple[float | None, float | None]) -> 
     found = piece_of(piece.path)
     assert (found.file, found.start or 0, found.end) == (piece.file, times[0] or 0, times[1])
     assert "." not in key_of_recording(piece.path).rpartition("/")[2]
+
+
+def test_pieces_of_a_recording_have_keys_of_their_own() -> None:
+    times = [(1.5, 2.0), (1.0, 5.2), (15.0, 2e3), (None, 1.5), (1.5, None), (None, None)]
+    keys = {key_of_recording(Piece("a/b.c.wav", *own).path) for own in times}
+    assert len(keys) == len(times)
+    assert {"a/b-c", "a/b-c-1_5-2", "a/b-c-1-5_2", "a/b-c-1_5"} <= keys
 
 
 def test_a_folder_without_anything_says_what_is_expected(tmp_path: Path) -> None:
