@@ -109,7 +109,7 @@ class BuildOptions:
             float(self.val_fraction),
             int(self.samples_per_shard),
             self.on_error,
-            float(self.val_speakers),
+            float(self.val_speakers) or None,
         )
 
 
@@ -122,7 +122,7 @@ def options_of(manifest: Manifest) -> BuildOptions:
         level=codec.level,
         samples_per_shard=build.samples_per_shard,
         val_fraction=build.val_fraction,
-        val_speakers=build.val_speakers,
+        val_speakers=build.val_speakers or 0.0,
         seed=build.seed,
         on_error=build.on_error,
     )

@@ -93,13 +93,13 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The options of a build that decide its bytes; `val_speakers` only where it is not 0."""
+    """The options of a build that decide its bytes; `val_speakers` is None for 0."""
 
     seed: int
     val_fraction: float
     samples_per_shard: int
     on_error: Literal["fail", "skip"]
-    val_speakers: float = 0.0
+    val_speakers: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

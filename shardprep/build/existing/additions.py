@@ -215,7 +215,7 @@ def _speakers_of(held: Held) -> tuple[frozenset[str], frozenset[str]]:
     for name in ("train", "val"):
         labels = {packed.label for packed in held.packed.values() if packed.split == name}
         found[name] = frozenset(held.manifest.speakers[n] for n in labels if n != NO_LABEL)
-    holds_out = held.manifest.build is not None and held.manifest.build.val_speakers > 0
+    holds_out = held.manifest.build is not None and bool(held.manifest.build.val_speakers)
     return found["train"], found["val"] - found["train"] if holds_out else frozenset()
 
 
