@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from shardprep import publish
-from shardprep_trainer.evaluation.trials import draw_trials, possible_trials, read_trials
+from shardprep_trainer.evaluation.trial_lists import read_trials
+from shardprep_trainer.evaluation.trials import draw_trials, possible_trials
 from shardprep_trainer.evaluation.verification import cosine_scores, judge
 
 # The largest number of pairs of one speaker; there are as many pairs of two speakers.

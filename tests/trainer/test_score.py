@@ -16,6 +16,7 @@ from saved_models import BEST, change_best
 
 import shardprep
 from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.evaluation.trials import Trials, draw_trials
 from shardprep_trainer.evaluation.wccn import Wccn
 from shardprep_trainer.score import main
@@ -122,8 +123,8 @@ def test_text_says_the_same_as_json(run: Path) -> None:
         f"top-1 accuracy on val: {found['accuracy']:.4f} ({right} of 6)",
         "top-5 accuracy on val: 1.0000 (6 of 6)",
         "backend: head",
-        f"EER: {100 * found['eer']:.2f} %",
-        f"minDCF(0.01): {found['min_dcf']:.4f}",
+        f"EER: {100 * found['eer']:.2f} % (threshold {found['eer_threshold']:.4f})",
+        f"minDCF(0.01): {found['min_dcf']:.4f} (threshold {found['min_dcf_threshold']:.4f})",
         "trials: 6 (3 of one speaker; drawn with seed 0)",
         "cohort: the nearest 3 of 3 training speakers",
     ]
@@ -312,6 +313,146 @@ def test_faulty_files_are_named(run: Path, shards: Path, tmp_path: Path) -> None
     assert f"1 of the 1 utterances in {labels} are missing, the first is stranger.pt" in wrong
     labels.write_text(f"Id,Category\n{key}.pt,id00001\n{key},id00001\n")
     assert f"{labels}: {key} occurs twice" in score(run, "--labels", labels).stderr
+
+
+def rows_of(file: Path) -> list[list[str]]:
+    return [line.split("\t") for line in file.read_text().splitlines()[1:]]
+
+
+def test_every_trial_is_written_with_its_score(run: Path, shards: Path, tmp_path: Path) -> None:
+    part, out = shardprep.open_shards(shards)["train"], tmp_path / "scores.tsv"
+    unit = alone(run, part)[0]
+    position = {key: at for at, key in enumerate(part.keys.tolist())}
+    found = score_json(run, "--split", "train", "--pairs", 40, "--scores", out)
+    rows, truth = rows_of(out), speakers_of(shards, "train")
+    assert len(rows) == 40
+    for enroll, test, cosine, target, llr in rows:
+        a, b = position[enroll], position[test]
+        assert float(cosine) == pytest.approx(unit[a] @ unit[b], abs=1e-5)
+        assert target == str(int(truth[a] == truth[b]))
+        assert llr == ""
+    # The file says all that the command has said, also to itself.
+    again = judged("--from-scores", out)
+    same = ("eer", "min_dcf", "eer_threshold", "min_dcf_threshold", "min_cllr", "calibration")
+    assert [again[key] for key in same] == [found[key] for key in same]
+    assert (again["trials"], again["trials_from"]) == (40, str(out))
+    result = score(run, "--split", "train", "--scores", out)
+    assert (
+        f"too few speakers to calibrate trials by those of others: no Cllr, and no llr in {out}"
+        in (" ".join(result.stderr.split()))
+    )
+
+
+def test_names_of_a_list_are_written_as_the_list_has_them(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys, out = shardprep.open_shards(shards)["val"].keys, tmp_path / "scores.tsv"
+    trials = tmp_path / "trials.txt"
+    trials.write_text(f"/d/{keys[0]}.wav {keys[1]} target\n{keys[0]} /d/{keys[2]}.pt nontarget\n")
+    score_json(run, "--trials", trials, "--scores", out)
+    assert [row[:2] for row in rows_of(out)] == [
+        [f"/d/{keys[0]}.wav", keys[1]],
+        [keys[0], f"/d/{keys[2]}.pt"],
+    ]
+
+
+def judged(*options: object) -> dict[str, Any]:
+    result = CliRunner().invoke(main, ["--json", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def foreign_scores(path: Path, *, labels: bool) -> tuple[list[float], list[bool]]:
+    """Scores of another toolkit: 12 speakers of 3 utterances, every pair."""
+    rng = np.random.default_rng(0)
+    pairs = list(combinations(range(36), 2))
+    target = [a // 3 == b // 3 for a, b in pairs]
+    scores = rng.normal([3.0 if same else 0.0 for same in target], 1.0).tolist()
+    names = [f"id{n // 3}/rec/{n}.wav" for n in range(36)]
+    with path.open("w") as file:
+        for (a, b), value, same in zip(pairs, scores, target, strict=True):
+            kind = (" target" if same else " nontarget") if labels else ""
+            file.write(f"{names[a]} {names[b]} {value!r}{kind}\n")
+    return scores, target
+
+
+def test_scores_of_other_toolkits_are_judged_without_a_model(tmp_path: Path) -> None:
+    path, out = tmp_path / "scores.txt", tmp_path / "out.tsv"
+    scores, target = foreign_scores(path, labels=True)
+    found = judged("--from-scores", path, "--scores", out)
+    eer, dcf = naive(scores, target)
+    assert (found["eer"], found["min_dcf"]) == (pytest.approx(eer), pytest.approx(dcf))
+    assert (found["trials"], found["target_trials"]) == (630, 36)
+    # The ratios of the file have the cost that is told.
+    llrs = [float(row[4]) for row in rows_of(out)]
+    costs = {
+        kind: np.mean([np.log2(1 + np.exp(-x if kind else x)) for x in own])
+        for kind in (True, False)
+        if (own := [x for x, same in zip(llrs, target, strict=True) if same is kind])
+    }
+    assert found["cllr"] == pytest.approx((costs[True] + costs[False]) / 2)
+    assert found["min_cllr"] < found["cllr"] < 0.6
+    assert found["calibration"]["scale"] > 1
+    text = CliRunner().invoke(main, ["--from-scores", str(path)]).stdout.splitlines()
+    assert text == [
+        f"EER: {100 * found['eer']:.2f} % (threshold {found['eer_threshold']:.4f})",
+        f"minDCF(0.01): {found['min_dcf']:.4f} (threshold {found['min_dcf_threshold']:.4f})",
+        f"Cllr: {found['cllr']:.4f}, minCllr: {found['min_cllr']:.4f} "
+        "(each trial calibrated by trials of other speakers, 5 parts)",
+        f"trials: 630 (36 of one speaker; {path})",
+    ]
+
+
+def test_a_list_labels_the_scores_of_other_toolkits(tmp_path: Path) -> None:
+    path, trials = tmp_path / "scores.txt", tmp_path / "trials.txt"
+    foreign_scores(path, labels=False)
+    trials.write_text("1 rec/0 rec/1\n0 rec/7 rec/0\n0 rec/5 rec/2\n")
+    found = judged("--from-scores", path, "--trials", trials)
+    assert (found["trials"], found["target_trials"]) == (3, 1)
+    assert found["trials_from"] == str(trials)
+
+
+def test_what_the_run_chose_is_tried_on_these_trials(run: Path, shards: Path) -> None:
+    assert score_json(run)["as_chosen"] is None
+    data = shardprep.open_shards(shards)
+    unit, truth = alone(run, data["train"])[0], speakers_of(shards, "train")
+    pairs = list(combinations(range(24), 2))
+    cosines = np.array([unit[a] @ unit[b] for a, b in pairs])
+    same = np.array([truth[a] == truth[b] for a, b in pairs])
+    # Halfway between two scores, so that rounding moves none of them over it.
+    ranked = np.sort(cosines[same])
+    gap = int(np.diff(ranked[:60]).argmax())
+    threshold = float(ranked[gap] + ranked[gap + 1]) / 2
+    thresholds, calibration = Thresholds(threshold, 2.0), Calibration(4.0, -3.0)
+    change_best(run, thresholds=thresholds, calibration=calibration)
+    chosen = score_json(run, "--split", "train")["as_chosen"]
+    assert chosen["threshold"] == threshold
+    assert chosen["miss"] == pytest.approx((cosines[same] < threshold).mean())
+    ratio = np.where(same, -1, 1) * (4 * cosines - 3)
+    cost = np.log2(1 + np.exp(ratio))
+    # All 84 pairs of one speaker, and as many of the 192 others as were drawn.
+    assert chosen["cllr"] == pytest.approx((cost[same].mean() + cost[~same].mean()) / 2, abs=0.1)
+    assert "as the run chose by its validation: threshold" in score(run).stdout
+    # Other scores have other thresholds.
+    assert score_json(run, "--as-norm")["as_chosen"] is None
+    assert score_json(run, "--tta", 1)["as_chosen"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "give a RUN, or --from-scores FILE"),
+        (["RUN", "--from-scores", "x"], "leave out RUN"),
+        (["--from-scores", "x", "--as-norm"], "leave out --as-norm"),
+        (["--from-scores", "x", "--pairs", "7"], "leave out --pairs"),
+        (["RUN", "--pairs", "0", "--scores", "x"], "no trials to write"),
+    ],
+)
+def test_a_model_or_scores_are_judged(options: list[str], part: str) -> None:
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 2
+    assert part in result.stderr
 
 
 def test_help_tells_the_exit_codes(run: Path) -> None:

@@ -17,10 +17,12 @@ from shardprep_trainer.errors import TrainerError, is_out_of_memory
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
 
 
-def model_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def model_options(
+    split: str, *, run_required: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command RUN and the options that make `ModelOptions`; `split` is the default."""
     parameters = [
-        click.argument("run", type=click.Path(path_type=Path)),
+        click.argument("run", type=click.Path(path_type=Path), required=run_required),
         click.option(
             "--shards",
             multiple=True,

@@ -16,6 +16,7 @@ from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.config.fields import Backend
+from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.accuracy import Collected, Labels, collect, grade
 from shardprep_trainer.evaluation.labels import LeftOut, read_left_out
@@ -60,6 +61,10 @@ class Inference:
     """Largest padded area of a batch [frames]."""
     pad_value: float
     """Fills padded frames [log-mel]."""
+    thresholds: Thresholds | None = None
+    """Of cosines, by the run's validation."""
+    calibration: Calibration | None = None
+    """Of cosines, by the run's validation."""
 
     def split(self, name: str) -> Split:
         """Open a split.
@@ -202,6 +207,8 @@ def open_inference(
         device=device,
         max_frames=options.max_frames,
         pad_value=config.data.pad_value,
+        thresholds=checkpoint.thresholds,
+        calibration=checkpoint.calibration,
     )
     if not (may_be_empty and inference.lacks_test):
         inference.split(options.split)

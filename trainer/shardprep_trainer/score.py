@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,21 +28,17 @@ from shardprep_trainer.commands import (
 )
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import missing_rows, read_labels
-from shardprep_trainer.evaluation.trials import (
-    Trials,
-    check_single,
-    draw_trials,
-    positions_of,
-    possible_trials,
-    read_trials,
+from shardprep_trainer.evaluation.names import SEVERAL, Names
+from shardprep_trainer.evaluation.report import (
+    RunReport,
+    TrialReport,
+    report_file,
+    report_run,
+    report_trials,
 )
-from shardprep_trainer.evaluation.verification import (
-    P_TARGET,
-    as_norm,
-    cosine_scores,
-    judge,
-    speaker_means,
-)
+from shardprep_trainer.evaluation.trial_lists import ambiguous, read_list
+from shardprep_trainer.evaluation.trials import Ints, Trials, draw_trials, possible_trials
+from shardprep_trainer.evaluation.verification import as_norm, cosine_scores, speaker_means
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 # Trials drawn of each kind where no number is given, and where there are so many.
@@ -65,20 +62,21 @@ class Score:
     """What named the speakers, head or wccn."""
     accuracy: float | None
     top5_accuracy: float | None
-    trials: int
-    target_trials: int
-    trials_from: str | None
-    """The list they come from, or the seed that drew them."""
-    eer: float | None
-    """Equal error rate, 0 to 1."""
-    min_dcf: float | None
-    p_target: float
     cohort: int | None
     """Speakers in the AS-norm cohort; None without AS-norm."""
     cohort_size: int | None
     """How many of them count for each side of a trial."""
     tta: int
     tta_frames: int | None
+    verification: TrialReport
+    """Of the trials."""
+    as_chosen: RunReport | None
+    """Of the same trials, by what the run chose; None where it chose nothing for such scores."""
+
+    def to_json(self) -> str:
+        """One JSON object, the report of the trials among its fields."""
+        fields = msgspec.to_builtins(self)
+        return json.dumps({**fields, **fields.pop("verification")})
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -89,15 +87,13 @@ class Score:
                 lines.append(f"{name} accuracy on {self.split}: {share:.4f} ({right})")
         if self.accuracy is not None:
             lines.append(f"backend: {self.backend}")
-        if self.eer is not None:
-            lines.append(f"EER: {100 * self.eer:.2f} %")
-            lines.append(f"minDCF({self.p_target}): {self.min_dcf:.4f}")
-            kinds = f"{self.target_trials:,} of one speaker; {self.trials_from}"
-            lines.append(f"trials: {self.trials:,} ({kinds})")
+        if verified := self.verification.lines():
             cohort = "none"
             if self.cohort is not None:
                 cohort = f"the nearest {self.cohort_size:,} of {self.cohort:,} training speakers"
-            lines.append(f"cohort: {cohort}")
+            lines += [*verified, f"cohort: {cohort}"]
+        if self.as_chosen is not None:
+            lines.append(self.as_chosen.line())
         return lines
 
 
@@ -129,33 +125,52 @@ def true_names(inference: Inference, part: Split, labels: Path | None) -> list[s
     if labels is None:
         names = inference.shards.speakers
         return [names[label] if label >= 0 else None for label in part.labels]
-    rows, positions = read_labels(labels), positions_of(part.keys)
+    rows = read_labels(labels)
+    positions = Names(part.keys).find(rows)
     if missing := [key for key in rows if key not in positions]:
         where = f"split {part.name} of {inference.shards.where}"
         raise missing_rows(where, missing, labels, len(rows), inference.left_out)
     found: list[str | None] = [None] * len(part)
     for key, name in rows.items():
-        check_single(positions, key, str(labels))
+        if positions[key] == SEVERAL:
+            raise ambiguous(key, str(labels))
         if found[positions[key]] is not None:
             raise PredictionError(f"{labels}: {key} occurs twice; leave one row for each utterance")
         found[positions[key]] = name
     return found
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The trials that are scored."""
+
+    trials: Trials
+    sides: tuple[Sequence[str], Sequence[str]]
+    """Names of their utterances, as a list has them, or keys."""
+    source: str
+    """The list, or the seed that drew them."""
+
+
 def choose_trials(
-    options: TrialOptions, inference: Inference, part: Split, names: Sequence[str | None]
-) -> Trials | None:
+    options: TrialOptions, inference: Inference, part: Split, speakers: Ints
+) -> Chosen | None:
     """The trials to score, or None where none are wanted, or none can be drawn unasked.
+
+    Args:
+        options: Which.
+        inference: What is scored.
+        part: The split.
+        speakers: A number of the speaker of each utterance (N,), -1 where unknown.
 
     Raises:
         PredictionError: The list is faulty, or there are not as many pairs as are to be drawn.
     """
     if options.file is not None:
-        return read_trials(options.file, part.keys, inference.left_out)
+        wanted = read_list(options.file)
+        trials = wanted.positions(Names(part.keys), inference.left_out)
+        return Chosen(trials, (wanted.enroll, wanted.test), str(options.file))
     if options.pairs == 0:
         return None
-    numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
-    speakers = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
     targets = nontargets = min(_DRAWN, *possible_trials(speakers))
     if options.pairs is not None:
         targets, nontargets = options.pairs // 2, options.pairs - options.pairs // 2
@@ -163,12 +178,14 @@ def choose_trials(
         note(f"{part.name} has no pairs of one speaker and of two; no EER and no minDCF")
         return None
     try:
-        return draw_trials(speakers, targets, nontargets, options.seed)
+        trials = draw_trials(speakers, targets, nontargets, options.seed)
     except ValueError as error:
         raise PredictionError(
             f"split {part.name} of {inference.shards.where}: {error}; take fewer --pairs (0 for "
             "none), give --trials, or give --labels if the split has none"
         ) from error
+    sides = (part.keys[trials.enroll].tolist(), part.keys[trials.test].tolist())
+    return Chosen(trials, sides, f"drawn with seed {options.seed}")
 
 
 def find_cohort(inference: Inference) -> NDArray[np.float64]:
@@ -187,7 +204,11 @@ def find_cohort(inference: Inference) -> NDArray[np.float64]:
 
 
 def score(
-    inference: Inference, part: Split, names: Sequence[str | None], options: TrialOptions
+    inference: Inference,
+    part: Split,
+    names: Sequence[str | None],
+    options: TrialOptions,
+    out: Path | None = None,
 ) -> Score:
     """Embed a split, and measure accuracy and speaker verification.
 
@@ -196,12 +217,15 @@ def score(
         part: The split.
         names: Its speakers (N,), None where unknown.
         options: The trials.
+        out: Where every trial is written with its score.
 
     Raises:
         PredictionError: See `choose_trials`, `find_cohort` and `Inference.recognise`.
     """
     # Trials first: what is wrong with them is said before the long work.
-    trials = choose_trials(options, inference, part, names)
+    known = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
+    speakers = np.array([known[name] if name else -1 for name in names], np.int64)
+    chosen = choose_trials(options, inference, part, speakers)
     labelled = sum(name is not None for name in names)
     # Without labels a backend need not learn to know anybody.
     numbers = {name: number for number, name in enumerate(inference.speakers if labelled else ())}
@@ -215,15 +239,18 @@ def score(
     if labelled < len(part):
         note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
     size = options.cohort_size
-    cohort = None if trials is None or size is None else find_cohort(inference)
+    cohort = None if chosen is None or size is None else find_cohort(inference)
     found = inference.recognise(part, classes) if labelled else inference.embed(part)
-    result = None
-    if trials is not None:
+    verification, as_chosen = TrialReport(), None
+    if chosen is not None:
+        trials = chosen.trials
         scores = cosine_scores(found.embeddings, trials)
         if cohort is not None:
             scores = as_norm(scores, found.embeddings, trials, cohort, size or 0)
-        result = judge(scores, trials.target)
-    source = f"drawn with seed {options.seed}" if options.file is None else str(options.file)
+        elif inference.thresholds and inference.calibration and not inference.views.segments:
+            as_chosen = report_run(scores, trials, inference.thresholds, inference.calibration)
+        verification = report_trials(scores, trials, chosen.source, speakers, chosen.sides, out)
+        _tell_of(verification, out)
     return Score(
         checkpoint=str(inference.file),
         step=inference.step,
@@ -235,16 +262,12 @@ def score(
         backend=inference.backend,
         accuracy=found.evaluation.correct / labelled if labelled else None,
         top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
-        trials=result.trials if result else 0,
-        target_trials=result.target_trials if result else 0,
-        trials_from=source if result else None,
-        eer=result.eer if result else None,
-        min_dcf=result.min_dcf if result else None,
-        p_target=P_TARGET,
         cohort=None if cohort is None else len(cohort),
         cohort_size=None if cohort is None else min(len(cohort), size or 0),
         tta=inference.views.segments,
         tta_frames=inference.views.frames if inference.views.segments else None,
+        verification=verification,
+        as_chosen=as_chosen,
     )
 
 
@@ -253,11 +276,13 @@ def score(
     help=f"""Measure the model of RUN on a split of whole utterances.
 
     RUN is a run folder, a model folder or a checkpoint. Prints top-1 and top-5 accuracy, and for
-    trials, pairs of utterances scored by the cosine of their embeddings, the equal error rate and
-    the normalised minimum detection cost. Results go to stdout, all else to stderr.
+    trials, pairs of utterances scored by the cosine of their embeddings, the equal error rate, the
+    normalised minimum detection cost and their thresholds, and the cost of calibrated scores
+    (Cllr). With --from-scores, the scores come from a file, and there is no RUN. Results go to
+    stdout, all else to stderr.
     {EXIT_CODES}""",
 )
-@model_options(split="val")
+@model_options(split="val", run_required=False)
 @backend_option
 @click.option(
     "--labels",
@@ -269,7 +294,8 @@ def score(
     "--trials",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="List of trials, as VoxCeleb's: `1 ENROLL TEST` or `0 ENROLL TEST` a line.",
+    help="List of trials: `1 ENROLL TEST` or `0 ENROLL TEST` a line (VoxCeleb), `ENROLL TEST "
+    "target` or `nontarget` (Kaldi), or `ENROLL TEST 1` or `0`.",
 )
 @click.option(
     "--pairs",
@@ -286,6 +312,19 @@ def score(
     default=300,
     help="Nearest training speakers that AS-norm compares each side of a trial with.",
 )
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="File to write every trial to: enroll, test, score, target, llr.",
+)
+@click.option(
+    "--from-scores",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Judge the scores in this file, of any toolkit, instead of a RUN: a trial a line, with "
+    "its label, or with --trials.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     labels: Path | None,
@@ -294,20 +333,56 @@ def main(
     seed: int,
     normalized: bool,
     cohort_size: int,
+    scores: Path | None,
+    from_scores: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """The command; its help is above."""
+    if from_scores is not None:
+        _refuse_beside_scores(click.get_current_context())
+        with reported_errors():
+            report = report_file(from_scores, trials, scores)
+            _tell_of(report, scores)
+        text = json.dumps(msgspec.to_builtins(report))
+        click.echo(text if as_json else "\n".join(report.lines()))
+        return
+    if options["run"] is None:
+        raise click.UsageError("give a RUN, or --from-scores FILE")
     if trials is not None and pairs is not None:
         raise click.UsageError("--trials and --pairs exclude each other: give one of them")
     if pairs == 1:
         raise click.UsageError("--pairs 1: a target and a non-target trial make at least 2")
+    if pairs == 0 and scores is not None:
+        raise click.UsageError("--scores: with --pairs 0 there are no trials to write")
     wanted = TrialOptions(trials, pairs, seed, cohort_size if normalized else None)
     with reported_errors():
         inference = open_inference(ModelOptions(**options), tell)
         part = inference.split(options["split"])
-        result = score(inference, part, true_names(inference, part, labels), wanted)
-    click.echo(json.dumps(asdict(result)) if as_json else "\n".join(result.lines()))
+        result = score(inference, part, true_names(inference, part, labels), wanted, scores)
+    click.echo(result.to_json() if as_json else "\n".join(result.lines()))
+
+
+def _tell_of(report: TrialReport, out: Path | None) -> None:
+    if report.cllr is None:
+        note(
+            "too few speakers to calibrate trials by those of others: no Cllr"
+            + (f", and no llr in {out}" if out else "")
+        )
+    if out is not None:
+        tell(f"{report.trials:,} trials -> {out}")
+
+
+def _refuse_beside_scores(context: click.Context) -> None:
+    """Refuse what only a model can answer, beside --from-scores."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("from_scores", "trials", "scores", "as_json"):
+            told = "RUN" if name == "run" else parameter.opts[0]
+            raise click.UsageError(
+                f"--from-scores takes the scores as they are: leave out {told}, or --from-scores"
+            )
 
 
 if __name__ == "__main__":

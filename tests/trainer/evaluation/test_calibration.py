@@ -75,23 +75,24 @@ def test_min_cllr_is_the_least_of_every_rising_function(trials: Scored) -> None:
     assert found <= min(1, cllr(*trials)) + 1e-12
 
 
-def soft_loss(scale: float, offset: float, scores: np.ndarray, target: np.ndarray) -> float:
+def loss_of(scale: float, offset: float, scores: np.ndarray, target: np.ndarray) -> float:
     """What the regression minimises, written out."""
-    total, count = 0.0, {True: int(target.sum()), False: int((~target).sum())}
+    count = {True: int(target.sum()), False: int((~target).sum())}
+    spread = math.sqrt(np.var(scores.tolist())) or 1.0
+    total = (scale * spread / 10) ** 2 / min(count.values())
     for score, kind in zip(scores.tolist(), target.tolist(), strict=True):
-        wanted = (count[True] + 1) / (count[True] + 2) if kind else 1 / (count[False] + 2)
         odds = scale * score + offset
-        softplus = max(odds, 0) + math.log1p(math.exp(-abs(odds)))
-        total += (softplus - wanted * odds) / count[kind]
+        against = -odds if kind else odds
+        total += (max(against, 0) + math.log1p(math.exp(-abs(odds)))) / count[kind]
     return total
 
 
 @given(scored_trials())
 def test_no_step_away_from_the_fit_is_better(trials: Scored) -> None:
     found = fit_calibration(*trials)
-    least = soft_loss(found.scale, found.offset, *trials)
+    least = loss_of(found.scale, found.offset, *trials)
     for scale, offset in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3), (1e-3, 1e-3)):
-        near = soft_loss(found.scale + scale, found.offset + offset, *trials)
+        near = loss_of(found.scale + scale, found.offset + offset, *trials)
         assert near >= least - 1e-12
 
 

@@ -13,7 +13,7 @@ import pytest
 import shardprep
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import read_labels, read_left_out
-from shardprep_trainer.evaluation.trials import read_trials
+from shardprep_trainer.evaluation.trial_lists import read_trials
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.labels import LeftOut
-from shardprep_trainer.evaluation.trials import Trials, draw_trials, possible_trials, read_trials
+from shardprep_trainer.evaluation.trials import Trials, draw_trials, possible_trials
 
 
 def all_pairs(speakers: list[int]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
@@ -82,57 +79,3 @@ def test_all_pairs_are_equally_likely() -> None:
 def test_too_many_are_refused(speakers: list[int], targets: int, others: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_trials(np.array(speakers, np.int64), targets, others)
-
-
-def test_a_list_may_name_the_audio_and_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "trials.txt"
-    path.write_bytes(b"\xef\xbb\xbf1 s/a.wav s/b.flac\r\n0 s/a.m4a s/c\r\n")
-    trials = read_trials(path, ["s/a", "s/b", "s/c"])
-    assert trials.enroll.tolist() == [0, 0]
-    assert trials.test.tolist() == [1, 2]
-
-
-def test_a_key_of_several_utterances_is_refused_where_a_list_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "trials.txt"
-    path.write_text("1 a b.pt\n0 a c\n")
-    assert len(read_trials(path, ["a", "b", "c", "d", "d"])) == 2
-    for keys in (["a", "b", "c", "b"], ["b", "b", "b", "a", "c"]):
-        with pytest.raises(PredictionError, match="line 1: b.pt stands for several utterances"):
-            read_trials(path, keys)
-
-
-def test_a_list_is_read_by_either_name(tmp_path: Path) -> None:
-    path = tmp_path / "trials.txt"
-    path.write_text("1 a b.pt\n\n0\tc.pt   a\r\n 1 b c \n")
-    trials = read_trials(path, ["c", "a", "b"])
-    assert trials.enroll.tolist() == [1, 0, 2]
-    assert trials.test.tolist() == [2, 1, 0]
-    assert trials.target.tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1 a b\n0 a\n", r"trials\.txt, line 2: found '0 a'; write `1 ENROLL TEST`"),
-        ("1 a b\n\n2 a b\n", r"trials\.txt, line 3: found '2 a b'"),
-        ("1 a b c\n", "line 1: found"),
-        ("1 a b\n0 a x.wav\n", r"line 2: the split has no utterance x\.wav; choose the --split"),
-        ("1 a b\n0 a lost.pt\n", r"line 2: .* lost\.pt; the build left it out, as rejects\.jsonl"),
-        ("1 a b\n", r"trials\.txt: 1 target and 0 non-target trials; both"),
-        ("0 a b\n", "0 target and 1 non-target"),
-        ("", "0 target and 0 non-target"),
-        ("\xff", "is not UTF-8 text"),
-        (
-            "<html><title>Sign in</title>",
-            r"trials\.txt: is a web page .*; expected a list of trials",
-        ),
-    ],
-)
-def test_a_faulty_list_is_refused_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "trials.txt"
-    path.write_bytes(text.encode("latin-1"))
-    left_out = LeftOut("rejects.jsonl", 1, frozenset({"lost.pt"}))
-    with pytest.raises(PredictionError, match=message):
-        read_trials(path, ["a", "b", "c"], left_out)
-    with pytest.raises(PredictionError, match=r"nowhere\.txt: cannot be read"):
-        read_trials(tmp_path / "nowhere.txt", ["a"])

@@ -23,6 +23,7 @@ FOLDS = 5
 """Into how many parts the speakers are divided, where there are so many."""
 
 _MOST_STEPS = 100
+_PRIOR_DEVIATION = 10.0
 
 
 def cllr(llrs: Floats, target: Bools) -> float:
@@ -72,9 +73,9 @@ def _log2(one: float, part: Floats, whole: Floats) -> NDArray[np.float64]:
 def fit_calibration(scores: Floats, target: Bools) -> Calibration:
     """Logistic regression of `target` (K,) on scores (K,), with equal weight for both kinds.
 
-    Its log-odds are LLRs, as both kinds count as equally likely. A trial counts as certain only
-    as far as there are many of its kind (Platt 1999), so that the scale is finite where a
-    threshold separates all trials.
+    Its log-odds are LLRs, as both kinds count as equally likely. The scale, of scores in their
+    deviations, has a weak prior: normal, of deviation 10, which counts as one trial of the rarer
+    kind. So the scale is finite where a threshold separates all trials.
 
     Args:
         scores: Finite numbers (K,), higher where the speakers seem the same.
@@ -93,18 +94,18 @@ def fit_calibration(scores: Floats, target: Bools) -> Calibration:
     if deviation <= 1e-12 * np.abs(scores).max():
         mean, deviation = scores[0], 1.0
     inputs = np.stack(((scores - mean) / deviation, np.ones(len(scores))), axis=1)  # (K, 2)
-    wanted = np.where(target, (targets + 1) / (targets + 2), 1 / (others + 2))
     weight = np.where(target, 0.5 / targets, 0.5 / others)
+    prior = np.array([_PRIOR_DEVIATION**-2 / min(targets, others), 0.0])
 
     def loss(at: Floats) -> float:
         odds = inputs @ at
-        return float(weight @ (np.logaddexp(0, odds) - wanted * odds))
+        return float(weight @ (np.logaddexp(0, odds) - target * odds) + prior @ at**2 / 2)
 
     found, least = np.zeros(2), loss(np.zeros(2))
     for _ in range(_MOST_STEPS):
         share = 1 / (1 + np.exp(-np.clip(inputs @ found, -500, 500)))
-        gradient = inputs.T @ (weight * (share - wanted))
-        curvature = inputs.T @ (inputs * (weight * share * (1 - share))[:, None])
+        gradient = inputs.T @ (weight * (share - target)) + prior * found
+        curvature = inputs.T @ (inputs * (weight * share * (1 - share))[:, None]) + np.diag(prior)
         step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
         # Newton's step, shortened until it improves.
         while (at := loss(found - step)) > least and np.abs(step).max() > 1e-12:

@@ -1,29 +1,18 @@
-"""Trials of speaker verification: pairs of utterances, drawn from a split or read from a list.
+"""Trials of speaker verification: pairs of utterances, and drawing them from a split.
 
 A trial asks whether two utterances have one speaker. Axis legend: N utterances, K trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.labels import LeftOut, read_text
-
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
-
-SEVERAL = -1
-"""Position of a key that several utterances have."""
-
-_AUDIO = (".wav", ".flac", ".m4a")
-_ANSWERS = {"1": True, "0": False}
 
 
 @dataclass(frozen=True)
@@ -132,80 +121,3 @@ def _draw_distinct(rng: np.random.Generator, total: int, count: int) -> Ints:
         _, came = np.unique(drawn, return_index=True)
         if len(came) >= count:
             return np.sort(drawn[np.sort(came)[:count]])
-
-
-def positions_of(keys: Iterable[str]) -> dict[str, int]:
-    """Positions of utterances in a split, by both names that lists give them: KEY and KEY.pt.
-
-    SEVERAL stands for a key that several utterances have; see `check_single`.
-    """
-    found: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        found[str(key)] = found[f"{key}.pt"] = SEVERAL if key in found else position
-    return found
-
-
-def check_single(positions: Mapping[str, int], key: str, where: str) -> None:
-    """Refuse a key that several utterances have: a list does not say which one it means.
-
-    Raises:
-        PredictionError: The key is such a one; `where` says who asked for it.
-    """
-    if positions[key] == SEVERAL:
-        raise PredictionError(
-            f"{where}: {key} stands for several utterances, as sets that are read as one have it "
-            "in common; name one of the sets with --shards"
-        )
-
-
-def read_trials(path: Path, keys: Iterable[str], left_out: LeftOut | None = None) -> Trials:
-    """Read a list of trials as VoxCeleb has them: `1 ENROLL TEST` or `0 ENROLL TEST` a line.
-
-    Args:
-        path: The list. 1 says that the speaker is the same; blank lines are ignored.
-        keys: Keys of the split's utterances, in its order; a list may append `.pt` to them, or
-            the suffix of the audio.
-        left_out: What the build of the shards left out.
-
-    Raises:
-        PredictionError: The file cannot be read, a line is not a trial of this split, or there
-            is no target or no non-target trial.
-    """
-    positions = positions_of(keys)
-    target, enroll, test = [], [], []
-    lines = read_text(path, "a list of trials").split("\n")
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 3 or fields[0] not in _ANSWERS:
-            raise PredictionError(
-                f"{path}, line {number}: found {line.strip()[:80]!r}; write `1 ENROLL TEST` for "
-                "a pair of one speaker and `0 ENROLL TEST` for one of two"
-            )
-        pair = [_without_audio(key) for key in fields[1:]]
-        for key, name in zip(pair, fields[1:], strict=True):
-            if key not in positions:
-                raise PredictionError(_stranger(path, number, name, left_out))
-            check_single(positions, key, f"{path}, line {number}")
-        target.append(_ANSWERS[fields[0]])
-        enroll.append(positions[pair[0]])
-        test.append(positions[pair[1]])
-    if all(target) or not any(target):
-        raise PredictionError(
-            f"{path}: {sum(target):,} target and {len(target) - sum(target):,} non-target trials; "
-            "both kinds are needed"
-        )
-    return Trials(np.array(enroll, np.int64), np.array(test, np.int64), np.array(target))
-
-
-def _without_audio(name: str) -> str:
-    """The key of an utterance that a list names by its audio, as VoxCeleb's lists do."""
-    return next((name.removesuffix(end) for end in _AUDIO if name.endswith(end)), name)
-
-
-def _stranger(path: Path, number: int, key: str, left_out: LeftOut | None) -> str:
-    remedy = "choose the --split that the list was made for"
-    if left_out is not None and left_out.ids & {key, f"{key}.pt"}:
-        remedy = f"the build left it out, as {left_out.listing} says: take the line out"
-    return f"{path}, line {number}: the split has no utterance {key}; {remedy}"
