@@ -286,6 +286,7 @@ def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: P
         (["--split", "test", "--pairs", "4"], 1, "0 labelled utterances make only 0; no speaker"),
         (["--split", "test", "--pairs", "4"], 1, "give --trials, or give --labels"),
         (["--pairs", "1000"], 1, "500 target pairs (one speaker) asked for"),
+        (["--split", "test", "--scores", "x"], 1, "makes no trials to write to x; give --trials"),
         (["--pairs", "1"], 2, "at least 2"),
         (["--pairs", "4", "--trials", "x"], 2, "exclude each other"),
         (["--trials", "nowhere.txt"], 1, "nowhere.txt: cannot be read"),

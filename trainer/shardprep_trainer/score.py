@@ -220,12 +220,18 @@ def score(
         out: Where every trial is written with its score.
 
     Raises:
-        PredictionError: See `choose_trials`, `find_cohort` and `Inference.recognise`.
+        PredictionError: See `choose_trials`, `find_cohort` and `Inference.recognise`; or there are
+            no trials to write.
     """
     # Trials first: what is wrong with them is said before the long work.
     known = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
     speakers = np.array([known[name] if name else -1 for name in names], np.int64)
     chosen = choose_trials(options, inference, part, speakers)
+    if chosen is None and out is not None:
+        raise PredictionError(
+            f"split {part.name} of {inference.shards.where} makes no trials to write to {out}; "
+            "give --trials, another --split, or leave out --scores"
+        )
     labelled = sum(name is not None for name in names)
     # Without labels a backend need not learn to know anybody.
     numbers = {name: number for number, name in enumerate(inference.speakers if labelled else ())}
