@@ -48,11 +48,13 @@ SHORTENED = (
 # What makes others end soon.
 BRIEF = {
     "build": "--workers 1",
+    "features": "--workers 1",
     "adopt": "--workers 1",
     "bench": "--rounds 1 --seconds 0.05 --batch-size 8",
 }
 # Without export, which takes long: a slow test runs it.
-RUN_HERE = ["build", "adopt", "inspect", "verify", "repair", "bench", "predict", "score", "embed"]
+RUN_HERE = ["build", "features", "adopt", "inspect", "verify", "repair", "bench"]
+RUN_HERE += ["predict", "score", "embed"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
