@@ -34,6 +34,8 @@ class OpenShards(Mapping[str, Split]):
         speakers: Speaker names; the position is the label.
         samples: Utterances of each split, by its name.
         n_mels: Mel bins F of every utterance.
+        dtype: Element type that is stored, "float16" or "float32".
+        features: How the features were made; None where a set does not say, or where sets differ.
         fingerprint: Fingerprint of the set; of several, one that stands for them in this order.
     """
 
@@ -47,6 +49,10 @@ class OpenShards(Mapping[str, Split]):
             for name, split in manifest.splits.items():
                 self.samples[name] = self.samples.get(name, 0) + split.samples
         self.n_mels = manifests[0].n_mels
+        self.dtype = manifests[0].dtype
+        features = manifests[0].features
+        alike = all(manifest.features == features for manifest in manifests)
+        self.features = features if alike else None
         self.fingerprint = joined_fingerprint([manifest.fingerprint for manifest in manifests])
         self._origins = tuple(origins)
         self._open: dict[str, Split] = {}

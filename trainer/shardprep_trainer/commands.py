@@ -18,11 +18,19 @@ EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
 
 
 def model_options(
-    split: str, *, run_required: bool = True
+    split: str, *, name: str = "run", run_required: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command RUN and the options that make `ModelOptions`; `split` is the default."""
+    """Give a command the options that make `ModelOptions`, and their argument.
+
+    Args:
+        split: The default of --split.
+        name: Of the argument, in the help of the command.
+        run_required: Whether the argument must be given.
+    """
+    shown = name.upper() if run_required else f"[{name.upper()}]"
+    place = click.Path(path_type=Path)
     parameters = [
-        click.argument("run", type=click.Path(path_type=Path), required=run_required),
+        click.argument("run", type=place, required=run_required, metavar=shown),
         click.option(
             "--shards",
             multiple=True,

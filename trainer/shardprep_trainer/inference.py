@@ -201,7 +201,9 @@ def open_inference(
         step=checkpoint.step,
         classes=checkpoint.speakers,
         backend=options.backend or config.predict.backend,
-        views=Views(load_model(checkpoint).to(device), options.tta, frames).eval(),
+        views=Views(
+            load_model(checkpoint).to(device), options.tta, frames, checkpoint.longest_frames
+        ).eval(),
         shards=shards,
         left_out=left_out,
         device=device,
@@ -211,7 +213,12 @@ def open_inference(
         calibration=checkpoint.calibration,
     )
     if not (may_be_empty and inference.lacks_test):
-        inference.split(options.split)
+        part, longest = inference.split(options.split), checkpoint.longest_frames
+        if cut := int((part.frames > longest).sum()):
+            tell(
+                f"note: {cut:,} utterances of {part.name} are longer than {longest:,} frames; each "
+                "is embedded in pieces, whose mean counts"
+            )
     if inference.backend != "head":
         who = f"those of the train split of {shards.where}, which is embedded first"
         tell(f"note: speakers are named by --backend {inference.backend}: {who}")

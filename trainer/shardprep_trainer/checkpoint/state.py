@@ -6,14 +6,14 @@ Each reader of a checkpoint parses and checks it here, once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 from torch import Tensor
 
 from shardprep_trainer.config.checks import parse_config
-from shardprep_trainer.config.fields import AtLeastZero, Config
+from shardprep_trainer.config.fields import LONGEST_FRAMES, AtLeastZero, Config
 from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.errors import CheckpointError, ConfigError
 
@@ -66,6 +66,12 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     """Of cosines, by the trials of the validation that chose the model; None without trials."""
     calibration: Calibration | None = None
     """Of cosines, by the same trials."""
+    features: dict[str, str | int | float | bool | None] | None = None
+    """How the shards say that their features were made; None where they do not."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """What the shards store: rounding to it belongs to the recipe."""
+    longest_frames: Annotated[int, Meta(ge=1, lt=2**31)] = LONGEST_FRAMES
+    """Longer utterances are embedded in pieces [frames]."""
 
     def __post_init__(self) -> None:
         """Make sure that a name means one speaker."""

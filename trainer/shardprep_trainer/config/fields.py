@@ -15,6 +15,8 @@ from msgspec import Meta
 
 # PyTorch, NumPy and the files take integers of 64 bits.
 LARGEST = 2**63 - 1
+LONGEST_FRAMES = 8192
+"""Longer utterances are embedded in pieces: `evaluation/pieces.py` has the rule [frames]."""
 AtLeastOne = Annotated[int, Meta(ge=1, le=LARGEST)]
 AtLeastZero = Annotated[int, Meta(ge=0, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0)]

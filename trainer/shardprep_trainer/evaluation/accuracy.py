@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shardprep_trainer.config.fields import LONGEST_FRAMES
+from shardprep_trainer.evaluation.pieces import in_pieces
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.model.build import model_inputs
 
@@ -101,12 +103,17 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     truth = torch.from_numpy(labels.astype(np.int64))
     kept = None if keep is None else _Kept(model.get_submodule("classifier"), keep, len(labels))
+
+    def run(mel: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = model(mel, lengths).float()
+        return logits[:, :0] if kept is None else kept.last, logits
+
     with _evaluating(model), kept or contextlib.nullcontext():
         for batch in batches:
-            logits = model(*model_inputs(batch, device)).float()
+            embedding, logits = in_pieces(run, *model_inputs(batch, device), LONGEST_FRAMES)
             tally.add(batch["index"], logits)
             if kept is not None:
-                kept.add(batch["index"])
+                kept.add(batch["index"], embedding)
             if criterion is not None:
                 loss_sum += _summed_loss(criterion, logits, truth[batch["index"]])
     counts = tally.evaluation(reduce, reduce(loss_sum), incomplete=incomplete)
@@ -181,6 +188,9 @@ class _Kept:
     """The embeddings of some utterances, as a model gives them to its classifier.
 
     The model is called as a whole, as ever: its `forward` may be wrapped for mixed precision.
+
+    Attributes:
+        last: (B, D) of the last call.
     """
 
     def __init__(self, classifier: nn.Module, keep: Labels, count: int) -> None:
@@ -190,7 +200,7 @@ class _Kept:
         self._rows[torch.from_numpy(keep)] = torch.arange(len(keep))
         # Every rank knows the width, also one without a batch.
         self._found = weight.new_zeros((len(keep), weight.shape[1]), dtype=torch.float32)
-        self._last = self._found
+        self.last = self._found
 
     def __enter__(self) -> None:
         self._hook = self._classifier.register_forward_pre_hook(self._take)
@@ -199,14 +209,14 @@ class _Kept:
         self._hook.remove()
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._last = inputs[0]
+        self.last = inputs[0]
 
-    def add(self, index: Tensor) -> None:
-        """Keep what the model was just called for: utterances at positions `index` (B,)."""
+    def add(self, index: Tensor, embeddings: Tensor) -> None:
+        """Keep the embeddings (B, D) of utterances at positions `index` (B,) that are wanted."""
         rows = self._rows[index]
         wanted = rows >= 0
         chosen, rows = (each.to(self._found.device) for each in (wanted, rows[wanted]))
-        self._found[rows] = self._last[chosen].float()
+        self._found[rows] = embeddings[chosen].float()
 
     def embeddings(self, reduce: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
         """The embeddings (K, D) that all ranks have kept: every row is of one rank."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardprep_trainer.config.fields import LONGEST_FRAMES
+from shardprep_trainer.evaluation.pieces import in_pieces
 from shardprep_trainer.model.model import SpeakerNetwork
 
 
@@ -21,24 +23,33 @@ class Views(nn.Module):
     its first to its last frame; one segment is cut from the middle. An utterance that is not longer
     than a segment is every one of its segments. The embedding is the mean of the views' embeddings,
     each brought to length 1 before; the scores are the mean of the views' logits or cosines.
-    Without segments both are those of the model itself, unchanged.
+    Without segments both are those of the model itself, unchanged. A view that is too long for the
+    model is cut, see `pieces`.
 
     Args:
         model: The model.
         segments: Segments of each utterance, 0 or more.
         frames: Length W of a segment [frames].
+        longest: Most frames that the model is given at a time.
 
     Raises:
         ValueError: A negative number of segments, or segments of no frame.
     """
 
-    def __init__(self, model: SpeakerNetwork, segments: int = 0, frames: int = 1) -> None:
+    def __init__(
+        self,
+        model: SpeakerNetwork,
+        segments: int = 0,
+        frames: int = 1,
+        longest: int = LONGEST_FRAMES,
+    ) -> None:
         super().__init__()
         if segments < 0 or frames < 1:
             raise ValueError(f"{segments} segments of {frames} frames: pass 0 or more of 1 or more")
         self.model = model
         self.segments = segments
         self.frames = frames
+        self.longest = longest
 
     def embed_and_score(self, mel: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed utterances and score them against every speaker.
@@ -50,12 +61,12 @@ class Views(nn.Module):
         Returns:
             Embeddings (B, D) and logits or cosines (B, S).
         """
-        embedding, scores = self._one(mel, lengths)
+        embedding, scores = in_pieces(self._one, mel, lengths, self.longest)
         if not self.segments:
             return embedding, scores
         embedding = F.normalize(embedding, dim=1)
         for segment, valid in self._cut(mel, lengths):
-            other, other_scores = self._one(segment, valid)
+            other, other_scores = in_pieces(self._one, segment, valid, self.longest)
             embedding = embedding + F.normalize(other, dim=1)
             scores = scores + other_scores
         return embedding / (self.segments + 1), scores / (self.segments + 1)

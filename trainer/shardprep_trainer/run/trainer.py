@@ -245,6 +245,8 @@ class Trainer:
             speakers=self.speakers.names,
             n_mels=self.shards.n_mels,
             fingerprint=self.shards.fingerprint,
+            features=self.shards.features,
+            dtype=self.shards.dtype,
             # Of the model itself: a wrapper would change the names of the weights.
             weights=self.train_step.predictor.state_dict(),
             training=training,

@@ -1,0 +1,80 @@
+"""What the commands on recordings share: arguments, and what happens at a faulty recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from shardprep_trainer.errors import PredictionError
+from shardprep_trainer.pretrained.model import SpeakerModel
+from shardprep_trainer.pretrained.recordings import Recording, check_there
+from shardprep_trainer.pretrained.results import Used
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def model_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command MODEL and --checkpoint."""
+    option = click.option("--checkpoint", default="best", help="best or last, of a run folder.")
+    return click.argument("model")(option(command))
+
+
+def audio_argument(*, required: bool) -> Decorator:
+    """Give a command AUDIO..."""
+    return click.argument(
+        "audio", nargs=-1, required=required, type=click.Path(path_type=Path), metavar="AUDIO..."
+    )
+
+
+on_error_option = click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    help="Stop at a recording that cannot be used, or name it on stderr and leave it out.",
+)
+
+
+def use_all(
+    model: SpeakerModel, recordings: Sequence[Recording], on_error: str
+) -> Iterator[tuple[Recording, Used]]:
+    """Embed and score the recordings of a command, in their order.
+
+    What was left out, and what was cut, is told.
+
+    Raises:
+        PredictionError: A recording cannot be used and `on_error` is "fail", or none can be used.
+    """
+    check_there(recordings)
+    lost = kept = 0
+    for recording, found in model.use(recordings):
+        if isinstance(found, ValueError):
+            if on_error == "fail":
+                raise PredictionError(
+                    f"{recording}: {found}; correct it, or leave such recordings out with "
+                    "--on-error skip"
+                ) from found
+            lost += 1
+            _tell(f"warning: {recording}: {found}; left out")
+        else:
+            kept += 1
+            tell_pieces(model, recording, found)
+            yield recording, found
+    if not kept:
+        raise PredictionError(f"none of the {lost:,} recordings can be used")
+    if lost:
+        _tell(f"warning: {lost:,} of {len(recordings):,} recordings are left out")
+
+
+def tell_pieces(model: SpeakerModel, recording: Recording, used: Used) -> None:
+    """Say that a recording was cut, if it was."""
+    if used.pieces > 1:
+        _tell(
+            f"note: {recording}: {used.frames:,} frames, more than {model.longest_frames:,}: "
+            f"embedded in {used.pieces} pieces, whose mean counts"
+        )
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
