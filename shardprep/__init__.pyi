@@ -7,6 +7,7 @@ from .audio.recipe import FeatureRecipe as FeatureRecipe
 from .build.existing.append import append_shards as append_shards
 from .build.foreign.adopt import AdoptReport as AdoptReport
 from .build.foreign.adopt import adopt_shards as adopt_shards
+from .build.known_features import recipe_at as recipe_at
 from .build.options import BuildOptions as BuildOptions
 from .build.program.shard_writer import ShardWriter as ShardWriter
 from .build.report import BuildReport as BuildReport

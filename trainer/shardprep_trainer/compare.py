@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from shardprep_trainer.commands import EXIT_CODES, note, reported_errors
-from shardprep_trainer.pretrained.model import SpeakerModel, usable
-from shardprep_trainer.pretrained.options import model_argument, tell_pieces
+from shardprep_trainer.pretrained.model import usable
+from shardprep_trainer.pretrained.options import model_argument, open_model, tell_pieces
 from shardprep_trainer.pretrained.recordings import Recording, check_there
 from shardprep_trainer.pretrained.results import Comparison
 
@@ -44,12 +44,20 @@ def _lines(found: Comparison, prior: float, threshold: float | None) -> list[str
     help="Probability that the speaker is the same before the recordings are known.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(model: str, checkpoint: str, a: Path, b: Path, prior: float, as_json: bool) -> None:
+def main(
+    model: str,
+    checkpoint: str,
+    features_from: str | None,
+    a: Path,
+    b: Path,
+    prior: float,
+    as_json: bool,
+) -> None:
     """The command; its help is above."""
     recordings = [Recording(path, str(path)) for path in (a, b)]
     with reported_errors():
         check_there(recordings)
-        opened = SpeakerModel.from_pretrained(model, checkpoint=checkpoint)
+        opened = open_model(model, checkpoint, features_from)
         used = [usable(*found) for found in opened.use(recordings)]
         for recording, own in zip(recordings, used, strict=True):
             tell_pieces(opened, recording, own)

@@ -18,8 +18,13 @@ from click.core import ParameterSource
 from shardprep import MissingExtraError, publish
 from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors, tell
 from shardprep_trainer.inference import Inference, ModelOptions, open_inference
-from shardprep_trainer.pretrained.model import SpeakerModel
-from shardprep_trainer.pretrained.options import audio_argument, on_error_option, use_all
+from shardprep_trainer.pretrained.options import (
+    audio_argument,
+    features_option,
+    on_error_option,
+    open_model,
+    use_all,
+)
 from shardprep_trainer.pretrained.recordings import find_recordings
 
 _OF_SHARDS = ("shards", "split", "max_frames", "tta", "tta_frames")
@@ -56,7 +61,7 @@ def embed_split(inference: Inference, split: str) -> dict[str, Any]:
 
 
 def embed_recordings(
-    place: str, checkpoint: str, audio: tuple[Path, ...], on_error: str
+    place: str, checkpoint: str, features_from: str | None, audio: tuple[Path, ...], on_error: str
 ) -> dict[str, Any]:
     """Embed recordings.
 
@@ -72,7 +77,7 @@ def embed_recordings(
         PredictionError: A recording cannot be used.
     """
     recordings = find_recordings(audio)
-    model = SpeakerModel.from_pretrained(place, checkpoint=checkpoint)
+    model = open_model(place, checkpoint, features_from)
     of = model.checkpoint
     tell(f"{of.file}, after {of.step:,} steps, on {model.device.type}")
     found = list(use_all(model, recordings, on_error))
@@ -146,6 +151,7 @@ def _pyarrow() -> tuple[Any, Any]:
 @model_options(split="val", name="model")
 @audio_argument(required=False)
 @on_error_option
+@features_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -154,7 +160,13 @@ def _pyarrow() -> tuple[Any, Any]:
 )
 @click.pass_context
 def main(
-    context: click.Context, /, audio: tuple[Path, ...], on_error: str, out: Path, **options: Any
+    context: click.Context,
+    /,
+    audio: tuple[Path, ...],
+    on_error: str,
+    features_from: str | None,
+    out: Path,
+    **options: Any,
 ) -> None:
     """The command; its help is above."""
 
@@ -162,16 +174,19 @@ def main(
         return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
     if audio and (names := [name for name in _OF_SHARDS if given(name)]):
-        option = names[0].replace("_", "-")
-        raise click.UsageError(f"--{option} is for shards: it does not go with recordings")
-    if not audio and given("on_error"):
-        raise click.UsageError("--on-error is for recordings: name some")
+        option = f"--{names[0].replace('_', '-')}"
+        raise click.UsageError(f"{option} is for shards: it does not go with recordings")
+    for name in () if audio else ("on_error", "features_from"):
+        if given(name):
+            raise click.UsageError(f"--{name.replace('_', '-')} is for recordings: name some")
     with reported_errors():
         if out.suffix.lower() == ".parquet":
             # What is missing is said before the long work.
             _pyarrow()
         if audio:
-            arrays = embed_recordings(str(options["run"]), options["checkpoint"], audio, on_error)
+            arrays = embed_recordings(
+                str(options["run"]), options["checkpoint"], features_from, audio, on_error
+            )
         else:
             inference = open_inference(ModelOptions(**options), tell)
             arrays = embed_split(inference, options["split"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from shardprep_trainer.commands import EXIT_CODES, note, reported_errors
-from shardprep_trainer.pretrained.model import SpeakerModel
 from shardprep_trainer.pretrained.options import (
     audio_argument,
     model_argument,
     on_error_option,
+    open_model,
     use_all,
 )
 from shardprep_trainer.pretrained.recordings import Recording, find_recordings
@@ -40,12 +40,18 @@ def _lines(recording: Recording, matches: list[Match]) -> str:
 @on_error_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a recording, a line.")
 def main(
-    model: str, checkpoint: str, audio: tuple[Path, ...], top: int, on_error: str, as_json: bool
+    model: str,
+    checkpoint: str,
+    features_from: str | None,
+    audio: tuple[Path, ...],
+    top: int,
+    on_error: str,
+    as_json: bool,
 ) -> None:
     """The command; its help is above."""
     with reported_errors():
         recordings = find_recordings(audio)
-        opened = SpeakerModel.from_pretrained(model, checkpoint=checkpoint)
+        opened = open_model(model, checkpoint, features_from)
         for recording, used in use_all(opened, recordings, on_error):
             matches = opened.best(used.scores, top)
             if as_json:

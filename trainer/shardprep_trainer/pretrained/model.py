@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 
-from shardprep import FeatureRecipe, audio_features, machine_errors
+from shardprep import FeatureRecipe, FormatError, audio_features, machine_errors
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.model_folder import write_model
@@ -58,17 +58,24 @@ class SpeakerModel(
     Args:
         checkpoint: What `shardprep_trainer.checkpoint` reads.
         device: Where to compute, such as "cuda:1"; None for a GPU if there is one.
+        recipe: From recordings to log-mels, for a model that does not know its own.
 
     Attributes:
         checkpoint: The same.
         device: Where it computes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | torch.device | None = None,
+        recipe: FeatureRecipe | None = None,
+    ) -> None:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoint = checkpoint
         self.device = torch.device(chosen)
         network = load_model(checkpoint).to(self.device)
+        self._recipe = recipe
         self._views = Views(network, longest=checkpoint.longest_frames).eval()
 
     @classmethod
@@ -77,6 +84,7 @@ class SpeakerModel(
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
+        recipe: FeatureRecipe | None = None,
         checkpoint: str = "best",
         revision: str | None = None,
         token: str | bool | None = None,
@@ -90,6 +98,7 @@ class SpeakerModel(
             pretrained_model_name_or_path: A model folder, a run folder, a checkpoint, or OWNER/NAME
                 on the Hugging Face Hub. What is there on this machine goes before the Hub.
             device: See the class.
+            recipe: See the class.
             checkpoint: Of a run folder, "best" or "last".
             revision: On the Hub: a branch, a tag or a commit.
             token: On the Hub: of the user; None for the one that `hf auth login` has left.
@@ -111,7 +120,7 @@ class SpeakerModel(
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        return cls(load(find_checkpoint(Path(place), checkpoint)), device)
+        return cls(load(find_checkpoint(Path(place), checkpoint)), device, recipe)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_model(save_directory, self.checkpoint)
@@ -121,11 +130,21 @@ class SpeakerModel(
         """From a recording to the log-mels that the model takes.
 
         Raises:
-            FormatError: The shards that it was trained on do not say how theirs were made.
+            FormatError: The model does not know it, as the shards that it was trained on did not,
+                or it takes other log-mels than those of the recipe that was given.
         """
-        return FeatureRecipe.from_features(
-            self.checkpoint.features, where=str(self.checkpoint.file)
-        )
+        of = self.checkpoint
+        if self._recipe is None:
+            return FeatureRecipe.from_features(of.features, where=str(of.file))
+        own = None if of.features is None else FeatureRecipe.from_features(of.features)
+        n_mels = self._recipe.n_mels
+        if n_mels != of.n_mels or own not in (None, self._recipe):
+            raise FormatError(
+                f"was not trained on features of the recipe that was given ({n_mels} mel bins)",
+                file=of.file,
+                remedy="Leave the recipe out if the model knows its own, or give another.",
+            )
+        return self._recipe
 
     @property
     def dtype(self) -> Literal["float16", "float32"]:
@@ -320,7 +339,8 @@ class SpeakerModel(
         n_mels = self.checkpoint.n_mels
         if found.ndim != 2 or not len(found) or found.shape[1] != n_mels:
             raise ValueError(f"has the shape {found.shape}, expected (frames, {n_mels})")
-        found = found.astype(self.dtype)
+        with np.errstate(over="ignore"):
+            found = found.astype(self.dtype)
         if not np.isfinite(found).all():
             raise ValueError(f"has values that are no finite numbers of {self.dtype}")
         return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from shardprep import FormatError, recipe_at
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.pretrained.model import SpeakerModel
 from shardprep_trainer.pretrained.recordings import Recording, check_there
@@ -16,16 +17,41 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def model_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command MODEL and --checkpoint."""
+    """Give a command MODEL, --checkpoint and --features-from."""
     option = click.option("--checkpoint", default="best", help="best or last, of a run folder.")
-    return click.argument("model")(option(command))
+    return click.argument("model")(option(features_option(command)))
+
+
+features_option = click.option(
+    "--features-from",
+    metavar="PLACE",
+    help="Set, model or run whose recipe makes log-mels of recordings, or homework, for a model "
+    "that does not know its own.",
+)
+
+
+def open_model(model: str, checkpoint: str, features_from: str | None) -> SpeakerModel:
+    """Open the model of a command.
+
+    Raises:
+        CheckpointError: See `SpeakerModel.from_pretrained`.
+        FormatError: Nobody knows how to make features of recordings.
+    """
+    recipe = None if features_from is None else recipe_at(features_from)
+    try:
+        opened = SpeakerModel.from_pretrained(model, checkpoint=checkpoint, recipe=recipe)
+        _ = opened.recipe
+    except FormatError as error:
+        error.remedy = (
+            "Name a set or a model whose features are the same, or homework: --features-from."
+        )
+        raise
+    return opened
 
 
 def audio_argument(*, required: bool) -> Decorator:
     """Give a command AUDIO..."""
-    return click.argument(
-        "audio", nargs=-1, required=required, type=click.Path(path_type=Path), metavar="AUDIO..."
-    )
+    return click.argument("audio", nargs=-1, required=required, type=click.Path(path_type=Path))
 
 
 on_error_option = click.option(
