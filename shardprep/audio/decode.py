@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shardprep.audio.recipe import LEAST_RATE, MOST_RATE
 from shardprep.errors import needs
+from shardprep.storage.local import open_regular
 from shardprep.storage.sniff import sniff
 
 Samples = NDArray[np.float32]
@@ -37,6 +38,22 @@ _UNKNOWN_SIZE = 0xFFFF_0000
 _SIZE = re.compile(r"data\s*:\s*(\d+) \(should be (\d+)\)")
 # A lossy codec adds samples at the beginning and at the end, which not all programs count.
 _SLACK_SECONDS = 0.2
+# FFmpeg has readers that open other files and URLs, which the file names (playlists): only these
+# may read, and no video is decoded.
+_READERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,"
+    "mpegts,ogg,tta,w64,wav,wv"
+)
+_DECODERS = (
+    "aac,ac3,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,ape,eac3,flac,mp3,mp3float,opus,"
+    "pcm_alaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,"
+    "pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2"
+)
+_FFMPEG = {
+    "format_whitelist": _READERS,
+    "codec_whitelist": _DECODERS,
+    "protocol_whitelist": "none",
+}
 
 
 Blocks: TypeAlias = Callable[[int], tuple[int, Iterator[Samples]]]
@@ -118,7 +135,10 @@ class _Watched:
             return b""
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        # A damaged header may lead to before the beginning.
+        with contextlib.suppress(ValueError, OSError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
 
     def tell(self) -> int:
         return self._file.tell()
@@ -146,7 +166,7 @@ def open_recording(place: Place) -> Iterator[Recording]:
         import soundfile
     with contextlib.ExitStack() as stack:
         if not isinstance(place, bytes):
-            binary: BinaryIO = stack.enter_context(place.open("rb"))
+            binary: BinaryIO = stack.enter_context(open_regular(place))
             _check_kind(binary.read(_HEAD))
             binary.seek(0)
         else:
@@ -201,8 +221,9 @@ def _blocks(file: Any) -> Iterator[Samples]:
             break
         at += len(block)
         yield _mono(block.T)
+    slack = 0 if file.format in _EXACT else _SLACK_SECONDS * file.samplerate
     # libsndfile does not know the length of some streams.
-    if at < file.frames < 2**62:
+    if at + slack < file.frames < 2**62:
         raise ValueError(f"is cut off: has {at} of the {file.frames} samples that it claims")
     if not at:
         raise ValueError("has no samples")
@@ -225,10 +246,14 @@ def _open_av(file: _Watched, fault: str) -> Iterator[Recording]:
         import av
     with contextlib.ExitStack() as stack:
         try:
-            container = stack.enter_context(av.open(file, "r", metadata_errors="ignore"))
+            container = stack.enter_context(
+                av.open(file, "r", options=_FFMPEG, metadata_errors="ignore")
+            )
             if not container.streams.audio:
                 raise ValueError("has no sound")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise ValueError("has sound of a codec that is not known")
             found = Recording(
                 int(stream.rate or 0),
                 int(stream.channels or 0),
@@ -244,7 +269,9 @@ def _read_av(container: Any, stream: Any) -> Iterator[Samples]:
     import av
 
     rate = int(stream.rate)
-    claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    # In other kinds of files, FFmpeg guesses the duration by the size.
+    known = stream.duration and "mp4" in container.format.name
+    claimed = float(stream.duration * stream.time_base) if known else 0.0
     came = 0
     # Planar float of the same rate and channels: only the kind of number is changed.
     convert = av.AudioResampler(format="fltp")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import wave
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,16 @@ def write_dataset(folder: Path) -> None:
     test = {"n_mels": N_MELS, "utterances": [{"feature_path": "uttr-9.pt", "mel_len": 33}]}
     (folder / "metadata.json").write_text(json.dumps({"n_mels": N_MELS, "speakers": speakers}))
     (folder / "testdata.json").write_text(json.dumps(test))
+
+
+def write_recordings(folder: Path) -> None:
+    """A folder of recordings: two speakers of one wav."""
+    for speaker in range(2):
+        (folder / f"id{speaker}").mkdir(parents=True)
+        samples = np.random.default_rng(speaker).normal(0, 3000, 8000).astype("<i2")
+        with wave.open(str(folder / f"id{speaker}" / "a.wav"), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(samples.tobytes())
 
 
 def options(**values: Any) -> BuildOptions:

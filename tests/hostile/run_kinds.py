@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forge import options, write_dataset
+from forge import options, write_dataset, write_recordings
 from kinds import KINDS
 
 import shardprep
@@ -90,6 +90,19 @@ def build_from(folder: Path, outcome: Outcome) -> None:
             shutil.rmtree(target)
 
 
+def use_recordings(folder: Path, outcome: Outcome) -> None:
+    build_from(folder, outcome)
+    path = folder / "id0" / "a.wav"
+    places: list[Path | bytes] = [path]
+    if path.is_file() and not path.is_symlink():
+        places.append(path.read_bytes())
+    for place in places:
+        try:
+            shardprep.audio_features(place, shardprep.FeatureRecipe())
+        except (ValueError, OSError) as fault:
+            outcome.refusals.append(f"{path}: {fault}")
+
+
 def build_into(folder: Path, outcome: Outcome) -> None:
     source = folder.parent / "Dataset"
     for overwrite in (False, True):
@@ -100,7 +113,13 @@ def build_into(folder: Path, outcome: Outcome) -> None:
         outcome.refusals.append(f"{folder}: built again")
 
 
-ENTRIES = {"plain": read_shards, "zstd": read_shards, "dataset": build_from, "target": build_into}
+ENTRIES = {
+    "plain": read_shards,
+    "zstd": read_shards,
+    "dataset": build_from,
+    "audio": use_recordings,
+    "target": build_into,
+}
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -174,12 +193,16 @@ def main(base: Path, names: list[str]) -> None:
     write_dataset(valid / "Dataset")
     shutil.copytree(valid / "Dataset", valid / "dataset")
     (valid / "target").mkdir()
+    write_recordings(valid / "audio")
     for codec, folder in (("none", "plain"), ("zstd", "zstd")):
         shardprep.build_shards(valid / "Dataset", valid / folder, options(codec=codec))
         # Loads everything that is loaded on first use, so that it does not count below.
         outcome = Outcome()
         read_shards(valid / folder, outcome)
         assert not outcome.refusals + outcome.crashes, outcome.refusals + outcome.crashes
+    use_recordings(valid / "audio", outcome)
+    assert not outcome.refusals + outcome.crashes, outcome.refusals + outcome.crashes
+    (valid / "audio" / "id0" / "a.wav").unlink()
     for name in names or KINDS:
         print(json.dumps(run(base, name)), flush=True)
 

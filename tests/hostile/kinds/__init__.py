@@ -7,7 +7,17 @@ run makes a file `canary`.
 
 from __future__ import annotations
 
-from kinds import datasets, indexes, manifests, members, ptfiles, sidecars, targets, tars
+from kinds import (
+    datasets,
+    indexes,
+    manifests,
+    members,
+    ptfiles,
+    recordings,
+    sidecars,
+    targets,
+    tars,
+)
 from kinds.registry import KINDS, Canary, Kind
 
 __all__ = [
@@ -19,6 +29,7 @@ __all__ = [
     "manifests",
     "members",
     "ptfiles",
+    "recordings",
     "sidecars",
     "targets",
     "tars",
