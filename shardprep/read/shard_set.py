@@ -172,6 +172,10 @@ class OpenShards(Mapping[str, Split]):
         for origin in self._origins:
             origin.check_unchanged()
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would open the split, and expects a KeyError.
+        return name in self.samples
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.samples)
 

@@ -18,16 +18,29 @@ from oracle import model_of
 from saved_models import BEST, make_checkpoint
 from torch import Tensor, nn
 
+from shardprep import FeatureRecipe
 from shardprep_trainer import convert
 from shardprep_trainer.checkpoint.files import CheckpointFolder
 from shardprep_trainer.config.command_line import RECIPES
 from shardprep_trainer.config.fields import Config
+from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.convert import FORMATS
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.export import choose_format, main
 
 # Names that a careless encoding would lose, not in alphabetical order.
 NAMES = ["id00002", 'Zoë, "Z"', "張三"]
+RECIPE = FeatureRecipe(hop_length=200)
+KNOWN = {
+    "features": RECIPE.to_features(),
+    "dtype": "float32",
+    "thresholds": Thresholds(eer=0.5, min_dcf=0.75),
+    "calibration": Calibration(scale=10.0, offset=-5.0),
+}
+ABOUT = (
+    *("format_version", "speakers", "n_mels", "pad_value", "step", "features", "dtype"),
+    *("longest_frames", "thresholds", "calibration"),
+)
 
 # PyTorch deprecates what opens a TorchScript file, but has nothing else that does.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -37,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def run(make_config: Callable[..., Config], tmp_path: Path) -> Path:
     """A run folder with a best and a last checkpoint of different random weights."""
     config, folder = make_config(**{"data.pad_value": -19.5}), CheckpointFolder(tmp_path / "run")
-    folder.save_best(make_checkpoint(config, 5, speakers=NAMES))
+    folder.save_best(make_checkpoint(config, 5, speakers=NAMES, **KNOWN))
     folder.save(make_checkpoint(config, 9, speakers=NAMES))
     return tmp_path / "run"
 
@@ -50,7 +63,7 @@ def metadata_of(form: str, data: bytes) -> dict[str, str]:
     if form == "onnx":
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         return dict(session.get_modelmeta().custom_metadata_map)
-    extra = dict.fromkeys(("format_version", "speakers", "n_mels", "pad_value", "step"), "")
+    extra = dict.fromkeys(ABOUT, "")
     torch.jit.load(io.BytesIO(data), _extra_files=extra)
     return {key: value.decode() for key, value in extra.items()}  # type: ignore[attr-defined]
 
@@ -74,6 +87,11 @@ def test_the_command_writes_the_chosen_model_and_what_it_means(
         "n_mels": "40",
         "pad_value": "-19.5",
         "step": str(step),
+        "features": json.dumps(RECIPE.to_features() if choice == "best" else None),
+        "dtype": "float32" if choice == "best" else "float16",
+        "longest_frames": "8192",
+        "thresholds": '{"eer":0.5,"min_dcf":0.75}' if choice == "best" else "null",
+        "calibration": '{"scale":10.0,"offset":-5.0}' if choice == "best" else "null",
     }
     file = run / (BEST if choice == "best" else "checkpoints/step-00000009.pt")
     model = model_of(file)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import click
+import msgspec
 
 from shardprep import publish
 from shardprep_trainer.checkpoint.files import load
@@ -29,14 +30,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
 
     Returns:
         format_version; speakers, a JSON list in the order of the logits; n_mels; pad_value, which
-        filled short segments in training [log-mel]; step, after which the weights were saved.
+        filled short segments in training [log-mel]; step, after which the weights were saved;
+        features, a JSON object with the recipe of the log-mels, or null; dtype, to which they are
+        rounded before the model gets them; longest_frames, beyond which utterances are embedded in
+        pieces; thresholds and calibration, JSON objects of cosines, or null.
     """
+    decision = {"thresholds": checkpoint.thresholds, "calibration": checkpoint.calibration}
     return {
         "format_version": str(FORMAT_VERSION),
         "speakers": json.dumps(checkpoint.speakers, ensure_ascii=False),
         "n_mels": str(checkpoint.n_mels),
         "pad_value": str(checkpoint.config.data.pad_value),
         "step": str(checkpoint.step),
+        "features": json.dumps(checkpoint.features),
+        "dtype": checkpoint.dtype,
+        "longest_frames": str(checkpoint.longest_frames),
+        **{name: msgspec.json.encode(value).decode() for name, value in decision.items()},
     }
 
 

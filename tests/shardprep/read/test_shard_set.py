@@ -157,3 +157,8 @@ def test_a_shard_behind_a_link_to_nowhere_is_not_called_missing(
     (tmp_path / "elsewhere.tar").unlink()
     with pytest.raises(StorageError, match="It is a link to a file that is not there"):
         open_shards(tmp_path / "shards")["train"]
+
+
+def test_a_split_that_is_not_there_is_not_in_a_set(edge_set: Path) -> None:
+    shards = open_shards(edge_set)
+    assert ("train" in shards, "other" in shards, 3 in shards) == (True, False, False)

@@ -38,9 +38,19 @@ def test_a_model_reads_back_to_the_bit_and_says_what_it_is(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "model", checkpoint)
-    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "model")) == files
     found = load(tmp_path / "model" / "model.safetensors")
-    for name in ("step", "best", "config", "speakers", "n_mels", "fingerprint", "training"):
+    for name in (
+        "step",
+        "best",
+        "config",
+        "speakers",
+        "n_mels",
+        "fingerprint",
+        "training",
+        "results",
+    ):
         assert getattr(found, name) == getattr(checkpoint, name)
     assert found.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(found.weights[name], checkpoint.weights[name]) for name in found.weights)
@@ -92,7 +102,7 @@ def test_a_run_of_version_0_1_0_is_refused_by_name(tmp_path: Path) -> None:
         load(find_checkpoint(best))
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_at_any_point_leaves_one_whole_model(
     checkpoint: Checkpoint,
@@ -119,7 +129,7 @@ def test_a_failure_at_any_point_leaves_one_whole_model(
         (5, checkpoint.speakers),
         (6, newer.speakers),
     )
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 _WRITE_FOR_EVER = """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from saved_models import BEST
+from saved_models import BEST, change_best
 from torch import Tensor
 
 import shardprep
@@ -653,6 +653,56 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigF
     trainer.fit()
     trainer.close()
     assert not torch.equal(newest(tuned).weights["prenet.weight"], expected["prenet.weight"])
+
+
+def test_fine_tuning_on_other_speakers_keeps_the_rows_of_those_it_knows(
+    make_config: ConfigFactory, make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = make_config(name="first")
+    train(first)
+    last = max((first.run / "checkpoints").glob("step-*.pt"))
+    source = make_dataset("Other", speakers=4)
+    for name in ("metadata.json", "mapping.json"):
+        # One speaker has another name, and one is new.
+        text = (source / name).read_text().replace("id00001", "zoe")
+        (source / name).write_text(text)
+    shardprep.build_shards(source, tmp_path / "other", shardprep.BuildOptions(workers=1))
+    tuned = make_config(
+        name="tuned", **{"train.start_from": last, "data.shards": tmp_path / "other"}
+    )
+    run = prepare(tuned)
+    before, found = load(last), run.train_step.bare.state_dict()
+    names = run.speakers.names
+    assert {"zoe", "id00003"} < set(names) != set(before.speakers)
+    for name, weight in found.items():
+        if not name.startswith("classifier."):
+            assert torch.equal(weight, before.weights[name])
+    for name in (key for key in found if key.startswith("classifier.")):
+        for row, speaker in enumerate(names):
+            same = speaker in before.speakers and torch.equal(
+                found[name][row], before.weights[name][before.speakers.index(speaker)]
+            )
+            assert same == (speaker in before.speakers)
+    Trainer(run).close()
+
+
+def test_shards_of_other_features_are_no_start_for_a_model(
+    make_config: ConfigFactory, make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = make_config(name="first")
+    train(first)
+    model = first.run / "model"
+    change_best(first.run, features=shardprep.FeatureRecipe().to_features())
+    # Nothing is known of the features of these shards.
+    Trainer(prepare(make_config(name="unknown", **{"train.start_from": model}))).close()
+    shards = tmp_path / "known"
+    recipe = shardprep.FeatureRecipe(hop_length=200)
+    shardprep.build_shards(
+        make_dataset("Other"), shards, shardprep.BuildOptions(workers=1, recipe=recipe)
+    )
+    other = make_config(name="other", **{"train.start_from": model, "data.shards": shards})
+    with pytest.raises(ConfigError, match=r"hop_length 200, not 160.*--features-from .*model"):
+        prepare(other)
 
 
 def test_weights_of_another_model_are_refused(make_config: ConfigFactory) -> None:

@@ -23,7 +23,13 @@ from typing import BinaryIO
 import torch
 
 from shardprep import StorageError, machine_errors, publish, sniff
-from shardprep_trainer.checkpoint.model_folder import DESCRIPTION, WEIGHTS, parse_model, write_model
+from shardprep_trainer.checkpoint.model_folder import (
+    CARD,
+    DESCRIPTION,
+    WEIGHTS,
+    parse_model,
+    write_model,
+)
 from shardprep_trainer.checkpoint.state import (
     FORMAT,
     Checkpoint,
@@ -241,7 +247,7 @@ class CheckpointFolder:
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
         # What cannot be removed does no harm, and is tried again at the next start.
-        models = "|".join(re.escape(name) for name in (WEIGHTS, DESCRIPTION))
+        models = "|".join(re.escape(name) for name in (WEIGHTS, DESCRIPTION, CARD))
         ours = ((self.folder, r"step-\d+\.pt"), (self.model, models))
         for folder, written in ours:
             with contextlib.suppress(OSError, StorageError):

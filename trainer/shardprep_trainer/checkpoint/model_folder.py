@@ -2,10 +2,11 @@
 
     RUN/model/model.safetensors   the weights, with their description in the file's metadata
     RUN/model/config.json         the same description, for people and for other tools
+    RUN/model/README.md           the model card, made of it
 
 Weights and description are one file, and a rename publishes it: a kill at any moment leaves the
 model before or the new one, and no reader gets weights with the description of others. The metadata
-also has a checksum of both, which safetensors itself lacks. config.json is never read here.
+also has a checksum of both, which safetensors itself lacks. The other files are never read here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shardprep import publish
+from shardprep_trainer.checkpoint.card import card
 from shardprep_trainer.checkpoint.state import (
     FORMAT,
     Checkpoint,
@@ -33,6 +35,7 @@ from shardprep_trainer.errors import CheckpointError, DamagedCheckpointError
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "config.json"
+CARD = "README.md"
 
 # Bounds on what reading takes beside the weights: half a million speakers, and many layers.
 _HEADER_BYTES = 2**24
@@ -55,10 +58,12 @@ def write_model(folder: Path, checkpoint: Checkpoint) -> None:
         "sha256": _sha256(text.decode(), weights),
     }
     data = safetensors.torch.save(weights, metadata)
-    with publish(folder / DESCRIPTION) as copy:
-        copy.write(text)
-        # A full disk is found before the model is replaced.
-        copy.flush()
+    about = card(checkpoint, sum(weight.numel() for weight in weights.values())).encode()
+    with publish(folder / CARD) as readme, publish(folder / DESCRIPTION) as copy:
+        for other, content in ((readme, about), (copy, text)):
+            other.write(content)
+            # A full disk is found before the model is replaced.
+            other.flush()
         with publish(folder / WEIGHTS) as file:
             file.write(data)
 

@@ -49,6 +49,28 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     """The weights that are trained, where the weights of the model are an average of them."""
 
 
+class TrainedOn(msgspec.Struct, frozen=True):
+    """The size of the train split."""
+
+    utterances: AtLeastZero
+    frames: AtLeastZero
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """What the validation found that chose the model."""
+
+    utterances: AtLeastZero
+    """Utterances whose speaker the head knows."""
+    accuracy: float | None
+    """Share of them that were recognised; None where there are none."""
+    trials: AtLeastZero
+    eer: float | None
+    """Equal error rate of the trials, 0 to 1; None without trials."""
+    min_dcf: float | None
+    new_speakers: bool
+    """Whether the trials are of speakers whom train lacks."""
+
+
 class Description(msgspec.Struct, frozen=True, kw_only=True):
     """What a model is: all that predicting takes, less the weights."""
 
@@ -72,6 +94,9 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     """What the shards store: rounding to it belongs to the recipe."""
     longest_frames: Annotated[int, Meta(ge=1, lt=2**31)] = LONGEST_FRAMES
     """Longer utterances are embedded in pieces [frames]."""
+    trained_on: TrainedOn | None = None
+    results: Results | None = None
+    """None where the model was not validated."""
 
     def __post_init__(self) -> None:
         """Make sure that a name means one speaker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,16 +59,66 @@ def load_model(checkpoint: Checkpoint) -> SpeakerNetwork:
     return model
 
 
-def start_from(model: nn.Module, checkpoint: Checkpoint, speakers: tuple[str, ...]) -> None:
+def start_from(
+    model: nn.Module, checkpoint: Checkpoint, speakers: tuple[str, ...]
+) -> tuple[str, ...]:
     """Put the weights of another run into a model, for fine-tuning.
 
+    The head may be of other speakers. It then has the weights of the speakers whom both know, by
+    their names, and keeps its own for the others.
+
+    Args:
+        model: The model.
+        checkpoint: Of the other run.
+        speakers: The speakers of the model's head.
+
+    Returns:
+        The speakers whom the other run does not know.
+
     Raises:
-        ConfigError: The other run was trained on other speakers.
-        CheckpointError: It has another model.
+        CheckpointError: The other run has another model.
     """
+    weights = dict(checkpoint.weights)
     if checkpoint.speakers != speakers:
-        raise ConfigError(
-            f"train.start_from: {checkpoint.file} knows {len(checkpoint.speakers)} speakers that "
-            f"are not the {len(speakers)} of these shards; give a model of these speakers"
-        )
-    load_weights(model, checkpoint.weights, checkpoint.file)
+        rows = {name: row for row, name in enumerate(checkpoint.speakers)}
+        both = [(own, rows[name]) for own, name in enumerate(speakers) if name in rows]
+        for name, own in model.state_dict().items():
+            found = weights.get(name)
+            # Of the head, what has a row for each speaker.
+            if (
+                name.startswith("classifier.")
+                and found is not None
+                and found.shape == (len(checkpoint.speakers), *own.shape[1:])
+                and own.shape[:1] == (len(speakers),)
+            ):
+                weights[name] = own.clone()
+                for here, there in both:
+                    weights[name][here] = found[there].to(own.dtype)
+    load_weights(model, weights, checkpoint.file)
+    known = set(checkpoint.speakers)
+    return tuple(name for name in speakers if name not in known)
+
+
+def check_features(checkpoint: Checkpoint, features: dict[str, Any] | None, where: str) -> None:
+    """Make sure that the shards have features like those that a model was trained on.
+
+    Args:
+        checkpoint: The model.
+        features: Those of the shards, where they are known.
+        where: The shards, for the error to name.
+
+    Raises:
+        ConfigError: They are known to be others.
+    """
+    expected = checkpoint.features
+    if features is None or expected is None or features == expected:
+        return
+    other = [
+        f"{name} {features.get(name)}, not {expected.get(name)}"
+        for name in sorted(features.keys() | expected.keys())
+        if features.get(name) != expected.get(name)
+    ]
+    raise ConfigError(
+        f"train.start_from: {where} has other features than {checkpoint.file} was trained on "
+        f"({'; '.join(other)}); build it with --features-from {checkpoint.file.parent}"
+    )

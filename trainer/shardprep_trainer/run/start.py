@@ -19,7 +19,11 @@ from shardprep_trainer.checkpoint.files import CheckpointFolder, Newest, load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.state import Best
 from shardprep_trainer.checkpoint.training import restore_training
-from shardprep_trainer.checkpoint.weights import load_weights, start_from
+from shardprep_trainer.checkpoint.weights import (
+    check_features,
+    load_weights,
+    start_from,
+)
 from shardprep_trainer.config.fields import Config, flatten
 from shardprep_trainer.learning.build import build_train_step
 from shardprep_trainer.learning.step import TrainStep
@@ -142,7 +146,7 @@ def _prepare(
     if train.valid_steps:
         wanted = train.valid_trials
         validation = together(lambda: plan_validation(found.shards, speakers, wanted))
-    model = _build_model(config, found.shards.n_mels, speakers.names)
+    model, new_speakers = _build_model(config, found.shards, speakers.names)
     train_step = build_train_step(config, model, accelerator)
     step, best, changes = 0, Best(), Changes()
     if (newest := found.newest) is not None:
@@ -174,6 +178,11 @@ def _prepare(
         best=best,
     )
     _introduce(run, newest, changes)
+    if new_speakers and newest is None:
+        run.journal.progress.say(
+            f"note: {config.train.start_from} does not know {len(new_speakers):,} of the "
+            f"{len(speakers.names):,} speakers; the head learns them anew"
+        )
     return run
 
 
@@ -226,15 +235,28 @@ def _check_machines(config: Config, found: Found) -> None:
     )
 
 
-def _build_model(config: Config, n_mels: int, speakers: tuple[str, ...]) -> SpeakerNetwork:
-    """The model with its first weights: random ones, or those of `train.start_from`."""
+def _build_model(
+    config: Config, shards: OpenShards, speakers: tuple[str, ...]
+) -> tuple[SpeakerNetwork, tuple[str, ...]]:
+    """The model with its first weights: random ones, or those of `train.start_from`.
+
+    Returns:
+        The model, and the speakers whom `train.start_from` does not know.
+    """
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, n_mels, len(speakers))
+    model = build_model(config.model, shards.n_mels, len(speakers))
+    new: tuple[str, ...] = ()
     if (path := config.train.start_from) is not None:
-        together(lambda: start_from(model, load(find_checkpoint(Path(path))), speakers))
+
+        def begin() -> tuple[str, ...]:
+            checkpoint = load(find_checkpoint(Path(path)))
+            check_features(checkpoint, shards.features, shards.where)
+            return start_from(model, checkpoint, speakers)
+
+        new = together(begin)
     if config.train.sync_batchnorm:
         synchronise(model)
-    return model
+    return model, new
 
 
 def _restore(

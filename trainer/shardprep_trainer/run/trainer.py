@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
 from shardprep import CorruptShardError, StorageError
-from shardprep_trainer.checkpoint.state import Best, Checkpoint, Training
+from shardprep_trainer.checkpoint.state import Best, Checkpoint, Results, TrainedOn, Training
 from shardprep_trainer.checkpoint.training import gather_training
 from shardprep_trainer.errors import DivergedError
 from shardprep_trainer.learning.metrics import Sums, combine, peak_memory_mib
@@ -289,9 +290,23 @@ class Trainer:
         self.train_step.throughput.restart()
 
     def _save_best(self, found: Validated) -> None:
-        """Save the model as the best, with what the trials of its validation say of scores."""
-        thresholds = None if found.verified is None else found.verified.thresholds
-        best = replace(self._checkpoint(), thresholds=thresholds, calibration=found.calibration)
+        """Save the model as the best, with what its validation found."""
+        train, verified = self.shards["train"], found.verified
+        results = Results(
+            utterances=found.evaluation.labelled,
+            accuracy=found.accuracy,
+            trials=0 if verified is None else verified.trials,
+            eer=found.eer,
+            min_dcf=None if verified is None else verified.min_dcf,
+            new_speakers=self.validation is not None and self.validation.by_eer,
+        )
+        best = replace(
+            self._checkpoint(),
+            thresholds=None if verified is None else verified.thresholds,
+            calibration=found.calibration,
+            trained_on=TrainedOn(len(train), int(train.frames.sum(dtype=np.int64))),
+            results=results,
+        )
         self.checkpoints.save_best(best)
 
     def _try(self, save: Callable[[], object]) -> StorageError | None:

@@ -1,0 +1,154 @@
+"""The model card, README.md: what a model is, what it was trained on, and how good it is.
+
+It is made from the run alone. A name of the data, such as that of a speaker, is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardprep_trainer.checkpoint.state import Description, Results
+
+_REPOSITORY = "https://github.com/shardprep/shardprep"
+# The hours of frames of the homework's 10 ms, where nothing is known of the features.
+_FRAMES_PER_HOUR = 360_000
+
+
+def card(of: Description, weights: int) -> str:
+    """The text of README.md.
+
+    Args:
+        of: What the model is.
+        weights: How many numbers it has.
+    """
+    front = ["---", "library_name: shardprep", "pipeline_tag: audio-classification", "tags:"]
+    tags = ["speaker-recognition", "speaker-verification", "speaker-embedding"]
+    front += [*(f"- {tag}" for tag in tags), "---"]
+    parts = [_model(of, weights), _use(of), _data(of), _results(of), _limits(of)]
+    return "\n".join([*front, "", *(line for part in parts for line in (*part, ""))])
+
+
+def _model(of: Description, weights: int) -> Iterator[str]:
+    model, optim, train = of.config.model, of.config.optim, of.config.train
+    yield "# A speaker model"
+    yield ""
+    yield (
+        f"{model.encoder.capitalize()} with {model.layers} blocks of width {model.dim}, "
+        f"{model.pooling.replace('_', ' ')} pooling, {weights:,} weights; trained by shardprep's "
+        f"recipe {_plain(of.config.name)}, to step {of.step:,} of {train.total_steps:,} "
+        f"({of.config.loss.name.replace('_', '-')}, {optim.name}). It turns a recording into an "
+        "embedding; two recordings of one speaker have embeddings with a high cosine."
+    )
+
+
+def _use(of: Description) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    yield "Install `pip install 'shardprep[train,audio]'`. MODEL is this folder."
+    yield ""
+    if of.features is None:
+        yield (
+            "How the features were made is not known, so the model takes log-mels and no "
+            f"recordings: matrices (frames, {of.n_mels}) like those that it was trained on."
+        )
+        yield ""
+        yield "```python"
+        yield "from shardprep_trainer import SpeakerModel"
+        yield ""
+        yield 'embedding = SpeakerModel.from_pretrained("MODEL").embed(mel)'
+        yield "```"
+        return
+    yield "```sh"
+    yield "shardprep compare MODEL a.wav b.wav"
+    yield "shardprep identify MODEL a.wav"
+    yield "shardprep embed MODEL Recordings/ --out embeddings.npz"
+    yield "```"
+    yield ""
+    yield "```python"
+    yield "from shardprep_trainer import SpeakerModel"
+    yield ""
+    yield 'model = SpeakerModel.from_pretrained("MODEL")'
+    yield 'model.compare("a.wav", "b.wav")'
+    yield "```"
+    yield ""
+    yield "The features, which these commands compute from a recording of any kind and rate:"
+    yield ""
+    yield "| setting | value |"
+    yield "|---|---|"
+    for name, value in of.features.items():
+        yield f"| {_plain(name)} | {_plain(str(value))} |"
+    yield f"| rounded to | {of.dtype} |"
+
+
+def _data(of: Description) -> Iterator[str]:
+    yield "## Training data"
+    yield ""
+    found = of.trained_on
+    about = f"{len(of.speakers):,} speakers"
+    if found is not None:
+        hours = found.frames / _frames_per_hour(of)
+        about += f", {found.utterances:,} utterances, {hours:,.2f} hours"
+    yield f"{about}. The shard set has the fingerprint `{_plain(of.fingerprint)}`."
+    yield ""
+    yield (
+        "Whose voices these are, in which languages and situations, and under which licence, the "
+        "run does not know: add it here."
+    )
+
+
+def _results(of: Description) -> Iterator[str]:
+    yield "## Results"
+    yield ""
+    found = of.results
+    if found is None:
+        yield "The model was not validated."
+        return
+    yield "On the split val of the same set, at this step:"
+    yield ""
+    yield "| measure | value |"
+    yield "|---|---|"
+    yield from _measures(found)
+    if of.thresholds is not None:
+        yield f"| cosine at the equal error rate | {of.thresholds.eer:.4f} |"
+        yield f"| cosine at the least detection cost | {of.thresholds.min_dcf:.4f} |"
+    yield ""
+    yield (
+        "These measures chose the model among its checkpoints, so they flatter it: measure it on "
+        "other data with `shardprep score`."
+    )
+
+
+def _measures(found: Results) -> Iterator[str]:
+    if found.accuracy is not None:
+        yield f"| accuracy over {found.utterances:,} utterances | {found.accuracy:.4f} |"
+    if found.eer is not None and found.min_dcf is not None:
+        who = "speakers whom training did not know" if found.new_speakers else "training speakers"
+        yield f"| equal error rate, {found.trials:,} trials of {who} | {100 * found.eer:.2f} % |"
+        yield f"| minDCF (P_target 0.01) | {found.min_dcf:.4f} |"
+
+
+def _limits(of: Description) -> Iterator[str]:
+    yield "## Intended use and limits"
+    yield ""
+    yield (
+        "For research, and for sorting recordings by speaker. A score is evidence and no proof of "
+        "identity: do not decide about people by it alone. Error rates differ between groups of "
+        "speakers, languages, microphones, rooms and lengths of recordings; nothing of this was "
+        "measured here. Short recordings, of less than 2 seconds, are the least reliable. "
+        f"A recording of more than {of.longest_frames:,} frames is embedded in pieces."
+    )
+    yield ""
+    yield f"Made by [shardprep]({_REPOSITORY})."
+
+
+def _frames_per_hour(of: Description) -> float:
+    features = of.features or {}
+    rate, hop = features.get("sample_rate"), features.get("hop_length")
+    if isinstance(rate, int) and isinstance(hop, int) and rate > 0 and hop > 0:
+        return 3600 * rate / hop
+    return _FRAMES_PER_HOUR
+
+
+def _plain(text: str) -> str:
+    """A text that is no markup."""
+    return "".join(c if c.isalnum() or c in " .,:+-_/" else " " for c in text)[:100]
