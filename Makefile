@@ -20,7 +20,8 @@
 #                       CPUs
 # make torture          damage sets and builds in every way, kill and resume training, let every call
 #                       of the system fail in every command (needs gcc), train for MINUTES (10), and
-#                       write scripts/results/{torture,program,kills,errors,soak}.json; half an hour
+#                       write scripts/results/{torture,program,recordings,kills,errors,soak}.json;
+#                       half an hour
 # make fuzz             fuzz every reader of foreign files for SECONDS (600) each, in an environment of
 #                       its own; findings go to fuzz-found/, figures to scripts/results/fuzz.json
 # make clean            remove what these made (not the data)
@@ -119,6 +120,7 @@ ladder: $(BENCH_VENV)/.installed
 torture: $(INSTALLED)
 	$(BIN)/python -m scripts.torture.shards --out scripts/results/torture.json
 	$(BIN)/python -m scripts.torture.program --out scripts/results/program.json
+	$(BIN)/python -m scripts.torture.recordings --out scripts/results/recordings.json
 	$(BIN)/python -m scripts.torture.training --rounds 20 --out scripts/results/kills.json
 	$(BIN)/python -m scripts.torture.errors --out scripts/results/errors.json
 	$(BIN)/python -m scripts.torture.soak --minutes $(MINUTES) --out scripts/results/soak.json

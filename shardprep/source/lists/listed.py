@@ -143,11 +143,11 @@ def source_of_rows(
             if first is not own:
                 if first.row.speaker != row.speaker and kept.pop(first.key, None) is not None:
                     # Nobody knows whose utterance it is.
-                    what = f"line {row.line} lists the same file with another speaker"
+                    what = f"{row.where} lists the same file with another speaker"
                     refuse(first.row, first.key, what, first.entry)
-                raise ValueError(f"lists the same file as line {first.row.line}")
+                raise ValueError(f"lists the same file as {first.row.where}")
             if key in kept:
-                raise ValueError(f"has the key of line {kept[key].row.line}, {key}")
+                raise ValueError(f"has the key of {kept[key].row.where}, {key}")
         except ValueError as fault:
             if isinstance(fault, UnicodeEncodeError) and fault.encoding != "utf-8":
                 # The file may be healthy: this process cannot even ask for it.
@@ -227,7 +227,7 @@ def _reject(row: Row, listing: str, key: str, fault: ValueError | str, entry: in
         key,
         row.speaker[:MOST_SHOWN].encode(errors="backslashreplace").decode() or None,
         "labelled" if entry is None else "test",
-        f"{fault} (line {row.line} of {listing})",
+        f"{fault} ({row.where} of {listing})" if row.line else str(fault),
         entry,
     )
 

@@ -31,7 +31,7 @@ class Row(NamedTuple):
     """One row of a list; values are as they are written, "" where there is none.
 
     Attributes:
-        line: Number of its line, from 1.
+        line: Number of its line, from 1; 0 for a file that was found without a list.
         path: The file, relative to the list's folder.
         speaker: Speaker name.
         split: "train", "val" or "test".
@@ -49,6 +49,11 @@ class Row(NamedTuple):
     key: str = ""
     start: str = ""
     end: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its line, or the file where there is no list."""
+        return f"line {self.line}" if self.line else self.path
 
 
 def read_table(place: Location) -> list[Row]:

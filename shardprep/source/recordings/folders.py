@@ -43,10 +43,20 @@ def has_recordings(root: Path, *, follow_links: bool = False) -> bool:
 def _walk(root: Path, follow_links: bool) -> Iterator[str]:
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=follow_links):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in folders if not _leads_up(folder, name)]
         inner = os.path.relpath(folder, root)
         for name in names:
             if is_recording(name):
                 yield name if inner == "." else f"{inner}/{name}"
+
+
+def _leads_up(folder: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in: it would never end."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(folder)]) == target
 
 
 def _raise(error: OSError) -> None:
@@ -54,12 +64,12 @@ def _raise(error: OSError) -> None:
 
 
 def rows_of(paths: list[str]) -> list[Row]:
-    """The rows of a list of these recordings: the speaker is the first folder."""
+    """Rows as of a list of these recordings: the speaker is the first folder."""
     tops = {path.partition("/")[0] for path in paths if "/" in path}
     split = bool(tops) and tops <= _SPLITS
     rows = []
-    for number, path in enumerate(paths, 1):
+    for path in paths:
         parts = path.split("/")
         own = parts.pop(0) if split and len(parts) > 1 else ""
-        rows.append(Row(number, path, parts[0] if len(parts) > 1 else "", own))
+        rows.append(Row(0, path, parts[0] if len(parts) > 1 else "", own))
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import posixpath
+import re
 from typing import NamedTuple
 
 SUFFIXES = (
@@ -26,8 +27,10 @@ SUFFIXES = (
 )
 """What the names of recordings end in, in lower case."""
 
-# As in Media Fragments URI 1.0 (W3C, 2012): FILE#t=BEGIN,END, in seconds.
+# As in Media Fragments URI 1.0 (W3C, 2012): FILE#t=BEGIN,END, in seconds. The name of a recording
+# ends in one of the suffixes, so no file has a name of this form.
 _PIECE = "#t="
+_TIMES = re.compile(rf"(.*){_PIECE}([\d.e+-]+),([\d.e+-]*)", re.DOTALL)
 
 
 class Piece(NamedTuple):
@@ -53,10 +56,10 @@ class Piece(NamedTuple):
 
 def piece_of(path: str) -> Piece:
     """The piece that a text names, by `Piece.path`."""
-    file, mark, times = path.rpartition(_PIECE)
-    if not mark:
+    found = _TIMES.fullmatch(path)
+    if found is None:
         return Piece(path)
-    start, _, end = times.partition(",")
+    file, start, end = found.groups()
     return Piece(file, float(start), float(end) if end else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from shardprep import (
 from shardprep.build.homework import write_features
 from shardprep.build.known_features import recipe_at
 from shardprep.cli import cli
+from shardprep.source.recordings.folders import recordings_in
 from shardprep.source.recordings.names import Piece, key_of_recording, piece_of
 from shardprep.source.scan import scan_source
 from tests.shardprep.audio.oracle import speech, wav
@@ -212,9 +214,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "a/short.wav": (wav(np.full(100, 0.1)), "too short"),
     "a/text.mp3": (b"hello there " * 20, "is no recording"),
     "a/half.wav": (wav(speech(1))[:9000], "is cut off"),
-    "stray.wav": (wav(speech(1)), "lies in no folder of a speaker"),
+    "stray.wav": (wav(speech(1)), "lies in no folder of a speaker$"),
     # Of two files of one key, the second in order.
-    "a/00000.wave.wav": (wav(speech(1)), "has the key of line"),
+    "a/00000.wave.wav": (wav(speech(1)), "has the key of a/00000-wave.flac, a/00000-wave$"),
     "a/00000-wave.flac": (b"fLaC", "cannot be decoded|no recording|cut off"),
 }
 
@@ -229,7 +231,7 @@ def test_faulty_recordings_are_named_or_left_out(
     reasons = {reject.file: reject.reason for reject in report.rejects}
     assert reasons.keys() == FAULTS.keys()
     for name, reason in reasons.items():
-        assert any(words in reason for words in FAULTS[name][1].split("|")), reason
+        assert re.search(FAULTS[name][1], reason), reason
     assert len(found_in(tmp_path / "s")) == len(voices)
 
 
@@ -281,6 +283,13 @@ def test_links_out_of_the_folder_need_trust(
         build(listed, tmp_path / "s2")
     build(listed, tmp_path / "s2", follow_links=True, recipe=NARROW)
     assert len(found_in(tmp_path / "s2")) == len(voices)
+
+
+def test_a_link_to_a_folder_above_is_not_followed_for_ever(audio: Path, voices: Files) -> None:
+    os.symlink(audio, audio / "a" / "loop")
+    os.symlink(audio / "b", audio / "a" / "b")
+    found = recordings_in(audio, follow_links=True)
+    assert found == sorted([*voices, *(f"a/{name}" for name in voices if name[0] == "b")])
 
 
 def test_speakers_are_held_out_whole(voices: Files, tmp_path: Path, build: Build) -> None:
@@ -387,9 +396,7 @@ def test_a_recipe_survives_its_features() -> None:
 
 @pytest.mark.parametrize("times", [(None, None), (0.1, None), (None, 7.0), (1 / 3, 1e-7 + 1 / 3)])
 def test_a_piece_survives_its_path(times: tuple[float | None, float | None]) -> None:
-    piece = Piece("a b/c#t=d.wav", *times)
-    if times == (None, None):
-        piece = Piece("a b/c.wav")
+    piece = Piece("a b/c#t=1,2.wav", *times)
     found = piece_of(piece.path)
     assert (found.file, found.start or 0, found.end) == (piece.file, times[0] or 0, times[1])
     assert "." not in key_of_recording(piece.path).rpartition("/")[2]
