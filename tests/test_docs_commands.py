@@ -22,13 +22,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.run import get_args_parser
 
+from shardprep import FeatureRecipe
 from shardprep.cli import cli
+from shardprep_trainer.checkpoint.files import load
+from shardprep_trainer.checkpoint.model_folder import WEIGHTS, write_model
 from shardprep_trainer.config.command_line import parse_args
 from shardprep_trainer.train import main as train
 
@@ -54,7 +58,7 @@ BRIEF = {
 }
 # Without export, which takes long: a slow test runs it.
 RUN_HERE = ["build", "features", "adopt", "inspect", "verify", "repair", "bench"]
-RUN_HERE += ["predict", "score", "embed"]
+RUN_HERE += ["predict", "score", "embed", "compare", "identify"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -233,6 +237,9 @@ def test_the_commands_and_snippets_of_all_pages_run(
     assert train([*SHORTENED.split(), "--train.trackers", "[]"]) == 0
     for name in ("best", "demo"):
         Path("runs", name).symlink_to("boss")
+    # The same model, as if it had been trained on recordings.
+    boss, features = load(Path("runs/boss/model", WEIGHTS)), FeatureRecipe().to_features()
+    write_model(Path("runs/voices/model"), msgspec.structs.replace(boss, features=features))
     done: set[str] = set()
     for page in PAGES:
         for language, text in blocks(page):
