@@ -30,7 +30,7 @@ from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import missing_rows, read_labels
 from shardprep_trainer.evaluation.names import SEVERAL, Names
 from shardprep_trainer.evaluation.report import (
-    RunReport,
+    Score,
     TrialReport,
     report_file,
     report_run,
@@ -43,58 +43,6 @@ from shardprep_trainer.inference import Inference, ModelOptions, open_inference
 
 # Trials drawn of each kind where no number is given, and where there are so many.
 _DRAWN = 50_000
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the command prints; None where there is nothing to say."""
-
-    checkpoint: str
-    step: int
-    shards: str
-    split: str
-    utterances: int
-    labelled: int
-    """Utterances whose speaker is known to us, and counted in the accuracies."""
-    unknown_to_model: int
-    """Those of them whose speaker the backend does not know: always wrong."""
-    backend: str
-    """What named the speakers, head or wccn."""
-    accuracy: float | None
-    top5_accuracy: float | None
-    cohort: int | None
-    """Speakers in the AS-norm cohort; None without AS-norm."""
-    cohort_size: int | None
-    """How many of them count for each side of a trial."""
-    tta: int
-    tta_frames: int | None
-    verification: TrialReport
-    """Of the trials."""
-    as_chosen: RunReport | None
-    """Of the same trials, by what the run chose; None where it chose nothing for such scores."""
-
-    def to_json(self) -> str:
-        """One JSON object, the report of the trials among its fields."""
-        fields = msgspec.to_builtins(self)
-        return json.dumps({**fields, **fields.pop("verification")})
-
-    def lines(self) -> list[str]:
-        """The same for people."""
-        lines = []
-        for name, share in (("top-1", self.accuracy), ("top-5", self.top5_accuracy)):
-            if share is not None:
-                right = f"{round(share * self.labelled):,} of {self.labelled:,}"
-                lines.append(f"{name} accuracy on {self.split}: {share:.4f} ({right})")
-        if self.accuracy is not None:
-            lines.append(f"backend: {self.backend}")
-        if verified := self.verification.lines():
-            cohort = "none"
-            if self.cohort is not None:
-                cohort = f"the nearest {self.cohort_size:,} of {self.cohort:,} training speakers"
-            lines += [*verified, f"cohort: {cohort}"]
-        if self.as_chosen is not None:
-            lines.append(self.as_chosen.line())
-        return lines
 
 
 @dataclass(frozen=True)

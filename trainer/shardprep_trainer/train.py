@@ -116,7 +116,7 @@ def _train(asked: Invocation) -> int:
                     processes=trainer.world_size,
                     device=trainer.device.type,
                     precision=trainer.accelerator.mixed_precision,
-                    test="test" in trainer.shards,
+                    test=bool(trainer.shards.samples.get("test")),
                 )
                 _tell(text)
             # A launcher ends all processes as soon as one exits with a code other than 0.

@@ -29,6 +29,8 @@ def test_set_is_a_mapping_of_splits(edge_set: Path) -> None:
     assert shard_set.speakers == ("ann", "bob", "cleo")
     assert shard_set["train"] is shard_set["train"]
     assert sum(map(len, shard_set.values())) == 41
+    assert "val" in shard_set
+    assert "dev" not in shard_set
     with pytest.raises(FormatError, match="no split 'dev'; the set has train, val, test"):
         shard_set["dev"]
 

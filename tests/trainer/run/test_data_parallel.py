@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from new_speakers import write_set
 from torch import Tensor, nn
 
 import shardprep
+from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.model.layers import MaskedBatchNorm1d
 from shardprep_trainer.model.sync_norm import SyncedBatchNorm1d, synchronise
@@ -115,6 +117,38 @@ def test_a_run_changes_from_one_process_to_two_and_back(make_config: ConfigFacto
     expected, found = losses(whole), losses(one)
     assert list(found) == list(expected) == list(range(1, 31))
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one_does(make_config: ConfigFactory, tmp_path: Path) -> None:
+    # Weights that hardly move are the same on both, so that every figure must be, too.
+    options = {
+        **PLAIN,
+        **TRANSFORMER,
+        "data.shards": write_set(tmp_path / "mixed"),
+        "train.total_steps": 2,
+        "train.valid_steps": 1,
+        "optim.lr": 1e-30,
+    }
+    pair = make_config(name="pair", **options, **{"data.batch_size": 4})
+    single = make_config(name="single", **options, **{"data.batch_size": 8})
+    train(pair, 2)
+    train(single, 1)
+    keys = ("step", "eer", "min_dcf", "trials", "accuracy", "correct", "utterances")
+    both, one = (
+        [
+            [row[key] for key in keys]
+            for row in map(json.loads, (config.run / "metrics.jsonl").read_text().splitlines())
+            if row["event"] == "valid"
+        ]
+        for config in (pair, single)
+    )
+    assert both == one
+    assert [row[3] for row in one] == [18, 18]
+    models = [load(config.run / "model" / "model.safetensors") for config in (pair, single)]
+    assert models[0].best == models[1].best
+    assert models[0].thresholds == models[1].thresholds
+    assert models[0].calibration == models[1].calibration
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from new_speakers import write_set
 
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.run.outcome import Outcome, summary
@@ -48,3 +49,14 @@ def test_the_next_command_is_one_that_the_splits_allow(
     last = text.splitlines()[-1]
     assert last.startswith(f"next: shardprep {command} ")
     assert ("--out" in last) is test
+
+
+def test_a_run_on_a_set_without_test_ends_well_and_says_what_is_best(
+    make_config: ConfigFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**{"data.shards": write_set(tmp_path / "mixed")})
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 0
+    *_, best, last = capsys.readouterr().err.splitlines()
+    assert best.startswith("best equal error rate of new speakers ")
+    assert last.startswith("next: shardprep score ")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from new_speakers import write_set
 from oracle import model_of
 from saved_models import BEST
 
@@ -31,25 +32,12 @@ from shardprep_trainer.run.validation import Validated, Validation, plan_validat
 
 ConfigFactory = Callable[..., Config]
 CPU = torch.device("cpu")
-# Utterances of each speaker in train and in val; strangers stand between the others.
-COUNTS = {"a": (8, 2), "b": (0, 4), "c": (8, 2), "d": (0, 3), "e": (8, 0)}
-
-
-def write_set(folder: Path, counts: dict[str, tuple[int, int]]) -> Path:
-    rng = np.random.default_rng(0)
-    with shardprep.ShardWriter(folder, 40, dtype="float32", workers=1) as writer:
-        for level, (name, amounts) in enumerate(counts.items()):
-            for split, amount in zip(("train", "val"), amounts, strict=True):
-                for number in range(amount):
-                    mel = rng.normal(level, 2.0, (30 + 7 * number, 40)).astype(np.float32)
-                    writer.add(f"{name}/{split}/{number}", mel, name, split)  # type: ignore[arg-type]
-    return folder
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """A set whose split val has speakers of train, and others."""
-    return write_set(tmp_path / "mixed", COUNTS)
+    return write_set(tmp_path / "mixed")
 
 
 def fit(config: Config, *, resume: bool = False) -> Trainer:

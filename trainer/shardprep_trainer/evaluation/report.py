@@ -1,14 +1,16 @@
-"""What the scores of trials say: error rates, thresholds, and how far scores can be calibrated.
+"""What `shardprep score` prints: accuracies, and what the scores of trials say.
 
 Axis legend: K trials.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -167,3 +169,55 @@ def report_run(
     llrs = calibration.scale * scores + calibration.offset
     miss, alarm = float(rates.miss[at]), float(rates.alarm[at])
     return RunReport(thresholds.eer, miss, alarm, cllr(llrs, trials.target))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the command prints; None where there is nothing to say."""
+
+    checkpoint: str
+    step: int
+    shards: str
+    split: str
+    utterances: int
+    labelled: int
+    """Utterances whose speaker is known to us, and counted in the accuracies."""
+    unknown_to_model: int
+    """Those of them whose speaker the backend does not know: always wrong."""
+    backend: str
+    """What named the speakers, head or wccn."""
+    accuracy: float | None
+    top5_accuracy: float | None
+    cohort: int | None
+    """Speakers in the AS-norm cohort; None without AS-norm."""
+    cohort_size: int | None
+    """How many of them count for each side of a trial."""
+    tta: int
+    tta_frames: int | None
+    verification: TrialReport
+    """Of the trials."""
+    as_chosen: RunReport | None
+    """Of the same trials, by what the run chose; None where it chose nothing for such scores."""
+
+    def to_json(self) -> str:
+        """One JSON object, the report of the trials among its fields."""
+        fields = msgspec.to_builtins(self)
+        return json.dumps({**fields, **fields.pop("verification")})
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = []
+        for name, share in (("top-1", self.accuracy), ("top-5", self.top5_accuracy)):
+            if share is not None:
+                right = f"{round(share * self.labelled):,} of {self.labelled:,}"
+                lines.append(f"{name} accuracy on {self.split}: {share:.4f} ({right})")
+        if self.accuracy is not None:
+            lines.append(f"backend: {self.backend}")
+        if verified := self.verification.lines():
+            cohort = "none"
+            if self.cohort is not None:
+                cohort = f"the nearest {self.cohort_size:,} of {self.cohort:,} training speakers"
+            lines += [*verified, f"cohort: {cohort}"]
+        if self.as_chosen is not None:
+            lines.append(self.as_chosen.line())
+        return lines
