@@ -28,6 +28,8 @@ Place: TypeAlias = Path | bytes
 
 MOST_HOURS = 24
 _MOST_CHANNELS = 64
+# Float files may have integers as samples; full scale is 1.
+_LOUDEST = 1e12
 _HEAD = 4096
 # Kinds of files in which libsndfile finds a sample by its number.
 _EXACT = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC")
@@ -105,8 +107,7 @@ class Recording:
             at += len(block)
             if at > MOST_HOURS * 3600 * self.rate:
                 raise ValueError(f"is longer than {MOST_HOURS} hours: cut it into pieces")
-            if not np.isfinite(own).all():
-                raise ValueError("has samples that are not finite numbers")
+            check_finite(own)
             if len(own):
                 yield own
             if last is not None and at >= last:
@@ -114,6 +115,13 @@ class Recording:
         if at <= begin or (last is not None and last - at > _SLACK_SECONDS * self.rate):
             what = f"from {start or 0} s" + ("" if end is None else f" to {end} s")
             raise ValueError(f"ends at {at / self.rate:.2f} s, before the piece {what} does")
+
+
+def check_finite(samples: Samples) -> None:
+    """ValueError if a sample (N,) is no number, or one that later steps cannot square."""
+    # Not a number is not less than anything.
+    if not np.abs(samples).max(initial=0) < _LOUDEST:
+        raise ValueError("has samples that are not finite numbers (of less than 10^12)")
 
 
 class _Watched:
@@ -233,9 +241,11 @@ def _mono(channels: Samples) -> Samples:
     """The mean (N,) of channels (C, N)."""
     if len(channels) == 1:
         return np.ascontiguousarray(channels[0])
-    total = channels[0] + channels[1]
-    for channel in channels[2:]:
-        total += channel
+    # What is too large becomes infinite, and is refused.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = channels[0] + channels[1]
+        for channel in channels[2:]:
+            total += channel
     return np.asarray(total * np.float32(1 / len(channels)))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.audio.decode import MOST_HOURS, Samples, open_recording
+from shardprep.audio.decode import MOST_HOURS, Samples, check_finite, open_recording
 from shardprep.audio.mel import MelStream
 from shardprep.audio.recipe import LEAST_RATE, MOST_RATE, FeatureRecipe
 from shardprep.audio.resample import resample
@@ -90,16 +90,19 @@ def audio_features(
         return _blocks(audio, recipe.sample_rate, rate, start, end)
 
     blocks, peak = _peak(decode)
-    gain = np.float32(1)
+    gain = 1.0
     if recipe.peak_db is not None:
         if not peak:
             raise ValueError("is silent: every sample is 0")
-        gain = np.float32(10 ** (recipe.peak_db / 20) / peak)
+        gain = 10 ** (recipe.peak_db / 20) / peak
     level = recipe.silence_level or 0.0
-    silence = SilenceRemover(level, int(recipe.silence_seconds * recipe.sample_rate))
-    stream, frames = MelStream(recipe), []
+    # Samples stay as they were decoded: to multiply them in float32 would add noise, which quiet
+    # bins of loud frames show.
+    longest = math.floor(round(recipe.silence_seconds * recipe.sample_rate, 6))
+    silence = SilenceRemover(level / gain, longest)
+    stream, frames = MelStream(recipe, gain), []
     for block in blocks:
-        frames.append(stream.push(silence.push(block * gain)).astype(dtype))
+        frames.append(stream.push(silence.push(block)).astype(dtype))
     frames.append(stream.push(silence.end()).astype(dtype))
     try:
         frames.append(stream.end().astype(dtype))
@@ -153,10 +156,10 @@ def _channel(audio: NDArray[Any]) -> Samples:
         raise ValueError(f"has elements of type {audio.dtype}, expected numbers")
     if np.issubdtype(audio.dtype, np.unsignedinteger):
         raise ValueError(f"has elements of type {audio.dtype}, expected signed numbers")
-    found = audio.mean(axis=0) if audio.ndim == 2 else audio
-    if np.issubdtype(audio.dtype, np.integer):
-        found = found / -float(np.iinfo(audio.dtype).min)
-    found = np.asarray(found, np.float32)
-    if not math.isfinite(float(np.abs(found).max(initial=0))):
-        raise ValueError("has samples that are not finite numbers")
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = audio.mean(axis=0) if audio.ndim == 2 else audio
+        if np.issubdtype(audio.dtype, np.integer):
+            found = found / -float(np.iinfo(audio.dtype).min)
+        found = np.asarray(found, np.float32)
+    check_finite(found)
     return found

@@ -28,11 +28,13 @@ class MelStream:
 
     Args:
         recipe: The recipe.
+        gain: Samples are multiplied by it, in float64.
     """
 
-    def __init__(self, recipe: FeatureRecipe) -> None:
+    def __init__(self, recipe: FeatureRecipe, gain: float = 1.0) -> None:
         self._recipe = recipe
-        self._tables = _tables(recipe)
+        window, *_ = self._tables = _tables(recipe)
+        self._window = window * gain
         self._half = recipe.n_fft // 2
         # Samples that later frames need; before the first frame, all samples.
         self._rest: Samples = np.zeros(0, np.float32)
@@ -82,8 +84,8 @@ class MelStream:
         return mel
 
     def _transform(self, windows: NDArray[np.float32]) -> NDArray[np.float64]:
-        window, columns, weights, begins, empty = self._tables
-        spectrum = np.fft.rfft(windows * window)  # (B, n_fft) -> (B, K), float64
+        _, columns, weights, begins, empty = self._tables
+        spectrum = np.fft.rfft(windows * self._window)  # (B, n_fft) -> (B, K), float64
         values = spectrum.real**2 + spectrum.imag**2
         if self._recipe.power == 1.0:
             np.sqrt(values, out=values)

@@ -20,7 +20,10 @@ class SilenceRemover:
     """
 
     def __init__(self, level: float, longest: int) -> None:
+        # The smallest value of float32 that is not below: comparing is then exact.
         self._level = np.float32(level)
+        if float(self._level) < level:
+            self._level = np.nextafter(self._level, np.float32(np.inf))
         self._longest = longest
         # The quiet samples at the end so far, up to one more than may stay.
         self._quiet: Samples = np.zeros(0, np.float32)
