@@ -127,7 +127,7 @@ def test_readme_has_no_link_that_fails_on_pypi() -> None:
 def test_readme_is_short_and_every_page_is_in_the_index() -> None:
     assert len(PAGES["README.md"].split()) <= 1_200
     pages = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
-    linked = set(re.findall(r"\]\((\w+\.md)\)", PAGES["docs/README.md"]))
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"]))
     assert linked == pages - {"README.md"}
 
 

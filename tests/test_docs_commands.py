@@ -35,6 +35,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.model_folder import WEIGHTS, write_model
 from shardprep_trainer.config.command_line import parse_args
 from shardprep_trainer.train import main as train
+from tests.shardprep.audio.oracle import speech, wav
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -240,6 +241,10 @@ def test_the_commands_and_snippets_of_all_pages_run(
     # The same model, as if it had been trained on recordings.
     boss, features = load(Path("runs/boss/model", WEIGHTS)), FeatureRecipe().to_features()
     write_model(Path("runs/voices/model"), msgspec.structs.replace(boss, features=features))
+    Path("runs/own").symlink_to("voices")
+    Path("Recordings/ann").mkdir(parents=True)
+    for name in ("a.wav", "b.wav", "Recordings/ann/c.wav"):
+        Path(name).write_bytes(wav(speech(0.3)))
     done: set[str] = set()
     for page in PAGES:
         for language, text in blocks(page):
