@@ -119,4 +119,5 @@ def test_the_nearest_of_many_is_found_by_either_end() -> None:
     names = Names(keys)
     assert names.nearest("id0123/037/00003.wav") == keys[123] == "id0123/037/00003"
     assert names.nearest("xid19999/081/00019") == keys[19_999]
+    assert names.nearest("/a/long/way/to/all/recordings/of/id0123/037/00004.wav") == keys[123]
     assert names.nearest("~") is None

@@ -32,6 +32,8 @@ _SUFFIXES = (
 )
 # Of those that begin or end like a name, how many are compared with it letter by letter.
 _NEAR = 40
+# How much of two names must agree.
+_ALIKE = 0.6
 
 
 class Names:
@@ -94,12 +96,14 @@ class Names:
 
     def nearest(self, name: str) -> str | None:
         """The key that is most like a name that means none, or None where none is like it."""
-        text = _forms(name)[-1]
-        near = {*_around(sorted(self._keys), text)}
-        backwards = sorted(key[::-1] for key in self._keys)
-        near.update(key[::-1] for key in _around(backwards, text[::-1]))
-        found = difflib.get_close_matches(text, sorted(near), 1)
-        return found[0] if found else None
+        forwards, backwards = sorted(self._keys), sorted(key[::-1] for key in self._keys)
+        best, likeness = None, _ALIKE
+        for text in (_forms(name)[-1], *_ends(_forms(name)[-1])):
+            near = {*_around(forwards, text)}
+            near.update(key[::-1] for key in _around(backwards, text[::-1]))
+            for key in difflib.get_close_matches(text, sorted(near), 1, likeness):
+                best, likeness = key, difflib.SequenceMatcher(None, key, text).ratio()
+        return best
 
 
 def forms_of(name: str) -> list[str]:
