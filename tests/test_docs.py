@@ -37,9 +37,14 @@ def prose(text: str) -> str:
 
 
 def test_format_shows_a_manifest_that_readers_accept() -> None:
-    manifest, reject = code_blocks(FORMAT, "json")
+    manifest, _, reject = code_blocks(FORMAT, "json")
     assert decode_manifest(manifest.encode(), Path("FORMAT.md")).splits["test"].samples == 2
     assert msgspec.json.decode(reject, type=Reject, strict=True).reason
+
+
+def test_format_shows_the_features_of_recordings_as_they_are() -> None:
+    _, features, _ = code_blocks(FORMAT, "json")
+    assert json.loads(features) == shardprep.FeatureRecipe().to_features()
 
 
 def test_format_shows_the_index_row_as_it_is() -> None:

@@ -3,10 +3,11 @@
     python -m scripts.bench.audio AUDIO/ [--recordings 100] [--out scripts/results/audio.json]
 
 The recordings are decoded once, brought to 16 kHz, and written as wav files of 16 bits. Everything
-runs on one core, in turns; the results are medians over the rounds.
+runs on one core, in turns. The results are medians over the rounds, by processor time: other
+programs disturb it little.
 
 - Transform: the samples of each file to log-mels, by `log_mel` and by the transforms of torchaudio
-  and librosa with the same parameters, if these are installed.
+  and librosa with the same parameters, if these are installed; and how far they are from `log_mel`.
 - Whole: the file to log-mels by the whole recipe, `audio_features`.
 - Differences: each recording is resampled in float64, written in each kind of file, and made into
   features; these are compared with the features of the samples it came from. Silence stays, so that
@@ -112,6 +113,19 @@ def transforms() -> dict[str, tuple[Transform, Callable[[Any], Any]]]:
     return ways
 
 
+def deviations(samples: list[Any]) -> dict[str, float]:
+    """The largest difference of each way's log-mels from those of `log_mel`."""
+    found = {}
+    for name, (transform, prepare) in transforms().items():
+        every = (np.asarray(transform(prepare(own))) for own in samples)
+        expected = (log_mel(own, HOMEWORK) for own in samples)
+        found[name] = max(
+            float(np.abs((mel if name == "shardprep" else mel.T) - own).max())
+            for mel, own in zip(every, expected, strict=True)
+        )
+    return found
+
+
 def speeds(wavs: list[bytes], rounds: int) -> dict[str, float]:
     """Seconds of recording that each way takes in a second."""
     samples = [read_audio(data, sample_rate=RATE) for data in wavs]
@@ -122,11 +136,11 @@ def speeds(wavs: list[bytes], rounds: int) -> dict[str, float]:
     works["whole, shardprep"] = _all(lambda data: audio_features(data, HOMEWORK), wavs)
     rates: dict[str, list[float]] = {name: [] for name in works}
     for number, (name, work) in itertools.product(range(rounds + 1), works.items()):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
         # The first round loads libraries and makes tables.
         if number:
-            rates[name].append(seconds / (time.perf_counter() - began))
+            rates[name].append(seconds / (time.process_time() - began))
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
@@ -165,10 +179,13 @@ def main(audio: Path, recordings: int, compared: int, rounds: int, out: Path | N
     paths = sorted(p for p in audio.rglob("*") if p.suffix in (".wav", ".flac"))[:recordings]
     decoded = [read_audio(path, sample_rate=RATE) for path in paths]
     rates = speeds([encoded(own[:, None], RATE, "WAV", None) for own in decoded], rounds)
+    far = deviations(decoded)
     own = rates["transform, shardprep"]
     click.echo("| what | times real time | relative to log_mel |\n|---|---|---|")
     for name, value in rates.items():
         click.echo(f"| {name} | {value:,.0f} | {value / own:.2f} |")
+    for name, value in far.items():
+        click.echo(f"largest difference from log_mel, {name}: {value:.5f}")
     click.echo("\n| kind | rate | channels | median | 99 % below |\n|---|---|---|---|---|")
     rows = []
     for name, rate, channels in kinds():
@@ -185,6 +202,7 @@ def main(audio: Path, recordings: int, compared: int, rounds: int, out: Path | N
             "recordings": len(decoded),
             "seconds": round(sum(map(len, decoded)) / RATE, 1),
             "times_real_time": {name: round(value) for name, value in rates.items()},
+            "largest_difference_of_transforms": {n: round(value, 5) for n, value in far.items()},
             "differences": rows,
         }
         out.parent.mkdir(parents=True, exist_ok=True)
