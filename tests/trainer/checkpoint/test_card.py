@@ -49,6 +49,8 @@ def test_a_card_has_data_recipe_results_and_limits(
         "shardprep compare MODEL a.wav b.wav",
         "under which licence, the run does not know",
         "no proof of identity",
+        "Conformer with 1 block of width 32,",
+        f"in the run {checkpoint.config.name}, to step 5 of ",
     ):
         assert words in body
     weights = sum(weight.numel() for weight in checkpoint.weights.values())

@@ -33,11 +33,12 @@ def _model(of: Description, weights: int) -> Iterator[str]:
     yield "# A speaker model"
     yield ""
     yield (
-        f"{model.encoder.capitalize()} with {model.layers} blocks of width {model.dim}, "
-        f"{model.pooling.replace('_', ' ')} pooling, {weights:,} weights; trained by shardprep's "
-        f"recipe {_plain(of.config.name)}, to step {of.step:,} of {train.total_steps:,} "
-        f"({of.config.loss.name.replace('_', '-')}, {optim.name}). It turns a recording into an "
-        "embedding; two recordings of one speaker have embeddings with a high cosine."
+        f"{model.encoder.capitalize()} with {model.layers} block{'s' * (model.layers != 1)} of "
+        f"width {model.dim}, {model.pooling.replace('_', ' ')} pooling, {weights:,} weights; "
+        f"trained by shardprep in the run {_plain(of.config.name)}, to step {of.step:,} of "
+        f"{train.total_steps:,} ({of.config.loss.name.replace('_', '-')}, {optim.name}). It turns "
+        "a recording into an embedding; two recordings of one speaker have embeddings with a high "
+        "cosine. `config.json` has every setting."
     )
 
 

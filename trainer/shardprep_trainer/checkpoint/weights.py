@@ -82,11 +82,13 @@ def start_from(
     if checkpoint.speakers != speakers:
         rows = {name: row for row, name in enumerate(checkpoint.speakers)}
         both = [(own, rows[name]) for own, name in enumerate(speakers) if name in rows]
-        for name, own in model.state_dict().items():
+        fresh = model.state_dict()
+        # The last layer of the head has a row for each speaker; others may have as many rows.
+        last = [name for name in fresh if name.startswith("classifier.")][-1].rpartition(".")[0]
+        for name, own in fresh.items():
             found = weights.get(name)
-            # Of the head, what has a row for each speaker.
             if (
-                name.startswith("classifier.")
+                name.rpartition(".")[0] == last
                 and found is not None
                 and found.shape == (len(checkpoint.speakers), *own.shape[1:])
                 and own.shape[:1] == (len(speakers),)
