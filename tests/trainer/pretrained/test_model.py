@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from saved_models import BEST
 from spoken import LONGEST, RATE, voice
 
 import shardprep
+import shardprep_trainer
 from shardprep_trainer import SpeakerModel
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.embed import main as embed
@@ -288,3 +291,11 @@ def test_without_a_network_an_unknown_name_is_the_machines_trouble(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(shardprep.StorageError, match="ann/voices: was not fetched"):
         SpeakerModel.from_pretrained("ann/voices", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_the_package_names_it_and_loads_it_only_when_asked() -> None:
+    assert shardprep_trainer.__all__ == ["SpeakerModel"]
+    assert shardprep_trainer.SpeakerModel is model_module.SpeakerModel
+    code = "import shardprep_trainer, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
