@@ -11,6 +11,9 @@ from shardprep.format.manifest import Reject
 from shardprep.source.contents import Source, Utterance
 from shardprep.source.metadata import TESTDATA
 
+# Speakers that a note names.
+_SHOWN = 10
+
 
 @dataclass
 class SplitReport:
@@ -119,4 +122,6 @@ def note_untrained(
     for record in records:
         labels[split_of(record)].update(row.label for row in record.rows)
     if missing := sorted(speakers[label] for label in labels["val"] - labels["train"]):
-        report.notes.append(f"these speakers are in val, but not in train: {', '.join(missing)}")
+        more = f" and {len(missing) - _SHOWN} others" if len(missing) > _SHOWN else ""
+        shown = ", ".join(missing[:_SHOWN]) + more
+        report.notes.append(f"these speakers are in val, but not in train: {shown}")

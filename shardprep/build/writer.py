@@ -76,6 +76,13 @@ def build_shards(
     scanned = scan_source(
         source, follow_links=options.follow_links, n_mels=options.n_mels, recipe=options.recipe
     )
+    if options.recipe is not None and scanned.features != options.recipe.to_features():
+        raise SourceError(
+            "says that its features were made by another recipe",
+            file=scanned.root / scanned.listing,
+            key="features",
+            remedy="Leave the options of the recipe out, or pack the recordings.",
+        )
     if scanned.rejects and options.on_error == "fail" and not options.dry_run:
         raise rejects_error(scanned.rejects, scanned.root)
     # A dry run finds all faults, also where the first one would stop a build.

@@ -30,8 +30,9 @@ _TYPES: dict[str, type | tuple[()]] = {_NUMBER: (), _OBJECT: dict, _LIST: list}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TOO_LARGE = "Split the data set into several, or remove from the file what is not needed."
 _HOMEWORK = (
-    "The folder must have the layout of the homework: metadata.json beside the .pt files. Other "
-    "features: name a list of the files (.csv, .tsv, .jsonl), see `shardprep build --help`."
+    "The folder must have the layout of the homework: metadata.json beside the .pt files; or have "
+    "recordings (.wav, .flac, .mp3, ...) in folders by speaker. Of other features, name a list "
+    "(.csv, .tsv, .jsonl). See `shardprep build --help`."
 )
 
 

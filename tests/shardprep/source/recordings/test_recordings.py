@@ -327,6 +327,8 @@ def test_features_write_the_homeworks_layout(
     for key in one:
         assert one[key][0] == other[key][0]
         np.testing.assert_array_equal(one[key][2], other[key][2])
+    with pytest.raises(SourceError, match=r"metadata\.json: features: .* by another recipe"):
+        build(tmp_path / "Dataset", tmp_path / "other", recipe=FeatureRecipe(n_mels=8))
     with pytest.raises(BuildError, match=r"has a metadata\.json already"):
         write_features(audio, tmp_path / "Dataset")
     with pytest.raises(SourceError, match="has features, and no recordings"):
