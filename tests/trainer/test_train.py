@@ -24,6 +24,7 @@ from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.predict import main as predict_command
 from shardprep_trainer.run.trainer import Trainer
+from shardprep_trainer.run.validation import Validation
 from shardprep_trainer.train import main
 from tests.conftest import PATIENCE, wait_until
 
@@ -331,8 +332,8 @@ def test_a_signal_saves_and_gives_its_code(
 ) -> None:
     validate = Trainer._validate
 
-    def interrupted(self: Trainer) -> None:
-        validate(self)
+    def interrupted(self: Trainer, validation: Validation) -> None:
+        validate(self, validation)
         signal.raise_signal(number)
 
     monkeypatch.setattr(Trainer, "_validate", interrupted)
