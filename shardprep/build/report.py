@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from shardprep.build.shard import ShardRecord
 from shardprep.build.work import split_of
-from shardprep.format.manifest import Reject
+from shardprep.format.manifest import Features, Reject
 from shardprep.source.contents import Source, Utterance
 from shardprep.source.metadata import TESTDATA
 
@@ -42,6 +42,7 @@ class BuildReport:
         added: What an append has added, by split.
         present: Utterances of the data set that the set had before an append.
         speakers: Number of speakers.
+        features: How the features were made, where it is known.
         new_speakers: How many of them are new with an append.
         rejects: Utterances that were left out; of an append, those that are not listed yet.
         repeats: Entries of testdata.json that list the file of an earlier entry again.
@@ -61,6 +62,7 @@ class BuildReport:
     added: dict[str, SplitReport] = field(default_factory=dict)
     present: int = 0
     speakers: int = 0
+    features: Features | None = None
     new_speakers: int = 0
     rejects: list[Reject] = field(default_factory=list)
     repeats: list[Reject] = field(default_factory=list)
@@ -83,6 +85,7 @@ def count_read(report: BuildReport, utterances: Collection[Utterance]) -> None:
 def fill_report(report: BuildReport, source: Source, records: list[ShardRecord]) -> None:
     """Put into the report what the records of a build say."""
     report.splits = totals(records)
+    report.features = source.features
     report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
     if "val" not in report.splits:
         report.notes.append("there is no val split: no speaker can spare an utterance for it")

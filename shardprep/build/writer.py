@@ -185,6 +185,7 @@ def _report_finished(
             "--against SRC` compares the contents"
         )
     report.up_to_date = True
+    report.features = manifest.features
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         report.splits[name] = SplitReport(split.samples, split.frames, len(split.shards), size)

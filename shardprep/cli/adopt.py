@@ -111,7 +111,7 @@ def _print_summary(report: AdoptReport) -> None:
     click.echo(f"{'split':<7}{'utterances':>12}{'frames':>13}{'speech':>12}{'tars':>8}{'size':>12}")
     for name, split in report.splits.items():
         click.echo(
-            f"{name:<7}{split.samples:>12,}{split.frames:>13,}{hours(split.frames):>12}"
+            f"{name:<7}{split.samples:>12,}{split.frames:>13,}{hours(split.frames, None):>12}"
             f"{split.shards:>8}{size(split.bytes):>12}"
         )
     click.echo(

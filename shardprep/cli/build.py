@@ -198,8 +198,9 @@ def _print_summary(report: BuildReport, append: bool) -> None:
         f"{'split':<7}{'utterances':>12}{'frames':>13}{'speech':>12}{'shards':>8}{'size':>12}"
     )
     for name, split in report.splits.items():
+        speech = hours(split.frames, report.features)
         click.echo(
-            f"{name:<7}{split.samples:>12,}{split.frames:>13,}{hours(split.frames):>12}"
+            f"{name:<7}{split.samples:>12,}{split.frames:>13,}{speech:>12}"
             f"{split.shards:>8}{size(split.bytes):>12}"
         )
     click.echo(f"{report.speakers} speakers, {count(len(report.rejects), 'utterance')} rejected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from shardprep.cli.output import hours, print_json, size
 from shardprep.cli.parquet import write_parquet
 from shardprep.cli.places import Place
 from shardprep.format.index import NO_LABEL
-from shardprep.format.manifest import FRAMES_PER_SECOND
+from shardprep.format.manifest import frames_per_second
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.read.split import Split
 from shardprep.storage.remote import Location
@@ -69,6 +70,7 @@ def describe(shard_set: ShardSet) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "codec": manifest.codec,
         "member": manifest.member,
+        "features": manifest.features,
         "speakers": len(manifest.speakers),
         "build": manifest.build,
         "splits": {name: _describe_split(shard_set, name) for name in shard_set.splits},
@@ -86,7 +88,7 @@ def describe_sample(shard_set: ShardSet, split: Split, index: int) -> dict[str, 
         "speaker": None if label == NO_LABEL else shard_set.speakers[label],
         "label": label,
         "frames": int(row["frames"]),
-        "seconds": int(row["frames"]) / FRAMES_PER_SECOND,
+        "seconds": int(row["frames"]) / frames_per_second(shard_set.manifest.features),
         "shard": shard_set.manifest.splits[split.name].shards[int(row["shard"])].file,
         "offset": int(row["offset"]),
         "nbytes": int(row["nbytes"]),
@@ -104,7 +106,7 @@ def _describe_split(shard_set: ShardSet, name: str) -> dict[str, Any]:
     return {
         "samples": info.samples,
         "frames": info.frames,
-        "hours": info.frames / FRAMES_PER_SECOND / 3600,
+        "hours": info.frames / frames_per_second(shard_set.manifest.features) / 3600,
         "shards": len(info.shards),
         "bytes": sum(shard.bytes for shard in info.shards),
         "speakers": len(np.unique(known)),
@@ -134,12 +136,16 @@ def _print_set(shard_set: ShardSet, about: dict[str, Any]) -> None:
         f"{about['path']}: {about['speakers']} speakers, {about['n_mels']} mels, "
         f"{about['dtype']}, codec {packed}"
     )
+    if about["features"]:
+        told = ", ".join(f"{name} {value}" for name, value in about["features"].items())
+        click.echo(textwrap.fill(f"features: {told}", 80, subsequent_indent="  "))
     heads = ("split", "utterances", "speakers", "speech", "shards", "size")
     click.echo("{:<7}{:>12}{:>10}{:>12}{:>8}{:>12}".format(*heads))
     for name, split in about["splits"].items():
+        speech = hours(split["frames"], about["features"])
         click.echo(
             f"{name:<7}{split['samples']:>12,}{split['speakers']:>10,}"
-            f"{hours(split['frames']):>12}{split['shards']:>8}{size(split['bytes']):>12}"
+            f"{speech:>12}{split['shards']:>8}{size(split['bytes']):>12}"
         )
     click.echo("\nlength in frames" + "".join(f"{_percentile_name(p):>8}" for p in _PERCENTILES))
     for name, split in about["splits"].items():

@@ -9,7 +9,7 @@ import click
 import msgspec
 from tqdm import tqdm
 
-from shardprep.format.manifest import FRAMES_PER_SECOND
+from shardprep.format.manifest import Features, frames_per_second
 
 
 def size(nbytes: float) -> str:
@@ -21,9 +21,9 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
-def hours(frames: int) -> str:
-    """Mel frames as hours of speech, at 100 frames a second."""
-    return f"{frames / FRAMES_PER_SECOND / 3600:.2f} h"
+def hours(frames: int, features: Features | None) -> str:
+    """Mel frames as hours of speech."""
+    return f"{frames / frames_per_second(features) / 3600:.2f} h"
 
 
 def count(number: int, noun: str) -> str:

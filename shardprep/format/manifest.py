@@ -32,8 +32,8 @@ WORK_FOLDER = ".shardprep-build"
 REPAIR_FOLDER = ".shardprep-repair"
 SET_ASIDE_FOLDER = ".shardprep-set-aside"
 
-# Of mels with hop 160 at 16 kHz; for hours of speech in reports, never for data.
-FRAMES_PER_SECOND = 100
+# Of mels with hop 160 at 16 kHz, where nothing is known of the features.
+_FRAMES_PER_SECOND = 100.0
 
 # Numbers beyond these are refused: far below where sums and products of 64 bits overflow.
 _MAX_COUNT = 2**40
@@ -49,6 +49,15 @@ Features: TypeAlias = dict[str, str | int | float | bool | None]
 """The recipe from audio to mel."""
 
 OTHER_RELEASE = "Build the shards again, or read them with the release that made them."
+
+
+def frames_per_second(features: Features | None) -> float:
+    """Mel frames of a second of speech; for hours in reports, never for data."""
+    known = features or {}
+    rate, hop = known.get("sample_rate"), known.get("hop_length")
+    if not (isinstance(rate, int) and isinstance(hop, int)) or min(rate, hop) < 1:
+        return _FRAMES_PER_SECOND
+    return rate / hop
 
 
 class CodecInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

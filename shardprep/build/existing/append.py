@@ -254,6 +254,7 @@ class _Append:
         report = self.report
         report.added = totals(records)
         report.speakers = len(new.speakers)
+        report.features = new.features
         report.new_speakers = len(new.speakers) - len(self.manifest.speakers)
         report.rejects = [*new.rejects, *(r for record in records for r in record.rejects)]
         report.repeats = list(new.repeats)

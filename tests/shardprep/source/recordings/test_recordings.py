@@ -362,6 +362,14 @@ def test_options_of_the_recipe_reach_the_manifest(audio: Path, tmp_path: Path) -
     assert done.exception is None, done.output
     recipe = FeatureRecipe(n_mels=8, f_max=4000.0, peak_db=None, norm="slaney", hop_length=200)
     assert open_shards(tmp_path / "s").manifest.features == recipe.to_features()
+    told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "s"), "--json"]).stdout
+    about = json.loads(told)
+    assert about["features"] == recipe.to_features()
+    # A frame is 12.5 ms.
+    for split in about["splits"].values():
+        assert split["hours"] == pytest.approx(split["frames"] * 0.0125 / 3600)
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "s")]).stdout
+    assert "hop_length 200" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
