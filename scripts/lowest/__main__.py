@@ -3,9 +3,10 @@
     python -m scripts.lowest
 
 The program makes an environment in a temporary folder, installs this checkout there with the extras
-train, export, http, s3, ray and parquet, and runs on synthetic data: build (also on Ray), verify,
-inspect, train, predict, score, embed and export. PyTorch has the version in constraints.txt,
-because old versions are large and need an old NumPy. Exit codes: 0 all worked, 1 a command failed.
+train, export, http, s3, ray, parquet and audio, and runs on synthetic data: build (also on Ray, and
+from recordings), verify, inspect, train, predict, score, embed and export. PyTorch has the version
+in constraints.txt, because old versions are large and need an old NumPy. Exit codes: 0 all worked,
+1 a command failed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import click
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-EXTRAS = ("torch", "train", "export", "http", "s3", "ray", "parquet")
+EXTRAS = ("torch", "train", "export", "http", "s3", "ray", "parquet", "audio")
 NOT_LOWEST = "torch"
 
 COMMANDS = """
@@ -35,6 +36,9 @@ shardprep predict WORK/runs/smoke --out WORK/submission.csv --labels WORK/data/t
 shardprep score WORK/runs/smoke
 shardprep embed WORK/runs/smoke --out WORK/embeddings.npz
 shardprep export WORK/runs/smoke --out WORK/model.onnx
+python -m scripts.synthetic WORK/voices --recordings --speakers 3 --utterances 4 --test-utterances 0
+shardprep build WORK/voices/recordings WORK/audio --workers 2
+shardprep embed WORK/runs/smoke WORK/voices/recordings --features-from homework --out WORK/a.npz
 """
 
 
