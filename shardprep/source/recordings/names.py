@@ -90,13 +90,17 @@ def is_recording(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not posixpath.basename(name).startswith(".")
 
 
-def key_of_recording(path: str) -> str:
+def key_of_recording(file: str, start: float | None = None, end: float | None = None) -> str:
     """The key of a recording: its path without suffix; a dot in the name becomes a hyphen.
 
-    Readers of tars cut names at their first dot. A piece has its times in its key, with an
-    underscore for the point: a-1_5-2.
+    Readers of tars cut names at their first dot.
+
+    Args:
+        file: Its path, with forward slashes.
+        start: Of a piece, where it begins [s].
+        end: Of a piece, where it ends [s]. Its key has both, with an underscore for the point:
+            a-1_5-2.
     """
-    file, start, end = piece_of(path)
     folder, name = posixpath.split(posixpath.splitext(file)[0])
     name = name.replace(".", "-")
     if start is not None or end is not None:

@@ -144,7 +144,7 @@ class _ListPlaces:
             # Out of the folder: only its last folders tell utterances apart, and keys are short.
             listed = "/".join(os.path.normpath(row.path).replace("..", "").split("/")[-_DEPTH:])
         _check_suffix(listed)
-        return check_key(key_of_recording(_piece(listed, row).path))
+        return check_key(key_of_recording(*_piece(listed, row)))
 
     def find(self, row: Row) -> tuple[str, FileState]:
         """See `Places`."""

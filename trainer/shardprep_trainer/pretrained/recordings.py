@@ -9,17 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from shardprep import machine_errors
+from shardprep import key_of_recording, machine_errors, recordings_in
 from shardprep_trainer.errors import PredictionError
 
-_KINDS = "wav flac mp3 m4a ogg opus aac aif aiff mp4 w64 au caf wma webm amr"
-SUFFIXES = tuple(f".{kind}" for kind in _KINDS.split())
-"""What recordings of a folder end in, in lower case; a file that is named may have any name."""
 _LISTS = (".csv", ".tsv", ".jsonl")
 # Decoding keeps to few threads: a recording of hours takes 100 MB as log-mels.
 _MOST_THREADS = 4
@@ -108,31 +105,19 @@ def _shown(time: float | None) -> str:
     return "the end" if time is None else f"{time:g} s"
 
 
-def _key(path: str) -> str:
-    """A path without suffix; a dot in the name becomes a hyphen, as in the keys of shards."""
-    place = PurePosixPath(path)
-    name = place.stem.replace(".", "-")
-    return str(place.with_name(name)).lstrip("./") if name else path
+def _key(path: str, *times: float | None) -> str:
+    """The key that shards would have, of a path that may lead out of the folder."""
+    return key_of_recording(path, *times).lstrip("./") or path
 
 
 def _of_folder(folder: Path) -> list[Recording]:
-    paths = []
-    for inner, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [
-            Path(inner, name).relative_to(folder).as_posix()
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+    paths = recordings_in(folder)
     if not paths:
         raise PredictionError(
-            f"{folder}: there is no recording in it ({' '.join(SUFFIXES)}); name another folder"
+            f"{folder}: there is no recording in it (wav, flac, mp3, m4a, ogg and others); name "
+            "another folder, or the files"
         )
-    return [Recording(folder / path, _key(path)) for path in sorted(paths)]
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    return [Recording(folder / path, key_of_recording(path)) for path in paths]
 
 
 def _of_list(file: Path) -> list[Recording]:
@@ -174,7 +159,7 @@ def _of_row(row: Any, number: int, file: Path) -> Recording:
             raise PredictionError(
                 f"{file}: line {number}: {name} is {str(value)[:20]!r}, expected seconds"
             ) from None
-    key = row.get("key") or _key(path)
+    key = row.get("key") or _key(path, *times)
     return Recording(file.parent / path, str(key), *times)
 
 
