@@ -38,6 +38,8 @@ _BLOCK = 1 << 19
 # What programs write as a size that they do not know yet, such as FFmpeg into a pipe.
 _UNKNOWN_SIZE = 0xFFFF_0000
 _SIZE = re.compile(r"data\s*:\s*(\d+) \(should be (\d+)\)")
+# libsndfile says so of streams whose length it does not know, or more.
+_UNKNOWN_FRAMES = 2**62
 # A lossy codec adds samples at the beginning and at the end, which not all programs count.
 _SLACK_SECONDS = 0.2
 # FFmpeg has readers that open other files and URLs, which the file names (playlists): only these
@@ -184,9 +186,14 @@ def open_recording(place: Place) -> Iterator[Recording]:
         try:
             try:
                 opened = stack.enter_context(soundfile.SoundFile(file))
-                found = Recording(
-                    opened.samplerate, opened.channels, functools.partial(_read, opened)
-                )
+                if opened.format == "FLAC" and opened.frames >= _UNKNOWN_FRAMES:
+                    # As encoders write to a pipe. libsndfile fails at the end of such.
+                    file.seek(0)
+                    found = stack.enter_context(_open_av(file, "FLAC of unknown length."))
+                else:
+                    found = Recording(
+                        opened.samplerate, opened.channels, functools.partial(_read, opened)
+                    )
             except soundfile.LibsndfileError as error:
                 file.seek(0)
                 fault = _brief(error).rpartition(": ")[2]
@@ -230,8 +237,7 @@ def _blocks(file: Any) -> Iterator[Samples]:
         at += len(block)
         yield _mono(block.T)
     slack = 0 if file.format in _EXACT else _SLACK_SECONDS * file.samplerate
-    # libsndfile does not know the length of some streams.
-    if at + slack < file.frames < 2**62:
+    if at + slack < file.frames < _UNKNOWN_FRAMES:
         raise ValueError(f"is cut off: has {at} of the {file.frames} samples that it claims")
     if not at:
         raise ValueError("has no samples")

@@ -18,13 +18,14 @@ from shardprep.build.pools.pool import ProgressListener, run_shards
 from shardprep.build.shard import Advance, ShardRecord, reject_of
 from shardprep.errors import BuildError, SourceError, needs
 from shardprep.format.index import IndexRow
-from shardprep.format.manifest import Reject, ShardInfo
+from shardprep.format.manifest import MANIFEST_NAME, Reject, ShardInfo
 from shardprep.source.contents import Source
 from shardprep.source.dataset import rejects_error, source_error
 from shardprep.source.metadata import MAPPING, METADATA, TESTDATA
 from shardprep.source.recordings.reader import RecordingReader
 from shardprep.source.scan import scan_source
 from shardprep.storage.local import publish
+from shardprep.storage.remote import Remote, locate
 from shardprep.storage.trouble import storage_errors
 
 
@@ -75,14 +76,15 @@ def write_features(
 
     Raises:
         SourceError: There are no recordings, or one is faulty.
-        BuildError: The folder holds a data set already.
+        BuildError: The folder holds a data set or a shard set already, is that of the
+            recordings, or is a URL.
         MissingExtraError: PyTorch is not installed.
         StorageError: The disk failed.
     """
     with needs("torch"):
         import torch  # noqa: F401
     began = time.monotonic()
-    target = Path(destination)
+    target = _folder(destination)
     scanned = scan_source(source, follow_links=follow_links, recipe=recipe or FeatureRecipe())
     if not isinstance(scanned.reader, RecordingReader):
         raise SourceError("has features, and no recordings", file=scanned.root)
@@ -90,10 +92,15 @@ def write_features(
         raise rejects_error(scanned.rejects, scanned.root)
     with storage_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        if (target / METADATA).exists():
+        if isinstance(scanned.root, Path) and scanned.root.resolve() == target.resolve():
             raise BuildError(
-                f"has a {METADATA} already", file=target, remedy="Name another folder."
+                "is the folder of the recordings", file=target, remedy="Name another folder."
             )
+        for name in (METADATA, MANIFEST_NAME):
+            if (target / name).exists():
+                raise BuildError(
+                    f"has a {name} already", file=target, remedy="Name another folder."
+                )
     options = BuildOptions(
         dtype="float32", val_fraction=0, on_error="skip" if on_error == "skip" else "fail"
     )
@@ -110,6 +117,17 @@ def write_features(
     report.speakers = _write_metadata(target, scanned, rows)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _folder(destination: str | os.PathLike[str]) -> Path:
+    found = locate(destination)
+    if isinstance(found, Remote):
+        raise BuildError(
+            "is a URL, and features are written to a folder of this machine",
+            file=str(found),
+            remedy="Name a folder, or pack the recordings with `shardprep build`.",
+        )
+    return found
 
 
 def _write_files(target: Path, task: ShardTask, advance: Advance) -> ShardRecord:

@@ -10,7 +10,7 @@ from shardprep.build.existing.append import append_shards
 from shardprep.build.options import CHUNK_FRAMES, DEFAULT_ZSTD_LEVEL, BuildOptions
 from shardprep.build.report import BuildReport
 from shardprep.build.writer import build_shards
-from shardprep.cli.output import count, hours, print_json, size
+from shardprep.cli.output import count, hours, one_line, print_json, size
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
 from shardprep.cli.recordings.options import recipe_of, recipe_options
@@ -203,7 +203,8 @@ def _print_summary(report: BuildReport, append: bool) -> None:
             f"{name:<7}{split.samples:>12,}{split.frames:>13,}{speech:>12}"
             f"{split.shards:>8}{size(split.bytes):>12}"
         )
-    click.echo(f"{report.speakers} speakers, {count(len(report.rejects), 'utterance')} rejected")
+    rejected = count(len(report.rejects), "utterance")
+    click.echo(f"{count(report.speakers, 'speaker')}, {rejected} rejected")
     if report.shards_kept:
         click.echo(f"{report.shards_kept} shards kept from the unfinished build")
     if not report.up_to_date:
@@ -248,4 +249,4 @@ def _refusal(report: BuildReport) -> str:
 
 
 def _listed(report: BuildReport) -> str:
-    return "\n".join(f"  {reject.file}: {reject.reason}" for reject in report.rejects)
+    return "\n".join(one_line(f"  {own.file}: {own.reason}") for own in report.rejects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import click
@@ -10,6 +11,8 @@ import msgspec
 from tqdm import tqdm
 
 from shardprep.format.manifest import Features, frames_per_second
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def size(nbytes: float) -> str:
@@ -29,6 +32,11 @@ def hours(frames: int, features: Features | None) -> str:
 def count(number: int, noun: str) -> str:
     """A number of things, e.g. 1 utterance or 2 utterances."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def one_line(text: str) -> str:
+    """A text with names from files, which must not move the cursor of a terminal."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_json(content: Any) -> None:

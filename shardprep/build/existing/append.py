@@ -28,6 +28,7 @@ from shardprep.build.existing.finished import (
     changed_files,
     check_sizes,
     differing,
+    other_features,
     read_again,
     remember,
     remembered,
@@ -126,11 +127,11 @@ def append_shards(
     with contextlib.ExitStack() as held:
         # This completes an append that was interrupted while it put its files into place.
         work = None if options.dry_run else held.enter_context(claim(target, overwrite=True))
+        recipe = options.recipe or known_recipe(load_manifest(target).features)
+        if recipe is not None and options.recipe is None and options.n_mels is not None:
+            recipe = replace(recipe, n_mels=options.n_mels)
         scanned = scan_source(
-            source,
-            follow_links=options.follow_links,
-            n_mels=options.n_mels,
-            recipe=options.recipe or known_recipe(load_manifest(target).features),
+            source, follow_links=options.follow_links, n_mels=options.n_mels, recipe=recipe
         )
         if not scanned.utterances:
             raise nothing_to_pack(scanned)
@@ -337,15 +338,17 @@ class _Append:
 
 def _check_alike(manifest: Manifest, target: Location, source: Source) -> None:
     """BuildError if a set and a source differ in what all utterances of a set have in common."""
-    for name in ("n_mels", "features"):
-        found, expected = getattr(source, name), getattr(manifest, name)
-        if found != expected:
-            raise BuildError(
-                f"the set has {name} {expected}, and {source.root} has {found}",
-                file=target,
-                key=name,
-                remedy="Build the data set into a folder of its own.",
-            )
+    if source.n_mels != manifest.n_mels:
+        key = "n_mels"
+        what = f"the set has n_mels {manifest.n_mels}, and {source.root} has {source.n_mels}"
+    elif source.features != manifest.features:
+        key = "features"
+        other = other_features(manifest.features, source.features)
+        what = f"the set has features that {source.root} has not ({other})"
+    else:
+        return
+    remedy = "Build the data set into a folder of its own."
+    raise BuildError(what, file=target, key=key, remedy=remedy)
 
 
 def _checked(rejects: FileInfo | None, target: Location) -> FileInfo | None:

@@ -21,7 +21,7 @@ from shardprep.build.plan import ShardTask
 from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import check_shard
 from shardprep.errors import BuildError, StorageError
-from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Manifest
+from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Features, Manifest
 from shardprep.format.source_times import decode_times, encode_times, times_size
 from shardprep.read.files import Files, Origin, files_at
 from shardprep.read.sidecars import load_index, read_rejects
@@ -71,16 +71,20 @@ def check_sizes(manifest: Manifest, target: Location, remedy: str) -> None:
             )
 
 
+def other_features(features: Features | None, asked: Features | None) -> str:
+    """In what the features of a set are others than those that are asked for."""
+    found, wanted = features or {}, asked or {}
+    return "; ".join(
+        f"{name} {found.get(name)}, not {wanted.get(name)}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    )
+
+
 def _differences(manifest: Manifest, source: Source, options: BuildOptions) -> Iterator[str]:
     """How a finished set was built otherwise than this build would build it."""
     if source.features != manifest.features:
-        found, wanted = manifest.features or {}, source.features or {}
-        other = [
-            f"{name} {found.get(name)}, not {wanted.get(name)}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        yield f"with other features ({'; '.join(other)})"
+        yield f"with other features ({other_features(manifest.features, source.features)})"
     elif source.fingerprint != manifest.source_fingerprint:
         yield "from another source"
 

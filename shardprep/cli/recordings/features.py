@@ -8,7 +8,7 @@ import click
 
 from shardprep.audio.recipe import FeatureRecipe
 from shardprep.build.homework import write_features
-from shardprep.cli.output import count, print_json
+from shardprep.cli.output import count, one_line, print_json
 from shardprep.cli.places import Place
 from shardprep.cli.progress import BuildProgress
 from shardprep.cli.recordings.options import recipe_of, recipe_options
@@ -65,4 +65,4 @@ def features(source: Location, destination: str, as_json: bool, **options: Any) 
             f"{count(report.speakers, 'speaker')}, {report.frames:,} frames, {report.seconds:.1f} s"
         )
     for reject in report.rejects:
-        click.echo(f"warning: left out {reject.file}: {reject.reason}", err=True)
+        click.echo(one_line(f"warning: left out {reject.file}: {reject.reason}"), err=True)

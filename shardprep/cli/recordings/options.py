@@ -10,6 +10,7 @@ import click
 
 from shardprep.audio.recipe import FeatureRecipe
 from shardprep.build.known_features import HOMEWORK, recipe_at
+from shardprep.errors import SourceError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _DEFAULT = FeatureRecipe()
@@ -81,7 +82,7 @@ def recipe_of(options: dict[str, Any]) -> FeatureRecipe | None:
         options: All options of a command, by name.
 
     Raises:
-        SourceError: A value that cannot be.
+        UsageError: A value that cannot be, or --features-from with another option.
         FormatError: --features-from names nothing that has a recipe.
     """
     place = options.pop("features_from")
@@ -102,4 +103,8 @@ def recipe_of(options: dict[str, Any]) -> FeatureRecipe | None:
                 f"--features-from has the whole recipe: leave out --{others[0].replace('_', '-')}"
             )
         return recipe_at(place)
-    return FeatureRecipe(**given)
+    try:
+        return FeatureRecipe(**given)
+    except SourceError as error:
+        name = str(error.key).replace("_", "-")
+        raise click.BadParameter(error.what, param_hint=f"'--{name}'") from None

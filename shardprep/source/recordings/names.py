@@ -73,7 +73,8 @@ def seconds(text: str, name: str) -> float | None:
         return None
     try:
         found = float(text)
-        if not 0 <= found < math.inf:
+        # Python takes 1_5 for 15.
+        if not 0 <= found < math.inf or "_" in text:
             raise ValueError
     except ValueError:
         raise ValueError(f"{name} is {text[:20]!a}, expected seconds from 0") from None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardprep.audio.recipe import FeatureRecipe
-from shardprep.errors import needs
+from shardprep.errors import SourceError, needs
 from shardprep.source.contents import Source
 from shardprep.source.dataset import Finder
 from shardprep.source.listing import FileState, listing_of
@@ -83,7 +83,11 @@ def scan_wav_scp(scp: Path, recipe: FeatureRecipe, *, follow_links: bool = False
     if exists(root / SEGMENTS):
         for number, (key, rest) in enumerate(columns(root / SEGMENTS), 1):
             recording, *times = rest.split()
-            start, end = times if len(times) == 2 else ("", "?")
+            if len(times) != 2:
+                what = f"line {number} has {2 + len(times)} values, expected 4"
+                remedy = "It has the columns utterance, recording, start and end."
+                raise SourceError(what, file=root / SEGMENTS, remedy=remedy)
+            start, end = times
             path = recordings.get(recording, "")
             own = Row(number, path, speakers.get(key, ""), key=key, start=start, end=end)
             # Kaldi writes -1 for the end of the recording.

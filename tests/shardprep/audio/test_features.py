@@ -321,6 +321,20 @@ def test_a_wav_from_a_pipe_whose_header_knows_no_size_is_whole() -> None:
         np.testing.assert_array_equal(samples, unwav(wav(speech(0.1))).astype(np.float32))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_flac_from_a_pipe_whose_header_knows_no_length_is_whole(channels: int) -> None:
+    data = bytearray(encoded(np.stack([speech(1)] * channels, axis=-1), 16_000, "FLAC"))
+    one = read_audio(bytes(data), sample_rate=16_000)
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    np.testing.assert_array_equal(read_audio(bytes(data), sample_rate=16_000), one)
+    piece = read_audio(bytes(data), sample_rate=16_000, start=0.25, end=0.5)
+    np.testing.assert_array_equal(piece, one[4000:8000])
+    with pytest.raises(ValueError, match="before the piece"):
+        read_audio(bytes(data), sample_rate=16_000, start=0.5, end=2)
+    with pytest.raises(ValueError, match="cannot be decoded|no samples|no recording"):
+        read_audio(bytes(data[:2000]), sample_rate=16_000)
+
+
 @pytest.mark.parametrize(
     "listed",
     [

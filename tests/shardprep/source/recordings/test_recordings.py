@@ -127,8 +127,12 @@ def test_more_recordings_are_appended_with_the_features_of_the_set(
     report = append_shards(more, tmp_path / "s")
     assert (report.new_speakers, sum(s.samples for s in report.added.values())) == (1, 2)
     assert len(found_in(tmp_path / "s")) == len(voices) + 2
-    with pytest.raises(BuildError, match="the set has features"):
-        append_shards(more, tmp_path / "s", BuildOptions(recipe=FeatureRecipe(n_mels=8)))
+    for options, said in (
+        (BuildOptions(recipe=FeatureRecipe(n_mels=8)), r"\(f_max 4000\.0, not 8000\.0\)\. Build"),
+        (BuildOptions(n_mels=9), "n_mels: the set has n_mels 8, and .* has 9"),
+    ):
+        with pytest.raises(BuildError, match=said):
+            append_shards(more, tmp_path / "s", options)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -186,6 +190,14 @@ def test_kaldis_directory_of_recordings(
     assert found_in(tmp_path / "s2").keys() == {"utt0", "utt1", "utt2", "utt3", "rec"}
 
 
+def test_a_line_of_segments_has_four_values(audio: Path, tmp_path: Path, build: Build) -> None:
+    (audio / "wav.scp").write_text("rec a/00000.wav\n")
+    (audio / "utt2spk").write_text("u a\n")
+    (audio / "segments").write_text("u rec 0 0.3 1\n")
+    with pytest.raises(SourceError, match=r"segments: line 1 has 5 values, expected 4\. It has"):
+        build(audio, tmp_path / "s")
+
+
 def test_splits_may_be_folders(voices: Files, tmp_path: Path, build: Build) -> None:
     files = {}
     for number, (name, data) in enumerate(voices.items()):
@@ -241,6 +253,7 @@ def test_faulty_recordings_are_named_or_left_out(
         ("a/00000.wav,a,2,1", "end is 1, not after start, 2"),
         ("a/00000.wav,a,x,", "start is 'x', expected seconds"),
         ("a/00000.wav,a,-1,", "start is '-1', expected seconds"),
+        ("a/00000.wav,a,0_0,", "start is '0_0', expected seconds"),
         ("a/00000.wav,a,500,501", "before the piece"),
         ("a/missing.wav,a,,", "does not exist"),
         ("a/00000.npy,a,,", "ends in none of"),
@@ -333,6 +346,12 @@ def test_features_write_the_homeworks_layout(
         write_features(audio, tmp_path / "Dataset")
     with pytest.raises(SourceError, match="has features, and no recordings"):
         write_features(tmp_path / "Dataset", tmp_path / "other", NARROW)
+    with pytest.raises(BuildError, match=r"has a manifest\.json already"):
+        write_features(audio, tmp_path / "s")
+    with pytest.raises(BuildError, match="is the folder of the recordings"):
+        write_features(audio / "list.csv", audio)
+    with pytest.raises(BuildError, match="is a URL"):
+        write_features(audio, "memory://features")
 
 
 def test_features_are_those_of_a_set_or_a_model(
@@ -394,6 +413,24 @@ def test_a_recipe_that_cannot_be_is_refused(name: str, value: Any) -> None:
     with pytest.raises(SourceError) as caught:
         FeatureRecipe(**{name: value})
     assert caught.value.key == name
+
+
+def test_an_option_that_cannot_be_is_wrong_usage(audio: Path, tmp_path: Path) -> None:
+    for command in ("build", "features"):
+        words = [command, str(audio), str(tmp_path / "s"), "--f-max", "9000"]
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 2
+        assert "'--f-max': is 9000.0, expected at most half of sample_rate" in done.output
+
+
+def test_names_of_faulty_recordings_do_not_move_the_cursor(voices: Files, tmp_path: Path) -> None:
+    (good,) = [data for name, data in voices.items() if name == "a/00000.wav"]
+    write(tmp_path / "audio", {"a/0.wav": good, "a/x\x1b[2J\n\x9b1m.wav": b""})
+    for words in (["build", "--dry-run"], ["features", "--on-error", "skip"]):
+        at = [str(tmp_path / "audio"), str(tmp_path / "out"), "--workers", "1"]
+        done = CliRunner().invoke(cli, [words[0], *at, *words[1:]])
+        assert r"a/x\x1b[2J\n\x9b1m.wav: " in done.output
+        assert not {"\x1b", "\x9b"} & {*done.output}
 
 
 def test_a_recipe_survives_its_features() -> None:
