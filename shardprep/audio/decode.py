@@ -99,9 +99,9 @@ class Recording:
             ValueError: The recording is damaged, longer than `MOST_HOURS`, ends before `end`, or
                 has a sample that is no number.
         """
-        begin = round((start or 0) * self.rate)
-        last = None if end is None else round(end * self.rate)
-        if begin < 0 or (last is not None and last <= begin):
+        begin = sample_at(start or 0, self.rate)
+        last = None if end is None else sample_at(end, self.rate)
+        if last is not None and last <= begin:
             raise ValueError(f"the piece from {start or 0} s to {end} s has no samples")
         at, blocks = self._blocks(begin)
         for block in blocks:
@@ -117,6 +117,13 @@ class Recording:
         if at <= begin or (last is not None and last - at > _SLACK_SECONDS * self.rate):
             what = f"from {start or 0} s" + ("" if end is None else f" to {end} s")
             raise ValueError(f"ends at {at / self.rate:.2f} s, before the piece {what} does")
+
+
+def sample_at(time: float, rate: int) -> int:
+    """The sample of a time [s]. ValueError if no recording that is taken has it."""
+    if not 0 <= time <= MOST_HOURS * 3600:
+        raise ValueError(f"{time} s is no time of a recording, expected 0 s to {MOST_HOURS} hours")
+    return round(time * rate)
 
 
 def check_finite(samples: Samples) -> None:
@@ -216,17 +223,24 @@ def _check_kind(head: bytes) -> None:
 
 def _read(file: Any, begin: int) -> tuple[int, Iterator[Samples]]:
     """The samples of a recording that soundfile has opened; see `Recording`."""
+    import soundfile
+
     sizes = _SIZE.search(file.extra_info)
     if sizes and int(sizes[1]) < _UNKNOWN_SIZE:
         raise ValueError(f"is cut off: has {sizes[2]} of the {sizes[1]} bytes that it claims")
     exact = file.format in _EXACT and begin < file.frames
-    return file.seek(begin) if exact and begin else 0, _blocks(file)
+    if not exact or not begin or not file.seekable():
+        return 0, _blocks(file, 0)
+    try:
+        return file.seek(begin), _blocks(file, begin)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"cannot be decoded from sample {begin} on ({_brief(error)})") from None
 
 
-def _blocks(file: Any) -> Iterator[Samples]:
+def _blocks(file: Any, at: int) -> Iterator[Samples]:
     import soundfile
 
-    at, length = file.tell(), max(1, _BLOCK // file.channels)
+    length = max(1, _BLOCK // file.channels)
     while True:
         try:
             block = file.read(length, dtype="float32", always_2d=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.audio.decode import MOST_HOURS, Samples, check_finite, open_recording
+from shardprep.audio.decode import MOST_HOURS, Samples, check_finite, open_recording, sample_at
 from shardprep.audio.mel import MelStream
 from shardprep.audio.recipe import LEAST_RATE, MOST_RATE, FeatureRecipe
 from shardprep.audio.resample import resample
@@ -134,8 +134,8 @@ def _blocks(
         own = rate or to
         if not LEAST_RATE <= own <= MOST_RATE:
             raise ValueError(f"the rate is {own} Hz, expected {LEAST_RATE} to {MOST_RATE}")
-        begin = round((start or 0) * own)
-        samples = _channel(audio)[begin : None if end is None else round(end * own)]
+        begin = sample_at(start or 0, own)
+        samples = _channel(audio)[begin : None if end is None else sample_at(end, own)]
         if len(samples) > MOST_HOURS * 3600 * own:
             raise ValueError(f"is longer than {MOST_HOURS} hours: cut it into pieces")
         parts = (samples[at : at + _BLOCK] for at in range(0, len(samples), _BLOCK))

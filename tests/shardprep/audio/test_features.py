@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -239,6 +240,27 @@ def test_a_piece_is_cut_at_its_samples(kind: str) -> None:
     piece = read_audio(data, sample_rate=8000, start=0.5, end=2.25)
     np.testing.assert_array_equal(piece, whole[4000:18000])
     np.testing.assert_array_equal(read_audio(data, sample_rate=8000, start=2.5), whole[20_000:])
+
+
+def test_a_kind_that_cannot_be_entered_in_the_middle_is_read_from_the_beginning() -> None:
+    data = encoded(speech(1, rate=8000), 8000, "WAV", "GSM610")
+    whole = read_audio(data, sample_rate=8000)
+    piece = read_audio(data, sample_rate=8000, start=0.25, end=0.5)
+    np.testing.assert_array_equal(piece, whole[2000:4000])
+
+
+def test_a_piece_of_a_damaged_flac_is_refused() -> None:
+    data = encoded(speech(4), 16_000, "FLAC")[:30_000]
+    with pytest.raises(ValueError, match=r"cannot be decoded from sample 48000 on \(\w"):
+        audio_features(data, HOMEWORK, start=3)
+
+
+@pytest.mark.parametrize("time", [-1.0, 86_401.0, 1e308, math.inf, math.nan])
+def test_a_time_that_no_recording_has_is_refused(time: float) -> None:
+    for audio in (wav(speech(0.5)), speech(0.5)):
+        for times in ({"start": time}, {"end": time}):
+            with pytest.raises(ValueError, match="s is no time of a recording"):
+                read_audio(audio, sample_rate=16_000, **times)
 
 
 def test_values_are_rounded_to_the_type_of_the_shards() -> None:

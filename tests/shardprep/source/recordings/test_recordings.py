@@ -255,6 +255,7 @@ def test_faulty_recordings_are_named_or_left_out(
         ("a/00000.wav,a,-1,", "start is '-1', expected seconds"),
         ("a/00000.wav,a,0_0,", "start is '0_0', expected seconds"),
         ("a/00000.wav,a,500,501", "before the piece"),
+        ("a/00000.wav,a,,1e308", "no time of a recording"),
         ("a/missing.wav,a,,", "does not exist"),
         ("a/00000.npy,a,,", "ends in none of"),
         ("../other.wav,a,,", "outside"),
