@@ -133,6 +133,46 @@ def check_finite(samples: Samples) -> None:
         raise ValueError("has samples that are not finite numbers (of less than 10^12)")
 
 
+class _Tagged:
+    """An MPEG stream behind an empty ID3 tag.
+
+    libsndfile looks for a file beside one whose kind it does not see at once, under a name that
+    begins with `._`: without a tag, what an mp3 gives would depend on the current folder.
+    """
+
+    _TAG = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._at = 0
+
+    @staticmethod
+    def fits(head: bytes) -> bool:
+        """Whether a file begins with a frame of MPEG audio."""
+        return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+
+    def read(self, size: int = -1) -> bytes:
+        end = None if size < 0 else self._at + size
+        found = self._TAG[self._at : end]
+        if end is None or end > len(self._TAG):
+            self._file.seek(max(0, self._at - len(self._TAG)))
+            found += self._file.read(-1 if end is None else size - len(found))
+        self._at += len(found)
+        return found
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = self._at if whence == 1 else 0
+        if whence == 2:
+            base = self._file.seek(0, 2) + len(self._TAG)
+        if base + offset < 0:
+            raise ValueError("before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
 class _Watched:
     """A file whose reader, in C, cannot pass on the errors of the system.
 
@@ -140,7 +180,7 @@ class _Watched:
         error: The first of them.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | _Tagged) -> None:
         self._file = file
         self.error: OSError | None = None
 
@@ -184,12 +224,12 @@ def open_recording(place: Place) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         if not isinstance(place, bytes):
             binary: BinaryIO = stack.enter_context(open_regular(place))
-            _check_kind(binary.read(_HEAD))
-            binary.seek(0)
         else:
-            _check_kind(place[:_HEAD])
             binary = io.BytesIO(place)
-        file = _Watched(binary)
+        head = binary.read(_HEAD)
+        _check_kind(head)
+        binary.seek(0)
+        file = _Watched(_Tagged(binary) if _Tagged.fits(head) else binary)
         try:
             try:
                 opened = stack.enter_context(soundfile.SoundFile(file))
@@ -202,7 +242,9 @@ def open_recording(place: Place) -> Iterator[Recording]:
                         opened.samplerate, opened.channels, functools.partial(_read, opened)
                     )
             except soundfile.LibsndfileError as error:
-                file.seek(0)
+                if file.error is None:
+                    binary.seek(0)
+                    file = _Watched(binary)
                 fault = _brief(error).rpartition(": ")[2]
                 found = stack.enter_context(_open_av(file, fault))
             yield found

@@ -437,6 +437,23 @@ def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
         audio_features(path, HOMEWORK)
 
 
+def test_an_mp3_does_not_depend_on_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(speech(3), 16_000, "MP3")
+    assert data[:1] == b"\xff"
+    expected = read_audio(data, sample_rate=16_000)
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        np.testing.assert_array_equal(expected, file.read(dtype="float32"))
+    # Where libsndfile looks for a resource fork.
+    (tmp_path / ".AppleDouble").mkdir()
+    (tmp_path / "._").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(read_audio(data, sample_rate=16_000), expected)
+    with pytest.raises(ValueError, match="is cut off"):
+        read_audio(data[:9000], sample_rate=16_000)
+
+
 def test_a_missing_file_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         audio_features(tmp_path / "a.wav", HOMEWORK)
