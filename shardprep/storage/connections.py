@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import threading
@@ -87,7 +89,7 @@ def _connect(url: str) -> Any:
         # The user's configuration of fsspec has precedence.
         options[name] = {**value, **fsspec.config.conf.get(protocol, {}).get(name, {})}
     try:
-        return fsspec.core.url_to_fs(url, **options)[0]
+        system = fsspec.core.url_to_fs(url, **options)[0]
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         fix = f"pip install 'shardprep[{extra}]'" if extra else "Install it."
@@ -96,3 +98,16 @@ def _connect(url: str) -> Any:
         ) from None
     except ValueError as error:
         raise StorageError(f"is no URL that fsspec knows ({error})", file=url) from None
+    if (close := getattr(system, "close_session", None)) is not None:
+        system.close_session = functools.partial(_close_quietly, close)
+    return system
+
+
+def _close_quietly(close: Callable[..., object], *session: object) -> None:
+    """Close the connections of a file system, as a process ends.
+
+    A thread may be fetching still, and change what is being closed. Nobody needs to know of that:
+    Python would print a traceback.
+    """
+    with contextlib.suppress(Exception):
+        close(*session)

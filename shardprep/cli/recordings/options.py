@@ -71,7 +71,7 @@ def recipe_options(command: _Command) -> _Command:
         "--features-from",
         metavar="PLACE",
         help="Take the recipe of a shard set, a run or a model, or the word "
-        f"{HOMEWORK}. Where SRC is features, this says how they were made.",
+        f"{HOMEWORK}. Where the source is features, this says how they were made.",
     )(command)
 
 

@@ -69,3 +69,21 @@ def test_the_users_configuration_of_fsspec_is_kept(monkeypatch: pytest.MonkeyPat
     with pytest.raises(StorageError, match="seen"):
         Remote("s3://bucket/x").read()
     assert given == [{**connections._S3["config_kwargs"], **own}]
+
+
+def test_closing_connections_at_the_end_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.http import HTTPFileSystem
+
+    closed: list[tuple[object, ...]] = []
+
+    def close(*session: object) -> None:
+        closed.append(session)
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(HTTPFileSystem, "close_session", staticmethod(close))
+    connections.forget_connections()
+    system = connections.filesystem("http://127.0.0.1/a")
+    # What fsspec registers for the end of the process.
+    system.close_session("loop", "session")
+    assert closed == [("loop", "session")]
+    connections.forget_connections()
