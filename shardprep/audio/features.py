@@ -131,7 +131,7 @@ def _blocks(
 ) -> Iterator[Samples]:
     """The samples of a recording at the rate `to`, in blocks (N,)."""
     if isinstance(audio, np.ndarray):
-        own = rate or to
+        own = to if rate is None else rate
         if not LEAST_RATE <= own <= MOST_RATE:
             raise ValueError(f"the rate is {own} Hz, expected {LEAST_RATE} to {MOST_RATE}")
         begin = sample_at(start or 0, own)

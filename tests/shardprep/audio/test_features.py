@@ -218,6 +218,11 @@ def test_a_sample_is_quiet_by_its_exact_value() -> None:
     assert len(audio_features(samples, quiet)) == 600 // 160 + 1
 
 
+def test_a_rate_of_0_is_no_rate() -> None:
+    with pytest.raises(ValueError, match="the rate is 0 Hz, expected 1000 to"):
+        audio_features(np.full(9000, 0.5), HOMEWORK, rate=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_samples_of_any_size_are_taken_or_refused(dtype: str) -> None:
     huge = np.full((2, 9000), 3e38, dtype)

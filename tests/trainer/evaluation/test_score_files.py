@@ -36,6 +36,7 @@ def test_ours_is_read_back_to_the_bit(tmp_path: Path) -> None:
         ["1 0.5 a b", "0 -0.5 a c"],
         ["a b 1 5e-1", "a c 0 -.5"],
         ["a,b,0.5,1", "a,c,-0.5,0"],
+        ['"enroll","test","score","target"', '"a","b",0.5,1', '"a","c",-0.5,0'],
         ["label\tscore\tenroll\ttest", "1\t0.5\ta\tb", "0\t-0.5\ta\tc"],
     ],
 )
@@ -84,6 +85,7 @@ def test_a_list_says_which_scores_count_in_which_order(tmp_path: Path) -> None:
         ("a b 1 1\na c 0 0\n", r"cannot be told \(2, 0 and 2 "),
         ("a b .5 1\na b .6 1\n", "line 2: a b has another score than in line 1"),
         ("a b .5 1\n", r"trials\.txt, line 2: .*scores\.txt has no score of a c; score all"),
+        ("enroll test score score\na b .5 .6\n", "names the column 'score' twice; leave one"),
         (".5 1\n.4 0\n", "has no names of utterances, by which --trials"),
         ("x/c d .5\ny/c d .5\na b .1\n", "line 2: c stands for several utterances"),
     ],

@@ -189,6 +189,17 @@ def test_to_identify_is_to_rank_the_scores_of_the_head(run: Path, audio: Path) -
     assert [match.speaker for match in found] == expected[:2]
     assert found[0].score == pytest.approx(float(scores.max()), abs=1e-5)
     assert [len(each) for each in model.identify([path, path])] == [3, 3]
+    for top in (0, -1):
+        with pytest.raises(ValueError, match=f"top is {top}, expected 1 or more"):
+            model.identify(path, top=top)
+
+
+def test_mels_may_be_tensors_of_any_kind(run: Path) -> None:
+    model = SpeakerModel.from_pretrained(run)
+    mel = torch.arange(200.0).reshape(5, 40).div(16).bfloat16()
+    expected = model.embed(mel.float().numpy())
+    for found in (mel, mel.float().requires_grad_()):
+        np.testing.assert_array_equal(model.embed(found), expected)
 
 
 def test_what_is_no_mel_is_refused(run: Path) -> None:

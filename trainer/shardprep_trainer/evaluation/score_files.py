@@ -153,6 +153,11 @@ def read_scores(path: Path) -> ScoreFile:
     divide = _divider(rows[0][1])
     header = [field.lower() for field in divide(rows[0][1])]
     named = "score" in header
+    if named and len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise PredictionError(
+            f"{path}: the header names the column {twice[:40]!a} twice; leave one of them"
+        )
     fields = [(number, divide(line)) for number, line in rows[named:]]
     width = len(header)
     for number, row in fields:
@@ -184,9 +189,11 @@ def _numbered(sides: tuple[list[str], list[str]]) -> dict[str, int]:
 
 def _divider(line: str) -> Callable[[str], list[str]]:
     """How a line is divided into fields: at tabs or commas where the first line has some."""
-    for mark in ("\t", ","):
-        if mark in line:
-            return lambda text: [field.strip() for field in text.split(mark)]
+    if "\t" in line:
+        return lambda text: [field.strip() for field in text.split("\t")]
+    if "," in line:
+        # R puts names between quotation marks.
+        return lambda text: [field.strip().strip('"') for field in text.split(",")]
     return str.split
 
 

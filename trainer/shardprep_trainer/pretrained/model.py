@@ -276,14 +276,17 @@ class SpeakerModel(
         Args:
             audio: A recording or a list, as `embed_audio` takes them.
             rate: Of samples, their rate [Hz]; None for the recipe's.
-            top: How many speakers.
+            top: How many speakers, at least 1.
 
         Returns:
             Of a recording the speakers, the best first; of a list, one such list each.
 
         Raises:
+            ValueError: `top` is less than 1.
             PredictionError: As `embed_audio`.
         """
+        if top < 1:
+            raise ValueError(f"top is {top}, expected 1 or more")
         if not isinstance(audio, list):
             return self.best(self._one(audio, rate).scores, top)
         return [self.best(usable(*found).scores, top) for found in self.use(audio, rate)]
@@ -335,7 +338,11 @@ class SpeakerModel(
 
     def _checked(self, mel: Mel | torch.Tensor) -> Mel:
         """A mel as shards store it. ValueError if it is none."""
-        found = mel.cpu().numpy() if isinstance(mel, torch.Tensor) else np.asarray(mel)
+        if isinstance(mel, torch.Tensor):
+            mel = mel.detach().cpu()
+            # NumPy has no bfloat16.
+            mel = (mel.float() if mel.dtype == torch.bfloat16 else mel).numpy()
+        found = np.asarray(mel)
         n_mels = self.checkpoint.n_mels
         if found.ndim != 2 or not len(found) or found.shape[1] != n_mels:
             raise ValueError(f"has the shape {found.shape}, expected (frames, {n_mels})")
