@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -18,10 +19,14 @@ from shardprep_trainer.pretrained.options import (
 from shardprep_trainer.pretrained.recordings import Recording, find_recordings
 from shardprep_trainer.pretrained.results import Match
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 def _lines(recording: Recording, matches: list[Match]) -> str:
-    width = max(len(match.speaker) for match in matches)
-    rows = [f"  {match.speaker:<{width}}  {match.score:8.4f}" for match in matches]
+    # Names come from files. They must not move the cursor of a terminal.
+    names = [_CONTROL.sub(lambda found: ascii(found[0])[1:-1], each.speaker) for each in matches]
+    width = max(map(len, names))
+    rows = [f"  {name:<{width}}  {m.score:8.4f}" for name, m in zip(names, matches, strict=True)]
     return "\n".join([str(recording), *rows])
 
 

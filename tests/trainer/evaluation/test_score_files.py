@@ -53,6 +53,12 @@ def test_columns_are_known_by_what_they_hold(rows: list[str], tmp_path: Path) ->
     assert (trials.enroll[0] == trials.enroll[1], trials.test[0] == trials.test[1]) == (True, False)
 
 
+def test_a_header_may_call_the_names_what_it_likes(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("utt1,utt2,Score,label\na,b,0.5,1\na,c,-0.5,0\n")
+    assert read_scores(path).sides == (["a", "a"], ["b", "c"])
+
+
 def test_without_names_every_trial_is_of_others(tmp_path: Path) -> None:
     path = tmp_path / "scores.txt"
     path.write_text("0.5 1\n0.1 0\n0.7 1\n")

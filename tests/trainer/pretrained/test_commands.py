@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 
 import shardprep
 from shardprep_trainer import SpeakerModel, compare, embed, identify
+from shardprep_trainer.pretrained.recordings import Recording
+from shardprep_trainer.pretrained.results import Match
 
 
 def run_command(command: Command, *words: object) -> Result:
@@ -67,6 +69,16 @@ def test_identify_prints_the_best_speakers_of_each_recording(run: Path, audio: P
     assert "embedded in 3 pieces" in result.stderr
     lines = run_command(identify.main, run, paths[0], "--top", 1).stdout.splitlines()
     assert lines == [str(paths[0]), f"  {expected[0][0].speaker}  {expected[0][0].score:8.4f}"]
+
+
+def test_names_of_speakers_do_not_move_the_cursor() -> None:
+    matches = [Match("a\x1b[2J\nb", 0.5), Match("Zoë", 0.25)]
+    lines = identify._lines(Recording(Path("x.wav"), "x"), matches)
+    assert lines.split("\n") == [
+        "x.wav",
+        "  a\\x1b[2J\\nb    0.5000",
+        "  Zoë            0.2500",
+    ]
 
 
 def test_embed_writes_parquet_with_a_row_a_recording(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprep_trainer.checkpoint.state import Checkpoint, unfit
-from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.errors import CheckpointError, ConfigError
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
 
@@ -96,7 +96,13 @@ def start_from(
                 weights[name] = own.clone()
                 for here, there in both:
                     weights[name][here] = found[there].to(own.dtype)
-    load_weights(model, weights, checkpoint.file)
+    try:
+        load_weights(model, weights, checkpoint.file)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; train.start_from takes a model of the recipe and sizes of this run: give "
+            "--config the config.yaml of the run that the model is from"
+        ) from error
     known = set(checkpoint.speakers)
     return tuple(name for name in speakers if name not in known)
 

@@ -170,6 +170,10 @@ def read_scores(path: Path) -> ScoreFile:
     if named:
         roles = dict(zip(header, columns, strict=True))
         roles["target"] = roles.get("target", roles.get("label", []))
+        # Whatever the header calls them, two further columns are the names.
+        others = [name for name in header if name not in (*HEADER, "label")]
+        if len(others) == 2 and not {"enroll", "test"} & set(header):
+            roles["enroll"], roles["test"] = (roles[name] for name in others)
     else:
         roles = _roles(path, columns)
     numbers = [number for number, _ in fields]
