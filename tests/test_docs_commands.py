@@ -175,6 +175,8 @@ def test_the_command_lines_take_the_commands_of_a_page(
     # Whether a folder is there is another question.
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
     monkeypatch.chdir(tmp_path)
+    Path("runs/voices").mkdir(parents=True)
+    Path("runs/voices/config.yaml").write_text("name: voices\n")
     for command in commands(page):
         try:
             check(command)

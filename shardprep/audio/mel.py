@@ -129,6 +129,11 @@ def filterbank(recipe: FeatureRecipe) -> NDArray[np.float64]:
     return bank
 
 
+def empty_bins(recipe: FeatureRecipe) -> int:
+    """How many mel bins are so narrow that they hold no frequency: their values are constant."""
+    return len(_tables(recipe)[-1])
+
+
 def _edges(recipe: FeatureRecipe) -> NDArray[np.float64]:
     """Frequencies (F + 2,) at which triangles begin, peak and end [Hz]."""
     to_mel, to_hz = _SCALES[recipe.mel_scale]

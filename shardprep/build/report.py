@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, field
 
+from shardprep.audio.mel import empty_bins
+from shardprep.audio.recipe import known_recipe
 from shardprep.build.shard import ShardRecord
 from shardprep.build.work import split_of
 from shardprep.format.manifest import Features, Reject
 from shardprep.source.contents import Source, Utterance
 from shardprep.source.metadata import TESTDATA
+from shardprep.source.recordings.reader import RecordingReader
 
 # Speakers that a note names.
 _SHOWN = 10
+# So few speakers are more likely a mistake than a set.
+_FEW_SPEAKERS = 4
 
 
 @dataclass
@@ -86,6 +91,7 @@ def fill_report(report: BuildReport, source: Source, records: list[ShardRecord])
     """Put into the report what the records of a build say."""
     report.splits = totals(records)
     report.features = source.features
+    note_recordings(report, source)
     report.rejects = [*source.rejects, *(r for record in records for r in record.rejects)]
     if "val" not in report.splits:
         report.notes.append("there is no val split: no speaker can spare an utterance for it")
@@ -102,6 +108,23 @@ def totals(records: Iterable[ShardRecord]) -> dict[str, SplitReport]:
             info = record.info
             split.add(SplitReport(info.samples, info.frames, 1, info.bytes))
     return found
+
+
+def note_recordings(report: BuildReport, source: Source) -> None:
+    """Note what is likely a mistake where recordings are packed."""
+    recipe = known_recipe(source.features)
+    if recipe is None or not isinstance(source.reader, RecordingReader):
+        return
+    if empty := empty_bins(recipe):
+        report.notes.append(
+            f"{empty} of {recipe.n_mels} mel bins are so narrow that they hold no frequency of the "
+            "transform, and are constant; take fewer with --n-mels, or a larger --n-fft"
+        )
+    if len(source.speakers) < _FEW_SPEAKERS:
+        # Perhaps the folder above that of the speakers was named.
+        report.notes.append(
+            f"the speakers are {', '.join(source.speakers)}: of a folder, the first folders in it"
+        )
 
 
 def note_repeats(report: BuildReport, source: Source) -> None:

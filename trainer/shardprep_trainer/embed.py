@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 from click.core import ParameterSource
+from tqdm import tqdm
 
 from shardprep import MissingExtraError, publish
 from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors, tell
@@ -80,7 +81,8 @@ def embed_recordings(
     model = open_model(place, checkpoint, features_from)
     of = model.checkpoint
     tell(f"{of.file}, after {of.step:,} steps, on {model.device.type}")
-    found = list(use_all(model, recordings, on_error))
+    using = use_all(model, recordings, on_error)
+    found = list(tqdm(using, total=len(recordings), unit="recording", disable=None, leave=False))
     return {
         "embeddings": np.stack([used.embedding for _, used in found]),
         "keys": np.array([recording.key for recording, _ in found], np.str_),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shardprep import OpenShards, Split, UtteranceLoader
+from shardprep import OpenShards, ShardprepError, Split, UtteranceLoader
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
@@ -183,7 +183,12 @@ def open_inference(
     """
     checkpoint = load(find_checkpoint(options.run, options.checkpoint))
     config = checkpoint.config
-    shards = open_shards_of(config.data, options.shards)
+    try:
+        shards = open_shards_of(config.data, options.shards)
+    except ShardprepError:
+        if not options.shards:
+            tell("note: these are the shards that the model was trained on; --shards names others")
+        raise
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tell(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}")
     n_mels, expected = shards.n_mels, checkpoint.n_mels

@@ -142,9 +142,13 @@ class _ListPlaces:
             return check_key(row.key)
         try:
             listed = self._finder.place_of(row.path)
-        except ValueError:
-            if self._outer is None or not self._outer.follow_links:
+        except ValueError as error:
+            if self._outer is None:
                 raise
+            if not self._outer.follow_links:
+                raise ValueError(
+                    f"{error}, or give --follow-links, if you trust the list"
+                ) from None
             # Out of the folder: only its last folders tell utterances apart, and keys are short.
             listed = "/".join(os.path.normpath(row.path).replace("..", "").split("/")[-_DEPTH:])
         _check_suffix(listed)

@@ -118,7 +118,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"model\.safetensors: No space left"):
         folder.save_best(at(checkpoint, 2))
-    files = ["README.md", "config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "config.yaml", "model.safetensors"]
     assert sorted(os.listdir(tmp_path / "model")) == files
     assert load(folder.best).step == 1
 
@@ -131,6 +131,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path, checkpoint: Checkpoi
     (tmp_path / "model" / "model.safetensors.abc.tmp").write_bytes(b"half")
     (tmp_path / "model" / "config.json.abc.tmp").write_bytes(b"half")
     (tmp_path / "model" / "README.md.abc.tmp").write_bytes(b"half")
+    (tmp_path / "model" / "config.yaml.abc.tmp").write_bytes(b"half")
     # Of `shardprep export` at the same time.
     (tmp_path / "model" / "model.onnx.abc.tmp").write_bytes(b"half")
     folder.sweep()

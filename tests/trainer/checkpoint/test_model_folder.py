@@ -27,6 +27,7 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, DamagedCheckpointError
 
 ConfigFactory = Callable[..., Config]
+FILES = ["README.md", "config.json", "config.yaml", "model.safetensors"]
 
 
 @pytest.fixture
@@ -38,8 +39,7 @@ def test_a_model_reads_back_to_the_bit_and_says_what_it_is(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "model", checkpoint)
-    files = ["README.md", "config.json", "model.safetensors"]
-    assert sorted(os.listdir(tmp_path / "model")) == files
+    assert sorted(os.listdir(tmp_path / "model")) == FILES
     found = load(tmp_path / "model" / "model.safetensors")
     for name in (
         "step",
@@ -102,7 +102,7 @@ def test_a_run_of_version_0_1_0_is_refused_by_name(tmp_path: Path) -> None:
         load(find_checkpoint(best))
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_at_any_point_leaves_one_whole_model(
     checkpoint: Checkpoint,
@@ -129,7 +129,7 @@ def test_a_failure_at_any_point_leaves_one_whole_model(
         (5, checkpoint.speakers),
         (6, newer.speakers),
     )
-    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == FILES
 
 
 _WRITE_FOR_EVER = """

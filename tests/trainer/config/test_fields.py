@@ -355,3 +355,11 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             after = source.split(f"\n    {field.name}: ")[1].split('"""')[1]
             words = " ".join(after.split()).split(" ")[:3]
             assert " ".join(words) in text, field.name
+
+
+def test_the_folder_of_a_run_or_a_model_stands_for_its_options(tmp_path: Path) -> None:
+    config = parse_args(["--optim.lr", "0.125", "--name", "first"]).config
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").write_text(config.to_yaml())
+    found = parse_args(["--config", str(tmp_path / "first"), "--name", "second"]).config
+    assert (found.optim, found.model, found.name) == (config.optim, config.model, "second")

@@ -271,7 +271,8 @@ def test_push_to_hub_uploads_the_model_folder(
     SpeakerModel.from_pretrained(run).push_to_hub("ann/voices")
     (upload,) = Hub.uploads
     assert upload["repo_id"] == "ann/voices"
-    assert set(upload["files"]) == {"model.safetensors", "config.json", "README.md"}
+    names = {"model.safetensors", "config.json", "config.yaml", "README.md"}
+    assert set(upload["files"]) == names
     (tmp_path / "model.safetensors").write_bytes(upload["files"]["model.safetensors"])
     assert load(tmp_path / "model.safetensors").step == 5
 

@@ -72,6 +72,15 @@ def _use(of: Description) -> Iterator[str]:
     yield 'model.compare("a.wav", "b.wav")'
     yield "```"
     yield ""
+    yield "To go on from its weights, on other speakers:"
+    yield ""
+    yield "```sh"
+    yield "shardprep build Recordings/ shards/ --features-from MODEL"
+    yield (
+        "shardprep train --config MODEL --train.start_from MODEL --data.shards shards/ --name own"
+    )
+    yield "```"
+    yield ""
     yield "The features, which these commands compute from a recording of any kind and rate:"
     yield ""
     yield "| setting | value |"

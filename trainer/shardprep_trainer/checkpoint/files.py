@@ -26,6 +26,7 @@ from shardprep import StorageError, machine_errors, publish, sniff
 from shardprep_trainer.checkpoint.model_folder import (
     CARD,
     DESCRIPTION,
+    RECIPE,
     WEIGHTS,
     parse_model,
     write_model,
@@ -247,7 +248,7 @@ class CheckpointFolder:
     def sweep(self) -> None:
         """Remove what a killed writer left. Only one writer may use the folder at a time."""
         # What cannot be removed does no harm, and is tried again at the next start.
-        models = "|".join(re.escape(name) for name in (WEIGHTS, DESCRIPTION, CARD))
+        models = "|".join(re.escape(name) for name in (WEIGHTS, DESCRIPTION, CARD, RECIPE))
         ours = ((self.folder, r"step-\d+\.pt"), (self.model, models))
         for folder, written in ours:
             with contextlib.suppress(OSError, StorageError):

@@ -3,6 +3,7 @@
     RUN/model/model.safetensors   the weights, with their description in the file's metadata
     RUN/model/config.json         the same description, for people and for other tools
     RUN/model/README.md           the model card, made of it
+    RUN/model/config.yaml         the options of the run, for another one that begins with the model
 
 Weights and description are one file, and a rename publishes it: a kill at any moment leaves the
 model before or the new one, and no reader gets weights with the description of others. The metadata
@@ -11,6 +12,7 @@ also has a checksum of both, which safetensors itself lacks. The other files are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from shardprep_trainer.errors import CheckpointError, DamagedCheckpointError
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "config.json"
 CARD = "README.md"
+RECIPE = "config.yaml"
 
 # Bounds on what reading takes beside the weights: half a million speakers, and many layers.
 _HEADER_BYTES = 2**24
@@ -59,8 +62,10 @@ def write_model(folder: Path, checkpoint: Checkpoint) -> None:
     }
     data = safetensors.torch.save(weights, metadata)
     about = card(checkpoint, sum(weight.numel() for weight in weights.values())).encode()
-    with publish(folder / CARD) as readme, publish(folder / DESCRIPTION) as copy:
-        for other, content in ((readme, about), (copy, text)):
+    copies = {CARD: about, RECIPE: checkpoint.config.to_yaml().encode(), DESCRIPTION: text}
+    with contextlib.ExitStack() as stack:
+        for name, content in copies.items():
+            other = stack.enter_context(publish(folder / name))
             other.write(content)
             # A full disk is found before the model is replaced.
             other.flush()

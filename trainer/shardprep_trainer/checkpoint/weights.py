@@ -99,9 +99,12 @@ def start_from(
     try:
         load_weights(model, weights, checkpoint.file)
     except CheckpointError as error:
+        folder = checkpoint.file.parent
+        # That of a model has the options of its run, that of step checkpoints has not.
+        place = folder if (folder / "config.yaml").is_file() else folder.parent
         raise CheckpointError(
             f"{error}; train.start_from takes a model of the recipe and sizes of this run: give "
-            "--config the config.yaml of the run that the model is from"
+            f"--config {place}"
         ) from error
     known = set(checkpoint.speakers)
     return tuple(name for name in speakers if name not in known)

@@ -103,11 +103,13 @@ def _recipe_file(given: str) -> str:
     names = recipe_names()
     if given in names:
         return str(RECIPES / f"{given}.yaml")
+    if (of_run := Path(given) / "config.yaml").is_file():
+        return str(of_run)
     if "/" in given or "." in given or Path(given).exists():
         return given
     raise ConfigError(
-        f"--config: found {given}, allowed is the name of a recipe ({', '.join(names)}) or the "
-        "path of a YAML file"
+        f"--config: found {given}, allowed is the name of a recipe ({', '.join(names)}), or "
+        "the path of a YAML file or of a run"
     )
 
 
@@ -193,8 +195,8 @@ def _parser(program: str) -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"A recipe ({', '.join(recipe_names())}), or a YAML file, as the config.yaml of a "
-        "run is.",
+        help=f"A recipe ({', '.join(recipe_names())}), or a YAML file, or the folder of a "
+        "run or of a model, whose options are taken.",
     )
     parser.add_argument(
         "--resume",
