@@ -223,6 +223,14 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     GradientState._reset_state()
 
 
+def write_recordings(folder: Path) -> None:
+    """The recordings of the README: two files, and a folder of two speakers."""
+    names = [f"Recordings/{speaker}/{n}.wav" for speaker in ("ann", "bea") for n in range(8)]
+    for number, name in enumerate(("a.wav", "b.wav", *names)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(wav(speech(0.3, number)))
+
+
 @pytest.mark.usefixtures("one_process")
 def test_the_commands_and_snippets_of_all_pages_run(
     make_dataset: Callable[..., Path],
@@ -244,9 +252,7 @@ def test_the_commands_and_snippets_of_all_pages_run(
     boss, features = load(Path("runs/boss/model", WEIGHTS)), FeatureRecipe().to_features()
     write_model(Path("runs/voices/model"), msgspec.structs.replace(boss, features=features))
     Path("runs/own").symlink_to("voices")
-    Path("Recordings/ann").mkdir(parents=True)
-    for name in ("a.wav", "b.wav", "Recordings/ann/c.wav"):
-        Path(name).write_bytes(wav(speech(0.3)))
+    write_recordings(tmp_path)
     done: set[str] = set()
     for page in PAGES:
         for language, text in blocks(page):
@@ -313,7 +319,10 @@ def run(command: str, folder: Path, **environment: str) -> None:
 
 # With what a page needs before its first command.
 WHOLE_PAGES = {
-    "README.md": [],
+    "README.md": [
+        "shardprep build Recordings/ shards-audio/",
+        "shardprep train --config demo --data.shards shards-audio/ --name voices",
+    ],
     "docs/quickstart.md": [],
     "docs/training.md": ["shardprep build Dataset/ shards/", "shardprep build More/ more/"],
     "docs/evaluation.md": [
@@ -338,6 +347,7 @@ def test_pages_run_as_they_are_typed(
     if page != "docs/quickstart.md":
         make_dataset("More", speakers=4, utterances=14, seed=1)
         make_dataset(speakers=3, utterances=14)
+    write_recordings(tmp_path)
     for command in (*WHOLE_PAGES[page], *commands(page)):
         if not command.startswith(LEFT_OUT):
             # Hours of training are only planned.

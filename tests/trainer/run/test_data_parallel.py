@@ -46,6 +46,12 @@ import json, math, pathlib, torch
 def tell(rank, value):
     pathlib.Path(f"{rank}.json").write_text(json.dumps(value))
 """
+# A thread of gloo sometimes aborts a process whose interpreter cleans up.
+_END = """
+import os, sys
+sys.stderr.flush()
+os._exit(0)
+"""
 
 
 def run(*command: str, cwd: Path) -> None:
@@ -68,7 +74,7 @@ def train(config: Config, processes: int, *options: str) -> None:
 def on_two(program: str, folder: Path) -> list[Any]:
     """Run a program as two processes of `torchrun`; what they `tell(rank, ...)`, by rank."""
     script = folder / "program.py"
-    script.write_text(_TELL + program)
+    script.write_text(_TELL + program + _END)
     run("torch.distributed.run", "--nproc_per_node", "2", str(script), cwd=folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
