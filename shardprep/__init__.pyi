@@ -38,6 +38,7 @@ from .read.shard_set import open_shards as open_shards
 from .read.split import Split as Split
 from .read.webdataset import stream as stream
 from .source.recordings.folders import recordings_in as recordings_in
+from .source.recordings.names import is_recording as is_recording
 from .source.recordings.names import key_of_recording as key_of_recording
 from .storage.local import publish as publish
 from .storage.lock import HeldLock as HeldLock

@@ -13,23 +13,13 @@ import difflib
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 
+from shardprep import is_recording
+
 SEVERAL = -1
 """Stands for a position where a name means several utterances."""
 
-_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".m4a",
-    ".ogg",
-    ".opus",
-    ".aac",
-    ".aif",
-    ".aiff",
-    ".sph",
-    ".pt",
-    ".npy",
-)
+# Beside those of recordings.
+_SUFFIXES = (".sph", ".pt", ".npy")
 # Of those that begin or end like a name, how many are compared with it letter by letter.
 _NEAR = 40
 # How much of two names must agree.
@@ -122,7 +112,7 @@ def _forms(name: str) -> list[str]:
     """A name as it is, without suffix, and with hyphens for dots, as keys of recordings have."""
     plain = name.replace("\\", "/").removeprefix("./")
     stem, suffix = posixpath.splitext(plain)
-    stem = stem if suffix.lower() in _SUFFIXES else plain
+    stem = stem if suffix.lower() in _SUFFIXES or is_recording(plain) else plain
     folder, base = posixpath.split(stem)
     return [name, stem, posixpath.join(folder, base.replace(".", "-"))]
 
