@@ -60,6 +60,16 @@ def frames_per_second(features: Features | None) -> float:
     return rate / hop
 
 
+def other_features(features: Features | None, asked: Features | None) -> str:
+    """In what the features of a set are others than those that are asked for."""
+    found, wanted = features or {}, asked or {}
+    return "; ".join(
+        f"{name} {found.get(name)}, not {wanted.get(name)}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    )
+
+
 class CodecInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How a mel matrix is stored.
 

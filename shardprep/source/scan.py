@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from shardprep.source.lists.listed import FILES, scan_files
 from shardprep.source.lists.place import folder_of
 from shardprep.source.lists.table import SUFFIXES, read_table
 from shardprep.source.metadata import METADATA
-from shardprep.source.recordings.folders import has_recordings, recordings_in
+from shardprep.source.recordings.folders import recordings_in
 from shardprep.source.recordings.names import is_recording
 from shardprep.source.recordings.scan import WAV_SCP, scan_recordings, scan_rows, scan_wav_scp
 from shardprep.storage.local import exists
@@ -72,8 +73,8 @@ def _scan(found: Location, recipe: FeatureRecipe, follow_links: bool, n_mels: in
             elif is_folder:
                 listed = False
     if not listed:
-        if _is_of_recordings(found, follow_links):
-            return scan_recordings(found, recipe, follow_links=follow_links)
+        if paths := _recordings_of(found, follow_links):
+            return scan_recordings(found, paths, recipe, follow_links=follow_links)
         source = scan_dataset(found, follow_links=follow_links)
         if n_mels not in (None, source.n_mels):
             raise SourceError(
@@ -94,12 +95,14 @@ def _scan(found: Location, recipe: FeatureRecipe, follow_links: bool, n_mels: in
     return scan_files(rows, root, found.name, follow_links=follow_links, n_mels=n_mels)
 
 
-def _is_of_recordings(place: Location, follow_links: bool) -> bool:
-    """Whether a folder or a URL has recordings, and no data set in the homework's layout."""
+def _recordings_of(place: Location, follow_links: bool) -> list[str]:
+    """Paths of the recordings of a folder or a URL; none where there is a metadata.json."""
     if isinstance(place, Remote):
-        if place.is_http or METADATA in place.listing():
-            return False
-        return bool(recordings_in(place))
-    if not place.is_dir() or exists(place / METADATA):
-        return False
-    return has_recordings(place, follow_links=follow_links)
+        if place.is_http:
+            return []
+        with contextlib.suppress(FileNotFoundError):
+            (place / METADATA).info()
+            return []
+    elif not place.is_dir() or exists(place / METADATA):
+        return []
+    return recordings_in(place, follow_links=follow_links)

@@ -28,7 +28,6 @@ from shardprep.build.existing.finished import (
     changed_files,
     check_sizes,
     differing,
-    other_features,
     read_again,
     remember,
     remembered,
@@ -67,6 +66,7 @@ from shardprep.format.manifest import (
     SplitInfo,
     encode_manifest,
     index_name,
+    other_features,
 )
 from shardprep.read.joined import joined_rows
 from shardprep.read.manifest_file import load_manifest

@@ -21,7 +21,13 @@ from shardprep.build.plan import ShardTask
 from shardprep.build.pools.pool import Pool, ProgressListener, run_shards
 from shardprep.build.shard import check_shard
 from shardprep.errors import BuildError, StorageError
-from shardprep.format.manifest import SOURCE_TIMES_NAME, BuildRecord, CodecInfo, Features, Manifest
+from shardprep.format.manifest import (
+    SOURCE_TIMES_NAME,
+    BuildRecord,
+    CodecInfo,
+    Manifest,
+    other_features,
+)
 from shardprep.format.source_times import decode_times, encode_times, times_size
 from shardprep.read.files import Files, Origin, files_at
 from shardprep.read.sidecars import load_index, read_rejects
@@ -69,16 +75,6 @@ def check_sizes(manifest: Manifest, target: Location, remedy: str) -> None:
                 file=target,
                 remedy=remedy,
             )
-
-
-def other_features(features: Features | None, asked: Features | None) -> str:
-    """In what the features of a set are others than those that are asked for."""
-    found, wanted = features or {}, asked or {}
-    return "; ".join(
-        f"{name} {found.get(name)}, not {wanted.get(name)}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    )
 
 
 def _differences(manifest: Manifest, source: Source, options: BuildOptions) -> Iterator[str]:

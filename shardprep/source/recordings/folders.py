@@ -1,8 +1,7 @@
 """Recordings that lie in folders of speakers.
 
-AUDIO/SPEAKER/.../NAME.wav             any folders below a speaker: VoxCeleb's videos,
-LibriSpeech's chapters
-AUDIO/train|val|test/SPEAKER/.../NAME.wav   where there are no other folders than these
+AUDIO/SPEAKER/.../NAME.wav          any folders below a speaker, as in VoxCeleb and LibriSpeech
+AUDIO/SPLIT/SPEAKER/.../NAME.wav    where there are no other folders than train, val and test
 """
 
 from __future__ import annotations
@@ -32,12 +31,6 @@ def recordings_in(root: Location, *, follow_links: bool = False) -> list[str]:
         return sorted(filter(is_recording, names))
     with machine_errors(root):
         return sorted(_walk(root, follow_links))
-
-
-def has_recordings(root: Path, *, follow_links: bool = False) -> bool:
-    """Whether there is a recording below a folder of this machine."""
-    with machine_errors(root):
-        return next(_walk(root, follow_links), None) is not None
 
 
 def _walk(root: Path, follow_links: bool) -> Iterator[str]:

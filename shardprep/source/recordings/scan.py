@@ -11,11 +11,11 @@ from shardprep.errors import SourceError, needs
 from shardprep.source.contents import Source
 from shardprep.source.dataset import Finder
 from shardprep.source.listing import FileState, listing_of
-from shardprep.source.lists.kaldi import OuterFiles, columns
+from shardprep.source.lists.kaldi import UTT2SPK, OuterFiles, columns
 from shardprep.source.lists.listed import Places, paths_of, source_of_rows
 from shardprep.source.lists.table import Row
 from shardprep.source.paths import Roots, check_key
-from shardprep.source.recordings.folders import recordings_in, rows_of
+from shardprep.source.recordings.folders import rows_of
 from shardprep.source.recordings.names import (
     SUFFIXES,
     Piece,
@@ -30,14 +30,17 @@ from shardprep.storage.remote import Location
 # Of a path out of the folder, how many names make the key: speaker, session, recording.
 _DEPTH = 3
 
-WAV_SCP, SEGMENTS, UTT2SPK = "wav.scp", "segments", "utt2spk"
+WAV_SCP, SEGMENTS = "wav.scp", "segments"
 
 
-def scan_recordings(root: Location, recipe: FeatureRecipe, *, follow_links: bool = False) -> Source:
+def scan_recordings(
+    root: Location, paths: list[str], recipe: FeatureRecipe, *, follow_links: bool = False
+) -> Source:
     """The recordings below a folder or a URL, by speaker; see `folders`.
 
     Args:
         root: Folder or URL.
+        paths: The recordings, by `recordings_in`.
         recipe: From recordings to log-mels.
         follow_links: Whether files and folders may be links out of the folder.
 
@@ -45,9 +48,8 @@ def scan_recordings(root: Location, recipe: FeatureRecipe, *, follow_links: bool
         SourceError: No recording can be used.
         StorageError: The machine or the store gives no answer.
     """
-    rows = rows_of(recordings_in(root, follow_links=follow_links))
     finder = Finder(listing_of(root, follow_links), Roots(root))
-    return _source(rows, _FolderPlaces(finder), root, recipe, "the folder")
+    return _source(rows_of(paths), _FolderPlaces(finder), root, recipe, "the folder")
 
 
 def scan_rows(
@@ -100,7 +102,7 @@ def scan_wav_scp(scp: Path, recipe: FeatureRecipe, *, follow_links: bool = False
         ]
         listing = scp.name
     files = OuterFiles(root, scp.name, follow_links)
-    return _source(rows, _KaldiPlaces(files, listing), root, recipe, listing)
+    return _source(rows, _KaldiPlaces(files), root, recipe, listing)
 
 
 def _source(
@@ -183,8 +185,8 @@ class _FolderPlaces(_ListPlaces):
 class _KaldiPlaces:
     """A row names a recording of wav.scp; see `Places`."""
 
-    def __init__(self, files: OuterFiles, listing: str) -> None:
-        self._files, self._listing = files, listing
+    def __init__(self, files: OuterFiles) -> None:
+        self._files = files
 
     def key(self, row: Row) -> str:
         """See `Places`."""

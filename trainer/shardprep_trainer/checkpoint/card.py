@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shardprep import frames_per_second
 from shardprep_trainer.checkpoint.state import Description, Results
 
 _REPOSITORY = "https://github.com/shardprep/shardprep"
-# The hours of frames of the homework's 10 ms, where nothing is known of the features.
-_FRAMES_PER_HOUR = 360_000
 
 
 def card(of: Description, weights: int) -> str:
@@ -96,7 +95,7 @@ def _data(of: Description) -> Iterator[str]:
     found = of.trained_on
     about = f"{len(of.speakers):,} speakers"
     if found is not None:
-        hours = found.frames / _frames_per_hour(of)
+        hours = found.frames / frames_per_second(of.features) / 3600
         about += f", {found.utterances:,} utterances, {hours:,.2f} hours"
     yield f"{about}. The shard set has the fingerprint `{_plain(of.fingerprint)}`."
     yield ""
@@ -149,14 +148,6 @@ def _limits(of: Description) -> Iterator[str]:
     )
     yield ""
     yield f"Made by [shardprep]({_REPOSITORY})."
-
-
-def _frames_per_hour(of: Description) -> float:
-    features = of.features or {}
-    rate, hop = features.get("sample_rate"), features.get("hop_length")
-    if isinstance(rate, int) and isinstance(hop, int) and rate > 0 and hop > 0:
-        return 3600 * rate / hop
-    return _FRAMES_PER_HOUR
 
 
 def _plain(text: str) -> str:

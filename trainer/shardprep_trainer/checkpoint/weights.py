@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardprep import other_features
 from shardprep_trainer.checkpoint.state import Checkpoint, unfit
 from shardprep_trainer.errors import CheckpointError, ConfigError
 from shardprep_trainer.model.build import build_model
@@ -124,12 +125,8 @@ def check_features(checkpoint: Checkpoint, features: dict[str, Any] | None, wher
     expected = checkpoint.features
     if features is None or expected is None or features == expected:
         return
-    other = [
-        f"{name} {features.get(name)}, not {expected.get(name)}"
-        for name in sorted(features.keys() | expected.keys())
-        if features.get(name) != expected.get(name)
-    ]
     raise ConfigError(
         f"train.start_from: {where} has other features than {checkpoint.file} was trained on "
-        f"({'; '.join(other)}); build it with --features-from {checkpoint.file.parent}"
+        f"({other_features(features, expected)}); build it with "
+        f"--features-from {checkpoint.file.parent}"
     )
