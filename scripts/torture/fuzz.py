@@ -173,7 +173,7 @@ class ZstdTarget(Target):
         """See `Target`."""
         from shardprep.format import codecs
         from shardprep.format.manifest import CodecInfo
-        from shardprep.read.gather import ZstdGather
+        from shardprep.read.gather.zstd import ZstdGather
 
         with contextlib.suppress(ValueError):
             codecs.decode(data, CodecInfo("zstd", 3, 16))

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shardprep.load.epochs import Place
+from shardprep.load.course.epochs import Place
+from shardprep.load.course.world import World
 from shardprep.load.orders.epoch import EpochOrder, Indices, epoch_order, rank_slice, segment_starts
 from shardprep.load.orders.mixed import endless_draws, whole_shares
 from shardprep.load.orders.windowed import WindowedOrder, check_lanes
 from shardprep.load.read_ahead import PLANNED, ReadAhead, plan_for_cache
-from shardprep.load.world import World
 from shardprep.read.split import Split
 
 Order = Literal["global", "windowed"]

@@ -18,13 +18,13 @@ from torch.utils.data import IterableDataset
 
 from shardprep.errors import CorruptShardError, ShardprepError
 from shardprep.load.buffers import BufferPool, ahead
+from shardprep.load.course.iteration import Iteration
+from shardprep.load.course.position import Position, Stretch, check_same
+from shardprep.load.course.world import Part, refuse_second_division, this_worker
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
-from shardprep.load.iteration import Iteration
 from shardprep.load.on_device import ResidentSplit, fits
 from shardprep.load.orders.epoch import Indices
 from shardprep.load.plan import Balance, BatchPlan, Order, Sampling, check_split
-from shardprep.load.position import Position, Stretch, check_same
-from shardprep.load.world import Part, refuse_second_division, this_worker
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]

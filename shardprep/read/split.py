@@ -17,7 +17,9 @@ from shardprep.errors import CRC_FAULT, REBUILD, CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.index import Columns, index_dtype, load_columns
 from shardprep.read.files import Origin, map_shards
-from shardprep.read.gather import DamagedChunk, Gather, PlainGather, ZstdGather
+from shardprep.read.gather.contract import DamagedChunk, Gather
+from shardprep.read.gather.plain import PlainGather
+from shardprep.read.gather.zstd import ZstdGather
 from shardprep.read.joined import joined_fingerprint, joined_rows, joined_speakers
 from shardprep.read.shard_map import WantedShards
 from shardprep.read.sidecars import load_index

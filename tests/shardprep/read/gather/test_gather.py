@@ -128,7 +128,7 @@ def test_a_batch_that_needs_much_memory_is_read_in_parts(
         return chunks
 
     monkeypatch.setattr(codecs, "inflate_many", counting)
-    monkeypatch.setattr("shardprep.read.gather._MOST_HELD", 4096)
+    monkeypatch.setattr("shardprep.read.gather.zstd._MOST_HELD", 4096)
     np.testing.assert_array_equal(split.segments(indices, split.frames // 3, 128), whole)
     assert len(sizes) > 4
     assert max(sizes) <= 4096

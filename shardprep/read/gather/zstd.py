@@ -1,118 +1,21 @@
-"""Fill a batch of segments from a `ShardMap`, by one gather or one call that inflates all chunks.
+"""Segments of matrices in zstd chunks, by one call that inflates all chunks of a batch.
 
 Axis legend: B batch, T frames, F mel bins.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardprep.errors import needs
 from shardprep.format import codecs
+from shardprep.read.gather.contract import DamagedChunk, Indices
 from shardprep.read.shard_map import ShardMap
-
-Indices = NDArray[np.int64]
 
 # Most bytes of seek tables and inflated chunks at a time; a batch that needs more is halved.
 _MOST_HELD = 64 << 20
-
-
-class Gather(Protocol):
-    """Copies segments out of a map, for codec "none" or "zstd"."""
-
-    def __call__(
-        self,
-        begin: Indices,
-        end: Indices,
-        frames: Indices,
-        start: Indices,
-        valid: Indices,
-        pad_value: float,
-        out: NDArray[Any],
-    ) -> None:
-        """Fill `out` with a segment of each utterance.
-
-        Args:
-            begin: Where the payload of each utterance begins in the map (B,), in bytes.
-            end: Where it ends (B,), in bytes.
-            frames: Length of each utterance (B,), in frames.
-            start: First frame of each segment (B,).
-            valid: Frames of each segment that are not padding (B,).
-            pad_value: Fills the padding.
-            out: Segments (B, T, F) of the stored dtype.
-
-        Raises:
-            DamagedChunk: A segment cannot be decoded.
-        """
-
-
-class DamagedChunk(ValueError):
-    """A segment cannot be decoded.
-
-    Attributes:
-        row: Which segment of the batch, from 0.
-    """
-
-    def __init__(self, row: int, what: str) -> None:
-        super().__init__(what)
-        self.row = row
-
-
-class PlainGather:
-    """Segments of uncompressed matrices, gathered from overlapping views of the mapped memory.
-
-    Args:
-        shards: The mapped shards.
-        dtype: Element type of the matrices.
-    """
-
-    def __init__(self, shards: ShardMap, dtype: np.dtype[Any]) -> None:
-        with needs("torch"):
-            import torch
-
-        self._elements = shards.bytes.view(dtype)
-        # The view claims to be writable: PyTorch has no read-only tensors, and warns of them.
-        address = {**shards.bytes.__array_interface__, "strides": None}
-        address["data"] = (address["data"][0], False)
-        self._memory = torch.from_numpy(np.asarray(_View(address, shards.bytes)).view(dtype))
-        self._gather = torch.index_select
-        self._tensor = torch.from_numpy
-
-    def __call__(
-        self,
-        begin: Indices,
-        end: Indices,
-        frames: Indices,
-        start: Indices,
-        valid: Indices,
-        pad_value: float,
-        out: NDArray[Any],
-    ) -> None:
-        """Fill `out`; see `Gather`."""
-        length, n_mels = out.shape[1:]
-        size, memory = length * n_mels, self._memory
-        first = (begin + codecs.NPY_HEADER_BYTES) // out.itemsize + start * n_mels
-        rows = out.reshape(-1, size)
-        last = len(memory) - size
-        if last >= 0:
-            # A padded segment is read beyond the end of its utterance. What comes from there is
-            # overwritten below.
-            views = memory.as_strided((last + 1, size), (1, 1))
-            at = self._tensor(np.minimum(first, last))
-            self._gather(views, 0, at, out=self._tensor(rows))
-        for row in np.flatnonzero(valid < length).tolist():
-            count = int(valid[row]) * n_mels
-            rows[row, :count] = self._elements[first[row] : first[row] + count]
-            rows[row, count:] = pad_value
-
-
-class _View:
-    def __init__(self, interface: dict[str, Any], owner: object) -> None:
-        self.__array_interface__ = interface
-        self._owner = owner
 
 
 class ZstdGather:

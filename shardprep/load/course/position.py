@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from shardprep.errors import ShardprepError, StorageError
-from shardprep.load.epochs import Course, Place, WorkerPlace
-from shardprep.load.world import Worker, this_worker
+from shardprep.load.course.epochs import Course, Place, WorkerPlace
+from shardprep.load.course.world import Worker, this_worker
 from shardprep.storage.shared_value import SharedValue
 
 # What a state has only where the loader was told so.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from shardprep import SegmentLoader, ShardprepError, Split, UtteranceLoader, open_shards
-from shardprep.load.world import World, find_world
+from shardprep.load.course.world import World, find_world
 
 SEGMENTS: dict[str, Any] = {"batch_size": 4, "segment_frames": 8, "drop_last": False}
 Loader = SegmentLoader | UtteranceLoader

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardprep import SegmentLoader, ShardprepError, Split, open_shards
-from shardprep.load.epochs import Course, Place
+from shardprep.load.course.epochs import Course, Place
 
 Batch = dict[str, torch.Tensor]
 KINDS: dict[str, dict[str, Any]] = {

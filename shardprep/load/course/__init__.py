@@ -1,0 +1,1 @@
+"""Where a loader stands: epochs, iterations, positions, and the part of the data of a process."""

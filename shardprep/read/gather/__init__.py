@@ -1,0 +1,1 @@
+"""Fill a batch of segments, by codec."""
