@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from shardprep.audio.mel import MelStream
 from shardprep.audio.recipe import LEAST_RATE, MOST_RATE, FeatureRecipe
 from shardprep.audio.resample import resample
 from shardprep.audio.silence import SilenceRemover
+from shardprep.format.manifest import DType
+from shardprep.format.quantised import rounded
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 """A file, the bytes of one, or samples."""
@@ -61,7 +63,7 @@ def audio_features(
     rate: int | None = None,
     start: float | None = None,
     end: float | None = None,
-    dtype: Literal["float16", "float32"] = "float32",
+    dtype: DType = "float32",
 ) -> NDArray[np.floating]:
     """The log-mels of a recording, by a recipe.
 
@@ -75,10 +77,10 @@ def audio_features(
         rate: Of samples, their rate [Hz]; None for the recipe's.
         start: Where to begin [s]; None for the beginning.
         end: Where to end [s]; None for the end.
-        dtype: The values are rounded to this type, as shards store them.
+        dtype: The values are rounded as a shard set of this element type rounds them.
 
     Returns:
-        (T, F).
+        (T, F) of the type that readers of such a set give: float16, otherwise float32.
 
     Raises:
         ValueError: The recording cannot be used; says why.
@@ -101,15 +103,18 @@ def audio_features(
     longest = math.floor(round(recipe.silence_seconds * recipe.sample_rate, 6))
     silence = SilenceRemover(level / gain, longest)
     stream, frames = MelStream(recipe, gain), []
+    kept = "float16" if dtype == "float16" else "float32"
     for block in blocks:
-        frames.append(stream.push(silence.push(block)).astype(dtype))
-    frames.append(stream.push(silence.end()).astype(dtype))
+        frames.append(stream.push(silence.push(block)).astype(kept))
+    frames.append(stream.push(silence.end()).astype(kept))
     try:
-        frames.append(stream.end().astype(dtype))
+        frames.append(stream.end().astype(kept))
     except ValueError as error:
         left = f", without its silence (below {level:g} of full scale)" if level else ""
         raise ValueError(f"is too short: it {error}{left}") from None
-    return np.concatenate(frames)
+    mel = np.concatenate(frames)
+    # The scale of uint8 is that of the whole matrix.
+    return rounded(mel, dtype) if dtype == "uint8" else mel
 
 
 def _peak(decode: Callable[[], Iterator[Samples]]) -> tuple[Iterable[Samples], float]:

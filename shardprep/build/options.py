@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from shardprep.audio.recipe import FeatureRecipe
 from shardprep.errors import BuildError
 from shardprep.format.limits import MAX_N_MELS
-from shardprep.format.manifest import BuildRecord, CodecInfo, Manifest
+from shardprep.format.manifest import BuildRecord, CodecInfo, DType, Manifest
 
 DEFAULT_ZSTD_LEVEL = 3
 CHUNK_FRAMES = 64
@@ -20,7 +20,8 @@ class BuildOptions:
     """How to build.
 
     Attributes:
-        dtype: Element type to store.
+        dtype: Element type to store; uint8 keeps 256 levels between the smallest and the largest
+            value of each utterance.
         codec: "none", or "zstd" for shards that are about 13 % smaller but slower to read.
         level: zstd level, 1 to 22; None for 3. Only with the codec zstd.
         samples_per_shard: Most utterances in a shard.
@@ -43,7 +44,7 @@ class BuildOptions:
         address: Address of the cluster: "auto" or host:port; None starts Ray on this machine.
     """
 
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: DType = "float16"
     codec: Literal["none", "zstd"] = "none"
     level: int | None = None
     samples_per_shard: int = 1000
@@ -62,7 +63,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         allowed = {
-            "dtype": ("float16", "float32"),
+            "dtype": get_args(DType),
             "codec": ("none", "zstd"),
             "on_error": ("fail", "skip"),
             "engine": ("local", "ray"),

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from shardprep.format import codecs
 from shardprep.format.index import IndexRow
 from shardprep.format.limits import MAX_MEMBER_BYTES, most_matrix_bytes
 from shardprep.format.manifest import CodecInfo, Reject, ShardInfo
+from shardprep.format.quantised import Scale, quantise
 from shardprep.format.tar import TarWriter
 from shardprep.source.contents import Matrix, Utterance
 from shardprep.source.dataset import source_error
@@ -67,14 +68,15 @@ def write_shard(
     rows, rejects, source_bytes = [], [], 0
     for utterance, matrix in task.reader.read(task.plan.utterances, task.n_mels):
         try:
-            payload = encode_matrix(matrix, task.dtype, task.codec)
+            payload, scale = encode_matrix(matrix, task.dtype, task.codec)
         except ValueError as fault:
             reject = reject_of(utterance, fault)
             if not task.skip:
                 raise source_error(reject, task.reader.root) from None
             rejects.append(reject)
         else:
-            rows.append(add_utterance(tar, utterance, payload, codecs.member_suffix(task.codec)))
+            suffix = codecs.member_suffix(task.codec)
+            rows.append(add_utterance(tar, utterance, payload, suffix, scale))
         source_bytes += utterance.nbytes
         advance(utterance.nbytes)
     tar.close()
@@ -91,8 +93,8 @@ def reject_of(utterance: Utterance, fault: ValueError) -> Reject:
     )
 
 
-def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:
-    """Encode a matrix as the payload that a shard stores.
+def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> tuple[bytes, Scale | None]:
+    """Encode a matrix as the payload that a shard stores, with its scale if dtype is uint8.
 
     Args:
         mel: The matrix (T, F), or what is wrong with it, as a reader gives it.
@@ -104,7 +106,7 @@ def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:
     """
     if isinstance(mel, ValueError):
         raise mel
-    stored = as_stored(mel, dtype)
+    stored, scale = as_stored(mel, dtype)
     if stored.nbytes + codecs.NPY_HEADER_BYTES > MAX_MEMBER_BYTES:
         raise ValueError(f"takes {stored.nbytes} bytes, more than a member of a shard may have")
     payload = codecs.encode(stored, codec)
@@ -113,27 +115,37 @@ def encode_matrix(mel: Matrix, dtype: str, codec: CodecInfo) -> bytes:
             f"shrinks from {stored.nbytes} to {len(payload)} bytes, which readers would refuse; "
             "use --codec none"
         )
-    return payload
+    return payload, scale
 
 
-def as_stored(mel: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
-    """A matrix in the element type that a shard stores. ValueError if that has no such numbers."""
+def as_stored(mel: NDArray[np.floating], dtype: str) -> tuple[NDArray[Any], Scale | None]:
+    """A matrix in the element type that a shard stores, with its scale if that is uint8.
+
+    Raises:
+        ValueError: The type has no such numbers.
+    """
+    if dtype == "uint8":
+        return quantise(mel)
     if dtype == "float16" and max(float(mel.max()), -float(mel.min())) >= _FLOAT16_LIMIT:
         raise ValueError("has values beyond the range of float16; use --dtype float32")
-    return mel.astype(np.dtype(dtype).newbyteorder("<"), copy=False)
+    return mel.astype(np.dtype(dtype).newbyteorder("<"), copy=False), None
 
 
-def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str) -> IndexRow:
-    """Append the members of an utterance; `payload` is its encoded matrix."""
+def add_utterance(
+    tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str, scale: Scale | None
+) -> IndexRow:
+    """Append the members of an utterance; `payload` and `scale` are those of `encode_matrix`."""
     offset = tar.add(utterance.key + suffix, payload)
     # The same members and JSON types in every split: Hugging Face `datasets` takes the columns of
     # all splits from one.
     tar.add(f"{utterance.key}.cls", str(utterance.label).encode())
-    about = {
+    about: dict[str, Any] = {
         "frames": utterance.frames,
         "source": f"{utterance.key}.pt",
         "speaker": utterance.speaker or "",
     }
+    if scale is not None:
+        about |= scale._asdict()
     tar.add(f"{utterance.key}.json", json.dumps(about, sort_keys=True).encode())
     return IndexRow(
         offset,
@@ -142,6 +154,7 @@ def add_utterance(tar: TarWriter, utterance: Utterance, payload: bytes, suffix: 
         utterance.label,
         zlib.crc32(payload),
         utterance.key,
+        scale,
     )
 
 

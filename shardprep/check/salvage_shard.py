@@ -14,6 +14,7 @@ from shardprep.check.file_faults import payloads
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL, IndexRow
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
+from shardprep.format.quantised import Scale
 from shardprep.format.tar import TarWriter
 from shardprep.source.contents import Source, Utterance
 from shardprep.storage.trouble import BadPlaceError
@@ -50,7 +51,7 @@ def rewrite_shard(
         StorageError: The machine cannot read the shard now.
     """
     tar = TarWriter(file)
-    suffix = codecs.member_suffix(manifest.codec)
+    suffix, quantised = codecs.member_suffix(manifest.codec), manifest.is_quantised
     kept: list[IndexRow] = []
     lost: list[Reject] = []
     for row, stored in zip(rows, payloads(damaged, rows), strict=True):
@@ -58,7 +59,8 @@ def rewrite_shard(
         if payload is None and from_source is not None:
             payload = from_source(utterance.key, utterance.frames, int(row["crc32"]))
         if payload is not None:
-            kept.append(add_utterance(tar, utterance, payload, suffix))
+            scale = Scale(float(row["minimum"]), float(row["step"])) if quantised else None
+            kept.append(add_utterance(tar, utterance, payload, suffix, scale))
         else:
             how = "could not be read" if isinstance(stored, BadPlaceError) else "were damaged"
             lost.append(_lost(utterance, info.file, how))
@@ -116,7 +118,7 @@ class SourcePayloads:
         try:
             expected = [utterance._replace(frames=frames)]
             ((_, mel),) = source.reader.read(expected, self._manifest.n_mels)
-            payload = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
+            payload, _ = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
             if zlib.crc32(payload) != crc32:
                 raise ValueError(self._other)
             return payload

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -16,7 +16,7 @@ from shardprep.cli.progress import BuildProgress
 from shardprep.cli.recordings.options import recipe_of, recipe_options
 from shardprep.errors import SourceError
 from shardprep.format.limits import MAX_N_MELS
-from shardprep.format.manifest import REJECTS_NAME
+from shardprep.format.manifest import REJECTS_NAME, DType
 from shardprep.source.dataset import kinds_of
 from shardprep.storage.remote import Location
 
@@ -36,7 +36,7 @@ Examples:
 @click.argument("destination", type=Place(exists=False), metavar="DST")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "float32"]),
+    type=click.Choice(get_args(DType)),
     default="float16",
     show_default=True,
     help="Element type to store.",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shardprep.format import codecs
 from shardprep.format.limits import MAX_INFLATION, SMALL_MATRIX_BYTES
 from shardprep.format.manifest import Manifest, SplitInfo
+from shardprep.format.quantised import Scale, are_scales
 
 NO_LABEL = -1
 # A member's name, the key and ".mel.npy.zst", has at most the 100 bytes of a tar header.
@@ -26,8 +27,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BLOCK = 1 << 18
 
 
-def index_dtype(key_bytes: int) -> np.dtype[Any]:
-    """Dtype of an index row; see FORMAT.md for the meaning of its fields."""
+def index_dtype(key_bytes: int, *, quantised: bool = False) -> np.dtype[Any]:
+    """Dtype of an index row; see FORMAT.md for the meaning of its fields.
+
+    Args:
+        key_bytes: Bytes of the longest key.
+        quantised: Whether the element type is uint8, and each row has a scale.
+    """
+    scale = [("minimum", "<f4"), ("step", "<f4")] if quantised else []
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -36,6 +43,7 @@ def index_dtype(key_bytes: int) -> np.dtype[Any]:
             ("frames", "<u4"),
             ("label", "<i4"),
             ("crc32", "<u4"),
+            *scale,
             ("key", f"S{key_bytes}"),
         ]
     )
@@ -90,16 +98,14 @@ def key_fault(key: str, suffix: str | None = ".pt") -> str | None:
 def is_index(rows: NDArray[Any]) -> bool:
     """Whether an array is an index: one-dimensional, with the fields of `index_dtype`."""
     names = rows.dtype.names or ()
-    return (
-        rows.ndim == 1
-        and "key" in names
-        and rows.dtype["key"].itemsize <= MAX_KEY_BYTES
-        and rows.dtype == index_dtype(max(1, rows.dtype["key"].itemsize))
-    )
+    if rows.ndim != 1 or "key" not in names or rows.dtype["key"].itemsize > MAX_KEY_BYTES:
+        return False
+    key_bytes = max(1, rows.dtype["key"].itemsize)
+    return any(rows.dtype == index_dtype(key_bytes, quantised=x) for x in (False, True))
 
 
 class IndexRow(msgspec.Struct, frozen=True, array_like=True):
-    """An index row without its shard number; see FORMAT.md."""
+    """An index row without its shard number; see FORMAT.md. Only rows of uint8 have a scale."""
 
     offset: int
     nbytes: int
@@ -107,6 +113,7 @@ class IndexRow(msgspec.Struct, frozen=True, array_like=True):
     label: int
     crc32: int
     key: str
+    scale: Scale | None = None
 
 
 def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:
@@ -120,10 +127,12 @@ def index_rows(shards: Iterable[Sequence[IndexRow]]) -> NDArray[Any]:
     keys = [row.key.encode() for _, row in rows]
     return np.array(
         [
-            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32, key)
+            (number, row.offset, row.nbytes, row.frames, row.label, row.crc32)
+            + (row.scale or ())
+            + (key,)
             for (number, row), key in zip(rows, keys, strict=True)
         ],
-        index_dtype(max(map(len, keys), default=1)),
+        index_dtype(max(map(len, keys), default=1), quantised=any(row.scale for _, row in rows)),
     )
 
 
@@ -141,11 +150,23 @@ class Columns(NamedTuple):
         labels: Speaker numbers (N,); -1 where unknown.
         frames: Lengths in mel frames (N,).
         begin: Where its payload begins (N,), in bytes of the mapped shards.
+        minimum: Of element type uint8, the value of 0 (N,); otherwise None.
+        step: Of element type uint8, the distance of two levels (N,); otherwise None.
     """
 
     labels: NDArray[np.int32]
     frames: NDArray[np.int64]
     begin: NDArray[np.int64]
+    minimum: NDArray[np.float32] | None = None
+    step: NDArray[np.float32] | None = None
+
+    @classmethod
+    def empty(cls, count: int, *, quantised: bool) -> Columns:
+        """Columns of `count` utterances, to be filled."""
+        scale = (np.empty(count, np.float32), np.empty(count, np.float32)) if quantised else ()
+        return cls(
+            np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64), *scale
+        )
 
 
 def load_columns(
@@ -165,9 +186,9 @@ def load_columns(
     """
     sizes = np.array([shard.bytes for shard in split.shards], np.int64)
     count, total = len(rows), 0
-    columns = Columns(
-        np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64)
-    )
+    columns = Columns.empty(count, quantised=manifest.is_quantised)
+    if ("step" in (rows.dtype.names or ())) != manifest.is_quantised:
+        raise ValueError("element type")
     for at in range(0, count, _BLOCK):
         block = slice(at, at + _BLOCK)
         some = rows[block]
@@ -178,6 +199,8 @@ def load_columns(
         total += int(frames.sum())
         columns.frames[block], columns.labels[block] = frames, some["label"]
         columns.begin[block] = begins[some["shard"]] + some["offset"].astype(np.int64)
+        if columns.minimum is not None and columns.step is not None:
+            columns.minimum[block], columns.step[block] = some["minimum"], some["step"]
     if count != split.samples:
         raise ValueError("number of utterances")
     if total != split.frames:
@@ -200,6 +223,8 @@ def _checks(
         yield "size", nbytes > codecs.table_bytes_from_end(frames, chunk)
         most = np.maximum(SMALL_MATRIX_BYTES, MAX_INFLATION * nbytes)
         yield "number of frames for what is stored", matrix <= most
+    if manifest.is_quantised:
+        yield "minimum or step", are_scales(rows["minimum"], rows["step"])
     offset = rows["offset"].astype(np.int64)
     aligned = (offset >= 0) & (offset % 512 == 0)
     yield "offset", aligned & (offset <= sizes[rows["shard"]] - nbytes)

@@ -48,6 +48,9 @@ Position = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Features: TypeAlias = dict[str, str | int | float | bool | None]
 """The recipe from audio to mel."""
 
+DType: TypeAlias = Literal["float16", "float32", "uint8"]
+"""Element type of the stored matrices; of uint8, `shardprep.format.quantised` has the meaning."""
+
 OTHER_RELEASE = "Build the shards again, or read them with the release that made them."
 
 
@@ -146,7 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     version: int
     n_mels: int
-    dtype: Literal["float16", "float32"]
+    dtype: DType
     codec: CodecInfo
     features: Features | None
     speakers: tuple[str, ...]
@@ -161,6 +164,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def numpy_dtype(self) -> np.dtype[Any]:
         """Little-endian dtype of the stored matrices."""
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the matrices are whole numbers of one byte, each with a scale of its own."""
+        return self.dtype == "uint8"
+
+    @property
+    def read_dtype(self) -> np.dtype[Any]:
+        """Dtype of what readers give: float32 for quantised matrices, otherwise the stored one."""
+        return np.dtype("<f4") if self.is_quantised else self.numpy_dtype
 
     @property
     def remedy(self) -> str:
@@ -245,13 +258,6 @@ def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Manifest:
             if version == 1
             else OTHER_RELEASE,
         )
-    if bytes(head.get("dtype", b"")) == b'"uint8"':
-        raise VersionError(
-            "the elements are uint8, which this release cannot read yet",
-            file=path,
-            key="dtype",
-            remedy="Read the shards with a later release.",
-        )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -304,8 +310,8 @@ def manifest_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             )
     if manifest.member is not None and not _MEMBER.fullmatch(manifest.member):
         yield "member", "is not an extension that ends in npy, in lower case"
-    elif manifest.member is not None and codec.name != "none":
-        yield "member", "is for codec none only"
+    elif manifest.member is not None and (codec.name != "none" or manifest.is_quantised):
+        yield "member", "is for codec none and floating point only"
     for name, split in manifest.splits.items():
         yield from _split_faults(name, split)
     if sum(info.bytes for info in manifest.files().values()) > _MAX_BYTES:

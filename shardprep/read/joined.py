@@ -111,10 +111,9 @@ def joined_rows(
     Returns:
         Rows (N,), read-only, with the numbers of shards and labels of all sets together.
     """
-    joined = np.empty(
-        sum(map(len, rows)),
-        index_dtype(max((own.dtype["key"].itemsize for own in rows), default=1)),
-    )
+    key_bytes = max((own.dtype["key"].itemsize for own in rows), default=1)
+    quantised = any("step" in (own.dtype.names or ()) for own in rows)
+    joined = np.empty(sum(map(len, rows)), index_dtype(key_bytes, quantised=quantised))
     at = shard = 0
     for own, count, mapped in zip(rows, shards, labels, strict=True):
         part = joined[at : at + len(own)]

@@ -34,7 +34,7 @@ class OpenShards(Mapping[str, Split]):
         speakers: Speaker names; the position is the label.
         samples: Utterances of each split, by its name.
         n_mels: Mel bins F of every utterance.
-        dtype: Element type that is stored, "float16" or "float32".
+        dtype: Element type that is stored: "float16", "float32" or "uint8".
         features: How the features were made; None where a set does not say, or where sets differ.
         fingerprint: Fingerprint of the set; of several, one that stands for them in this order.
     """

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from shardprep.errors import CRC_FAULT, REBUILD, CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.index import Columns, index_dtype, load_columns
+from shardprep.format.quantised import dequantise
 from shardprep.read.files import Origin, map_shards
 from shardprep.read.gather.contract import DamagedChunk, Gather
 from shardprep.read.gather.plain import PlainGather
@@ -37,7 +38,10 @@ class Split:
     Attributes:
         name: As given.
         n_mels: Mel bins F.
-        dtype: Element type of what is read.
+        dtype: Element type of what is read: float32 for a set of uint8, otherwise the stored one.
+        stored_dtype: Element type of the stored matrices.
+        minimum: Of a set of uint8, the value of a stored 0 (N,) float32; otherwise None.
+        step: Of a set of uint8, the distance of two stored numbers (N,) float32; otherwise None.
         fingerprint: Fingerprint of the set, or of the sets together.
         set_sizes: Utterances from each of the sets, in their order; they add up to N.
         labels: Speaker numbers (N,) int32; -1 where unknown.
@@ -50,7 +54,8 @@ class Split:
         self._origins = tuple(origins)
         manifests = [origin.manifest for origin in origins]
         self.n_mels = manifests[0].n_mels
-        self.dtype = manifests[0].numpy_dtype
+        self.dtype = manifests[0].read_dtype
+        self.stored_dtype = manifests[0].numpy_dtype
         self._codec = manifests[0].codec
         self.fingerprint = joined_fingerprint([manifest.fingerprint for manifest in manifests])
         # Where each shard is from, and what the manifest says of it.
@@ -63,7 +68,7 @@ class Split:
         ]
         self._rows, columns = indexes[0] if len(indexes) == 1 else self._join(indexes)
         self.set_sizes = tuple(len(rows) for rows, _ in indexes)
-        self.labels, self.frames, self._begin = columns
+        self.labels, self.frames, self._begin, self.minimum, self.step = columns
 
     def _join(self, indexes: list[tuple[NDArray[Any], Columns]]) -> tuple[NDArray[Any], Columns]:
         """The indexes of several sets as one, with the labels of all their speakers."""
@@ -71,10 +76,13 @@ class Split:
         shards = [len(origin.shards(self.name)) for origin in self._origins]
         rows = joined_rows([rows for rows, _ in indexes], shards, labels)
         columns = [columns for _, columns in indexes]
+        minimum, step = (_concatenate([own[at] for own in columns]) for at in (3, 4))
         return rows, Columns(
             rows["label"].copy(),
             np.concatenate([own.frames for own in columns]),
             np.concatenate([own.begin for own in columns]),
+            minimum,
+            step,
         )
 
     def __len__(self) -> int:
@@ -92,6 +100,11 @@ class Split:
         """The index rows (N,): shard, offset, nbytes, frames, label, crc32, key; see FORMAT.md."""
         return self._rows
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the set is of element type uint8: each utterance has a minimum and a step."""
+        return self.minimum is not None
+
     @functools.cached_property
     def keys(self) -> NDArray[np.str_]:
         """Keys of the utterances (N,), strings."""
@@ -104,12 +117,19 @@ class Split:
             index: Position in the split.
 
         Returns:
-            Matrix (frames, F) of the stored dtype; a copy.
+            Matrix (frames, F) of `dtype`; a copy.
 
         Raises:
             IndexError: There is no such position.
             CorruptShardError: The stored bytes are damaged.
         """
+        mel = self.read_stored(index)
+        if self.minimum is None or self.step is None:
+            return mel
+        return dequantise(mel, self.minimum[index], self.step[index])
+
+    def read_stored(self, index: int) -> NDArray[Any]:
+        """`read` without widening: a matrix (frames, F) of `stored_dtype`; a copy."""
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of a split of {len(self)}")
         row = self._rows[index]
@@ -121,15 +141,15 @@ class Split:
         # Damaged in a cache: read again when the shard has come again.
         if not self._map.renew(int(row["shard"])):
             raise self.damaged(index)
-        return self.read(index)
+        return self.read_stored(index)
 
     def _decode(self, index: int, payload: memoryview) -> NDArray[Any]:
-        size = int(self.frames[index]) * self.n_mels * self.dtype.itemsize
+        size = int(self.frames[index]) * self.n_mels * self.stored_dtype.itemsize
         try:
             mel = codecs.decode(payload, self._codec, size)
         except ValueError as error:
             raise self.damaged(index, f"the stored bytes cannot be decoded ({error})") from None
-        if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.dtype:
+        if mel.shape != (self.frames[index], self.n_mels) or mel.dtype != self.stored_dtype:
             raise self.damaged(index, f"holds {mel.dtype} {mel.shape}, unlike the index")
         return mel
 
@@ -148,14 +168,37 @@ class Split:
             starts: First frame of each segment (B,), within its utterance.
             length: Frames T a segment.
             pad_value: Fills the frames of a segment after the end of its utterance.
-            out: Buffer (B, T, F) of the stored dtype to fill; a new buffer by default.
+            out: Buffer (B, T, F) of `dtype` to fill; a new buffer by default.
 
         Returns:
-            Matrices (B, T, F) of the stored dtype.
+            Matrices (B, T, F) of `dtype`.
 
         Raises:
             IndexError: An index or a start is out of range.
             CorruptShardError: A compressed chunk is damaged.
+        """
+        if self.minimum is None or self.step is None:
+            return self.stored_segments(indices, starts, length, pad_value, out)
+        stored = self.stored_segments(indices, starts, length)
+        index = np.asarray(indices, np.int64)
+        scale = (self.minimum[index, None, None], self.step[index, None, None])
+        mel = dequantise(stored, *scale, out=_buffer(out, stored.shape, self.dtype))
+        valid = self.frames[index] - np.asarray(starts, np.int64)
+        for short in np.flatnonzero(valid < length).tolist():
+            mel[short, int(valid[short]) :] = pad_value
+        return mel
+
+    def stored_segments(
+        self,
+        indices: ArrayLike,
+        starts: ArrayLike,
+        length: int,
+        pad_value: float = -20.0,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        """`segments` without widening: matrices (B, T, F) of `stored_dtype`.
+
+        Padding of a set of uint8 is 0: no byte stands for `pad_value`.
         """
         index = np.asarray(indices, np.int64)
         start = np.asarray(starts, np.int64)
@@ -164,11 +207,8 @@ class Split:
         self._check_range(index)
         if ((start < 0) | (start >= self.frames[index])).any():
             raise IndexError("a segment starts outside its utterance")
-        shape = (len(index), length, self.n_mels)
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
-            raise ValueError(f"out must be a contiguous array {shape} of {self.dtype}")
+        out = _buffer(out, (len(index), length, self.n_mels), self.stored_dtype)
+        pad_value = 0 if self.is_quantised else pad_value
         frames = self.frames[index]
         begin = self._begin[index]
         end = begin + self._rows["nbytes"][index]
@@ -232,7 +272,7 @@ class Split:
     @functools.cached_property
     def _gather(self) -> Gather:
         if self._codec.chunk_frames is None:
-            return PlainGather(self._map, self.dtype)
+            return PlainGather(self._map, self.stored_dtype)
         return ZstdGather(self._map, self._codec.chunk_frames, usable_cores())
 
     def read_ahead(self, shard: int) -> None:
@@ -269,8 +309,9 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Size of all matrices in bytes, uncompressed."""
-        return sum(shard.frames for _, shard in self._shards) * self.n_mels * self.dtype.itemsize
+        """Size of all stored matrices in bytes, uncompressed."""
+        frames = sum(shard.frames for _, shard in self._shards)
+        return frames * self.n_mels * self.stored_dtype.itemsize
 
     def _check_range(self, index: NDArray[np.int64]) -> None:
         if index.size and (index.min() < 0 or index.max() >= len(self)):
@@ -282,6 +323,21 @@ class Split:
         origin, shard = self._shards[int(row["shard"])]
         path = origin.files.place / shard.file
         return CorruptShardError(what, file=path, key=row["key"].decode(), remedy=_remedy(origin))
+
+
+def _buffer(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The buffer that is given, or a new one; ValueError if the given one does not fit."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ValueError(f"out must be a contiguous array {shape} of {dtype}")
+    return out
+
+
+def _concatenate(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """A column of several indexes as one; None where they have no such column."""
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
 
 
 def _remedy(origin: Origin) -> str:
@@ -304,8 +360,10 @@ def _open_index(
     """
     info = origin.manifest.splits.get(split)
     if info is None:
-        none = np.empty(0, np.int64)
-        return np.empty(0, index_dtype(1)), Columns(none.astype(np.int32), none, none)
+        quantised = origin.manifest.is_quantised
+        return np.empty(0, index_dtype(1, quantised=quantised)), Columns.empty(
+            0, quantised=quantised
+        )
     rows = load_index(origin.files, info)
     try:
         return rows, load_columns(rows, info, origin.manifest, begins)

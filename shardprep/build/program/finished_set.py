@@ -134,7 +134,7 @@ class FinishedSet:
     def _is_same(self, part: Split, index: int, stored: NDArray[np.floating]) -> bool:
         if self._options.codec == "none":
             row = part.locations[index]
-            payload = encode_matrix(stored, self._options.dtype, self._options.codec_info)
+            payload, _ = encode_matrix(stored, self._options.dtype, self._options.codec_info)
             return len(stored) == int(row["frames"]) and zlib.crc32(payload) == int(row["crc32"])
         # Another release of zstandard may have other bytes for the same matrix.
         return np.array_equal(part.read(index), stored)

@@ -228,6 +228,6 @@ class ShardWriter:
         if not array.size:
             raise ValueError(f"has shape {array.shape}, expected numbers")
         try:
-            return as_stored(finite(array), self._options.dtype)
+            return as_stored(finite(array), self._options.dtype)[0]
         except ValueError as fault:
             raise ValueError(str(fault).replace("--dtype float32", 'dtype="float32"')) from None

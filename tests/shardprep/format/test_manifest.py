@@ -51,8 +51,8 @@ def test_manifest_is_ordinary_json_with_the_counts_of_the_files(edge_set: Path) 
         ("format", "mds", "found format 'mds' version 2, expected 'shardprep' version 2"),
         (
             "dtype",
-            "uint8",
-            "the elements are uint8, which this release cannot read yet",
+            "int8",
+            "Invalid enum value 'int8'",
         ),
     ],
 )

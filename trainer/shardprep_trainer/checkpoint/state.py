@@ -90,7 +90,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     """Of cosines, by the same trials."""
     features: dict[str, str | int | float | bool | None] | None = None
     """How the shards say that their features were made; None where they do not."""
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32", "uint8"] = "float16"
     """What the shards store: rounding to it belongs to the recipe."""
     longest_frames: Annotated[int, Meta(ge=1, lt=2**31)] = LONGEST_FRAMES
     """Longer utterances are embedded in pieces [frames]."""

@@ -147,7 +147,7 @@ class SpeakerModel(
         return self._recipe
 
     @property
-    def dtype(self) -> Literal["float16", "float32"]:
+    def dtype(self) -> Literal["float16", "float32", "uint8"]:
         """What log-mels are rounded to before they are embedded."""
         return self.checkpoint.dtype
 
