@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.backends.common import aot_autograd
 
 from shardprep_trainer.model.model import CosineClassifier
 from shardprep_trainer.model.precision import allow_tensor_float32, exact_product
@@ -21,27 +22,27 @@ def _setting_of_the_process() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-class Products(TorchDispatchMode):
-    """Notes what is allowed whenever two matrices are multiplied."""
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is allowed whenever two matrices are multiplied."""
+    found: list[str] = []
+    multiply = Tensor.__matmul__
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.allowed: list[str] = []
+    def note(one: Tensor, other: Tensor) -> Tensor:
+        found.append(torch.get_float32_matmul_precision())
+        return multiply(one, other)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ == "mm":
-            self.allowed.append(torch.get_float32_matmul_precision())
-        return func(*args, **(kwargs or {}))
+    monkeypatch.setattr(Tensor, "__matmul__", note)
+    return found
 
 
-def test_the_products_of_the_head_are_exact_and_no_others() -> None:
+def test_the_products_of_the_head_are_exact_and_no_others(allowed: list[str]) -> None:
     allow_tensor_float32()
     features, directions = (torch.randn(size, 8, requires_grad=True) for size in (3, 5))
-    with Products() as products:
-        exact_product(features, directions).sum().backward()
-        assert products.allowed == ["highest"] * 3
-        features @ directions.T
-    assert products.allowed[3:] == ["high"]
+    exact_product(features, directions).sum().backward()
+    assert allowed == ["highest"] * 3
+    features @ directions.T
+    assert allowed[3:] == ["high"]
 
 
 def test_it_is_a_product_with_its_gradients() -> None:
@@ -57,6 +58,27 @@ def test_what_was_allowed_is_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError):
         exact_product(torch.randn(3, 8), torch.randn(5, 7))
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_compiler_keeps_it_whole_with_its_gradients(allowed: list[str]) -> None:
+    kept: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        kept.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    allow_tensor_float32()
+    features, directions = (torch.randn(size, 8, requires_grad=True) for size in (3, 5))
+    compiled = torch.compile(exact_product, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    compiled(features, directions).sum().backward()
+    assert [sum("exact_product" in name for name in names) for names in kept] == [1, 2]
+    assert not any("mm" in name for names in kept for name in names)
+    # The setting is that of the moment at which the product runs.
+    assert allowed == ["highest"] * 3
+    torch.testing.assert_close(features.grad, directions.detach().sum(0).expand(3, 8))
+    found = torch.library.opcheck(torch.ops.shardprep.exact_product.default, (features, directions))
+    assert set(found.values()) == {"SUCCESS"}
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

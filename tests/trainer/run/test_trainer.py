@@ -630,7 +630,7 @@ def test_the_margin_grows_from_step_to_step(make_config: ConfigFactory) -> None:
     take = trainer.train_step._forward
 
     def spy(batch: dict[str, Tensor]) -> Tensor:
-        margins.append(trainer.train_step.criterion.margin)
+        margins.append(float(trainer.train_step.margin))
         return take(batch)
 
     trainer.train_step._forward = spy  # type: ignore[method-assign]

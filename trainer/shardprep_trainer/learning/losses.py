@@ -9,8 +9,6 @@ Axis legend: B batch, S speakers.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +45,8 @@ class AMSoftmaxLoss(nn.Module):
         scale: Inverse temperature of the softmax, above 0.
 
     Attributes:
-        margin: May be changed between steps.
+        margin: Scalar tensor on the device, so that compiled code need not be compiled anew as it
+            grows: `loss.margin.fill_(0.1)`.
 
     Raises:
         ValueError: A negative margin or a scale that is not positive.
@@ -59,7 +58,8 @@ class AMSoftmaxLoss(nn.Module):
             raise ValueError(f"margin: found {margin}; allowed: 0 or more")
         if scale <= 0:
             raise ValueError(f"scale: found {scale}; allowed: above 0")
-        self.margin = margin
+        self.margin: Tensor
+        self.register_buffer("margin", torch.tensor(margin, dtype=torch.float64), persistent=False)
         self.scale = scale
 
     def forward(self, cosines: Tensor, labels: Tensor) -> Tensor:
@@ -80,8 +80,9 @@ class AMSoftmaxLoss(nn.Module):
         return _mean_cross_entropy(self.scale * self._with_margin(wide, labels), labels)
 
     def _with_margin(self, cosines: Tensor, labels: Tensor) -> Tensor:
-        margins = torch.zeros_like(cosines).scatter_(1, labels.unsqueeze(1), self.margin)
-        return cosines - margins
+        true = labels.unsqueeze(1)  # (B, 1)
+        margins = torch.zeros_like(cosines)
+        return cosines - margins.scatter(1, true, self.margin.to(cosines.dtype).expand_as(true))
 
 
 class AAMSoftmaxLoss(AMSoftmaxLoss):
@@ -103,9 +104,10 @@ class AAMSoftmaxLoss(AMSoftmaxLoss):
         true = cosines.gather(1, labels.unsqueeze(1))  # (B, 1)
         # The slope of the sine is infinite at cosines of 1 and -1.
         sine = (1.0 - true.square()).clamp(min=1e-12).sqrt()
-        moved = true * math.cos(self.margin) - sine * math.sin(self.margin)
-        straight = true - self.margin * math.sin(self.margin)
-        moved = torch.where(true > -math.cos(self.margin), moved, straight)
+        cosine_of_margin, sine_of_margin = self.margin.cos(), self.margin.sin()
+        moved = true * cosine_of_margin - sine * sine_of_margin
+        straight = true - self.margin * sine_of_margin
+        moved = torch.where(true > -cosine_of_margin, moved, straight)
         return cosines.scatter(1, labels.unsqueeze(1), moved)
 
 
@@ -119,11 +121,11 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    """Check shapes and labels, as far as the host need not wait for a device."""
+    """Check shapes and labels, as far as the host need not wait for a device or a compiler."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         found = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
         raise ValueError(f"{found} do not fit; pass logits (B, S) and labels (B,)")
-    if labels.device.type != "cpu" or not len(labels):
+    if labels.device.type != "cpu" or not len(labels) or torch.compiler.is_compiling():
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:

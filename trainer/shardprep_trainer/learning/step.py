@@ -100,6 +100,7 @@ class TrainStep:
         self.meter = Meter(accelerator.device, max_skipped)
         self.throughput = Throughput()
         self.bare: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.margin: Tensor = getattr(criterion, "margin", torch.empty(()))
         self._buffers = list(model.buffers())
 
     @property
@@ -113,7 +114,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(step)
         if self.plan.margin is not None:
-            setattr(self.criterion, "margin", self.plan.margin(step))  # noqa: B010
+            self.margin.fill_(self.plan.margin(step))
         before = [buffer.clone() for buffer in self._buffers]
         for micro_batch in range(self.accumulate):
             batch = self.throughput.fetch(batches)
