@@ -225,7 +225,7 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
         _keep(kept, run)
     if "eer" not in run and places.trials.exists():
         if job.score:
-            answer = json.loads(_run_command(job.score, log, threads, stop))
+            answer = json.loads(run_command(job.score, log, threads, stop))
             run.update({key: answer[key] for key in ("top5_accuracy", "eer", "min_dcf")})
         else:
             run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
@@ -243,10 +243,10 @@ def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: 
     resumed = any((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt"))
     if resumed:
         command = (*command, "--resume")
-    answer = _run_command(command, log, threads, stop)
+    answer = run_command(command, log, threads, stop)
     seconds = time.perf_counter() - began
     if job.predict:
-        _run_command(job.predict, log, threads, stop)
+        run_command(job.predict, log, threads, stop)
         metrics = places.work / "runs" / job.name / "metrics.jsonl"
         measured = {"seconds": None if resumed else seconds, **read_metrics(metrics)}
     else:
@@ -265,7 +265,7 @@ def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: 
     }
 
 
-def _run_command(command: Sequence[str], log: Path, threads: int, stop: Event) -> str:
+def run_command(command: Sequence[str], log: Path, threads: int, stop: Event) -> str:
     """Run a command, log its stderr and a copy of its stdout, and return the stdout."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with log.open("a+") as errors, log.with_suffix(".out").open("w+") as answer:

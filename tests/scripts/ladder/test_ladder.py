@@ -263,13 +263,13 @@ def test_a_command_that_fails_names_its_log_and_a_stop_ends_it(tmp_path: Path) -
         "import sys; print('answer'); print('talk', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     )
     command = (sys.executable, "-c", script)
-    assert jobs._run_command((*command, "0"), log, 1, stop) == "answer\n"
+    assert jobs.run_command((*command, "0"), log, 1, stop) == "answer\n"
     with pytest.raises(RuntimeError, match=r"exit code 3; .*x\.log tells why"):
-        jobs._run_command((*command, "3"), log, 1, stop)
+        jobs.run_command((*command, "3"), log, 1, stop)
     assert log.read_text().count("talk") == 2
     stop.set()
     with pytest.raises(RuntimeError, match="exit code -15"):
-        jobs._run_command((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
+        jobs.run_command((sys.executable, "-c", "import time; time.sleep(60)"), log, 1, stop)
 
 
 @pytest.mark.slow
