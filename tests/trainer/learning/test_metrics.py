@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardprep_trainer.learning.metrics import Meter, Sums, Throughput, combine, peak_memory_mib
+from shardprep_trainer.learning.metrics import (
+    Meter,
+    Sums,
+    Throughput,
+    batch_sums,
+    combine,
+    peak_memory_mib,
+)
 
 CPU = torch.device("cpu")
 
@@ -20,9 +27,9 @@ def filled(
 ) -> Meter:
     meter = Meter(CPU, max_skipped)
     for loss, correct, samples in batches:
-        meter.add_batch(torch.tensor(loss), torch.tensor(correct), samples)
+        meter.add_batch(batch_sums(torch.tensor(loss), torch.tensor(correct), samples))
     for step, norm in enumerate(norms, 1):
-        meter.add_step(torch.tensor(norm), step)
+        meter.add_step(torch.tensor(norm), torch.tensor(float(step)))
     return meter
 
 

@@ -99,7 +99,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(
     criterion = faulty.train_step.criterion
     # The first step, before there are moments; then one amid others, its last micro-batch only.
     bad = {0, 3 * accumulate - 1}
-    faulty.train_step.criterion = Faulty(criterion, how, bad)
+    faulty.train_step.objective.criterion = Faulty(criterion, how, bad)
     take(faulty, [0, 1, 2, 3, 4], batches)
     take(plain, [1, 3, 4], batches)
     assert equal(state(faulty), state(plain))
@@ -169,7 +169,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     )
     trainer = Trainer(prepare(make_config(**RICH, **{"model.encoder": encoder})))
     criterion = trainer.train_step.criterion
-    trainer.train_step.criterion = Faulty(criterion, "nan", {1, 2} if bad else set())
+    trainer.train_step.objective.criterion = Faulty(criterion, "nan", {1, 2} if bad else set())
     batches = some_batches(trainer, 4)
     take(trainer, [0], batches)
     with Operations() as operations:
@@ -190,7 +190,7 @@ def test_a_skipped_step_waits_for_the_device_as_little_as_another(
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     trainer = Trainer(prepare(make_config(**RICH)))
-    trainer.train_step.criterion = Faulty(trainer.train_step.criterion, "nan", {1, 2})
+    trainer.train_step.objective.criterion = Faulty(trainer.train_step.criterion, "nan", {1, 2})
     batches = some_batches(trainer, 5)
     take(trainer, [0], batches)
     before = state(trainer)

@@ -215,7 +215,7 @@ class Faulty(type(criterion)):
         loss = criterion(logits, labels)
         return loss + math.inf if next(steps) == 3 and trainer.rank == 1 else loss
 
-trainer.train_step.criterion = Faulty()
+trainer.train_step.objective.criterion = Faulty()
 trainer.fit()
 weights = sum(float(weight.double().abs().sum()) for weight in trainer.train_step.bare.parameters())
 states = trainer.train_step.optimizer.state_dict()["state"].values()

@@ -227,7 +227,7 @@ def make_faulty(trainer: Trainer, bad: set[int]) -> None:
             loss: Tensor = criterion(logits, labels)
             return loss * math.nan if next(steps) in bad else loss
 
-    trainer.train_step.criterion = Faulty()
+    trainer.train_step.objective.criterion = Faulty()
 
 
 @pytest.mark.parametrize("log_steps", [1, 4, 100])
@@ -464,7 +464,7 @@ def test_mixed_precision_trains_and_keeps_weights_and_losses_in_float32(
             loss: Tensor = criterion(logits, labels)
             return loss
 
-    trainer.train_step.criterion = Watched()
+    trainer.train_step.objective.criterion = Watched()
     trainer.fit()
     trainer.close()
     assert seen == {torch.float32}
@@ -629,7 +629,7 @@ def test_the_margin_grows_from_step_to_step(make_config: ConfigFactory) -> None:
     margins = []
     take = trainer.train_step._forward
 
-    def spy(batch: dict[str, Tensor]) -> Tensor:
+    def spy(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         margins.append(float(trainer.train_step.margin))
         return take(batch)
 

@@ -14,6 +14,7 @@ from shardprep_trainer.config.fields import Config, LossConfig, OptimConfig
 from shardprep_trainer.learning.augment import Augment
 from shardprep_trainer.learning.average import AveragedModel
 from shardprep_trainer.learning.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
+from shardprep_trainer.learning.objective import Objective
 from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
 from shardprep_trainer.learning.schedule import learning_rate, margin
 from shardprep_trainer.learning.step import StepPlan, TrainStep
@@ -21,18 +22,17 @@ from shardprep_trainer.model.model import SpeakerNetwork
 
 
 def build_train_step(config: Config, model: SpeakerNetwork, accelerator: Accelerator) -> TrainStep:
-    """The step that trains a model; the accelerator prepares the model and its optimiser."""
+    """The step that trains a model; the accelerator prepares the objective and its optimiser."""
     train, device = config.train, accelerator.device
     optimizer = build_optimizer(config.optim, model, device)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(prepared, keep_torch_compile=False)
-    average = AveragedModel(bare, train.average_decay) if train.average_decay else None
+    objective = Objective(model, build_loss(config.loss), Augment(**asdict(config.augment)))
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    average = AveragedModel(model, train.average_decay) if train.average_decay else None
     return TrainStep(
         accelerator,
         prepared,
         optimizer,
-        build_loss(config.loss).to(device),
-        build_plan(config, average, device),
+        build_plan(config, average),
         accumulate=train.accumulate,
         clip_norm=config.optim.clip_norm,
         max_skipped=train.max_skipped,
@@ -50,8 +50,8 @@ def build_loss(config: LossConfig) -> nn.Module:
     return kind(config.margin, config.scale)
 
 
-def build_plan(config: Config, average: AveragedModel | None, device: torch.device) -> StepPlan:
-    """What changes from step to step: learning rate, margin, augmentation and average."""
+def build_plan(config: Config, average: AveragedModel | None) -> StepPlan:
+    """What changes from step to step: learning rate, margin and average."""
     loss, total = config.loss, config.train.total_steps
     rate = partial(
         learning_rate,
@@ -63,7 +63,7 @@ def build_plan(config: Config, average: AveragedModel | None, device: torch.devi
     if loss.margin is not None and loss.margin_growth:
         steps = math.ceil(loss.margin_growth * total)
         grown = partial(margin, final=loss.margin, growth_steps=steps)
-    return StepPlan(rate, grown, Augment(**asdict(config.augment)).to(device), average)
+    return StepPlan(rate, grown, average)
 
 
 def build_optimizer(

@@ -36,6 +36,24 @@ class Sums(NamedTuple):
     """First step at which these were too many, 0 for none; `Meter.reset` keeps this number."""
 
 
+def batch_sums(loss: Tensor, correct: Tensor, samples: int) -> Tensor:
+    """What a micro-batch adds to the first elements of `Sums`: loss, correct answers, segments.
+
+    A micro-batch whose loss is not finite adds nothing: the mean would not be finite either.
+
+    Args:
+        loss: Mean loss ().
+        correct: Number of correct answers ().
+        samples: Number of segments.
+
+    Returns:
+        (3,) float64.
+    """
+    wide = loss.double()
+    sums = torch.stack([wide * samples, correct.double(), torch.full_like(wide, samples)])
+    return torch.where(loss.isfinite(), sums, 0.0)
+
+
 class Meter:
     """Sums over the steps since the last log step, kept on the device.
 
@@ -51,25 +69,24 @@ class Meter:
         self.sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
         self.max_skipped = max_skipped
 
-    def add_batch(self, loss: Tensor, correct: Tensor, samples: int) -> None:
-        """Add a micro-batch: its mean loss (), its correct answers () and its size.
+    def add_batch(self, sums: Tensor) -> None:
+        """Add a micro-batch, of which `batch_sums` has made three sums (3,)."""
+        self.sums[:3] += sums
 
-        A micro-batch whose loss is not finite is left out: the mean would not be finite either.
+    def add_step(self, norm: Tensor, step: Tensor) -> None:
+        """Add an optimiser step: the norm of its gradient (), not finite if it was skipped.
+
+        Args:
+            norm: Of the gradient ().
+            step: Number of the step, from 1 on (), float64.
         """
-        usable = loss.isfinite()
-        self.sums[0] += torch.where(usable, loss * samples, 0.0)
-        self.sums[1] += correct * usable
-        self.sums[2] += samples * usable
-
-    def add_step(self, norm: Tensor, step: int) -> None:
-        """Add an optimiser step: the norm of its gradient (), not finite if it was skipped."""
         taken = norm.isfinite()
         self.sums[3] += torch.where(taken, norm, 0.0)
         self.sums[4] += taken
         self.sums[5] += ~taken
         self.sums[6] = torch.where(taken, 0.0, self.sums[6] + 1)
         first = (self.sums[6] > self.max_skipped) & (self.sums[7] == 0)
-        self.sums[7] = torch.where(first, float(step), self.sums[7])
+        self.sums[7] = torch.where(first, step, self.sums[7])
 
     def reset(self) -> None:
         """Begin new sums."""

@@ -1,15 +1,5 @@
 """One optimiser step: it takes micro-batches, changes the weights and adds to the meter.
 
-A step whose loss or gradient is not finite, on any rank, is skipped on all ranks: weights,
-optimiser and running statistics stay as they were, and the meter counts the skipped step. The norm
-of the averaged gradient decides, which is the same on all ranks; a loss that is not finite makes
-this norm not finite.
-
-- A fused optimiser, on a GPU or a CPU, decides on the device: its kernel reads `found_inf`, which
-  a gradient scaler sets too, and leaves weights, moments and step count alone.
-- With float16 the scaler skips the step in the same way, and lowers its scale.
-- An optimiser that is not fused is not called; for this the host waits for the norm.
-
 Under mixed precision only matrix products are in 16 bits: every softmax, every normalisation and
 the loss are computed in float32. Fused attention takes queries and keys of 16 bits and sums their
 softmax in float32.
@@ -17,7 +7,6 @@ softmax in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,14 +18,12 @@ from torch import Tensor, nn
 
 from shardprep_trainer.learning.average import AveragedModel
 from shardprep_trainer.learning.metrics import Meter, Throughput
+from shardprep_trainer.learning.objective import Objective
 from shardprep_trainer.learning.schedule import step_seed
+from shardprep_trainer.learning.update import Update
 from shardprep_trainer.model.build import model_inputs
 
 Batches = Iterator[dict[str, Tensor]]
-
-
-def _unchanged(mel: Tensor, lengths: Tensor | None) -> Tensor:
-    return mel
 
 
 @dataclass(frozen=True)
@@ -47,8 +34,6 @@ class StepPlan:
     """Learning rate."""
     margin: Callable[[int], float] | None = None
     """Margin of the criterion; None never changes the margin."""
-    augment: Callable[[Tensor, Tensor | None], Tensor] = _unchanged
-    """Changes segments (B, T, F), given their valid frames (B,) or None for all frames."""
     average: AveragedModel | None = None
     """Moving average of the weights, if there is one."""
 
@@ -56,14 +41,13 @@ class StepPlan:
 class TrainStep:
     """Takes optimiser steps with a prepared model; never waits for a GPU.
 
-    Each step seeds torch's generators from (seed, step, rank), so that dropout does not depend on
-    what was computed before, in this process or another.
+    Each step seeds torch's generators from (seed, step, rank), so that augmentation and dropout do
+    not depend on what was computed before, in this process or another.
 
     Args:
-        accelerator: Has prepared the model and the optimiser.
-        model: mel (B, T, F) and lengths (B,) or None to logits (B, S).
+        accelerator: Has prepared the objective and the optimiser.
+        objective: Prepared: an `Objective`, or one in the wrapper of the accelerator.
         optimizer: Every step sets its learning rate.
-        criterion: Logits (B, S) and labels (B,) to their mean loss, a scalar.
         plan: What changes from step to step.
         accumulate: Micro-batches of a step; their gradients are averaged.
         clip_norm: Largest norm of the whole gradient; 0 for no limit.
@@ -71,7 +55,8 @@ class TrainStep:
         seed: Seed of the run.
 
     Attributes:
-        bare: The model itself, outside of any wrapper of the accelerator.
+        objective: Outside of any wrapper.
+        bare: The model itself.
         meter: Sums since its last `reset`.
         throughput: Rates since its last `restart`.
     """
@@ -79,9 +64,8 @@ class TrainStep:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
+        objective: nn.Module,
         optimizer: AcceleratedOptimizer,
-        criterion: nn.Module,
         plan: StepPlan,
         *,
         accumulate: int,
@@ -90,18 +74,26 @@ class TrainStep:
         seed: int,
     ) -> None:
         self.accelerator = accelerator
-        self.model = model
         self.optimizer = optimizer
-        self.criterion = criterion
         self.plan = plan
         self.accumulate = accumulate
-        self.limit = clip_norm or math.inf
         self.seed = seed
         self.meter = Meter(accelerator.device, max_skipped)
         self.throughput = Throughput()
-        self.bare: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.margin: Tensor = getattr(criterion, "margin", torch.empty(()))
-        self._buffers = list(model.buffers())
+        bare = accelerator.unwrap_model(objective)
+        assert isinstance(bare, Objective)
+        self.objective = bare
+        self.bare: nn.Module = bare.model
+        self.margin: Tensor | None = getattr(bare.criterion, "margin", None)
+        self.update = Update(
+            accelerator, self.bare, optimizer, plan.average, self.meter, clip_norm=clip_norm
+        )
+        self._wrapped = objective
+
+    @property
+    def criterion(self) -> nn.Module:
+        """Logits (B, S) and labels (B,) to their mean loss, a scalar."""
+        return self.objective.criterion
 
     @property
     def predictor(self) -> nn.Module:
@@ -114,46 +106,21 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(step)
         if self.plan.margin is not None:
+            assert self.margin is not None
             self.margin.fill_(self.plan.margin(step))
-        before = [buffer.clone() for buffer in self._buffers]
+        self.update.remember()
         for micro_batch in range(self.accumulate):
             batch = self.throughput.fetch(batches)
             exchange = micro_batch == self.accumulate - 1
-            with nullcontext() if exchange else self.accelerator.no_sync(self.model):
-                loss = self._forward(batch)
-                # An infinite loss can have a finite gradient. Make the gradient NaN too: the other
-                # ranks see nothing else.
-                one_or_nan = 1 + 0 * loss.detach()
-                self.accelerator.backward(loss * one_or_nan / self.accumulate)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.limit)
-        self._change_weights(norm.isfinite(), before)
-        if self.plan.average is not None:
-            self.plan.average.update(step)
-        self.optimizer.zero_grad()
-        self.meter.add_step(norm, step + 1)
+            with nullcontext() if exchange else self.accelerator.no_sync(self._wrapped):
+                loss, sums = self._forward(batch)
+                self.meter.add_batch(sums)
+                self.accelerator.backward(loss / self.accumulate)
+        self.update(step)
 
-    def _change_weights(self, finite: Tensor, before: list[Tensor]) -> None:
-        """Change the weights, or skip the step and restore the running statistics."""
-        bare = self.optimizer.optimizer
-        if self.accelerator.scaler is not None:
-            self.optimizer.step()
-        elif bare.defaults.get("fused"):
-            bare.found_inf = (~finite).float()
-            self.optimizer.step()
-            del bare.found_inf
-        elif finite:
-            self.optimizer.step()
-        for buffer, value in zip(self._buffers, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, value))
-
-    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
         mel, lengths = model_inputs(batch, device)
-        # The model's products are in 16 bits under autocast; the powers here need all their bits.
-        mel = self.plan.augment(mel, lengths)
-        logits = self.model(mel, lengths).float()  # (B, T, F) -> (B, S)
         labels = batch["label"].to(device, non_blocking=True)
-        loss: Tensor = self.criterion(logits, labels)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self.meter.add_batch(loss.detach(), correct, len(labels))
-        return loss
+        found: tuple[Tensor, Tensor] = self._wrapped(mel, lengths, labels)
+        return found

@@ -189,14 +189,15 @@ class Trainer:
             share_buffers(self.train_step.predictor)
         data, place = self.config.data, (self.rank, self.world_size)
         batches = build_eval_loader(data, self.shards, "val", *place)
-        found = validation(
-            self.train_step.predictor,
-            self.watchdog.each(batches, VALIDATING, self.step),
-            device=self.device,
-            criterion=self.train_step.criterion,
-            reduce=lambda total: self.accelerator.reduce(total, "sum"),
-            incomplete=data.on_corrupt == "skip",
-        )
+        with self.accelerator.autocast():
+            found = validation(
+                self.train_step.predictor,
+                self.watchdog.each(batches, VALIDATING, self.step),
+                device=self.device,
+                criterion=self.train_step.criterion,
+                reduce=lambda total: self.accelerator.reduce(total, "sum"),
+                incomplete=data.on_corrupt == "skip",
+            )
         counts, verified = found.evaluation, found.verified
         record = {
             "event": "valid",
