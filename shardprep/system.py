@@ -1,4 +1,4 @@
-"""What differs between operating systems."""
+"""What differs between operating systems, and what a process may use."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def loader_workers() -> int:
+    """Workers of the DataLoader if this process is one of them, else 1."""
+    data = sys.modules.get("torch.utils.data")
+    worker = data.get_worker_info() if data is not None else None
+    return 1 if worker is None else int(worker.num_workers)
 
 
 def at_fork(after_in_child: Callable[[], None], before: Callable[[], None] | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ from shardprep.format.manifest import FileInfo, ShardInfo
 from shardprep.storage.local import sha256_of
 from shardprep.storage.remote import PATIENCE, Remote
 from shardprep.storage.trouble import BadPlaceError, storage_errors
-from shardprep.system import at_fork, check_supported
+from shardprep.system import at_fork, check_supported, loader_workers
 
 _log = logging.getLogger("shardprep")
 
@@ -127,7 +126,7 @@ class ShardCache:
     @property
     def share(self) -> int:
         """Bytes that this process may have in use at a time."""
-        return self.folder.budget // (self.readers * _loader_workers())
+        return self.folder.budget // (self.readers * loader_workers())
 
     @property
     def threads(self) -> BackgroundThreads:
@@ -276,13 +275,6 @@ def _after_fork() -> None:
 
 
 at_fork(_after_fork)
-
-
-def _loader_workers() -> int:
-    """Workers of the DataLoader if this process is one of them, else 1."""
-    data = sys.modules.get("torch.utils.data")
-    worker = data.get_worker_info() if data is not None else None
-    return 1 if worker is None else int(worker.num_workers)
 
 
 def _default_folder() -> Path:

@@ -25,7 +25,6 @@ from shardprep.read.joined import joined_fingerprint, joined_rows, joined_speake
 from shardprep.read.shard_map import WantedShards
 from shardprep.read.sidecars import load_index
 from shardprep.storage.remote import Location, Remote
-from shardprep.system import usable_cores
 
 
 class Split:
@@ -273,7 +272,7 @@ class Split:
     def _gather(self) -> Gather:
         if self._codec.chunk_frames is None:
             return PlainGather(self._map, self.stored_dtype)
-        return ZstdGather(self._map, self._codec.chunk_frames, usable_cores())
+        return ZstdGather(self._map, self._codec.chunk_frames)
 
     def read_ahead(self, shard: int) -> None:
         """Have a whole shard read into memory, or fetched, in the background.

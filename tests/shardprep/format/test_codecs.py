@@ -87,6 +87,25 @@ def test_a_range_of_chunks_inflates_to_exactly_its_frames(
             codecs.inflate_many(member, at[wanted], nbytes[wanted], wrong)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=0, max_size=40),
+    noise=st.integers(1, 256),
+)
+@settings(deadline=None, max_examples=60)
+def test_inflated_frames_follow_one_another_however_much_they_shrank(
+    sizes: list[int], noise: int
+) -> None:
+    # Frames that shrink much are inflated into several pieces of memory.
+    rng = np.random.default_rng(0)
+    plain = [rng.integers(0, noise, size, np.uint8).tobytes() for size in sizes]
+    packed = [zstandard.ZstdCompressor().compress(part) for part in plain]
+    member = np.frombuffer(b"".join(packed), np.uint8)
+    nbytes = np.array([len(part) for part in packed], np.int64)
+    at = np.cumsum(nbytes) - nbytes
+    inflated = codecs.inflate_joined(member, at, nbytes, np.array(sizes, np.int64))
+    assert bytes(inflated) == b"".join(plain)
+
+
 def test_payload_ends_with_a_seek_table_of_the_seekable_format() -> None:
     mel = matrix(10, 3, "<f4")
     payload = codecs.encode(mel, CodecInfo("zstd", 3, 4))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from shardprep import CorruptShardError, Split, open_shards
 from shardprep.format import codecs
 from shardprep.format.manifest import FileInfo, encode_manifest
+from shardprep.read.gather import zstd
 from shardprep.read.manifest_file import load_manifest
 
 LONGEST = 7193
@@ -29,7 +30,7 @@ def naive(split: Split, indices: NDArray[Any], starts: NDArray[Any], length: int
     return out
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("lengths", [(1, LONGEST, 2, 128, LONGEST - 1, 1), (3,), (LONGEST,)])
 def test_segments_of_any_length_from_utterances_of_any_length(
@@ -57,6 +58,58 @@ def test_no_segments_are_an_empty_batch(edge_sets: dict[tuple[str, str], Path]) 
     for codec in ("none", "zstd"):
         split = open_shards(edge_sets["float16", codec])["train"]
         assert split.segments([], [], 5).shape == (0, 5, 7)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_shares_of_any_size_on_any_number_of_threads_fill_the_same_batch(
+    edge_sets: dict[tuple[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    threads: int,
+) -> None:
+    split = open_shards(edge_sets[dtype, "zstd"])["train"]
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, len(split), 200)
+    starts = rng.integers(0, split.frames[indices])
+    expected = naive(split, indices, starts, 130).tobytes()
+    monkeypatch.setattr(zstd, "threads", lambda: threads)
+    for least, most in ((1, 1), (1, 10_000), (1, 1 << 20), (1 << 20, 1 << 20)):
+        monkeypatch.setattr(zstd, "_LEAST_HELD", least)
+        monkeypatch.setattr(zstd, "_MOST_HELD", most)
+        assert split.segments(indices, starts, 130).tobytes() == expected
+
+
+def test_seek_tables_of_many_bytes_are_read_in_parts(
+    edge_sets: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_shards(edge_sets["float16", "zstd"])["train"]
+    indices = np.arange(len(split))
+    starts = split.frames - 1
+    expected = naive(split, indices, starts, 9).tobytes()
+    monkeypatch.setattr(zstd, "_MOST_TABLES", 100)
+    assert split.segments(indices, starts, 9).tobytes() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("most", [1, 20_000, 1 << 30])
+def test_of_several_damaged_segments_the_first_is_named(
+    damaged_split: Callable[..., tuple[Split, list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    most: int,
+) -> None:
+    split, hurt = damaged_split([3, 11, 17], "zstd")
+    monkeypatch.setattr(zstd, "threads", lambda: threads)
+    monkeypatch.setattr(zstd, "_LEAST_HELD", 1)
+    monkeypatch.setattr(zstd, "_MOST_HELD", most)
+    monkeypatch.setattr(zstd, "_MOST_TABLES", max(most // 100, 1))
+    whole = int(split.frames.max())
+    for order in (np.arange(len(split)), np.arange(len(split))[::-1]):
+        with pytest.raises(CorruptShardError) as caught:
+            split.segments(order, np.zeros_like(order), whole)
+        first = next(index for index in order if index in hurt)
+        assert caught.value.key == split.keys[first]
 
 
 @pytest.mark.parametrize("where", ["frame", "table"])
