@@ -31,6 +31,7 @@ from .format.entries import Entry as Entry
 from .format.manifest import Manifest as Manifest
 from .format.manifest import frames_per_second as frames_per_second
 from .format.manifest import other_features as other_features
+from .format.quantised import rounded as rounded
 from .load.dataset import SegmentDataset as SegmentDataset
 from .load.segments import SegmentLoader as SegmentLoader
 from .load.utterances import UtteranceLoader as UtteranceLoader

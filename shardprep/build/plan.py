@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from shardprep.build.options import BuildOptions
-from shardprep.format.manifest import CodecInfo, Features, shard_name
+from shardprep.format.manifest import CodecInfo, DType, Features, shard_name
 from shardprep.source.contents import Reader, Source, Utterance
 
 
@@ -37,7 +37,7 @@ class ShardTask:
         plan: File name, split and utterances.
         reader: Gives the matrices.
         n_mels: Mel bins F.
-        dtype: "float16" or "float32".
+        dtype: Element type to store.
         codec: How matrices are stored.
         skip: Whether to leave out faulty utterances; otherwise the first one raises an error.
         features: The recipe of the features, where it is known.
@@ -46,7 +46,7 @@ class ShardTask:
     plan: ShardPlan
     reader: Reader
     n_mels: int
-    dtype: str
+    dtype: DType
     codec: CodecInfo
     skip: bool
     features: Features | None = None

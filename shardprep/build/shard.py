@@ -131,6 +131,16 @@ def as_stored(mel: NDArray[np.floating], dtype: str) -> tuple[NDArray[Any], Scal
     return mel.astype(np.dtype(dtype).newbyteorder("<"), copy=False), None
 
 
+def as_spooled(mel: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
+    """A matrix (T, F) as it waits to be packed: of uint8, only packing makes whole numbers.
+
+    Raises:
+        ValueError: The type has no such numbers.
+    """
+    stored, scale = as_stored(mel, dtype)
+    return stored if scale is None else mel.astype("<f4", copy=False)
+
+
 def add_utterance(
     tar: TarWriter, utterance: Utterance, payload: bytes, suffix: str, scale: Scale | None
 ) -> IndexRow:

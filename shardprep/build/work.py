@@ -26,6 +26,7 @@ from shardprep.format.manifest import (
     SplitInfo,
     index_name,
 )
+from shardprep.format.quantised import is_scale
 from shardprep.storage.remote import Location
 
 # Names of the files of a set, except the manifest.
@@ -156,6 +157,7 @@ def is_of(record: ShardRecord, task: ShardTask) -> bool:
             and min(row.offset, row.nbytes, row.crc32) >= 0
             and row.offset + row.nbytes <= record.info.bytes
             and max(row.nbytes, row.crc32) < 2**32
+            and (is_scale(row.scale) if task.dtype == "uint8" else row.scale is None)
             for row in record.rows
         )
     )

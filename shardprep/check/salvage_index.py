@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import tarfile
 import zlib
@@ -19,14 +20,15 @@ from shardprep.check.file_faults import read_legible
 from shardprep.errors import CorruptShardError
 from shardprep.format import codecs
 from shardprep.format.codecs import NPY_FAULTS
-from shardprep.format.index import NO_LABEL, IndexRow, is_index, key_fault
+from shardprep.format.index import NO_LABEL, IndexRow, is_index, key_fault, scale_in
 from shardprep.format.manifest import Manifest
-from shardprep.format.tar import BLOCK, content, walk
+from shardprep.format.quantised import Scale, scale_of
+from shardprep.format.tar import BLOCK, Member, content, walk
 from shardprep.storage.local import open_regular
 from shardprep.storage.trouble import BadPlaceError, machine_errors
 
-# Bytes; more than a label in decimal text needs.
-_MOST_LABEL = 20
+# Bytes; more than a label in decimal text needs, and than a .json member does.
+_MOST_LABEL, _MOST_TEXT = 20, 1 << 16
 
 
 def index_of_tar(path: Path, manifest: Manifest) -> tuple[IndexRow, ...]:
@@ -57,7 +59,18 @@ def _rows(tar: io.BufferedReader, manifest: Manifest) -> Iterator[IndexRow]:
         frames = len(codecs.decode(payload, manifest.codec))
         if key_fault(key) or not NO_LABEL <= label < len(manifest.speakers):
             raise tarfile.ReadError(f"{mel.name!a} is not an utterance of this set")
-        yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key)
+        scale = _scale(tar, after[1], manifest)
+        yield IndexRow(mel.offset, mel.size, frames, label, zlib.crc32(payload), key, scale)
+
+
+def _scale(tar: io.BufferedReader, about: Member, manifest: Manifest) -> Scale | None:
+    """The scale of a matrix of uint8, from its .json member. ValueError if there is none."""
+    if not manifest.is_quantised:
+        return None
+    try:
+        return scale_of(json.loads(content(tar, about, _MOST_TEXT)))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def confirmed_rows(
@@ -65,8 +78,8 @@ def confirmed_rows(
 ) -> NDArray[Any] | None:
     """Those rows of a damaged index that the shard confirms; the shard may be damaged too.
 
-    A row is confirmed if its crc32 is that of the bytes that it points to, and if its key, length
-    and label are those of the members there.
+    A row is confirmed if its crc32 is that of the bytes that it points to, and if its key, length,
+    label and scale are those of the members there.
 
     Args:
         path: The index file.
@@ -88,7 +101,7 @@ def confirmed_rows(
         dtype = np.lib.format.read_array_header_1_0(file)[2]
         count = (len(data) - file.tell()) // dtype.itemsize
         rows: NDArray[Any] = np.frombuffer(data, dtype, count, file.tell())
-        if not is_index(rows):
+        if not is_index(rows, quantised=manifest.is_quantised):
             return None
     except NPY_FAULTS:
         return None
@@ -112,7 +125,7 @@ def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
         offset, label = int(row["offset"]), int(row["label"])
         if offset < BLOCK:
             return False
-        mel, cls = itertools.islice(walk(tar, offset - BLOCK), 2)
+        mel, cls, about = itertools.islice(walk(tar, offset - BLOCK), 3)
         payload = content(tar, mel, mel.size)
         return (
             mel == (key + codecs.member_suffix(manifest.codec), offset, int(row["nbytes"]))
@@ -121,6 +134,8 @@ def _is_confirmed(row: Any, tar: io.BufferedReader, manifest: Manifest) -> bool:
             and cls.name == f"{key}.cls"
             and label == int(content(tar, cls, _MOST_LABEL))
             and NO_LABEL <= label < len(manifest.speakers)
+            and about.name == f"{key}.json"
+            and scale_in(row) == _scale(tar, about, manifest)
         )
     except (BadPlaceError, tarfile.TarError, ValueError, OverflowError):
         return False

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from shardprep.build.shard import ShardRecord, add_utterance, encode_matrix
 from shardprep.check.file_faults import payloads
 from shardprep.format import codecs
-from shardprep.format.index import NO_LABEL, IndexRow
+from shardprep.format.index import NO_LABEL, IndexRow, scale_in
 from shardprep.format.manifest import Manifest, Reject, ShardInfo
 from shardprep.format.quantised import Scale
 from shardprep.format.tar import TarWriter
 from shardprep.source.contents import Source, Utterance
 from shardprep.storage.trouble import BadPlaceError
 
-FromSource = Callable[[str, int, int], bytes | None]
+# By key, frames, crc32 and scale.
+FromSource = Callable[[str, int, int, Scale | None], bytes | None]
 
 
 def rewrite_shard(
@@ -41,8 +42,8 @@ def rewrite_shard(
         rows: Its rows of the index, which are known to be right.
         manifest: Manifest of the set.
         file: Where to write the new shard.
-        from_source: For a damaged utterance, its stored bytes by key, frames and crc32, or None;
-            see `SourcePayloads`.
+        from_source: For a damaged utterance, its stored bytes by key, frames, crc32 and scale, or
+            None; see `SourcePayloads`.
 
     Returns:
         The record of the new shard; its rejects are the lost utterances.
@@ -51,15 +52,15 @@ def rewrite_shard(
         StorageError: The machine cannot read the shard now.
     """
     tar = TarWriter(file)
-    suffix, quantised = codecs.member_suffix(manifest.codec), manifest.is_quantised
+    suffix = codecs.member_suffix(manifest.codec)
     kept: list[IndexRow] = []
     lost: list[Reject] = []
     for row, stored in zip(rows, payloads(damaged, rows), strict=True):
         utterance, payload = _utterance(row, manifest), _if_undamaged(stored, row)
+        scale = scale_in(row)
         if payload is None and from_source is not None:
-            payload = from_source(utterance.key, utterance.frames, int(row["crc32"]))
+            payload = from_source(utterance.key, utterance.frames, int(row["crc32"]), scale)
         if payload is not None:
-            scale = Scale(float(row["minimum"]), float(row["step"])) if quantised else None
             kept.append(add_utterance(tar, utterance, payload, suffix, scale))
         else:
             how = "could not be read" if isinstance(stored, BadPlaceError) else "were damaged"
@@ -107,7 +108,7 @@ class SourcePayloads:
             self._other += ", or the set was built by another release of zstandard"
         self._manifest = manifest
 
-    def __call__(self, key: str, frames: int, crc32: int) -> bytes | None:
+    def __call__(self, key: str, frames: int, crc32: int, scale: Scale | None) -> bytes | None:
         """The bytes that a build has stored for an utterance, or None if there are others now."""
         source = next((s for s in self.sources if key in s.by_key), None)
         if source is None:
@@ -118,8 +119,9 @@ class SourcePayloads:
         try:
             expected = [utterance._replace(frames=frames)]
             ((_, mel),) = source.reader.read(expected, self._manifest.n_mels)
-            payload, _ = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
-            if zlib.crc32(payload) != crc32:
+            payload, own = encode_matrix(mel, self._manifest.dtype, self._manifest.codec)
+            # Matrices that differ by a constant may have the same bytes of uint8.
+            if zlib.crc32(payload) != crc32 or own != scale:
                 raise ValueError(self._other)
             return payload
         except ValueError as error:

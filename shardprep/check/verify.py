@@ -65,7 +65,7 @@ def verify_shards(
         path: The shard folder, or its URL, from which each file is fetched.
         deep: Also walk every tar and read every utterance: crc32, shape, finite values, label.
         against: The data set, or a list of all whose utterances were appended. Compare every
-            utterance with it: exactly for float32, after rounding to float16 for float16.
+            utterance with it: exactly for float32, otherwise after rounding to the element type.
         follow_links: Whether files of `against` may be links out of it.
         advance: Called with the bytes done since the last call.
 

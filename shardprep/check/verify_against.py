@@ -13,6 +13,7 @@ from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import Manifest
+from shardprep.format.quantised import is_rounded
 from shardprep.read.files import Files, Origin
 from shardprep.read.sidecars import read_rejects
 from shardprep.read.split import Split
@@ -74,9 +75,7 @@ def source_faults(
     if isinstance(original_mel, ValueError):
         yield Fault(file, key, f"the source file {utterance.path} {original_mel}")
         return
-    with np.errstate(over="ignore"):
-        expected = original_mel.astype(split.dtype)
-    if not np.array_equal(expected, mel):
+    if not is_rounded(mel, original_mel, split.stored_dtype.name):
         yield Fault(file, key, f"differs from the source file {utterance.path}")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from shardprep.check.report import Fault
 from shardprep.errors import CorruptShardError
 from shardprep.format import codecs
-from shardprep.format.index import NO_LABEL
+from shardprep.format.index import NO_LABEL, scale_in
 from shardprep.format.manifest import Manifest, ShardInfo
 from shardprep.format.tar import Member, content, walk
 from shardprep.read.files import Files
@@ -101,6 +101,8 @@ def _utterance_faults(
     try:
         found = json.loads(content(tar, json_member, _MOST_TEXT))
         expected = {"frames": int(split.frames[index]), "speaker": speaker}
+        if (scale := scale_in(row)) is not None:
+            expected |= scale._asdict()
         agrees = all(found[name] == value for name, value in expected.items())
     except (ValueError, KeyError, TypeError, RecursionError):
         agrees = False

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardprep.cli.output import hours, print_json, size
 from shardprep.cli.parquet import write_parquet
 from shardprep.cli.places import Place
-from shardprep.format.index import NO_LABEL
+from shardprep.format.index import NO_LABEL, scale_in
 from shardprep.format.manifest import frames_per_second
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.read.split import Split
@@ -93,6 +93,7 @@ def describe_sample(shard_set: ShardSet, split: Split, index: int) -> dict[str, 
         "offset": int(row["offset"]),
         "nbytes": int(row["nbytes"]),
         "crc32": f"{int(row['crc32']):08x}",
+        **({} if (scale := scale_in(row)) is None else scale._asdict()),
         "min": float(mel.min()),
         "mean": float(mel.mean()),
         "max": float(mel.max()),

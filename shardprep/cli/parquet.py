@@ -9,6 +9,7 @@ import numpy as np
 
 from shardprep.errors import needs
 from shardprep.format.index import NO_LABEL
+from shardprep.format.quantised import Scale
 from shardprep.read.shard_set import ShardSet
 from shardprep.read.split import Split
 from shardprep.storage.local import publish
@@ -21,7 +22,8 @@ def write_parquet(shard_set: ShardSet, path: Path) -> int:
     """Write a Parquet file with one row an utterance, in the order of the index.
 
     Columns: key, split, index (position in the split), label (-1 where unknown), speaker (""
-    where unknown), frames, shard (file name), offset and nbytes (of the matrix in the shard).
+    where unknown), frames, shard (file name), offset and nbytes (of the matrix in the shard); of
+    element type uint8 also minimum and step.
 
     Args:
         shard_set: The set.
@@ -37,6 +39,7 @@ def write_parquet(shard_set: ShardSet, path: Path) -> int:
     with needs("parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
+    is_quantised = shard_set.manifest.is_quantised
     schema = pa.schema(
         {
             "key": pa.string(),
@@ -48,6 +51,7 @@ def write_parquet(shard_set: ShardSet, path: Path) -> int:
             "shard": pa.string(),
             "offset": pa.int64(),
             "nbytes": pa.int64(),
+            **(dict.fromkeys(Scale._fields, pa.float32()) if is_quantised else {}),
         }
     )
     splits = [shard_set[name] for name in shard_set.splits]
@@ -83,4 +87,5 @@ def _columns(pa: Any, shard_set: ShardSet, split: Split, begin: int, end: int) -
         "shard": named(rows["shard"].astype(np.int32), shards),
         "offset": rows["offset"].astype(np.int64),
         "nbytes": rows["nbytes"].astype(np.int64),
+        **({name: rows[name] for name in Scale._fields} if split.is_quantised else {}),
     }

@@ -102,7 +102,8 @@ def decode_npy(name: str, data: bytes) -> NDArray[Any] | None:
         data: Its bytes.
 
     Returns:
-        The matrix (T, F) of the stored dtype; None for members of other names.
+        The matrix (T, F) as stored; None for members of other names. Of element type uint8 these
+        are whole numbers q, and the mel is minimum + step * q, with both from the JSON member.
 
     Raises:
         CorruptShardError: The member is damaged, or is no matrix of numbers.

@@ -95,13 +95,19 @@ def key_fault(key: str, suffix: str | None = ".pt") -> str | None:
     return None
 
 
-def is_index(rows: NDArray[Any]) -> bool:
-    """Whether an array is an index: one-dimensional, with the fields of `index_dtype`."""
+def is_index(rows: NDArray[Any], *, quantised: bool | None = None) -> bool:
+    """Whether an array is an index: one-dimensional, with the fields of `index_dtype`.
+
+    Args:
+        rows: The array.
+        quantised: Whether the element type is uint8; None if it may be or not.
+    """
     names = rows.dtype.names or ()
     if rows.ndim != 1 or "key" not in names or rows.dtype["key"].itemsize > MAX_KEY_BYTES:
         return False
     key_bytes = max(1, rows.dtype["key"].itemsize)
-    return any(rows.dtype == index_dtype(key_bytes, quantised=x) for x in (False, True))
+    kinds = (False, True) if quantised is None else (quantised,)
+    return any(rows.dtype == index_dtype(key_bytes, quantised=kind) for kind in kinds)
 
 
 class IndexRow(msgspec.Struct, frozen=True, array_like=True):
@@ -114,6 +120,13 @@ class IndexRow(msgspec.Struct, frozen=True, array_like=True):
     crc32: int
     key: str
     scale: Scale | None = None
+
+
+def scale_in(row: Any) -> Scale | None:
+    """The scale in a row of an index; None where the element type is not uint8."""
+    if "step" not in row.dtype.names:
+        return None
+    return Scale(float(row["minimum"]), float(row["step"]))
 
 
 def index_bytes(shards: Iterable[Sequence[IndexRow]]) -> bytes:

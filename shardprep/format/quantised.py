@@ -8,6 +8,7 @@ Axis legend: N utterances, T frames, F mel bins.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,38 @@ def rounded(mel: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
         levels, scale = quantise(mel)
         return dequantise(levels, *scale)
     return mel.astype(dtype)
+
+
+def is_rounded(found: NDArray[Any], mel: NDArray[np.floating], dtype: str) -> bool:
+    """Whether a matrix that was read is what `rounded` makes of `mel`, which may not fit."""
+    with np.errstate(over="ignore"):
+        try:
+            return np.array_equal(found, rounded(mel, dtype))
+        except ValueError:
+            return False
+
+
+def scale_of(about: Any) -> Scale:
+    """The scale that the JSON member of an utterance states.
+
+    Args:
+        about: What the member holds.
+
+    Raises:
+        ValueError: It states none.
+    """
+    values = [about.get(name) if isinstance(about, dict) else None for name in Scale._fields]
+    if all(type(value) in (int, float) for value in values):
+        with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
+            scale = Scale(*(float(np.float32(value)) for value in values))
+            if is_scale(scale):
+                return scale
+    raise ValueError("its JSON has no minimum and step that whole numbers of uint8 can have")
+
+
+def is_scale(scale: Scale | None) -> bool:
+    """Whether `quantise` may have given a scale."""
+    return scale is not None and bool(are_scales(*map(np.asarray, scale)))
 
 
 def are_scales(minimum: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.bool_]:

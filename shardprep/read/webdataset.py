@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset as wds
+from numpy.typing import NDArray
 from webdataset.cache import FileCache, StreamingOpen
 
 from shardprep.errors import CRC_FAULT, REPAIR, CorruptShardError, FormatError
@@ -28,6 +30,7 @@ from shardprep.format.foreign_tar import key_and_extension, reader_of, walk_fore
 from shardprep.format.index import NO_LABEL
 from shardprep.format.limits import SMALL_MATRIX_BYTES
 from shardprep.format.manifest import MANIFEST_NAME, CodecInfo, Manifest, SplitInfo
+from shardprep.format.quantised import Scale, dequantise, scale_of
 from shardprep.format.tar import walk
 from shardprep.read.files import Files, files_at
 from shardprep.read.sidecars import load_index
@@ -65,8 +68,8 @@ def stream(
 
     Returns:
         A pipeline, which its methods (`.map`, `.batched`, ...) extend. Its utterances are dicts:
-        __key__ str, mel (T, F) array of the stored dtype, label int (-1 if unknown), speaker str
-        or None, frames int.
+        __key__ str, mel (T, F) array of the stored dtype (float32 for uint8), label int (-1 if
+        unknown), speaker str or None, frames int.
 
     Raises:
         FormatError: The folder has no such split, or one of several sources is a folder.
@@ -117,7 +120,8 @@ def stream(
 def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
     """Decode one webdataset sample, a dict of members as bytes by extension; see `stream`.
 
-    Only the members that the format names are decoded, and nothing is ever unpickled.
+    Only the members that the format names are decoded, and nothing is ever unpickled. The bytes of
+    element type uint8 are widened to float32.
     """
     key, url = sample["__key__"], str(sample.get("__url__", ""))
     found = [name for name in _CODECS if name in sample]
@@ -126,6 +130,8 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
     try:
         mel = codecs.decode(sample[found[0]], _CODECS[found[0]])
         about = json.loads(sample.get("json", b"{}"))
+        if mel.dtype == np.uint8:
+            mel = dequantise(mel, *scale_of(about))
         label = int(sample.get("cls", NO_LABEL))
         # The type of a field is the same in every split: "" stands for no speaker.
         speaker = about.get("speaker") or None
@@ -241,6 +247,7 @@ def _check_samples(
     numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}
     names = _CODECS if manifest.member is None else (manifest.member,)
     url, due, labels = "", dict[bytes, int](), dict[bytes, int]()
+    scales: dict[bytes, Scale] = {}
     path: Location = Path()
     for sample in samples:
         key = sample["__key__"].encode()
@@ -255,13 +262,32 @@ def _check_samples(
             own = rows[rows["shard"] == number]
             due = dict(zip(own["key"].tolist(), own["crc32"].tolist(), strict=True))
             labels = dict(zip(own["key"].tolist(), own["label"].tolist(), strict=True))
+            scales = _scales(own, manifest)
             if manifest.member is not None and key not in labels:
                 continue
         stored = next((sample[name] for name in names if name in sample), b"")
         if due.pop(key, None) != zlib.crc32(stored):
             raise CorruptShardError(CRC_FAULT, file=path, key=key.decode(), remedy=manifest.remedy)
+        if key in scales and _stated_scale(sample) != scales[key]:
+            what = "its JSON does not have the minimum and step of the index"
+            raise CorruptShardError(what, file=path, key=key.decode(), remedy=manifest.remedy)
         yield sample if manifest.member is None else _as_ours(sample, stored, labels[key], manifest)
     _check_complete(path, due, manifest)
+
+
+def _scales(rows: NDArray[Any], manifest: Manifest) -> dict[bytes, Scale]:
+    """The scales of utterances by key, of element type uint8; otherwise none."""
+    if not manifest.is_quantised:
+        return {}
+    columns = (rows[name].tolist() for name in ("key", *Scale._fields))
+    return {key: Scale(*scale) for key, *scale in zip(*columns, strict=True)}
+
+
+def _stated_scale(sample: dict[str, Any]) -> Scale | None:
+    """The scale that the JSON of an utterance states, which no crc32 protects."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return scale_of(json.loads(sample.get("json", b"")))
+    return None
 
 
 def _close_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

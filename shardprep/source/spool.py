@@ -1,9 +1,10 @@
 """Utterances that a program has added but that are not packed yet: one file, appended to.
 
 A record of the file is the head (magic, sizes, CRC-32 of the rest), a JSON object (key, speaker,
-split, frames, version) and the matrix in the element type that the shards will have. A program
-that is killed may leave a part of a record at the end. A power cut may leave zeros anywhere, so the
-CRC-32 of each matrix is checked before it counts and when it is packed.
+split, frames, version) and the matrix in the element type that the shards will have, or in float32
+where that is uint8. A program that is killed may leave a part of a record at the end. A power cut
+may leave zeros anywhere, so the CRC-32 of each matrix is checked before it counts and when it is
+packed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Spool:
     Args:
         folder: The work folder.
         n_mels: Mel bins F.
-        dtype: Element type of the matrices.
+        dtype: Element type of the shards.
 
     Attributes:
         found: The last record of each key that earlier runs have left.
@@ -201,7 +202,7 @@ class SpoolReader:
         root: The work folder.
         name: Name of the file.
         n_mels: Mel bins F.
-        dtype: Element type of the matrices.
+        dtype: Element type of the shards.
     """
 
     root: Path
@@ -243,7 +244,8 @@ class SpoolReader:
                         key=utterance.key,
                         remedy="Run the program again: it adds this utterance anew.",
                     )
-                dtype = np.dtype(self.dtype).newbyteorder("<")
+                kind = "float32" if self.dtype == "uint8" else self.dtype
+                dtype = np.dtype(kind).newbyteorder("<")
                 yield utterance, np.frombuffer(data, dtype).reshape(utterance.frames, n_mels)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from shardprep.build.options import BuildOptions
 from shardprep.build.plan import ShardTask
@@ -28,6 +27,7 @@ from shardprep.format.manifest import (
     Manifest,
     other_features,
 )
+from shardprep.format.quantised import Scale, is_rounded
 from shardprep.format.source_times import decode_times, encode_times, times_size
 from shardprep.read.files import Files, Origin, files_at
 from shardprep.read.sidecars import load_index, read_rejects
@@ -179,13 +179,16 @@ def differing(
 
 def read_again(
     tasks: Sequence[ShardTask], keys: Set[str], pool: Pool, listener: ProgressListener
-) -> dict[str, tuple[int, int, int] | str]:
-    """Read and encode the files of some keys: size, frames and crc32, or why one is faulty."""
+) -> dict[str, tuple[float, ...] | str]:
+    """Read and encode the files of some keys: what `_stored` gives, or why one is faulty."""
     records = run_shards(list(_only(tasks, keys)), check_shard, pool, listener)
-    found: dict[str, tuple[int, int, int] | str] = {}
+    found: dict[str, tuple[float, ...] | str] = {}
     for record in records:
         found.update((reject.key, reject.reason) for reject in record.rejects)
-        found.update((row.key, (row.nbytes, row.frames, row.crc32)) for row in record.rows)
+        found.update(
+            (row.key, (row.nbytes, row.frames, row.crc32, *(row.scale or ())))
+            for row in record.rows
+        )
     return found
 
 
@@ -199,7 +202,11 @@ def _only(tasks: Sequence[ShardTask], keys: Set[str]) -> Iterable[ShardTask]:
 
 
 def _stored(files: Files, manifest: Manifest, keys: Set[str]) -> dict[str, Any]:
-    """What a set has of some utterances: size, frames and crc32, or why they were left out."""
+    """What a set has of some utterances, or why they were left out.
+
+    Returns:
+        By key: size, frames, crc32, and of element type uint8 minimum and step; or the reason.
+    """
     found: dict[str, Any] = {
         reject.key: reject.reason
         for reject in read_rejects(files, manifest)
@@ -207,7 +214,9 @@ def _stored(files: Files, manifest: Manifest, keys: Set[str]) -> dict[str, Any]:
     }
     for split in manifest.splits.values():
         rows = load_index(files, split)
-        columns = (rows[field].tolist() for field in ("key", "nbytes", "frames", "crc32"))
+        fields = ["key", "nbytes", "frames", "crc32"]
+        fields += Scale._fields if manifest.is_quantised else ()
+        columns = (rows[field].tolist() for field in fields)
         for key, *values in zip(*columns, strict=True):
             if (text := key.decode()) in keys:
                 found[text] = tuple(values)
@@ -228,9 +237,8 @@ def _with_other_matrices(
             other.append(utterance)
             continue
         split, index = places[utterance.key]
-        with np.errstate(over="ignore"):
-            if not np.array_equal(mel.astype(split.dtype), split.read(index)):
-                other.append(utterance)
+        if not is_rounded(split.read(index), mel, manifest.dtype):
+            other.append(utterance)
     return other
 
 

@@ -15,8 +15,9 @@ from shardprep.build.program.new_set import source_of
 from shardprep.build.report import BuildReport, SplitReport
 from shardprep.build.shard import encode_matrix
 from shardprep.errors import BuildError
-from shardprep.format.index import NO_LABEL
+from shardprep.format.index import NO_LABEL, scale_in
 from shardprep.format.manifest import Features
+from shardprep.format.quantised import is_rounded
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.read.split import Split
 from shardprep.source.contents import Source
@@ -134,10 +135,11 @@ class FinishedSet:
     def _is_same(self, part: Split, index: int, stored: NDArray[np.floating]) -> bool:
         if self._options.codec == "none":
             row = part.locations[index]
-            payload, _ = encode_matrix(stored, self._options.dtype, self._options.codec_info)
-            return len(stored) == int(row["frames"]) and zlib.crc32(payload) == int(row["crc32"])
+            payload, scale = encode_matrix(stored, self._options.dtype, self._options.codec_info)
+            same = len(stored) == int(row["frames"]) and zlib.crc32(payload) == int(row["crc32"])
+            return same and scale == scale_in(row)
         # Another release of zstandard may have other bytes for the same matrix.
-        return np.array_equal(part.read(index), stored)
+        return is_rounded(part.read(index), stored, self._options.dtype)
 
     def _other(self, what: str, key: str | None = None) -> BuildError:
         return BuildError(what, file=self._target, key=key, remedy=_OTHER_SET)

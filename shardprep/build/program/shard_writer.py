@@ -26,9 +26,10 @@ from shardprep.build.program.arguments import (
 from shardprep.build.program.finished_set import FinishedSet
 from shardprep.build.program.new_set import NewSet, Place
 from shardprep.build.report import BuildReport
-from shardprep.build.shard import as_stored
+from shardprep.build.shard import as_spooled
 from shardprep.build.work_folder import FolderWork
 from shardprep.errors import BuildError, SourceError
+from shardprep.format.manifest import DType
 from shardprep.source.features import Expected, check_shape, finite
 from shardprep.source.metadata import MOST_SHOWN
 from shardprep.source.paths import check_key
@@ -47,7 +48,7 @@ class ShardWriter:
     Nothing is published before `close`, which the end of the `with` block calls; an exception in
     the block publishes nothing. If the program was killed, run it again: its calls give the same
     bytes, and `keep` spares it the features that an earlier run has spooled. The spool takes as
-    much room as the set, until the set is complete.
+    much room as the set (of uint8 four times as much), until the set is complete.
 
     If the folder holds a finished set, the calls are compared with it, and nothing is written. A
     BuildError says what differs, unless `overwrite` is given.
@@ -55,7 +56,7 @@ class ShardWriter:
     Args:
         path: Folder for the shards, made if necessary.
         n_mels: Mel bins F of every matrix; any other features will do, too.
-        dtype: Element type to store, "float16" or "float32".
+        dtype: Element type to store, "float16", "float32" or "uint8"; see `BuildOptions`.
         codec: "none" or "zstd".
         level: zstd level, 1 to 22; None for 3.
         samples_per_shard: Most utterances in a shard.
@@ -76,7 +77,7 @@ class ShardWriter:
         path: str | os.PathLike[str],
         n_mels: int = 80,
         *,
-        dtype: Literal["float16", "float32"] = "float16",
+        dtype: DType = "float16",
         codec: Literal["none", "zstd"] = "none",
         level: int | None = None,
         samples_per_shard: int = 1000,
@@ -150,7 +151,7 @@ class ShardWriter:
                 check_speaker(speaker, split)
                 # Texts of NumPy are of a class of their own.
                 key, speaker = str(key), None if speaker is None else str(speaker)
-                stored = self._stored(matrix)
+                stored = self._spooled(matrix)
             except ValueError as fault:
                 raise SourceError(str(fault), key=str(key)[:MOST_SHOWN]) from None
             split = "test" if speaker is None else split
@@ -221,13 +222,13 @@ class ShardWriter:
         if key in self._added:
             raise ValueError("is added a second time; each utterance needs a key of its own")
 
-    def _stored(self, matrix: Any) -> NDArray[np.floating]:
-        """A matrix as the shards store it. ValueError if it cannot be stored."""
+    def _spooled(self, matrix: Any) -> NDArray[np.floating]:
+        """A matrix as the spool has it. ValueError if the shards cannot store it."""
         array = as_array(matrix)
         check_shape(array.shape, Expected(self._n_mels, 0, "frames"), "add matrix")
         if not array.size:
             raise ValueError(f"has shape {array.shape}, expected numbers")
         try:
-            return as_stored(finite(array), self._options.dtype)[0]
+            return as_spooled(finite(array), self._options.dtype)
         except ValueError as fault:
             raise ValueError(str(fault).replace("--dtype float32", 'dtype="float32"')) from None

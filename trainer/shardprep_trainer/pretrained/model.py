@@ -5,6 +5,7 @@ Axis legend: N recordings, T frames, F mel bins, D embedding width, S speakers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 
-from shardprep import FeatureRecipe, FormatError, audio_features, machine_errors
+from shardprep import FeatureRecipe, FormatError, audio_features, machine_errors, rounded
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.model_folder import write_model
@@ -347,10 +348,12 @@ class SpeakerModel(
         if found.ndim != 2 or not len(found) or found.shape[1] != n_mels:
             raise ValueError(f"has the shape {found.shape}, expected (frames, {n_mels})")
         with np.errstate(over="ignore"):
-            found = found.astype(self.dtype)
-        if not np.isfinite(found).all():
-            raise ValueError(f"has values that are no finite numbers of {self.dtype}")
-        return found
+            found = found.astype("float32" if self.dtype == "uint8" else self.dtype)
+        if np.isfinite(found).all():
+            # Of uint8, their range may be too large.
+            with contextlib.suppress(ValueError):
+                return rounded(found, self.dtype)
+        raise ValueError(f"has values that are no finite numbers of {self.dtype}")
 
     @torch.inference_mode()
     def _use(self, mels: Sequence[Mel]) -> list[Used]:
