@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from shardprep import BuildOptions, BuildReport, Split, build_shards, open_shards
 from shardprep.storage import local
@@ -49,6 +50,18 @@ def write_source(root: Path, lengths: dict[str, Sequence[int]], test: Sequence[i
     return root
 
 
+def as_read(mel: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """What a set of an element type must give back of a matrix (T, F), value by value."""
+    if dtype != "uint8":
+        return mel.astype(dtype)
+    low, high = float(mel.min()), float(mel.max())
+    step = np.float32((high - low) / 255)
+    if not step:
+        return np.full_like(mel, low)
+    levels = [[round((float(x) - low) / float(step)) for x in row] for row in mel]
+    return np.array([[np.float32(low) + step * np.float32(q) for q in row] for row in levels])
+
+
 @pytest.fixture(scope="session")
 def edge_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set with utterances of every length that is an edge case; not to be changed."""
@@ -60,7 +73,7 @@ def edge_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edge_sets(edge_source: Path) -> dict[tuple[str, str], Path]:
     """Shards of `edge_source` by dtype and codec; not to be changed."""
     sets = {}
-    for dtype in ("float16", "float32"):
+    for dtype in ("float16", "float32", "uint8"):
         for codec in ("none", "zstd"):
             sets[dtype, codec] = edge_source.parent / f"{dtype}-{codec}"
             options = BuildOptions(

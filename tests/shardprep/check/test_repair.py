@@ -124,13 +124,14 @@ def source(tmp_path_factory: pytest.TempPathFactory, edge_source: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["none", "zstd"])
+@pytest.fixture(scope="module", params=["float16-none", "uint8-zstd"])
 def original(request: pytest.FixtureRequest, source: Path) -> Path:
     """An intact set of two or more shards per split, with a list of rejects; do not change it."""
     from shardprep import BuildOptions
 
     shards = source.parent / request.param
-    options: Any = {**OPTIONS, "codec": request.param, "workers": 1}
+    dtype, codec = request.param.split("-")
+    options: Any = {**OPTIONS, "dtype": dtype, "codec": codec, "workers": 1}
     build_shards(source, shards, BuildOptions(**options))
     return shards
 
@@ -227,7 +228,7 @@ def test_dropping_leaves_out_what_is_lost_and_lists_it(
     # Every utterance of the source is packed or listed.
     assert verify_shards(shards, against=source).intact
     with pytest.raises(BuildError, match="a finished set, built from another source"):
-        build(source, shards, **OPTIONS, codec=was.manifest.codec.name)
+        build(source, shards, **OPTIONS, codec=was.manifest.codec.name, dtype=was.dtype)
     # The source can still repair the set, to its state after the drop.
     now = contents(shards)
     flip(OTHER, lambda folder: 1000)(shards)
@@ -298,11 +299,17 @@ def test_a_shard_without_any_index_is_dropped(original: Path, shards: Path) -> N
     assert values(shards) == {k: v for k, v in values(original).items() if k not in gone}
 
 
-@pytest.mark.parametrize("field", ["label", "frames", "crc32", "key", "offset", "far offset"])
+@pytest.mark.parametrize(
+    "field", ["label", "frames", "crc32", "key", "offset", "far offset", "minimum", "step"]
+)
 def test_a_wrong_row_is_not_used(original: Path, shards: Path, field: str) -> None:
     rows = np.load(shards / INDEX)
     place = int(np.flatnonzero(rows["shard"] == 1)[2])
-    if field == "far offset":
+    if field in ("minimum", "step"):
+        if field not in rows.dtype.names:
+            pytest.skip("only rows of uint8 have a scale")
+        rows[field][place] = np.nextafter(rows[field][place], np.float32(9))
+    elif field == "far offset":
         # Where no file system lets a program seek.
         rows["offset"][place] = 2**63 - 512
     else:
@@ -369,7 +376,8 @@ def test_only_what_is_damaged_is_taken_from_the_source(
 def test_a_pending_repair_is_finished_before_a_build(
     shards: Path, source: Path, tmp_path: Path, build: Build, contents: Contents
 ) -> None:
-    codec = open_shards(shards).manifest.codec.name
+    manifest = open_shards(shards).manifest
+    kind = {"codec": manifest.codec.name, "dtype": manifest.dtype}
     flip(SHARD, payload(2))(shards)
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     repair_shards(copy, drop=True)
@@ -381,9 +389,9 @@ def test_a_pending_repair_is_finished_before_a_build(
     (fault,) = verify_shards(shards).faults
     assert "shardprep repair DST" in fault.what
     with pytest.raises(BuildError, match="finished set, built from another source"):
-        build(source, shards, **OPTIONS, codec=codec)
+        build(source, shards, **OPTIONS, **kind)
     assert contents(shards).items() >= contents(copy).items()
-    build(source, shards, **OPTIONS, codec=codec, overwrite=True)
+    build(source, shards, **OPTIONS, **kind, overwrite=True)
     assert verify_shards(shards, deep=True, against=source).intact
     assert not [p for p in shards.iterdir() if p.name.startswith(".")]
 
@@ -406,11 +414,12 @@ def stop_at_shards(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_repair_keeps_an_unfinished_build(
     shards: Path, source: Path, build: Build, original: Path, contents: Contents
 ) -> None:
-    codec = open_shards(shards).manifest.codec.name
+    manifest = open_shards(shards).manifest
+    kind = {"codec": manifest.codec.name, "dtype": manifest.dtype}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardprep.build.writer.publish_indexes", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+            build(source, shards, **{**OPTIONS, "seed": 1}, **kind, overwrite=True)
     made = contents(shards / WORK_FOLDER)
     assert len(made) > 4
     flip(SHARD, payload(2))(shards)
@@ -424,12 +433,13 @@ def test_a_repair_keeps_an_unfinished_build(
 def test_a_folder_in_the_place_of_a_file_does_not_destroy_the_set(
     shards: Path, source: Path, build: Build, name: str
 ) -> None:
-    codec = open_shards(shards).manifest.codec.name
+    manifest = open_shards(shards).manifest
+    kind = {"codec": manifest.codec.name, "dtype": manifest.dtype}
     kept = (shards / "manifest.json").read_bytes()
     (shards / name).unlink(missing_ok=True)
     (shards / name).mkdir()
     with pytest.raises(BuildError, match="a folder is in the place|is not the manifest"):
-        build(source, shards, **{**OPTIONS, "seed": 1}, codec=codec, overwrite=True)
+        build(source, shards, **{**OPTIONS, "seed": 1}, **kind, overwrite=True)
     if name != "manifest.json":
         assert (shards / "manifest.json").read_bytes() == kept
         (shards / name).rmdir()

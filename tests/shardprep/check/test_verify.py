@@ -31,10 +31,12 @@ from shardprep.storage.local import sha256_of
 SHARD = "train-000001.tar"
 
 
-@pytest.fixture
-def shards(edge_set: Path, tmp_path: Path) -> Path:
+@pytest.fixture(params=["float16", "uint8"])
+def shards(
+    request: pytest.FixtureRequest, edge_sets: dict[tuple[str, str], Path], tmp_path: Path
+) -> Path:
     """A copy that may be damaged."""
-    return Path(shutil.copytree(edge_set, tmp_path / "shards"))
+    return Path(shutil.copytree(edge_sets[request.param, "none"], tmp_path / "shards"))
 
 
 def edit(path: Path, change: Callable[[bytearray], Any]) -> None:
@@ -57,7 +59,9 @@ def test_a_set_that_is_replaced_meanwhile_is_not_called_damaged(shards: Path) ->
         verify_shards(shards, advance=replace)
 
 
-@pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "zstd")], ids="-".join)
+@pytest.mark.parametrize(
+    "kind", [("float16", "none"), ("float32", "zstd"), ("uint8", "none")], ids="-".join
+)
 def test_intact_set_has_no_fault(
     edge_sets: dict[tuple[str, str], Path], edge_source: Path, kind: tuple[str, str]
 ) -> None:
@@ -78,7 +82,8 @@ def test_intact_set_has_no_fault(
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_flipped_bit_is_found(shards: Path, deep: bool) -> None:
     rng = random.Random(int(deep))
-    files = sorted(shards.iterdir())
+    # The dataset card is no part of the set.
+    files = sorted(path for path in shards.iterdir() if path.name != "README.md")
     for _ in range(10 if deep else 60):
         path = rng.choice(files)
         bit = rng.randrange(8 * path.stat().st_size)
@@ -227,9 +232,10 @@ def key_in(shards: Path) -> str:
         (".mel.npy", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "crc32"),
         (".cls", lambda data: b"9", "is not the label"),
         (".json", lambda data: data.replace(b"frames", b"fromes"), "does not agree"),
+        (".json", lambda data: data.replace(b'": ', b'":9', 2), "does not agree"),
         (".json", lambda data: b"[" * len(data), "does not agree"),
     ],
-    ids=["mel", "label", "field", "no JSON"],
+    ids=["mel", "label", "field", "number", "no JSON"],
 )
 def test_deep_names_the_damaged_utterance_though_the_checksums_fit(
     shards: Path, member: str, change: Callable[[bytes], bytes], what: str

@@ -22,7 +22,7 @@ from shardprep import BuildReport, CorruptShardError, FormatError, Split, open_s
 from shardprep.read.webdataset import decode_sample
 
 DamagedSplit = Callable[..., tuple[Split, list[int]]]
-SETS = [(dtype, codec) for dtype in ("float16", "float32") for codec in ("none", "zstd")]
+SETS = [(dtype, codec) for dtype in ("float16", "float32", "uint8") for codec in ("none", "zstd")]
 
 
 def assert_same(samples: list[dict[str, Any]], split: Split, speakers: tuple[str, ...]) -> None:
