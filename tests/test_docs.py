@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 import shardprep
 from shardprep.format.index import index_dtype
 from shardprep.format.manifest import Reject, decode_manifest
+from shardprep.format.quantised import scale_of
 from shardprep_trainer.config.fields import Config, flatten
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +51,18 @@ def test_format_shows_the_features_of_recordings_as_they_are() -> None:
 
 def test_format_shows_the_index_row_as_it_is() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `([<|]?\w+)` \| (\S+) \|", FORMAT, re.MULTILINE)
-    dtype = index_dtype(37)
-    expected = [(name, dtype[name].str.lstrip("|")) for name in dtype.names or ()]
+    plain, scaled = index_dtype(37), index_dtype(37, quantised=True)
+    names = [*plain.names, *(name for name in scaled.names if name not in plain.names)]
+    expected = [(name, scaled[name].str.lstrip("|")) for name in names]
     assert [(name, kind) for name, kind, _ in rows] == expected
+    assert scaled.names == (*plain.names[:-1], *names[-2:], "key")
     shown = {name: value for name, _, value in rows}
     assert int(shown["nbytes"]) == 128 + int(shown["frames"]) * 40 * 2
+    assert f"{128 + int(shown['frames']) * 40} `nbytes`" in FORMAT
+    (about,) = re.findall(r'^    (\{"frames".*\})$', FORMAT, re.MULTILINE)
+    scale = scale_of(json.loads(about))
+    assert [str(np.float32(value)) for value in scale] == [shown["minimum"], shown["step"]]
+    assert scale._asdict().items() <= json.loads(about).items()
 
 
 def test_a_data_set_with_the_json_files_of_the_homework_page_builds(tmp_path: Path) -> None:

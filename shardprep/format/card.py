@@ -64,6 +64,12 @@ def _text(manifest: Manifest) -> Iterable[str]:
             f"{manifest.n_mels}); `KEY.cls`, the number of its speaker, -1 where unknown; and "
             "`KEY.json`, with the speaker's name."
         )
+    if manifest.is_quantised:
+        yield ""
+        yield (
+            "The matrix holds whole numbers q. The mels are minimum + step * q, with both from "
+            '`KEY.json`: `q.astype("float32") * float(about["step"]) + float(about["minimum"])`.'
+        )
     yield ""
     yield "| split | utterances | frames | shards |"
     yield "|---|---|---|---|"

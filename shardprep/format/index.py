@@ -95,19 +95,18 @@ def key_fault(key: str, suffix: str | None = ".pt") -> str | None:
     return None
 
 
-def is_index(rows: NDArray[Any], *, quantised: bool | None = None) -> bool:
+def is_index(rows: NDArray[Any], *, quantised: bool = False) -> bool:
     """Whether an array is an index: one-dimensional, with the fields of `index_dtype`.
 
     Args:
         rows: The array.
-        quantised: Whether the element type is uint8; None if it may be or not.
+        quantised: Whether the element type is uint8.
     """
     names = rows.dtype.names or ()
     if rows.ndim != 1 or "key" not in names or rows.dtype["key"].itemsize > MAX_KEY_BYTES:
         return False
     key_bytes = max(1, rows.dtype["key"].itemsize)
-    kinds = (False, True) if quantised is None else (quantised,)
-    return any(rows.dtype == index_dtype(key_bytes, quantised=kind) for kind in kinds)
+    return rows.dtype == index_dtype(key_bytes, quantised=quantised)
 
 
 class IndexRow(msgspec.Struct, frozen=True, array_like=True):
@@ -200,8 +199,6 @@ def load_columns(
     sizes = np.array([shard.bytes for shard in split.shards], np.int64)
     count, total = len(rows), 0
     columns = Columns.empty(count, quantised=manifest.is_quantised)
-    if ("step" in (rows.dtype.names or ())) != manifest.is_quantised:
-        raise ValueError("element type")
     for at in range(0, count, _BLOCK):
         block = slice(at, at + _BLOCK)
         some = rows[block]

@@ -41,8 +41,13 @@ _BLOCK = 1 << 18
 _ALLOWED = bytes(b for b in range(32, 256) if b != 0x7F)
 
 
-def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
+def load_index(files: Files, split: SplitInfo, *, quantised: bool = False) -> NDArray[Any]:
     """The index rows of a split (N,), mapped, their sha256 checked; FORMAT.md has the fields.
+
+    Args:
+        files: The files of the set.
+        split: The split in its manifest.
+        quantised: Whether the element type of the set is uint8.
 
     Raises:
         CorruptShardError: The file is missing or damaged.
@@ -57,7 +62,7 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
                 if not files.renew(split.index):
                     raise
                 path = files.local(split.index)
-            rows = _map_index(path)
+            rows = _map_index(path, quantised)
             _check_keys(rows)
     except OSError as error:
         raise CorruptShardError(
@@ -68,7 +73,7 @@ def load_index(files: Files, split: SplitInfo) -> NDArray[Any]:
     return rows
 
 
-def _map_index(path: Path) -> NDArray[Any]:
+def _map_index(path: Path, quantised: bool) -> NDArray[Any]:
     # Not np.load, which would also open pickles and zip files.
     try:
         rows: NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
@@ -76,7 +81,7 @@ def _map_index(path: Path) -> NDArray[Any]:
         if error.errno not in NO_SHARED_MAPS:
             raise
         rows = _read_index(path)
-    if not is_index(rows):
+    if not is_index(rows, quantised=quantised):
         raise CorruptShardError(f"has rows {rows.dtype}"[:300], file=path, remedy=REPAIR)
     return rows
 

@@ -363,7 +363,7 @@ def _open_index(
         return np.empty(0, index_dtype(1, quantised=quantised)), Columns.empty(
             0, quantised=quantised
         )
-    rows = load_index(origin.files, info)
+    rows = load_index(origin.files, info, quantised=origin.manifest.is_quantised)
     try:
         return rows, load_columns(rows, info, origin.manifest, begins)
     except ValueError as error:

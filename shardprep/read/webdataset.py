@@ -241,7 +241,7 @@ def _check_samples(
 
     Those of adopted tars come out with the members that our own tars have.
     """
-    rows = load_index(files, info)
+    rows = load_index(files, info, quantised=manifest.is_quantised)
     # In a folder a shard has its own name, in a cache its sha256.
     numbers = {shard.file: number for number, shard in enumerate(info.shards)}
     numbers |= {shard.sha256: number for number, shard in enumerate(info.shards)}

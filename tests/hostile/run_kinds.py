@@ -116,6 +116,7 @@ def build_into(folder: Path, outcome: Outcome) -> None:
 ENTRIES = {
     "plain": read_shards,
     "zstd": read_shards,
+    "uint8": read_shards,
     "dataset": build_from,
     "audio": use_recordings,
     "target": build_into,
@@ -194,8 +195,8 @@ def main(base: Path, names: list[str]) -> None:
     shutil.copytree(valid / "Dataset", valid / "dataset")
     (valid / "target").mkdir()
     write_recordings(valid / "audio")
-    for codec, folder in (("none", "plain"), ("zstd", "zstd")):
-        shardprep.build_shards(valid / "Dataset", valid / folder, options(codec=codec))
+    for folder, own in (("plain", {}), ("zstd", {"codec": "zstd"}), ("uint8", {"dtype": "uint8"})):
+        shardprep.build_shards(valid / "Dataset", valid / folder, options(**own))
         # Loads everything that is loaded on first use, so that it does not count below.
         outcome = Outcome()
         read_shards(valid / folder, outcome)

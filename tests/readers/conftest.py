@@ -20,6 +20,7 @@ KINDS = {
     "none": {},
     "zstd": {"codec": "zstd"},
     "float32": {"dtype": "float32"},
+    "uint8": {"dtype": "uint8"},
 }
 Read = Callable[..., None]
 

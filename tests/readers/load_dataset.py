@@ -34,6 +34,9 @@ def read(rows: Iterable[dict[str, Any]], shard_set: shardprep.ShardSet) -> Any:
     for row in rows:
         (column,) = (name for name in row if name.startswith("mel."))
         mel = np.asarray(row[column], dtype)
+        if shard_set.manifest.is_quantised:
+            step, minimum = (float(row["json"][name]) for name in ("step", "minimum"))
+            mel = mel.astype("float32") * step + minimum
         named = shard_set.speakers[row["cls"]] if row["cls"] >= 0 else ""
         assert (row["json"]["speaker"], row["json"]["frames"]) == (named, len(mel))
         yield row["__key__"], row["cls"], mel

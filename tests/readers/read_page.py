@@ -21,6 +21,9 @@ import shardprep
 PAGE = Path(__file__).parents[2] / "docs" / "readers.md"
 # The one reader that has names of its own for the splits, and gives float16 as float32.
 DATASETS = "Hugging Face datasets"
+# What a section calls the matrix and its JSON, where the element type is uint8.
+UINT8 = re.findall(r"^\| ([\w -]+) \| `(.+?)` \| `(.+?)`", PAGE.read_text(), re.MULTILINE)
+(WIDENED,) = re.findall(r"^```py\nmel = (.*)\n```", PAGE.read_text(), re.MULTILINE)
 # Key, label and matrix of each utterance that was read.
 Seen = list[tuple[str, int, np.ndarray]]
 
@@ -29,6 +32,16 @@ def blocks(section: str, language: str) -> list[str]:
     """The blocks of code of a section of the page."""
     (text,) = (part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{section}\n"))
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def widening(section: str, code: str) -> str:
+    """The code of a section with the line that widens the bytes of uint8."""
+    for name, mel, about in UINT8:
+        if name == section:
+            before, after = code.split(f"{mel})", 1)
+            widened = WIDENED.replace("about", about).replace("mel", mel, 1)
+            return f"import json\n{before}{widened}){after}"
+    return code
 
 
 def compare(seen: Seen, *splits: shardprep.Split, exact_type: bool = True) -> None:
@@ -51,6 +64,8 @@ def run(section: str) -> None:
     first, *others = blocks(section, "python")
     if shard_set.manifest.codec.name == "zstd":
         first = first.replace("mel.npy", "mel.npy.zst")
+    if shard_set.manifest.is_quantised:
+        first = widening(section, first)
     scope: dict[str, Any] = {}
     for name in shard_set.splits:
         seen: Seen = []

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.readers.conftest import KINDS, Read
-from tests.readers.read_page import PAGE, blocks
+from tests.readers.read_page import DATASETS, PAGE, UINT8, blocks, widening
 
 SECTIONS = [
     section.splitlines()[0]
@@ -33,6 +33,19 @@ def test_datasets_loads_all_splits_by_every_call(
     environment: str, release: str, kind: str, read: Read
 ) -> None:
     read(environment, kind, "load_dataset.py", release)
+
+
+def test_the_page_widens_uint8_in_every_section_that_reads_stored_bytes() -> None:
+    named = {name for name, _, _ in UINT8}
+    assert named == {name for name in SECTIONS if "decode_npy" in blocks(name, "python")[0]} | {
+        DATASETS
+    }
+    for name in named:
+        (code, *_) = blocks(name, "python")
+        widened = widening(name, code)
+        assert widened != code
+        compile(widened, name, "exec")
+    assert widening("lhotse", blocks("lhotse", "python")[0]) == blocks("lhotse", "python")[0]
 
 
 def test_the_table_counts_the_lines_of_code_of_every_section() -> None:

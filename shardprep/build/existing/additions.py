@@ -66,7 +66,10 @@ class Held:
             StorageError: The machine cannot read it now, or the store does not answer.
         """
         manifest, files = load_manifest(place), files_at(place)
-        indexes = {name: load_index(files, split) for name, split in manifest.splits.items()}
+        indexes = {
+            name: load_index(files, split, quantised=manifest.is_quantised)
+            for name, split in manifest.splits.items()
+        }
         return cls(manifest, indexes, read_rejects(files, manifest))
 
     @functools.cached_property

@@ -213,7 +213,7 @@ def _stored(files: Files, manifest: Manifest, keys: Set[str]) -> dict[str, Any]:
         if reject.repeats is None and reject.key in keys
     }
     for split in manifest.splits.values():
-        rows = load_index(files, split)
+        rows = load_index(files, split, quantised=manifest.is_quantised)
         fields = ["key", "nbytes", "frames", "crc32"]
         fields += Scale._fields if manifest.is_quantised else ()
         columns = (rows[field].tolist() for field in fields)

@@ -116,6 +116,8 @@ def npy_matrix(head: bytes, size: int) -> tuple[int, int, Dtype]:
         raise ValueError(f"has a damaged npy header ({error})"[:200]) from None
     if dtype.str not in _DTYPES:
         what = "Python objects, a pickle" if dtype.hasobject else str(dtype)[:60]
+        if dtype == np.uint8:
+            what += ", whose minimum and step nobody knows"
         raise ValueError(f"holds {what}, expected little-endian float16 or float32")
     if len(shape) != 2 or not 1 <= shape[1] <= MAX_N_MELS or shape[0] < 1:
         raise ValueError(f"has the shape {shape}, expected (frames, n_mels)"[:200])

@@ -99,6 +99,36 @@ def index_label_of_nobody(folder: Path) -> None:
     os.truncate(folder / "train-000000.tar", 2048)
 
 
+@kind("uint8")
+def index_scale_without_bounds(folder: Path) -> None:
+    """an index of uint8 has a minimum of NaN, a negative step and an infinite one"""
+
+    def edit(rows: np.ndarray) -> None:
+        rows["minimum"][0], rows["step"][1], rows["step"][2] = np.nan, -1, np.inf
+
+    edit_index(folder, edit)
+
+
+@kind("uint8")
+def index_without_scales(folder: Path) -> None:
+    """an index of uint8 has neither minimum nor step"""
+
+    def edit(rows: np.ndarray) -> np.ndarray:
+        names = [name for name in rows.dtype.names if name not in ("minimum", "step")]
+        own = np.empty(len(rows), [(name, rows.dtype[name]) for name in names])
+        for name in names:
+            own[name] = rows[name]
+        return own
+
+    edit_index(folder, edit)
+
+
+@kind("plain")
+def index_of_bytes(folder: Path) -> None:
+    """a manifest says that matrices of float16 are uint8"""
+    sign(folder, lambda content: content.__setitem__("dtype", "uint8"))
+
+
 @kind("plain")
 def index_key_escapes(folder: Path) -> None:
     """a key holds escape sequences of a terminal"""

@@ -14,7 +14,7 @@ class Kind(NamedTuple):
     """A kind of hostile input.
 
     Attributes:
-        entry: What it forges: "plain" and "zstd" are shard sets, "dataset" is a data set,
+        entry: What it forges: "plain", "zstd" and "uint8" are shard sets, "dataset" is a data set,
             "audio" a folder of recordings, "target" the destination of a build.
         make: Forges the valid set in a folder.
     """

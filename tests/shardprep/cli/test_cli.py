@@ -238,7 +238,9 @@ def test_inspect_describes_the_set(run_cli: Cli, edge_set: Path) -> None:
     assert "frames" in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", [("float16", "none"), ("float32", "zstd")], ids="-".join)
+@pytest.mark.parametrize(
+    "kind", [("float16", "none"), ("float32", "zstd"), ("uint8", "none")], ids="-".join
+)
 @pytest.mark.parametrize("key", ["ann-004", "cleo-003.pt", "test-000"])
 def test_inspect_shows_one_utterance(
     run_cli: Cli, edge_sets: dict[tuple[str, str], Path], kind: tuple[str, str], key: str
@@ -252,6 +254,10 @@ def test_inspect_shows_one_utterance(
     assert about["frames"] == len(mel)
     assert about["speaker"] == (None if key.startswith("test") else key.partition("-")[0])
     assert (about["min"], about["max"]) == (mel.min(), mel.max())
+    assert ("step" in about) == (kind[0] == "uint8")
+    if "step" in about:
+        assert about["minimum"] == mel.min()
+        assert about["step"] == split.step[about["index"]]
     data = (edge_sets[kind] / about["shard"]).read_bytes()
     assert len(data[about["offset"] : about["offset"] + about["nbytes"]]) == about["nbytes"]
     picture = run_cli("inspect", edge_sets[kind], "--sample", key).stdout.split("\n\n")[1]

@@ -16,11 +16,11 @@ from shardprep.cli import parquet
 Cli = Callable[..., Any]
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("kind", [("float16", "none"), ("uint8", "zstd")], ids="-".join)
 def test_rows_name_every_utterance_and_where_its_matrix_is(
-    edge_sets: dict[tuple[str, str], Path], tmp_path: Path, run_cli: Cli, codec: str
+    edge_sets: dict[tuple[str, str], Path], tmp_path: Path, run_cli: Cli, kind: tuple[str, str]
 ) -> None:
-    shards = edge_sets["float16", codec]
+    shards, codec = edge_sets[kind], kind[1]
     done = run_cli("inspect", shards, "--parquet", tmp_path / "table.parquet")
     assert done.returncode == 0, done.stderr
     rows = pyarrow.parquet.read_table(tmp_path / "table.parquet").to_pylist()
@@ -36,6 +36,8 @@ def test_rows_name_every_utterance_and_where_its_matrix_is(
         mel = decode_npy("mel.npy" if codec == "none" else "mel.npy.zst", data)
         assert mel is not None
         assert len(mel) == row["frames"]
+        if kind[0] == "uint8":
+            mel = mel.astype("float32") * row["step"] + row["minimum"]
         assert (mel == split.read(number)).all()
     assert any(row["label"] == -1 for row in rows)
 

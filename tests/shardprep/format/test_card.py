@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import yaml
 
@@ -67,6 +68,18 @@ def test_the_code_of_the_card_runs(
         datasets.disable_progress_bars()
     exec(compile(code[pieces], "card", "exec"), {})
     gc.collect()
+
+
+def test_the_card_of_bytes_says_how_to_widen_them(
+    edge_sets: dict[tuple[str, str], Path], manifest: Manifest
+) -> None:
+    shard_set = open_shards(edge_sets["uint8", "none"])
+    (code,) = re.findall(r"`(q\..*?)`", card(shard_set.manifest))
+    split = shard_set["train"]
+    about = {"step": split.step[3], "minimum": np.float64(split.minimum[3])}
+    mel = eval(code, {"q": split.read_stored(3), "about": about})
+    assert mel.tobytes() == split.read(3).tobytes()
+    assert "whole numbers" not in card(manifest)
 
 
 def test_the_card_of_adopted_tars_claims_nothing_of_their_members(manifest: Manifest) -> None:

@@ -29,9 +29,15 @@ def audio(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shards(audio: Path, tmp_path: Path) -> Path:
+def dtype() -> str:
+    """Element type of the shards; a test may parametrise it."""
+    return "float16"
+
+
+@pytest.fixture
+def shards(audio: Path, tmp_path: Path, dtype: Any) -> Path:
     """The recordings as a set; all are in the split train."""
-    options = shardprep.BuildOptions(val_fraction=0, workers=1)
+    options = shardprep.BuildOptions(dtype=dtype, val_fraction=0, workers=1)
     shardprep.build_shards(audio, tmp_path / "shards", options)
     return tmp_path / "shards"
 

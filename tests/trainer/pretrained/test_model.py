@@ -30,6 +30,7 @@ from shardprep_trainer.export import describe
 from shardprep_trainer.export import main as export
 from shardprep_trainer.pretrained import model as model_module
 from shardprep_trainer.pretrained.batches import batches
+from tests.shardprep.conftest import as_read
 
 # Of TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -82,9 +83,11 @@ def check_parity(run: Path, audio: Path, tmp_path: Path, form: str, longest: int
             assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_shards_command_python_and_an_exported_file_agree(
-    run: Path, audio: Path, tmp_path: Path
+    run: Path, audio: Path, tmp_path: Path, dtype: str
 ) -> None:
+    assert SpeakerModel.from_pretrained(run).dtype == dtype
     # Of these, one is longer than LONGEST frames.
     check_parity(run, audio, tmp_path, "torchscript", LONGEST)
 
@@ -104,17 +107,18 @@ def test_they_agree_on_minutes_of_speech_and_in_onnx(
 def test_the_stored_type_belongs_to_the_recipe(make_run: Callable[..., Path], audio: Path) -> None:
     path = audio / "s0" / "3.wav"
     found = {}
-    for dtype in ("float16", "float32"):
+    for dtype in ("float16", "float32", "uint8"):
         model = SpeakerModel.from_pretrained(make_run(dtype=dtype))
         mel = shardprep.audio_features(path, model.recipe)
         oracle = model_of(model.checkpoint.file)
         with torch.no_grad():
-            rounded = torch.from_numpy(mel.astype(dtype).astype(np.float32))
+            rounded = torch.from_numpy(as_read(mel, dtype).astype(np.float32))
             expected = oracle.embed(rounded[None])[0].numpy()
         found[dtype] = model.embed_audio(path)
         assert np.allclose(found[dtype], expected, atol=1e-5)
         assert np.allclose(model.embed(mel), expected, atol=1e-5)
     assert np.abs(found["float16"] - found["float32"]).max() > 1e-5
+    assert np.abs(found["uint8"] - found["float32"]).max() > 1e-4
 
 
 def test_batches_hold_every_mel_once_within_their_area() -> None:
@@ -202,13 +206,15 @@ def test_mels_may_be_tensors_of_any_kind(run: Path) -> None:
         np.testing.assert_array_equal(model.embed(found), expected)
 
 
-def test_what_is_no_mel_is_refused(run: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_what_is_no_mel_is_refused(run: Path, dtype: str) -> None:
     model = SpeakerModel.from_pretrained(run)
     for mel in (np.zeros((5, 39)), np.zeros((0, 40)), np.zeros(40), torch.zeros(1, 5, 40)):
         with pytest.raises(ValueError, match=r"expected \(frames, 40\)"):
             model.embed(mel)
-    with pytest.raises(ValueError, match="no finite numbers of float16"):
-        model.embed(np.full((5, 40), 1e9))
+    for value in (3e38, np.nan):
+        with pytest.raises(ValueError, match=f"no finite numbers of {dtype}"):
+            model.embed(np.full((5, 40), value))
     with pytest.raises(ValueError, match="found no recording"):
         model.embed([])
 

@@ -87,6 +87,7 @@ def test_offsets_checksums_and_labels_are_those_of_the_standard_library(
         ([("a.npy", MEL.astype(np.float64))], "holds float64, expected little-endian float16"),
         ([("a.npy", MEL.astype(">f4"))], "holds >f4, expected little-endian"),
         ([("a.npy", MEL.astype(np.int16))], "holds int16"),
+        ([("a.npy", MEL.astype(np.uint8))], "holds uint8, whose minimum and step nobody knows"),
         ([("a.npy", MEL[0])], r"has the shape \(40,\), expected \(frames, n_mels\)"),
         ([("a.npy", MEL[None])], r"has the shape \(1, 2, 40\)"),
         ([("a.npy", MEL[:0])], r"has the shape \(0, 40\)"),

@@ -63,7 +63,7 @@ def save_dataset(root: Path, kind: type[np.floating]) -> Path:
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])
 def test_shards_and_indexes_are_those_of_build(
     tmp_path: Path,
     build: Callable[..., BuildReport],
