@@ -57,14 +57,21 @@ def loader_workers() -> int:
     return 1 if worker is None else int(worker.num_workers)
 
 
-def at_fork(after_in_child: Callable[[], None], before: Callable[[], None] | None = None) -> None:
+def at_fork(
+    after_in_child: Callable[[], None],
+    before: Callable[[], None] | None = None,
+    after_in_parent: Callable[[], None] | None = None,
+) -> None:
     """Have functions called when this process is forked, where systems have that.
 
     Args:
         after_in_child: Called in the new process.
         before: Called in this process, before.
+        after_in_parent: Called in this process, after.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=after_in_child)
         if before is not None:
             os.register_at_fork(before=before)
+        if after_in_parent is not None:
+            os.register_at_fork(after_in_parent=after_in_parent)

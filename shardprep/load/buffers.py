@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,27 +49,3 @@ class _Lease:
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.__array_interface__ = memory.__array_interface__
-
-
-Item = TypeVar("Item")
-
-
-def ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
-    """The same items in the same order; a thread makes up to `count` of them ahead.
-
-    An error of `items` is raised where its item would come. To close the generator, as a loop
-    that is broken off does, waits for the item that is being made and ends the thread.
-    """
-    if not count:
-        yield from items
-        return
-    done = object()
-    with ThreadPoolExecutor(1, "shardprep-prefetch") as thread:
-        waiting = deque(thread.submit(next, items, done) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not done:
-                waiting.append(thread.submit(next, items, done))
-                yield cast(Item, item)
-        finally:
-            for future in waiting:
-                future.cancel()

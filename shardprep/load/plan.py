@@ -155,6 +155,10 @@ class BatchPlan:
     def __len__(self) -> int:
         return -(-self.end // self.global_batch)
 
+    def count(self, start: Place, every: int = 1) -> int:
+        """Batches in the rest of an epoch; see `blocks`."""
+        return len(range(start.position, self.end, every * self.global_batch))
+
     def blocks(self, start: Place, every: int = 1, *, say_ahead: bool) -> Iterator[Block]:
         """The rest of an epoch, planned a few batches at a time.
 

@@ -8,31 +8,25 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
+from functools import partial
 from numbers import Rational
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from shardprep.errors import CorruptShardError, ShardprepError
-from shardprep.load.buffers import BufferPool, ahead
+from shardprep.load.batch_maker import Batch, BatchMaker, Planned
 from shardprep.load.course.iteration import Iteration
 from shardprep.load.course.position import Position, Stretch, check_same
 from shardprep.load.course.world import Part, refuse_second_division, this_worker
 from shardprep.load.damage import OnCorrupt, ReadGuard, VerifyReads
-from shardprep.load.on_device import ResidentSplit, fits
-from shardprep.load.orders.epoch import Indices
+from shardprep.load.epochs_ahead import EpochsAhead
+from shardprep.load.on_device import fits
 from shardprep.load.plan import Balance, BatchPlan, Order, Sampling, check_split
 from shardprep.read.split import Split
 
-Batch = dict[str, Tensor]
 Placement = Literal["auto", "host", "device"]
-# Indices, starts, segments (None where the split lies on the device), labels, lengths.
-Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
-# Where the batch after this one begins, how many segments replace damaged ones, and the batch.
-Planned = tuple[int, int, Segments]
 
 
 class SegmentLoader(IterableDataset[Batch]):
@@ -83,7 +77,8 @@ class SegmentLoader(IterableDataset[Batch]):
             into the memory of `device` once, and takes the same segments from there. "auto" means
             "device" if the split takes at most `shardprep.load.on_device.SHARE` of the free memory
             of a CUDA device, otherwise "host".
-        prefetch: Batches that a thread prepares ahead; with 0, each is prepared when it is due.
+        prefetch: Batches that a thread prepares ahead, across the ends of epochs; with 0, each is
+            prepared when it is due.
         verify_reads: Whether the crc32 of an utterance is checked before its segments are used:
             "never", "once" in this process, or "always". A split that goes to the device is always
             checked while it is loaded.
@@ -157,11 +152,7 @@ class SegmentLoader(IterableDataset[Batch]):
         check_split(split, self._sampling, world_size or 1)
         self.split = split
         self.replaced = 0
-        self._pad_value = pad_value
         self._device = torch.device("cpu" if device is None else device)
-        self._dtype = dtype
-        self._prefetch = operator.index(prefetch)
-        self._buffers = BufferPool(keep=self._prefetch + 2)
         self._plan: BatchPlan | None = None
         self._position = Position()
         # The global batch of a loaded state, by which the windowed order counts.
@@ -173,7 +164,18 @@ class SegmentLoader(IterableDataset[Batch]):
             placement = "device" if fits(split, self._device) else "host"
         self.placement = placement
         self._guard = ReadGuard(split, verify_reads, on_corrupt, max_corrupt)
-        self._resident: ResidentSplit | None = None
+        prefetch = operator.index(prefetch)
+        self._maker = BatchMaker(
+            split,
+            self._guard,
+            segment_frames=self._sampling.segment_frames,
+            pad_value=pad_value,
+            device=self._device,
+            dtype=dtype,
+            # Those that are ready, one that is made, and one that is used.
+            keep=prefetch + 2,
+        )
+        self._epochs: EpochsAhead[Planned] = EpochsAhead(self._maker.prepare, prefetch)
         self._load_resident()
 
     def __len__(self) -> int:
@@ -200,6 +202,7 @@ class SegmentLoader(IterableDataset[Batch]):
         """
         refuse_second_division(self, self._part)
         self._position.ask(operator.index(epoch))
+        self._epochs.expect(self._position.will_begin_at)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, the same on every rank.
@@ -230,7 +233,16 @@ class SegmentLoader(IterableDataset[Batch]):
             check_same({"global_batch": batch}, {"global_batch": self._plan_now().global_batch})
         self._position.load(state)
         self._end_running()
+        self._epochs.expect(self._position.will_begin_at)
         self._loaded_batch = batch
+
+    def close(self) -> None:
+        """End a running iteration, and the thread that prepares batches.
+
+        Without it, the thread ends with the loader. A later iteration starts another one.
+        """
+        self._end_running()
+        self._epochs.close()
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on with the loader that loads it."""
@@ -265,13 +277,12 @@ class SegmentLoader(IterableDataset[Batch]):
         return self._batches(plan, self._position.begin(plan.end, plan.global_batch), running)
 
     def _load_resident(self) -> None:
-        """Load a split that goes to the device, unless that is done."""
-        if self.placement == "device" and self._resident is None:
-            self._resident = ResidentSplit(self.split, self._device, self._guard)
+        if self.placement == "device":
+            self._maker.load_resident()
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to this process stays here, and a split on the device too.
-        return {**self.__dict__, "_plan": None, "_running": None, "_resident": None}
+        # What belongs to this process stays here.
+        return {**self.__dict__, "_plan": None, "_running": None}
 
     def _end_running(self) -> None:
         if self._running is not None:
@@ -282,9 +293,10 @@ class SegmentLoader(IterableDataset[Batch]):
         """The batches of an iteration; the loader moves with them until the iteration is ended."""
         if running.is_over():
             return
-        if self._sampling.order == "global" and self._resident is None:
+        if self._sampling.order == "global" and self._maker.resident is None:
             plan.read_ahead.warm()
-        ready = ahead(self._segments(plan, stretch), self._prefetch)
+        upcoming = partial(self._position.following, stretch, plan.end, plan.global_batch)
+        ready = self._epochs.read(plan, stretch, upcoming)
         running.reads(ready)
         first = True
         with contextlib.closing(ready):
@@ -294,60 +306,7 @@ class SegmentLoader(IterableDataset[Batch]):
                     first = False
                 self._position.move(stretch, following, plan.end)
                 self.replaced += replaced
-                yield self._deliver(segments)
+                yield self._maker.deliver(segments)
                 if running.is_over():
                     return
         self._position.finish()
-
-    def _segments(self, plan: BatchPlan, stretch: Stretch) -> Iterator[Planned]:
-        """Segments of this rank's batches on the host."""
-        split, length = self.split, self._sampling.segment_frames
-        say_ahead = self._resident is None
-        for block in plan.blocks(stretch.start, stretch.every, say_ahead=say_ahead):
-            indices, starts = block.indices, block.starts
-            labels = torch.from_numpy(split.labels[indices].astype(np.int64))
-            lengths = np.minimum(split.frames[indices], length)
-            at = 0
-            for following, size in zip(block.nexts, block.sizes, strict=True):
-                own: Any = np.arange(at, at := at + size)
-                replaced = 0
-                if (places := self._guard.replacements(indices[own])) is not None:
-                    replaced = int((places != np.arange(len(own))).sum())
-                    own = own[places]
-                mel = self._host_mel(indices[own], starts[own])
-                valid = torch.from_numpy(lengths[own])
-                yield following, replaced, (indices[own], starts[own], mel, labels[own], valid)
-
-    def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
-        """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.
-
-        None if the split lies on the device.
-        """
-        if self._resident is not None:
-            return None
-        split = self.split
-        shape = (len(indices), self._sampling.segment_frames, split.n_mels)
-        if self._device.type == "cuda":
-            # PyTorch keeps pinned buffers, and uses a buffer again when its copy is done.
-            stored = torch.from_numpy(np.empty(0, split.dtype)).dtype
-            mel = torch.empty(shape, dtype=stored, pin_memory=True)
-        else:
-            mel = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        split.segments(
-            indices, starts, self._sampling.segment_frames, self._pad_value, out=mel.numpy()
-        )
-        return mel
-
-    def _deliver(self, segments: Segments) -> Batch:
-        """Copy a batch to the device; the host does not wait."""
-        indices, starts, mel, label, length = segments
-        if mel is None:
-            assert self._resident is not None
-            mel = self._resident.segments(
-                indices, starts, self._sampling.segment_frames, self._pad_value
-            )
-        if self._device.type == "cuda":
-            label = label.pin_memory()
-        # Converted on the device, after the copy: fewer bytes are copied.
-        mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
-        return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}

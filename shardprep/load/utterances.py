@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
-from shardprep.load.buffers import ahead
+from shardprep.load.background import ahead
+from shardprep.load.batch_maker import Batch
 from shardprep.load.course.world import Part, refuse_second_division, this_worker
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.orders.epoch import length_batches
-from shardprep.load.segments import Batch
 from shardprep.read.split import Split
 
 # Part of the room for wanted shards that is read at a time; the next part comes meanwhile.

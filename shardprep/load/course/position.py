@@ -94,6 +94,27 @@ class Position:
         self._place = own
         return Stretch(Place(own.epoch, own.position), worker.count)
 
+    def following(self, stretch: Stretch, end: int, step: int) -> Stretch | None:
+        """What the next iteration will read, if nothing else is asked for; None if unknown.
+
+        Args:
+            stretch: What this iteration reads.
+            end: Utterances of an epoch.
+            step: Utterances of a batch, both of all ranks.
+        """
+        worker = this_worker()
+        if worker is None:
+            # Before the first batch, too: to begin an epoch that is never read changes nothing.
+            return Stretch(self._course.get().first_batch(stretch.start).upcoming.within(end))
+        # A worker that began only once may be one of those that end with their epoch.
+        if self._begun < 2:
+            return None
+        return Stretch(Place(stretch.start.epoch + 1, worker.number * step), worker.count)
+
+    def will_begin_at(self, stretch: Stretch) -> bool:
+        """Whether the next iteration of this process reads a stretch."""
+        return this_worker() is not None or self._course.get().upcoming == stretch.start
+
     def give_first_batch(self, stretch: Stretch) -> None:
         """An iteration gives its first batch."""
         if not isinstance(self._place, WorkerPlace):

@@ -374,6 +374,7 @@ def test_no_thread_remains(split: Split) -> None:
         next(iterator)
         iterator.close()  # type: ignore[attr-defined]
     list(own)
+    own.close()
     names = [thread.name for thread in set(threading.enumerate()) - before]
     assert not [name for name in names if name.startswith("shardprep-prefetch")]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardprep.load.buffers import ahead
+from shardprep.load.background import ahead
 
 #: Threads of other tests that broke a loop off; an error that the test keeps holds them.
 others: set[threading.Thread] = set()
