@@ -57,13 +57,11 @@ class EpochsAhead(Generic[Item]):
         line = self._take(plan, stretch) or self._line(plan, stretch)
         left = plan.count(stretch.start, stretch.every)
         try:
-            while True:
-                line.keep(min(self._count, left))
-                self._make_next(plan, following, self._count + 1 - left)
-                if not left:
-                    return
+            self._make_ahead(line, plan, left, following)
+            while left:
                 item = next(line)
                 left -= 1
+                self._make_ahead(line, plan, left, following)
                 yield item
         finally:
             line.close()
@@ -89,11 +87,16 @@ class EpochsAhead(Generic[Item]):
         begun.line.close()
         return None
 
-    def _make_next(
-        self, plan: BatchPlan, following: Callable[[], Stretch | None], spare: int
+    def _make_ahead(
+        self,
+        line: Line[Item],
+        plan: BatchPlan,
+        left: int,
+        following: Callable[[], Stretch | None],
     ) -> None:
-        """Have up to `spare` batches of the next iteration made."""
-        if spare <= 0:
+        """Have the next of the `left` batches made, then those of the next epoch."""
+        line.keep(min(self._count, left))
+        if left > self._count:
             return
         if self._next is None:
             stretch = following()
@@ -102,7 +105,7 @@ class EpochsAhead(Generic[Item]):
             self._next = _Begun(plan, stretch, self._line(plan, stretch))
         begun = self._next
         most = plan.count(begun.stretch.start, begun.stretch.every)
-        begun.line.keep(min(spare, self._count, most))
+        begun.line.keep(min(self._count + 1 - left, self._count, most))
 
     def _line(self, plan: BatchPlan, stretch: Stretch) -> Line[Item]:
         return self._background.line(self._prepare(plan, stretch))

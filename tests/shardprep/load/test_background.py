@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from shardprep.load.background import ahead
+from shardprep import ShardprepError
+from shardprep.load.background import Background, Line, ahead
+from tests.conftest import PATIENCE
 
 #: Threads of other tests that broke a loop off; an error that the test keeps holds them.
 others: set[threading.Thread] = set()
@@ -75,3 +83,122 @@ def test_a_loop_that_is_broken_off_ends_the_thread() -> None:
     assert threads()
     taken.close()
     assert threads() == []
+
+
+def line_of(items: Iterator[int]) -> tuple[Background, Line[int]]:
+    background = Background()
+    return background, background.line(items)
+
+
+def test_a_line_that_is_closed_makes_nothing_more() -> None:
+    made = itertools.count()
+    background, line = line_of(made)
+    line.keep(3)
+    assert [next(line), next(line)] == [0, 1]
+    line.close()
+    line.keep(5)
+    background.close()
+    assert next(made) <= 3
+    assert list(line) == []
+
+
+def test_lines_are_served_by_one_thread_in_the_order_of_asking() -> None:
+    made: list[str] = []
+
+    def items(name: str) -> Iterator[int]:
+        for number in itertools.count():
+            made.append(f"{name}{number}")
+            yield number
+
+    background = Background()
+    one, other = background.line(items("a")), background.line(items("b"))
+    one.keep(2)
+    other.keep(2)
+    one.keep(3)
+    assert [next(one) for _ in range(3)] == [0, 1, 2]
+    background.close()
+    assert made == ["a0", "a1", "b0", "b1", "a2"]
+    assert threads() == []
+
+
+def test_the_thread_ends_when_its_owner_is_dropped_and_drops_what_was_asked_for() -> None:
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        inside.set()
+        assert goes_on.wait(PATIENCE)
+        yield 1
+        raise AssertionError("nobody reads the second")
+
+    before = set(threading.enumerate())
+    background, line = line_of(items())
+    line.keep(2)
+    (thread,) = set(threading.enumerate()) - before
+    assert inside.wait(PATIENCE)
+    del background
+    gc.collect()
+    goes_on.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert list(line) == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_comes_between_two_items_and_leaves_the_thread_behind() -> None:
+    inside = threading.Event()
+    busy = threading.Lock()
+
+    def items() -> Iterator[int]:
+        for number in itertools.count():
+            with busy:
+                inside.set()
+            yield number
+
+    background, line = line_of(items())
+    line.keep(50)
+    assert inside.wait(PATIENCE)
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(BaseException):
+            assert not busy.locked()
+            with pytest.raises(ShardprepError, match="forked since it began"):
+                next(line)
+            # Waits for nothing, and a new line has a thread of its own.
+            background.close()
+            new, own = line_of(iter([7]))
+            assert list(own) == [7]
+            new.close()
+            code = 0
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [next(line) for _ in range(3)] == [0, 1, 2]
+    background.close()
+
+
+@pytest.mark.parametrize("wait", ["pass", "threading.Event().wait()"])
+def test_a_program_ends_silently_while_an_item_is_made(wait: str) -> None:
+    program = f"""
+        import itertools, threading
+        from shardprep.load import background
+        background._PATIENCE = 0.2
+        inside = threading.Event()
+        def items():
+            for number in itertools.count():
+                inside.set()
+                {wait}
+                yield number
+        owner = background.Background()
+        line = owner.line(items())
+        line.keep(1000)
+        inside.wait()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

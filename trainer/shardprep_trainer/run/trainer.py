@@ -344,8 +344,9 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Finish the trackers, the bar and the process group, and give up the run folder."""
+        """End the loader, the trackers, the bar and the process group; give up the run folder."""
         try:
+            self.loader.close()
             self.journal.close()
             self.accelerator.end_training()
         finally:

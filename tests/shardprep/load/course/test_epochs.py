@@ -84,6 +84,7 @@ others = st.one_of(
     st.tuples(st.just("save"), st.none()),
     st.tuples(st.just("load"), st.integers(0, 5)),
     st.tuples(st.just("load fresh"), st.integers(0, 5)),
+    st.tuples(st.just("close"), st.none()),
 )
 
 
@@ -107,6 +108,8 @@ def test_every_order_of_calls_gives_what_the_model_gives(
         elif step == "set_epoch":
             own.set_epoch(argument)
             model.set_epoch(argument)
+        elif step == "close":
+            own.close()
         elif step == "save":
             saved.append((own.state_dict(), model.stands))
         else:
