@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "readers.md"
 DATASETS = "Hugging Face datasets"
 # What a section calls the matrix and its JSON, where the element type is uint8.
 UINT8 = re.findall(r"^\| ([\w -]+) \| `(.+?)` \| `(.+?)`", PAGE.read_text(), re.MULTILINE)
-(WIDENED,) = re.findall(r"^```py\nmel = (.*)\n```", PAGE.read_text(), re.MULTILINE)
+(WIDENED,) = re.findall(r"^    mel = (.*about.*)$", PAGE.read_text(), re.MULTILINE)
 # Key, label and matrix of each utterance that was read.
 Seen = list[tuple[str, int, np.ndarray]]
 
