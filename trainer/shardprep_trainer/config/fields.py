@@ -206,6 +206,9 @@ class TrainConfig:
     """Steps from one checkpoint to the next; there is always one at the end."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices in TensorFloat-32, but for those of the cosine head."""
+    compile: Literal["auto", "off", "default", "graphs"] = "auto"
+    """Whether the step is compiled: off, by default with torch.compile, by graphs into CUDA graphs,
+    too. auto compiles on a GPU, small batches into graphs, where a run has 2,000 steps or more."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes; otherwise each sees its own."""
     max_skipped: AtLeastZero = 20

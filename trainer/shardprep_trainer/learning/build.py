@@ -13,6 +13,7 @@ from torch import nn
 from shardprep_trainer.config.fields import Config, LossConfig, OptimConfig
 from shardprep_trainer.learning.augment import Augment
 from shardprep_trainer.learning.average import AveragedModel
+from shardprep_trainer.learning.compilation import Compilation, without_accelerate
 from shardprep_trainer.learning.losses import AAMSoftmaxLoss, AMSoftmaxLoss, SoftmaxLoss
 from shardprep_trainer.learning.objective import Objective
 from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
@@ -21,12 +22,28 @@ from shardprep_trainer.learning.step import StepPlan, TrainStep
 from shardprep_trainer.model.model import SpeakerNetwork
 
 
-def build_train_step(config: Config, model: SpeakerNetwork, accelerator: Accelerator) -> TrainStep:
-    """The step that trains a model; the accelerator prepares the objective and its optimiser."""
+def build_train_step(
+    config: Config,
+    model: SpeakerNetwork,
+    accelerator: Accelerator,
+    compilation: Compilation | None = None,
+    *,
+    short: bool = True,
+) -> TrainStep:
+    """The step that trains a model; the accelerator prepares the objective and its optimiser.
+
+    Args:
+        config: Of the run.
+        model: With its first weights.
+        accelerator: Of the run.
+        compilation: Whether and how the step is compiled; None leaves it as it is.
+        short: See `TrainStep`.
+    """
     train, device = config.train, accelerator.device
     optimizer = build_optimizer(config.optim, model, device)
     objective = Objective(model, build_loss(config.loss), Augment(**asdict(config.augment)))
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    with without_accelerate(accelerator):
+        prepared, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedModel(model, train.average_decay) if train.average_decay else None
     return TrainStep(
         accelerator,
@@ -37,6 +54,8 @@ def build_train_step(config: Config, model: SpeakerNetwork, accelerator: Acceler
         clip_norm=config.optim.clip_norm,
         max_skipped=train.max_skipped,
         seed=train.seed,
+        compilation=compilation or Compilation(),
+        short=short,
     )
 
 

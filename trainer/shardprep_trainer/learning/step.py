@@ -7,6 +7,7 @@ softmax in float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from shardprep_trainer.learning.average import AveragedModel
+from shardprep_trainer.learning.compilation import Compilation, failure
 from shardprep_trainer.learning.metrics import Meter, Throughput
 from shardprep_trainer.learning.objective import Objective
 from shardprep_trainer.learning.schedule import step_seed
@@ -53,8 +55,12 @@ class TrainStep:
         clip_norm: Largest norm of the whole gradient; 0 for no limit.
         max_skipped: Steps in a row that may be skipped; after more the meter says diverged.
         seed: Seed of the run.
+        compilation: Whether and how the step is compiled, at its first call.
+        short: Whether the data have utterances shorter than a segment. A compiled step masks all
+            batches then, or none: it has one form. Otherwise a batch is masked if it needs it.
 
     Attributes:
+        warn: Is told if the step cannot be compiled.
         objective: Outside of any wrapper.
         bare: The model itself.
         meter: Sums since its last `reset`.
@@ -72,6 +78,8 @@ class TrainStep:
         clip_norm: float,
         max_skipped: int,
         seed: int,
+        compilation: Compilation,
+        short: bool,
     ) -> None:
         self.accelerator = accelerator
         self.optimizer = optimizer
@@ -88,6 +96,10 @@ class TrainStep:
         self.update = Update(
             accelerator, self.bare, optimizer, plan.average, self.meter, clip_norm=clip_norm
         )
+        self.compilation = compilation
+        self.warn: Callable[[str], None] = warnings.warn
+        self._short = short
+        self._compiled = False
         self._wrapped = objective
 
     @property
@@ -102,7 +114,7 @@ class TrainStep:
 
     def __call__(self, batches: Batches, step: int) -> None:
         """Take the next step, after `step` others, on the next micro-batches."""
-        torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
+        self._seed(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(step)
         if self.plan.margin is not None:
@@ -110,17 +122,48 @@ class TrainStep:
             self.margin.fill_(self.plan.margin(step))
         self.update.remember()
         for micro_batch in range(self.accumulate):
-            batch = self.throughput.fetch(batches)
+            inputs = self._inputs(self.throughput.fetch(batches))
+            if not self._compiled and self.compilation.way != "off":
+                self._compile(inputs)
+                self._seed(step)
             exchange = micro_batch == self.accumulate - 1
             with nullcontext() if exchange else self.accelerator.no_sync(self._wrapped):
-                loss, sums = self._forward(batch)
+                self.compilation.begin()
+                loss, sums = self._wrapped(*inputs)
                 self.meter.add_batch(sums)
-                self.accelerator.backward(loss / self.accumulate)
+                self.accelerator.backward(loss if self.accumulate == 1 else loss / self.accumulate)
         self.update(step)
 
-    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _seed(self, step: int) -> None:
+        torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A micro-batch as the objective takes it."""
         device = self.accelerator.device
-        mel, lengths = model_inputs(batch, device)
-        labels = batch["label"].to(device, non_blocking=True)
-        found: tuple[Tensor, Tensor] = self._wrapped(mel, lengths, labels)
-        return found
+        padded = None if self.compilation.way == "off" else self._short
+        mel, lengths = model_inputs(batch, device, padded)
+        return mel, lengths, batch["label"].to(device, non_blocking=True)
+
+    def _compile(self, inputs: tuple[Tensor, Tensor | None, Tensor]) -> None:
+        """Compile the step; try it on a micro-batch, and leave no trace of the trial.
+
+        A compiler may fail at the first backward pass only.
+        """
+        self._compiled = True
+        self.objective.run = self.compilation.objective(self.objective.compute)
+        weights = [weight for weight in self.bare.parameters() if weight.requires_grad]
+        try:
+            for _ in range(self.compilation.calls):
+                self.compilation.begin()
+                loss, _ = self.objective(*inputs)
+                # Not backward: data parallel training would exchange these gradients.
+                torch.autograd.grad(loss, weights)
+                del loss
+        # Of any kind: they come from the compiler, the driver or the C++ compiler.
+        except Exception as error:
+            self.objective.run = self.objective.compute
+            self.compilation = Compilation("off")
+            self.warn(failure(error))
+        else:
+            self.update.compile(self.compilation, self.warn, self.accumulate)
+        self.update.recall()

@@ -22,6 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from shardprep_trainer.learning.average import AveragedModel
+from shardprep_trainer.learning.compilation import Compilation
 from shardprep_trainer.learning.metrics import Meter
 
 
@@ -60,6 +61,25 @@ class Update:
         self._before = [buffer.clone() for buffer in self.buffers]
         self._number = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.settle: Callable[[Tensor], None] = self.count_or_undo
+        self._keep_gradients = False
+
+    def compile(
+        self, compilation: Compilation, warn: Callable[[str], None], accumulate: int
+    ) -> None:
+        """Compile what pays; the kernels of AdamW, of the average and of clipping are few as it is.
+
+        Args:
+            compilation: How.
+            warn: Is told if the compiler fails.
+            accumulate: Micro-batches of a step.
+        """
+        self.settle = compilation.change(self.count_or_undo, warn)
+        if compilation.way == "graphs" and accumulate > 1:
+            # A graph writes the gradients of each micro-batch to the same place: add them up in
+            # another.
+            self._keep_gradients = True
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
 
     def remember(self) -> None:
         """Note the running statistics before a step."""
@@ -80,7 +100,7 @@ class Update:
         self.settle(norm)
         if self.average is not None:
             self.average.update(step)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
 
     def count_or_undo(self, norm: Tensor) -> None:
         """Count a step by the norm of its gradient (); if skipped, restore the statistics."""

@@ -20,18 +20,22 @@ def build_model(config: ModelConfig, n_mels: int, n_speakers: int) -> SpeakerNet
     return SpeakerNetwork(n_mels, n_speakers, **asdict(config))
 
 
-def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def model_inputs(
+    batch: Mapping[str, Tensor], device: torch.device, padded: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Move a batch to the device, in float32.
 
     Args:
         batch: `mel` (B, T, F), on any device, and `length` (B,) on the CPU.
         device: Where the model is.
+        padded: Whether the lengths are given; None gives them where something is padded.
 
     Returns:
-        mel (B, T, F) float32 and lengths (B,). The lengths are None where nothing is padded: the
-        CPU knows this without waiting for the device, and the model then needs no mask.
+        mel (B, T, F) float32 and lengths (B,). By default the lengths are None where nothing is
+        padded: the CPU knows this without waiting for the device, and the model then needs no mask.
     """
     mel, length = batch["mel"], batch["length"]
-    padded = bool((length < mel.shape[1]).any())
+    if padded is None:
+        padded = bool((length < mel.shape[1]).any())
     lengths = length.to(device, non_blocking=True) if padded else None
     return mel.to(device, non_blocking=True).float(), lengths

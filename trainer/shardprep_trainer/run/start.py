@@ -26,6 +26,7 @@ from shardprep_trainer.checkpoint.weights import (
 )
 from shardprep_trainer.config.fields import Config, flatten
 from shardprep_trainer.learning.build import build_train_step
+from shardprep_trainer.learning.compilation import choose
 from shardprep_trainer.learning.step import TrainStep
 from shardprep_trainer.model import cpu_kernels as cpu
 from shardprep_trainer.model.build import build_model
@@ -147,7 +148,13 @@ def _prepare(
         wanted = train.valid_trials
         validation = together(lambda: plan_validation(found.shards, speakers, wanted))
     model, new_speakers = _build_model(config, found.shards, speakers.names)
-    train_step = build_train_step(config, model, accelerator)
+    data, split = config.data, found.shards["train"]
+    frames = batch_of_each(data, world_size) * data.segment_frames
+    compilation = together(
+        lambda: choose(train.compile, accelerator, frames=frames, steps=train.total_steps)
+    )
+    short = bool((split.frames < data.segment_frames).any())
+    train_step = build_train_step(config, model, accelerator, compilation, short=short)
     step, best, changes = 0, Best(), Changes()
     if (newest := found.newest) is not None:
         changes = together(
@@ -299,12 +306,14 @@ def _introduce(run: Prepared, newest: Newest | None, changes: Changes) -> None:
         run.accelerator.mixed_precision,
     )
     say = run.journal.progress.say
+    way = run.train_step.compilation.way
+    compiled = "" if way == "off" else f"compiled ({way}), "
     weights = sum(weight.numel() for weight in run.train_step.bare.parameters())
     say(
         f"{config.name}: {weights:,} weights, {len(run.speakers.names):,} speakers, "
         f"{len(run.shards['train']):,} utterances to train on; "
         f"{run.accelerator.num_processes} process(es) on "
-        f"{device.type}, precision {precision}, "
+        f"{device.type}, precision {precision}, {compiled}"
         f"{run.global_batch:,} segments a step, data on the {run.loader.placement}; "
         + (f"continues after step {run.step:,}" if run.step else f"run folder {config.run}")
     )

@@ -87,6 +87,7 @@ class Trainer:
         signal = 0
         self.train_step.throughput.network_seconds = lambda: self.shards.network_seconds
         self.train_step.throughput.restart()
+        self.train_step.warn = lambda text: self.journal.warn(self.step, text)
         with StopSignals(self.claim.leave_soon) as signals, self.watchdog:
             while self.step < train.total_steps:
                 self.train_step(batches, self.step)
