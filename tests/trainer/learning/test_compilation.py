@@ -92,7 +92,7 @@ def check_whole(recipe: str, dtype: torch.dtype, *, masked: bool, backend: str) 
 def test_augmentation_model_and_loss_compile_whole_to_the_same_loss(
     recipe: str, dtype: torch.dtype, masked: bool
 ) -> None:
-    check_whole(recipe, dtype, masked=masked, backend="aot_eager")
+    check_whole(recipe, dtype, masked=masked, backend="eager")
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one_and_resumes_to_the_bit(
     changes = {**RICH, "model.dropout": 0, "optim.lr": 1e-4, "train.total_steps": 6}
     eager = make_config(**changes, name="eager", **{"train.compile": "off"})
     train(eager)
-    # Plainly `train.compile default`, with a backend that needs no C++ compiler.
+    # As `train.compile default`, with a backend that needs no C++ compiler.
     monkeypatch.setattr(
         "shardprep_trainer.run.start.choose",
-        lambda *given, **options: Compilation("default", "aot_eager"),
+        lambda *given, **options: Compilation("default", "eager"),
     )
     whole, parts = (make_config(**changes, name=name) for name in ("whole", "parts"))
     train(whole)

@@ -111,6 +111,33 @@ def test_two_processes_learn_what_one_does_with_batches_twice_the_size(
 
 
 @pytest.mark.slow
+def test_two_processes_that_compile_learn_what_one_does_eagerly(
+    make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes = {"train.sync_batchnorm": True, "train.total_steps": 6, "train.average_decay": 0.9}
+    options = {**PLAIN, **changes, "optim.lr": 1e-4, "train.accumulate": 2}
+    pair = make_config(name="pair", **options, **{"data.batch_size": 2})
+    single = make_config(name="single", **options, **{"data.batch_size": 4})
+    train(single, 1)
+    (tmp_path / "pair.yaml").write_text(pair.to_yaml())
+    program = """
+from shardprep_trainer.run.start import prepare
+from shardprep_trainer.run.trainer import Trainer
+from shardprep_trainer.config.command_line import parse_args
+
+trainer = Trainer(prepare(parse_args(["--config", "pair.yaml"]).config))
+trainer.fit()
+compiled = torch._dynamo.utils.counters
+tell(trainer.rank, [compiled["stats"]["unique_graphs"], sum(compiled["graph_break"].values())])
+trainer.close()
+"""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    # The objective and what follows the gradients.
+    assert on_two(program, tmp_path) == [[2, 0], [2, 0]]
+    assert losses(pair) == pytest.approx(losses(single), abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_run_changes_from_one_process_to_two_and_back(make_config: ConfigFactory) -> None:
     options = {**PLAIN, "train.sync_batchnorm": True, "train.total_steps": 30}
     whole = make_config(name="whole", **options, **{"data.batch_size": 8})
