@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.bench_train.gpus import find
 from shardprep_trainer.model.cpu_kernels import is_slow_in_bfloat16
 
 COUNTED = (
@@ -23,16 +24,6 @@ COUNTED = (
 # The backward pass of a product is two products: the gradients of its input and of its weights.
 FORWARD_AND_BACKWARD = 3
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-
-# Dense, without sparsity, in 1e12 a second, from the vendor's data sheets. The first match counts,
-# so longer names come first.
-NOMINAL: dict[str, dict[str, float]] = {
-    "H100 PCIe": {"no": 51.0, "bf16": 756.0},
-    "H100 NVL": {"no": 60.0, "bf16": 835.0},
-    "H100": {"no": 67.0, "bf16": 989.0},
-    "H200": {"no": 67.0, "bf16": 989.0},
-    "A100": {"no": 19.5, "bf16": 312.0},
-}
 
 
 def worthwhile_precisions(*, on_gpu: bool) -> tuple[str, ...]:
@@ -84,10 +75,8 @@ def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int 
 
 def nominal_peak(name: str, precision: str) -> float | None:
     """Operations a second that the vendor states for a GPU; None if the GPU is not listed."""
-    for known, peaks in NOMINAL.items():
-        if all(word in name for word in known.split()):
-            return peaks[precision] * 1e12
-    return None
+    gpu = find(name)
+    return gpu and {"no": gpu.float32, "bf16": gpu.half}[precision] * 1e12
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,0 +1,75 @@
+"""The predictions as Markdown tables, as docs/gpu-speed.md has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Batch sizes of the table of all recipes, each with the way that is best for it.
+SHOWN = ((32, "graphs"), (512, "compiled"))
+
+
+def table(result: dict[str, Any]) -> str:
+    """All that a result has."""
+    parts = []
+    if "gpus" in result:
+        parts += [ways_table(result["gpus"], "boss"), recipes_table(result["gpus"])]
+    if "check" in result:
+        parts.append(check_table(result["check"]))
+    return "\n\n".join(parts)
+
+
+def ways_table(rows: Sequence[dict[str, Any]], recipe: str) -> str:
+    """A recipe's speed, and its share of the peak: a line for each GPU and way."""
+    rows = [row for row in rows if row["recipe"] == recipe]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    lines = [f"| GPU | way | {' | '.join(f'batch {batch:,}' for batch in batches)} |"]
+    lines.append("|---|---|" + "---|" * len(batches))
+    for gpu, way in dict.fromkeys((row["gpu"], row["way"]) for row in rows):
+        cells = [_cell(row) for row in rows if (row["gpu"], row["way"]) == (gpu, way)]
+        lines.append(f"| {gpu} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if not row["fits"]:
+        return "too large"
+    return f"{_rounded(row['segments_per_s'])} ({row['share_of_peak']:.0%})"
+
+
+def recipes_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Every recipe's speed and time for its budget: a line for each recipe and batch size."""
+    gpus = list(dict.fromkeys(row["gpu"] for row in rows))
+    lines = [f"| recipe | batch | {' | '.join(gpus)} |", "|---|---|" + "---|" * len(gpus)]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        for batch, way in SHOWN:
+            found = {
+                row["gpu"]: row
+                for row in rows
+                if (row["recipe"], row["batch"], row["way"]) == (recipe, batch, way)
+            }
+            cells = [_time(found[gpu]) for gpu in gpus]
+            lines.append(f"| {recipe} | {batch:,}, {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time(row: dict[str, Any]) -> str:
+    if not row["fits"]:
+        return "too large"
+    return f"{_rounded(row['segments_per_s'])}/s, {row['hours']:.2g} h"
+
+
+def _rounded(value: float) -> str:
+    """Two figures: no prediction is more exact."""
+    return f"{float(f'{value:.2g}'):,.0f}"
+
+
+def check_table(found: dict[str, Any]) -> str:
+    """Predicted and measured speed on the CPU."""
+    lines = ["| recipe | predicted, segments/s | measured | ratio |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['name']} | {row['predicted_segments_per_s']:,.1f} | "
+        f"{row['measured_segments_per_s']:,.1f} | {row['ratio']:.2f} |"
+        for row in found["recipes"]
+    ]
+    return "\n".join(lines)
