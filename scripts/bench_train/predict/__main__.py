@@ -1,6 +1,7 @@
 """Predict how fast the recipes train on GPUs, from the kernels of their steps.
 
-    python -m scripts.bench_train.predict [--no-check] [--no-gpus] [--out predict.json]
+    python -m scripts.bench_train.predict [--no-check] [--no-gpus] [--calibration gpu.json]
+        [--out scripts/results/predict.json]
 
 Each recipe's step runs once on the CPU, on a few segments, and every operation is noted: its
 arithmetic, and the bytes that it reads and writes. Fused as a compiler does, or one by one, they
@@ -8,9 +9,10 @@ are the kernels of the step. A kernel takes the time of its arithmetic or that o
 whichever is longer, at a share of the rates in a GPU's data sheet. For an eager step the time of
 the host to start all kernels may be longer than both.
 
-The shares are assumed (`rates.Shares`), and nothing of the table was measured on a GPU. The check
-tests the method on the CPU at hand: from the rates of one recipe's step, measured, it predicts the
-steps of the other recipes, and measures them.
+The shares are assumed (`rates.Shares`), unless --calibration gives a result of
+`scripts.bench_train.gpu`: they are then scaled by what boss took on that machine. The check tests
+the method on the CPU at hand: from the rates of one recipe's step, measured, it predicts the steps
+of the other recipes, and measures them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import click
 
 from scripts.bench_train.gpus import find
 from scripts.bench_train.predict.check import check
-from scripts.bench_train.predict.rates import ASSUMED, step_seconds
+from scripts.bench_train.predict.rates import ASSUMED, Shares, step_seconds
 from scripts.bench_train.predict.steps import NAMES, Count, count
 from scripts.bench_train.predict.table import table
 from shardprep.bench.machine import machine
@@ -37,7 +39,9 @@ WAYS = ("eager", "compiled", "graphs")
 MEMORY_FACTOR, USABLE = 1.25, 0.9
 
 
-def predict(counts: dict[str, Count], batches: Sequence[int] = BATCHES) -> list[dict[str, Any]]:
+def predict(
+    counts: dict[str, Count], shares: Shares = ASSUMED, batches: Sequence[int] = BATCHES
+) -> list[dict[str, Any]]:
     """Predicted speed of each recipe, on each GPU, in each way, for each batch size."""
     rows = []
     for gpu in filter(None, map(find, PREDICTED_GPUS)):
@@ -45,7 +49,8 @@ def predict(counts: dict[str, Count], batches: Sequence[int] = BATCHES) -> list[
             for way in WAYS:
                 kernels = counted.eager if way == "eager" else counted.fused
                 for batch in batches:
-                    rate = batch / step_seconds(kernels, gpu, way, batch)
+                    device, host = step_seconds(kernels, gpu, way, batch, shares)
+                    rate = batch / max(device, host)
                     needed = counted.memory[0] + MEMORY_FACTOR * batch * counted.memory[1]
                     rows.append(
                         {
@@ -53,6 +58,8 @@ def predict(counts: dict[str, Count], batches: Sequence[int] = BATCHES) -> list[
                             "recipe": name,
                             "way": way,
                             "batch": batch,
+                            "device_s": device,
+                            "host_s": host,
                             "segments_per_s": rate,
                             "share_of_peak": rate * counted.flops / (gpu.half * 1e12),
                             "hours": counted.segments / rate / 3600,
@@ -84,11 +91,18 @@ def describe(counted: Count) -> dict[str, Any]:
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Segments, for the check.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Steps timed in the check.")
 @click.option(
+    "--calibration",
+    type=click.Path(exists=True, path_type=Path, dir_okay=False),
+    help="Result of scripts.bench_train.gpu.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Result file (JSON); keeps what it has of the part that is left out.",
 )
-def main(checks: bool, gpus: bool, batch: int, rounds: int, out: Path | None) -> None:
+def main(
+    checks: bool, gpus: bool, batch: int, rounds: int, calibration: Path | None, out: Path | None
+) -> None:
     """Predict the speed of training on GPUs, and check the method on this CPU."""
     result: dict[str, Any] = {}
     if out is not None and out.exists():
@@ -102,8 +116,12 @@ def main(checks: bool, gpus: bool, batch: int, rounds: int, out: Path | None) ->
             click.echo(f"counting {name}", err=True)
             counts[name] = count(name)
         result["counts"] = {name: describe(one) for name, one in counts.items()}
-        result["assumed"] = asdict(ASSUMED)
-        result["gpus"] = predict(counts)
+        measured = None if calibration is None else json.loads(calibration.read_text())
+        scales = {"device": 1.0, "host": 1.0} if measured is None else measured["scales"]
+        shares = ASSUMED.scaled(**scales)
+        result["calibrated_on"] = measured and measured["device"]
+        result["shares"] = asdict(shares)
+        result["gpus"] = predict(counts, shares)
     click.echo(table(result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scripts.bench_train.gpus import GPU
 from scripts.bench_train.predict.fuse import Kernel
@@ -62,8 +62,8 @@ def measured_rates(operations: Iterable[Operation]) -> Rates:
 class Shares:
     """What a GPU's kernels reach of its data sheet, and what it takes to start them.
 
-    Nothing of it was measured on a GPU. `scripts.bench_train.gpu` measures, and
-    compares.
+    The defaults are assumptions. `scripts.bench_train.gpu` measures on a GPU, and tells by what to
+    scale them.
 
     Attributes:
         product: Of the tensor cores' rate, by matrix products.
@@ -89,6 +89,13 @@ class Shares:
     call: float = 3e-4
     replay: float = 1e-4
 
+    def scaled(self, device: float, host: float) -> Shares:
+        """The shares of a GPU and of a host that take so many times as long."""
+        slower = ("product", "convolution", "attention", "depthwise", "memory")
+        changed = {name: getattr(self, name) / device for name in slower}
+        changed |= {name: getattr(self, name) * host for name in ("eager", "compiled", "call")}
+        return replace(self, **changed)
+
 
 ASSUMED = Shares()
 
@@ -108,11 +115,11 @@ def gpu_rates(gpu: GPU, shares: Shares = ASSUMED) -> Rates:
 
 def step_seconds(
     kernels: Sequence[Kernel], gpu: GPU, way: str, batch: int, shares: Shares = ASSUMED
-) -> float:
-    """The time of a step on a GPU.
+) -> tuple[float, float]:
+    """The time of a step: of the GPU, and of the host, which starts the kernels.
 
-    Host and GPU work side by side, so the slower one decides; from a CUDA graph the GPU starts
-    kernels by itself.
+    Both work side by side, so the longer time counts. From a CUDA graph the GPU starts kernels by
+    itself.
 
     Args:
         kernels: Those of the step, compiled or not.
@@ -122,10 +129,9 @@ def step_seconds(
         shares: What its kernels reach.
     """
     rates = gpu_rates(gpu, shares)
-    device = sum(rates.seconds(one, batch) for one in kernels)
     host = {
         "eager": shares.eager * len(kernels),
         "compiled": shares.call + shares.compiled * len(kernels),
         "graphs": shares.replay,
-    }[way]
-    return max(device, host)
+    }
+    return sum(rates.seconds(one, batch) for one in kernels), host[way]
