@@ -58,15 +58,13 @@ class Target:
 class Shards(Target):
     """A target that puts its bytes into a valid shard set."""
 
-    codec = "none"
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float16") -> None:
         from shardprep import BuildOptions, build_shards
         from shardprep.read.manifest_file import load_manifest
 
         super().__init__(folder)
         self.shards = folder / "shards"
-        options = BuildOptions(codec=self.codec, workers=1)  # type: ignore[arg-type]
+        options = BuildOptions(dtype=dtype, workers=1)  # type: ignore[arg-type]
         build_shards(folder / "Dataset", self.shards, options)
         self.manifest = load_manifest(self.shards)
         (self.split,) = self.manifest.splits
@@ -121,35 +119,46 @@ class ManifestTarget(Shards):
         self.read_all()
 
 
-class IndexTarget(Shards):
+class BothTypes(Target):
+    """A target that puts its bytes into two sets: of float16, and of uint8."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sets = [Shards(folder / dtype, dtype) for dtype in ("float16", "uint8")]
+
+
+class IndexTarget(BothTypes):
     """An index whose size and sha256 are those in the manifest."""
 
     def seeds(self) -> Iterator[bytes]:
-        """The index of the valid set."""
-        yield (self.shards / self.info.index.file).read_bytes()
+        """The indexes of the valid sets."""
+        for own in self.sets:
+            yield (own.shards / own.info.index.file).read_bytes()
 
     def __call__(self, data: bytes) -> None:
         """See `Target`."""
-        self.sign(index=data)
-        self.read_all()
+        for own in self.sets:
+            own.sign(index=data)
+            own.read_all()
 
 
-class TarTarget(Shards):
+class TarTarget(BothTypes):
     """A shard whose size and sha256 are those in the manifest, for `verify --deep` and `repair`."""
 
     def seeds(self) -> Iterator[bytes]:
-        """The shard of the valid set, without the padding at its end."""
-        yield (self.shards / self.info.shards[0].file).read_bytes().rstrip(b"\0") + bytes(1536)
+        """The shards of the valid sets, without the padding at their ends."""
+        for own in self.sets:
+            yield (own.shards / own.info.shards[0].file).read_bytes().rstrip(b"\0") + bytes(1536)
 
     def __call__(self, data: bytes) -> None:
         """See `Target`."""
         from shardprep import ShardprepError, verify_shards
         from shardprep.check.salvage_index import index_of_tar
 
-        self.sign(shard=data)
-        verify_shards(self.shards, deep=True)
-        with contextlib.suppress(ShardprepError):
-            index_of_tar(self.shards / self.info.shards[0].file, self.manifest)
+        for own in self.sets:
+            own.sign(shard=data)
+            verify_shards(own.shards, deep=True)
+            with contextlib.suppress(ShardprepError):
+                index_of_tar(own.shards / own.info.shards[0].file, own.manifest)
 
 
 class ZstdTarget(Target):
@@ -186,7 +195,7 @@ class ZstdTarget(Target):
                 member = np.array([0]), np.array([len(data)]), frames, np.array([0])
                 out = np.empty((1, length, N_MELS), "<f2")
                 with contextlib.suppress(ValueError):
-                    ZstdGather(_Bytes(data), 16, 1)(*member, frames, 0.0, out)  # type: ignore[arg-type]
+                    ZstdGather(_Bytes(data), 16)(*member, frames, 0.0, out)  # type: ignore[arg-type]
 
 
 class _Bytes:

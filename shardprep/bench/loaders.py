@@ -7,6 +7,7 @@ end, with each utterance once an epoch.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shardprep.bench.measure import Candidate
 from shardprep.format import codecs
 from shardprep.format.index import NO_LABEL
 from shardprep.format.manifest import CodecInfo
+from shardprep.format.quantised import dequantise, scale_of
 from shardprep.load.segments import SegmentLoader
 from shardprep.read.shard_set import ShardSet, open_shards
 from shardprep.storage.remote import Location
@@ -129,6 +131,7 @@ def from_webdataset(
         mel, label = decode(sample)
         return shape.cut(mel), label
 
+    unread = () if decode is decode_bytes else ".json"
     dataset = (
         wds.WebDataset(
             list(urls),
@@ -136,7 +139,7 @@ def from_webdataset(
             # A different order in every epoch.
             detshuffle=True,
             empty_check=False,
-            select_files=lambda name: not name.endswith(".json"),
+            select_files=lambda name: not name.endswith(unread),
         )
         .shuffle(SHUFFLE_BUFFER)
         .map(cut)
@@ -158,6 +161,12 @@ def decode_member(sample: dict[str, Any]) -> Sample:
     if "mel.npy.zst" in sample:
         return codecs.decode(sample["mel.npy.zst"], CodecInfo("zstd")), label
     return codecs.decode(sample["mel.npy"], CodecInfo("none")), label
+
+
+def decode_bytes(sample: dict[str, Any]) -> Sample:
+    """The same of shards of uint8, widened to float32."""
+    mel, label = decode_member(sample)
+    return dequantise(mel, *scale_of(json.loads(sample["json"]))), label
 
 
 def shard_candidate(name: str, shard_set: ShardSet, split: str, shape: SegmentShape) -> Candidate:

@@ -12,6 +12,7 @@ from shardprep.bench.bottleneck import Stages, cached_share, name_bottleneck, ti
 from shardprep.bench.loaders import (
     SegmentShape,
     decode_adopted,
+    decode_bytes,
     decode_member,
     file_candidate,
     shard_candidate,
@@ -219,7 +220,8 @@ def _candidates(
     for label, shard_set in zip(_labels(sets), sets, strict=True):
         shards = shard_set.fetch(split)
         member = shard_set.manifest.member
-        decode = decode_member if member is None else partial(decode_adopted, member)
+        own = decode_bytes if shard_set.manifest.is_quantised else decode_member
+        decode = own if member is None else partial(decode_adopted, member)
         candidates += [
             webdataset_candidate(f"webdataset{label}", shards, shape, workers, decode)
             for workers in _worker_counts(len(shards))

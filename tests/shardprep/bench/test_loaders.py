@@ -15,6 +15,7 @@ from shardprep import BuildReport, Split, open_shards
 from shardprep.bench import memory_limit as limit
 from shardprep.bench.loaders import (
     SegmentShape,
+    decode_bytes,
     decode_member,
     epochs,
     file_candidate,
@@ -92,6 +93,27 @@ def test_all_loaders_give_segments_of_every_utterance_once_an_epoch(
                     seen += label.tolist()
                 assert sorted(seen) == sorted(mels), (candidate.name, epoch)
     assert len(set(names)) == len(names) == 8
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_loaders_of_bytes_give_them_widened(
+    source_of: Callable[..., Path], build: Callable[..., BuildReport], tmp_path: Path, codec: str
+) -> None:
+    build(source_of(LENGTHS), tmp_path / "s", dtype="uint8", codec=codec, val_fraction=0.0)
+    shard_set = open_shards(tmp_path / "s")
+    split = shard_set["train"]
+    mels = {int(label): split.read(index) for index, label in enumerate(split.labels)}
+    shape = SegmentShape(4, 12, 7, split.dtype)
+    shards = shard_set.fetch("train")
+    for candidate in (
+        webdataset_candidate(codec, shards, shape, 0, decode_bytes),
+        shard_candidate(codec, shard_set, "train", shape),
+    ):
+        with contextlib.closing(candidate.start()) as batches:  # type: ignore[type-var]
+            for mel, label in itertools.islice(batches, BATCHES):
+                assert mel.dtype == torch.float32
+                for segment, own in zip(mel.numpy(), label.tolist(), strict=True):
+                    assert is_segment_of(segment, mels[own]), candidate.name
 
 
 def test_orders_and_segments_are_random(folders: dict[str, Path]) -> None:
