@@ -1,11 +1,15 @@
 """Size and speed of shards with `--codec zstd`, by chunk length and compression level.
 
     python -m scripts.bench.codec Dataset/ [--utterances 2000] [--out scripts/results/codec.json]
+    python -m scripts.bench.codec Dataset/ --types [--utterances 70000] [--out ...]
 
 The same utterances are packed once for each setting, and once without compression. In each round
 every set is read once, in batches of 256 random segments of 128 frames. A byte shuffle (all low
 bytes of a chunk, then all high bytes) is measured too, with code of this file: shardprep does not
 offer it, because other readers would find no npy file in such a member.
+
+With --types, the sizes of the shards are compared instead, headers and all, for every element type
+and codec. They hardly depend on the values, and not at all with codec none.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,6 +41,7 @@ from shardprep.source import dataset as source
 
 CHUNKS, LEVELS = (16, 32, 64, 128, 256), (1, 3, 9, 19)
 DEFAULT = (64, 3)
+TYPES = [(dtype, codec) for dtype in ("float16", "float32", "uint8") for codec in ("none", "zstd")]
 BATCH, FRAMES, N_MELS = 256, 128, 40
 
 
@@ -54,11 +60,28 @@ def build(dataset: Path, target: Path, utterances: int, chunk: int | None, level
     else:
         options = shardprep.BuildOptions(codec="zstd", level=level, val_fraction=0.0, workers=1)
     with (
-        mock.patch.object(writer, "scan_dataset", return_value=some),
+        mock.patch.object(writer, "scan_source", return_value=some),
         mock.patch("shardprep.build.options.CHUNK_FRAMES", chunk),
     ):
         shardprep.build_shards(dataset, target, options)
     return int(shardprep.open_shards(target)["train"].locations["nbytes"].sum(dtype=np.int64))
+
+
+def sizes_of_types(dataset: Path, target: Path, utterances: int) -> list[dict[str, Any]]:
+    """Bytes of the shards of the first utterances by element type and codec."""
+    scanned = source.scan_dataset(dataset)
+    some = dataclasses.replace(scanned, labelled=scanned.labelled[:utterances], test=())
+    rows: list[dict[str, Any]] = []
+    for dtype, codec in tqdm(TYPES, desc="building", unit="set"):
+        options = shardprep.BuildOptions(dtype=dtype, codec=codec, val_fraction=0.0)  # type: ignore[arg-type]
+        with mock.patch.object(writer, "scan_source", return_value=some):
+            report = shardprep.build_shards(dataset, target, options)
+        nbytes = sum(split.bytes for split in report.splits.values())
+        rows.append({"dtype": dtype, "codec": codec, "bytes": nbytes})
+        shutil.rmtree(target)
+    for row in rows:
+        row["to_float16"] = round(row["bytes"] / rows[0]["bytes"], 4)
+    return rows
 
 
 def read(target: Path) -> Callable[[], int]:
@@ -122,9 +145,20 @@ def measure_in_rounds(
 @click.option("--utterances", default=2000, show_default=True, help="Utterances to pack.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
+@click.option("--types", is_flag=True, help="Compare the sizes of the element types instead.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file to write (JSON).")
-def main(dataset: Path, utterances: int, rounds: int, seconds: float, out: Path | None) -> None:
+def main(
+    dataset: Path, utterances: int, rounds: int, seconds: float, types: bool, out: Path | None
+) -> None:
     """Measure all settings and print a table."""
+    if types:
+        with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
+            rows = sizes_of_types(dataset, Path(folder) / "set", utterances)
+        click.echo("| type | codec | size |\n|---|---|---|")
+        for row in rows:
+            click.echo(f"| {row['dtype']} | {row['codec']} | {row['to_float16']:.3f} |")
+        write_part(out, {"types": {"utterances": utterances, "rows": rows}})
+        return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         sizes = {"none": build(dataset, work / "none", utterances, None, 0)}
@@ -136,7 +170,7 @@ def main(dataset: Path, utterances: int, rounds: int, seconds: float, out: Path 
         name = f"byte shuffle, {DEFAULT[0]} frames, level {DEFAULT[1]}"
         sizes[name], readers[name] = shuffled(work / "none")
         rates = measure_in_rounds(readers, rounds, seconds)
-    rows: list[dict[str, Any]] = [
+    rows = [
         {
             "setting": name,
             "size_to_none": round(sizes[name] / sizes["none"], 4),
@@ -147,14 +181,16 @@ def main(dataset: Path, utterances: int, rounds: int, seconds: float, out: Path 
     click.echo("| setting | size | segments/s |\n|---|---|---|")
     for row in rows:
         click.echo(f"| {row['setting']} | {row['size_to_none']:.3f} | {row['segments_per_s']:,} |")
+    about = {"machine": msgspec.to_builtins(machine()), "utterances": utterances}
+    write_part(out, {**about, "rows": rows})
+
+
+def write_part(out: Path | None, part: dict[str, Any]) -> None:
+    """Write a part of the result file, and keep its other parts."""
     if out is not None:
-        result = {
-            "machine": msgspec.to_builtins(machine()),
-            "utterances": utterances,
-            "rows": rows,
-        }
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        kept = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps({**kept, **part}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
