@@ -50,7 +50,7 @@ CPU_SEGMENTS, GPU_SEGMENTS = 1024, 131_072
 LONGEST_SECONDS = 3600.0
 
 
-def contenders(base: Spec, precisions: Sequence[str], compiled: Sequence[bool]) -> dict[str, Spec]:
+def contenders(base: Spec, precisions: Sequence[str], compiled: Sequence[str]) -> dict[str, Spec]:
     """The ways to train that are measured, by name."""
     found = {
         f"homework, files, {workers} workers": replace(base, kind="homework files", workers=workers)
@@ -58,19 +58,20 @@ def contenders(base: Spec, precisions: Sequence[str], compiled: Sequence[bool]) 
     }
     found["homework, shards"] = replace(base, kind="homework shards")
     for precision in precisions:
-        for compile_model in compiled:
-            how = {"no": "float32", "bf16": "bfloat16"}[precision]
-            how += ", compiled" if compile_model else ""
-            own = replace(base, precision=precision, compile=compile_model)
+        for way in compiled:
+            how = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
+            how += "" if way == "off" else ", compiled"
+            own = replace(base, precision=precision, compile=way)
             found[f"ours, {how}"] = replace(own, kind="ours")
             found[f"ours, {how}, one batch"] = replace(own, kind="ours fixed")
     return found
 
 
-def measure_apart(spec: Spec, threads: int) -> dict[str, Any]:
-    """Measure in a process of its own.
+def measure_apart(spec: Spec, threads: int, seconds: float = LONGEST_SECONDS) -> dict[str, Any]:
+    """Measure in a process of its own, which may take so many seconds.
 
     Raises:
+        subprocess.TimeoutExpired: It took longer.
         RuntimeError: The process failed; the message ends with the end of its stderr.
     """
     environment = {
@@ -78,15 +79,13 @@ def measure_apart(spec: Spec, threads: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(threads),
         "ACCELERATE_MIXED_PRECISION": spec.precision,
         "ACCELERATE_USE_CPU": str(spec.cpu).lower(),
-        # What `accelerate launch --dynamo_backend inductor` sets.
-        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR" if spec.compile else "NO",
     }
     done = subprocess.run(
         [sys.executable, "-m", "scripts.bench_train.measurement", json.dumps(asdict(spec))],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=LONGEST_SECONDS,
+        timeout=seconds,
     )
     if done.returncode:
         last = " ".join(done.stderr.strip().splitlines()[-3:])
@@ -139,7 +138,7 @@ def measure_all(
     base: Spec,
     batches: Sequence[int],
     precisions: Sequence[str],
-    compiled: Sequence[bool],
+    compiled: Sequence[str],
     *,
     rounds: int,
     segments: int,
@@ -204,7 +203,7 @@ _COUNT = click.IntRange(min=1)
     "--compile/--no-compile",
     "with_compiled",
     default=None,
-    help="Measure compiled models too.  [default: on a GPU]",
+    help="Measure compiled steps too.  [default: on a GPU]",
 )
 @click.option("--segments", type=_COUNT, help="Segments to measure.  [default: by the device]")
 @click.option("--rounds", type=_COUNT, default=3)
@@ -236,7 +235,8 @@ def main(
 ) -> None:
     """Measure all ways to train the boss recipe, and print tables."""
     on_gpu = torch.cuda.is_available() and not cpu
-    compiled = (False, True) if (on_gpu if with_compiled is None else with_compiled) else (False,)
+    with_compiled = on_gpu if with_compiled is None else with_compiled
+    compiled = ("off", "default") if with_compiled else ("off",)
     precision = precision or worthwhile_precisions(on_gpu=on_gpu)
     segments = segments or (GPU_SEGMENTS if on_gpu else CPU_SEGMENTS)
     with work_folder(work) as folder:

@@ -23,13 +23,13 @@ COUNTED = (
 )
 # The backward pass of a product is two products: the gradients of its input and of its weights.
 FORWARD_AND_BACKWARD = 3
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def worthwhile_precisions(*, on_gpu: bool) -> tuple[str, ...]:
     """The precisions to measure by default: without bf16 where it takes many times as long."""
     narrow = on_gpu or not is_slow_in_bfloat16()
-    return tuple(DTYPES) if narrow else ("no",)
+    return ("no", "bf16") if narrow else ("no",)
 
 
 def train_flops(model: nn.Module, batch: Tensor) -> float:
@@ -76,7 +76,7 @@ def matmul_peak(device: torch.device, precision: str, *, size: int, trials: int 
 def nominal_peak(name: str, precision: str) -> float | None:
     """Operations a second that the vendor states for a GPU; None if the GPU is not listed."""
     gpu = find(name)
-    return gpu and {"no": gpu.float32, "bf16": gpu.half}[precision] * 1e12
+    return gpu and (gpu.float32 if precision == "no" else gpu.half) * 1e12
 
 
 def wait_for(device: torch.device) -> None:

@@ -62,8 +62,9 @@ class Spec:
         dim: Width of the model.
         heads: Attention heads.
         head_dim: Width of a head.
-        precision: "no" or "bf16".
-        compile: Whether the model is compiled.
+        precision: "no", "bf16" or "fp16".
+        compile: How our step is compiled: `train.compile`.
+        placement: Where our loader keeps the data: `data.placement`.
         workers: Of the homework's DataLoader.
         cpu: Whether to compute on the CPU although there is a GPU.
         frames: Length of the utterance of "whole".
@@ -78,7 +79,8 @@ class Spec:
     heads: int = 8
     head_dim: int = 64
     precision: str = "no"
-    compile: bool = False
+    compile: str = "off"
+    placement: str = "auto"
     workers: int = 0
     cpu: bool = True
     frames: int = 7193
@@ -184,6 +186,7 @@ def our_config(spec: Spec, runs: str) -> Config:
         "data.shards": spec.shards,
         "data.batch_size": spec.batch,
         "data.segment_frames": FRAMES,
+        "data.placement": spec.placement,
         "model.dim": spec.dim,
         "model.heads": spec.heads,
         "model.head_dim": spec.head_dim,
@@ -193,6 +196,7 @@ def our_config(spec: Spec, runs: str) -> Config:
         "train.valid_steps": 0,
         "train.save_steps": spec.steps,
         "train.log_steps": spec.block_steps,
+        "train.compile": spec.compile,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return parse_args(["--config", str(RECIPES / "boss.yaml"), *words]).config

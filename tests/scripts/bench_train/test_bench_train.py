@@ -76,7 +76,7 @@ def measured(rate: float, waiting: float = 0.1) -> dict[str, float]:
 
 def test_ratios_are_of_medians_and_to_the_best_of_the_homework() -> None:
     base = measurement.Spec("ours", "", "")
-    ways = bench.contenders(base, ["no"], [False])
+    ways = bench.contenders(base, ["no"], ["off"])
     assert list(ways) == [
         "homework, files, 0 workers",
         "homework, files, 2 workers",
@@ -106,13 +106,13 @@ def test_ratios_are_of_medians_and_to_the_best_of_the_homework() -> None:
 
 
 def test_every_way_is_measured_in_each_precision_and_compiled() -> None:
-    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no", "bf16"], [False, True])
+    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no", "bf16"], ["off", "default"])
     own = [way for way in ways.values() if way.kind == "ours"]
     assert [(way.precision, way.compile) for way in own] == [
-        ("no", False),
-        ("no", True),
-        ("bf16", False),
-        ("bf16", True),
+        ("no", "off"),
+        ("no", "default"),
+        ("bf16", "off"),
+        ("bf16", "default"),
     ]
     assert {way.precision for way in ways.values() if way.kind.startswith("homework")} == {"no"}
 
@@ -124,7 +124,7 @@ def test_a_way_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch)
         return measured(1.0)
 
     monkeypatch.setattr(bench, "measure_apart", measure)
-    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no"], [False])
+    ways = bench.contenders(measurement.Spec("ours", "", ""), ["no"], ["off"])
     failed: dict[str, str] = {}
     found = bench.measure_batch(ways, 2, 1, failed)
     assert "homework, shards" not in found
