@@ -24,6 +24,9 @@ _MOST_TABLES = 8 << 20
 # a share of a single segment may have more.
 _LEAST_HELD, _MOST_HELD = 128 << 10, 1 << 20
 
+# Larger than the memory that the library takes for a share: 1 MiB for 512 KiB of zstd or more.
+_LARGER = 3 << 20
+
 # Shares for each thread, if they are large enough: what a late thread has not begun goes to others.
 _SHARES = 2
 
@@ -181,12 +184,12 @@ class ZstdGather:
 
 @functools.cache
 def _keep_memory() -> None:
-    """Have the C library keep the memory of a share, and not fetch it anew for the next one.
+    """Have the C library keep the memory of a share for the next one.
 
-    New pages would cost half as much as the inflating. glibc keeps what is smaller than the
-    largest block that was given back so far.
+    glibc gives memory back to the system unless a larger block was given back before. New pages
+    for every share take half as long as the inflating.
     """
-    np.empty(3 * _MOST_HELD, np.uint8)
+    np.empty(_LARGER, np.uint8)
 
 
 def _cut(sizes: Indices, most: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""scripts.bench.codec: the sizes that it reports are those of the shards."""
+"""The comparison of codecs: sizes are those of the shards, and every setting is measured."""
 
 from __future__ import annotations
 
@@ -7,12 +7,58 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from click.testing import CliRunner
 
-from scripts.bench.codec import TYPES, main
+from scripts.bench import codec
+from scripts.bench.codec import TYPES, Setting, main
 from shardprep import BuildOptions, build_shards
 
 RESULTS = Path(__file__).parents[3] / "scripts" / "results" / "codec.json"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[Setting]:
+    settings = [Setting("float16", None), Setting("float16", 32), Setting("uint8", 64, 1)]
+    monkeypatch.setattr(codec, "settings", lambda: iter(settings))
+    monkeypatch.setattr(codec, "BATCH", 4)
+    return settings
+
+
+def test_every_setting_has_its_size_and_its_speed(
+    small: list[Setting], make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset = make_dataset(speakers=2, utterances=2, frames=(200, 400))
+    rows = codec.measure(dataset, tmp_path, utterances=4, rounds=1)
+    names = [row["setting"] for row in rows]
+    assert names[: len(small)] == [setting.name for setting in small]
+    assert rows[0]["size_to_none"] == 1.0
+    assert rows[2]["size_to_none"] < 0.6
+    assert [("to_bare" in row) for row in rows] == [False, True, True, False]
+    assert all(row["segments_per_s"] > 0 for row in rows)
+    assert len(codec.table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_bare_inflating_covers_exactly_the_chunks_of_the_segments(
+    small: list[Setting], make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset = make_dataset(speakers=2, utterances=2, frames=(200, 400))
+    split = codec.build(dataset, tmp_path / "set", 3, Setting("float16", 32))
+    assert len(split) == 3
+    batches = codec.random_batches(split, 128)
+    width = split.n_mels * 2
+    for (indices, starts), (_, _, _, inflated) in zip(
+        batches, codec.needed(split, 128), strict=True
+    ):
+        frames = split.frames[indices]
+        ends = np.minimum(starts + 128, frames)
+        chunks = [
+            min(32, int(length) - 32 * number) * width
+            for length, start, end in zip(frames, starts, ends, strict=True)
+            for number in range(int(start) // 32, -(-int(end) // 32))
+        ]
+        assert inflated.tolist() == chunks
 
 
 def test_sizes_of_types_are_those_of_shards(

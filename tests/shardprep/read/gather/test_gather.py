@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
-from shardprep import CorruptShardError, Split, open_shards
+from shardprep import CorruptShardError, SegmentLoader, Split, open_shards
 from shardprep.format import codecs
 from shardprep.format.manifest import FileInfo, encode_manifest
 from shardprep.read.gather import zstd
@@ -89,6 +91,24 @@ def test_seek_tables_of_many_bytes_are_read_in_parts(
     expected = naive(split, indices, starts, 9).tobytes()
     monkeypatch.setattr(zstd, "_MOST_TABLES", 100)
     assert split.segments(indices, starts, 9).tobytes() == expected
+
+
+def test_forked_workers_read_what_their_parent_reads(
+    edge_sets: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zstd, "threads", lambda: 2)
+    monkeypatch.setattr(zstd, "_LEAST_HELD", 1)
+    split = open_shards(edge_sets["float16", "zstd"])["train"]
+    # The threads that help the parent exist when the workers are forked.
+    expected = list(SegmentLoader(split, batch_size=5, segment_frames=100, seed=1))
+    workers = DataLoader(
+        SegmentLoader(split, batch_size=5, segment_frames=100, seed=1),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    for batch, same in zip(workers, expected, strict=True):
+        assert torch.equal(batch["mel"], same["mel"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
