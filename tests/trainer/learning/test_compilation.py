@@ -154,9 +154,8 @@ def test_short_utterances_and_growing_margins_compile_nothing_anew(
     monkeypatch.setattr(type(trainer.train_step), "__call__", count)
     trainer.fit()
     trainer.close()
-    assert len(compiled) == 18
-    assert compiled[0] >= 2
-    assert set(compiled) == {compiled[0]}
+    # The objective, Muon's iteration, and what counts the step.
+    assert compiled == [3] * 18
     assert not counters["graph_break"]
 
 
@@ -221,7 +220,7 @@ def test_a_change_that_cannot_be_compiled_is_made_as_it_is() -> None:
     def add(x: Tensor) -> None:
         total.add_(x)
 
-    change = Compilation("default", fails_at_once).change(add, notes.append)  # type: ignore[arg-type]
+    change = Compilation("default", fails_at_once).function(add, notes.append)  # type: ignore[arg-type]
     change(torch.tensor(2.0))
     change(torch.tensor(3.0))
     assert (float(total), len(notes)) == (5.0, 1)

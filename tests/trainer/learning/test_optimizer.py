@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import OptimConfig
 from shardprep_trainer.learning.build import build_optimizer
-from shardprep_trainer.learning.optimizer import MuonAdamW, orthogonalise, split_weights
+from shardprep_trainer.learning.muon import orthogonalise
+from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
 from shardprep_trainer.model.build import build_model
 
 LR, DECAY = 0.01, 0.1
@@ -216,6 +219,61 @@ def test_an_optimiser_from_a_file_goes_on_to_the_bit() -> None:
     assert one["param_groups"] == two["param_groups"]
     assert one["state"].keys() == two["state"].keys()
     assert len(one["state"]) == len(list(model.parameters()))
+
+
+def test_the_moments_of_a_file_are_taken_into_one_piece_of_memory() -> None:
+    model, optimizer = make()
+    set_gradients(model, 0)
+    optimizer.step()
+    # As they were saved when each was a tensor of its own.
+    state = copy.deepcopy(through_a_file(optimizer.state_dict()))
+    for values_of in state["state"].values():
+        if "momentum_buffer" in values_of:
+            values_of["momentum_buffer"] = values_of["momentum_buffer"].clone()
+    other, resumed = make(seed=9)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    for seed in (1, 2):
+        for a, b in ((model, optimizer), (other, resumed)):
+            set_gradients(a, seed)
+            b.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(other), strict=True))
+    momenta = [resumed.state[w]["momentum_buffer"] for w in resumed.param_groups[0]["params"]]
+    assert len({momentum.untyped_storage().data_ptr() for momentum in momenta}) == 1
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations run while entered, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(
+            alias.alias_info and not alias.alias_info.is_write for alias in func._schema.returns
+        ):
+            self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_matrices_take_no_more_kernels_and_none_are_gathered() -> None:
+    seen = []
+    for number in (2, 7):
+        model = nn.Sequential(
+            *(nn.Linear(8, 8, bias=False) for _ in range(number)), nn.Linear(8, 1)
+        )
+        matrices, others = split_weights(model, model[-1])
+        optimizer = MuonAdamW(matrices, others, lr=LR, weight_decay=DECAY, fused=True)
+        for _ in range(2):
+            set_gradients(model, 0)
+            optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+            with Kernels() as kernels:
+                optimizer.step()
+        seen.append(kernels.seen)
+    assert seen[0] == seen[1]
+    assert not seen[0].keys() & {"stack", "cat"}
+    assert seen[0]["_foreach_add_"] >= 3
 
 
 def test_the_moments_of_another_optimiser_are_refused() -> None:

@@ -165,7 +165,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     monkeypatch.setattr("shardprep_trainer.learning.losses._check", lambda logits, labels: None)
     monkeypatch.setattr(
         "shardprep_trainer.learning.step.model_inputs",
-        lambda batch, device: (batch["mel"], batch["length"]),
+        lambda batch, device, padded: (batch["mel"], batch["length"]),
     )
     trainer = Trainer(prepare(make_config(**RICH, **{"model.encoder": encoder})))
     criterion = trainer.train_step.criterion

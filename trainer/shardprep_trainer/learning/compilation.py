@@ -54,36 +54,36 @@ class Compilation:
         mode = "reduce-overhead" if self.way == "graphs" else self.mode
         return self._whole(function, mode)
 
-    def change(
-        self, function: Callable[..., None], warn: Callable[[str], None]
-    ) -> Callable[..., None]:
-        """Compile a function that changes tensors and returns nothing.
+    def function(
+        self, function: Callable[..., Any], warn: Callable[[str], None]
+    ) -> Callable[..., Any]:
+        """Compile a function without gradients.
 
         Args:
-            function: May be compiled for different arguments.
+            function: May change tensors.
             warn: Is told if the compiler fails at the first call.
 
         Returns:
             The same compiled; if the compiler fails, the function itself takes its place.
         """
-        compiled: Callable[..., None] | None = self._whole(function, None)
+        compiled: Callable[..., Any] | None = self._whole(function, None)
         called = False
 
-        def call(*arguments: Any) -> None:
+        def call(*arguments: Any) -> Any:
             nonlocal compiled, called
-            if compiled is not None:
-                try:
-                    compiled(*arguments)
-                # A compiler fails before it has changed anything, and with errors of any kind.
-                except Exception as error:
-                    if called:
-                        raise
-                    compiled = None
-                    warn(failure(error))
-                else:
-                    called = True
-                    return
-            function(*arguments)
+            if compiled is None:
+                return function(*arguments)
+            try:
+                found = compiled(*arguments)
+            # A compiler fails before anything is changed, and with errors of any kind.
+            except Exception as error:
+                if called:
+                    raise
+                compiled = None
+                warn(failure(error))
+                return function(*arguments)
+            called = True
+            return found
 
         return call
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardprep_trainer.model.cpu_kernels import is_slow_in_bfloat16
-
-_MOMENTUM = 0.95
-# Of the Newton-Schulz iteration x -> a x + (b x x' + c (x x')^2) x.
-_ITERATIONS, _A, _B, _C = 5, 3.4445, -4.7750, 2.0315
-_SMALLEST_NORM = 1e-7
+from shardprep_trainer.learning.compilation import Compilation
+from shardprep_trainer.learning.muon import Momenta
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -66,9 +61,19 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(group["params"], fused=group["fused"])
         state = {"state": self.state, "param_groups": [group]}
         self._adamw.__setstate__(state)  # type: ignore[no-untyped-call]
+        self._momenta: Momenta | None = None
+        self._gathered: list[int] = []
+
+    def compile(self, compilation: Compilation, warn: Callable[[str], None]) -> None:
+        """Compile the iteration of Muon; the rest takes few kernels as it is."""
+        momenta = self._gather(self.param_groups[0]["params"])
+        momenta.directions = compilation.function(momenta.directions, warn)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients; a gradient scaler must have unscaled these."""
+        """Change the weights by their gradients; a gradient scaler must have unscaled these.
+
+        Weights without a gradient stay as they are.
+        """
         assert closure is None
         assert getattr(self, "grad_scale", None) is None
         found: Tensor | None = getattr(self, "found_inf", None)
@@ -76,55 +81,23 @@ class MuonAdamW(torch.optim.Optimizer):
         skip = None if found is None else (found != 0).float()
         self._adamw.found_inf = skip  # type: ignore[attr-defined]
         self._adamw.step()
-        self._move_matrices(skip)
-
-    @torch.no_grad()
-    def _move_matrices(self, skip: Tensor | None) -> None:
         group = self.param_groups[0]
-        lr = group["lr"]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for weight in group["params"]:
-            if weight.grad is not None:
-                # Not flatten: it may copy, and then the weight itself would not change.
-                matrix = weight.detach().view(len(weight), -1)
-                if not self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(matrix)
-                entry = matrix, weight.grad.flatten(1), self.state[weight]["momentum_buffer"]
-                by_shape.setdefault(matrix.shape, []).append(entry)
-        for shape, entries in by_shape.items():
-            matrices, gradients, momenta = (torch.stack(x) for x in zip(*entries, strict=True))
-            momenta.lerp_(gradients, 1 - _MOMENTUM)
-            # Nesterov momentum: the gradient moves on towards the new momentum.
-            steps = orthogonalise(gradients.lerp_(momenta, _MOMENTUM)).to(matrices.dtype)
-            matrices.mul_(1 - lr * group["weight_decay"])
-            matrices.add_(steps, alpha=-lr * 0.2 * math.sqrt(max(shape)))
-            for (matrix, _, momentum), *new in zip(entries, matrices, momenta, strict=True):
-                for old, x in zip((matrix, momentum), new, strict=True):
-                    old.copy_(x if skip is None else torch.where(skip == 0, x, old))
+        matrices = [weight for weight in group["params"] if weight.grad is not None]
+        if not matrices:
+            return
+        gradients = [weight.grad for weight in matrices if weight.grad is not None]
+        self._gather(matrices).move(gradients, group["lr"], group["weight_decay"], skip)
 
-
-def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest orthogonal matrices, roughly: all singular values end between .7 and 1.2.
-
-    Five Newton-Schulz iterations with the polynomial of Jordan et al. (2024), which is steep at 0.
-
-    Args:
-        x: (N, rows, columns).
-        dtype: The type to compute in; by default bfloat16, or float32 on a CPU where bfloat16
-            is slow.
-
-    Returns:
-        (N, rows, columns) of this type.
-    """
-    tall = x.shape[1] > x.shape[2]
-    if dtype is None:
-        dtype = torch.float32 if x.is_cpu and is_slow_in_bfloat16() else torch.bfloat16
-    x = (x.mT if tall else x).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
-    for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x.mT if tall else x
+    def _gather(self, matrices: list[Tensor]) -> Momenta:
+        """The momenta of matrices, which are the state of these."""
+        numbers = [id(weight) for weight in matrices]
+        if self._momenta is None or numbers != self._gathered:
+            self._momenta, self._gathered = Momenta(matrices), numbers
+            for weight, momentum in zip(matrices, self._momenta.of_weights, strict=True):
+                if "momentum_buffer" in self.state[weight]:
+                    momentum.copy_(self.state[weight]["momentum_buffer"])
+                self.state[weight]["momentum_buffer"] = momentum
+        return self._momenta
 
 
 def split_weights(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shardprep_trainer.learning.average import AveragedModel
 from shardprep_trainer.learning.compilation import Compilation
 from shardprep_trainer.learning.metrics import Meter
+from shardprep_trainer.learning.optimizer import MuonAdamW
 
 
 class Update:
@@ -73,7 +74,9 @@ class Update:
             warn: Is told if the compiler fails.
             accumulate: Micro-batches of a step.
         """
-        self.settle = compilation.change(self.count_or_undo, warn)
+        self.settle = compilation.function(self.count_or_undo, warn)
+        if isinstance(self.optimizer.optimizer, MuonAdamW):
+            self.optimizer.optimizer.compile(compilation, warn)
         if compilation.way == "graphs" and accumulate > 1:
             # A graph writes the gradients of each micro-batch to the same place: add them up in
             # another.
