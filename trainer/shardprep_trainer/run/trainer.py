@@ -6,6 +6,7 @@ function of (seed, position), so a resumed run is the same as an uninterrupted o
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from shardprep_trainer.processes.watchdog import (
     WAITING,
 )
 from shardprep_trainer.run.data import build_eval_loader
+from shardprep_trainer.run.garbage import garbage_held
 from shardprep_trainer.run.outcome import Outcome
 from shardprep_trainer.run.start import Prepared
 from shardprep_trainer.run.validation import Validated, Validation
@@ -88,7 +90,7 @@ class Trainer:
         self.train_step.throughput.network_seconds = lambda: self.shards.network_seconds
         self.train_step.throughput.restart()
         self.train_step.warn = lambda text: self.journal.warn(self.step, text)
-        with StopSignals(self.claim.leave_soon) as signals, self.watchdog:
+        with StopSignals(self.claim.leave_soon) as signals, self.watchdog, garbage_held():
             while self.step < train.total_steps:
                 self.train_step(batches, self.step)
                 self.step += 1
@@ -96,8 +98,10 @@ class Trainer:
                 last = self.step == train.total_steps
                 if last or self.step % train.log_steps == 0:
                     self._log_training()
+                    gc.collect()
                 if self.validation and (last or self.step % train.valid_steps == 0):
                     self._validate(self.validation)
+                    gc.collect()
                 signal = self._agree(signals.received)
                 stop = last or bool(signal) or self.step == train.stop_step
                 if stop:
