@@ -32,6 +32,7 @@ from tests.shardprep.audio.oracle import (
     wav,
     without_silence,
 )
+from tests.shardprep.conftest import as_read
 
 HOMEWORK = FeatureRecipe()
 PLAIN = FeatureRecipe(peak_db=None, silence_level=None)
@@ -273,6 +274,16 @@ def test_values_are_rounded_to_the_type_of_the_shards() -> None:
     half = audio_features(data, HOMEWORK, dtype="float16")
     assert half.dtype == np.float16
     np.testing.assert_array_equal(half, audio_features(data, HOMEWORK).astype(np.float16))
+
+
+def test_levels_of_uint8_are_those_of_the_whole_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_BLOCK", 3_000)
+    data = np.concatenate([speech(0.5), 0.01 * speech(0.5)])
+    found = audio_features(data, HOMEWORK, dtype="uint8")
+    assert found.dtype == np.float32
+    expected = as_read(audio_features(data, HOMEWORK), "uint8")
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) <= 256
 
 
 TRUNCATED = "is cut off"

@@ -75,20 +75,22 @@ def found_in(shards: Path) -> dict[str, tuple[str, str, Any]]:
     }
 
 
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_folders_of_speakers_are_packed_by_the_recipe(
-    audio: Path, voices: Files, tmp_path: Path, build: Build
+    audio: Path, voices: Files, tmp_path: Path, build: Build, dtype: Any
 ) -> None:
     (audio / "README.txt").write_text("not a recording")
     (audio / "a" / "._00000.wav").write_bytes(b"what a Mac leaves")
-    build(audio, tmp_path / "s", recipe=NARROW)
+    build(audio, tmp_path / "s", recipe=NARROW, dtype=dtype)
     manifest = open_shards(tmp_path / "s").manifest
     assert (manifest.n_mels, manifest.features) == (8, NARROW.to_features())
+    assert verify_shards(tmp_path / "s", against=audio).intact
     found = found_in(tmp_path / "s")
     assert found.keys() == {name.removesuffix(".wav") for name in voices}
     for name, data in voices.items():
         _, speaker, mel = found[name.removesuffix(".wav")]
         assert speaker == name[0]
-        np.testing.assert_array_equal(mel, audio_features(data, NARROW, dtype="float16"))
+        np.testing.assert_array_equal(mel, audio_features(data, NARROW, dtype=dtype))
 
 
 def test_any_number_of_workers_gives_the_same_bytes_and_the_set_is_kept_up_to_date(
