@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -57,7 +57,7 @@ from shardprep import (
 )
 from shardprep.bench.machine import machine
 from shardprep.format.card import CARD_NAME
-from shardprep.format.manifest import MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER
+from shardprep.format.manifest import MANIFEST_NAME, SOURCE_TIMES_NAME, WORK_FOLDER, DType
 from shardprep.storage.local import sha256_of
 
 SAMPLES_PER_SHARD = 40
@@ -80,13 +80,21 @@ def files_of(folder: Path) -> list[Path]:
 class Case:
     """A data set, an intact shard set of it, and how much to do."""
 
-    def __init__(self, source: Path, work: Path, rng: random.Random, counts: dict[str, int]):
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        rng: random.Random,
+        counts: dict[str, int],
+        dtype: DType = "float16",
+    ):
         self.source = source
         self.work = work
         self.rng = rng
         self.counts = counts
         self.intact = work / "intact"
-        options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD)
+        self.dtype = dtype
+        options = BuildOptions(dtype=dtype, samples_per_shard=SAMPLES_PER_SHARD)
         build_shards(source, self.intact, options)
 
     def copy(self, name: str) -> Path:
@@ -185,7 +193,8 @@ def kills(case: Case) -> Result:
     """Kill builds at random moments, and continue them."""
     folder = case.work / "kills"
     command = [sys.executable, "-m", "shardprep", "build", str(case.source), str(folder)]
-    return kill_often(case, [*command, *SLOW, "--workers=2"], folder, None)
+    command += [*SLOW, "--workers=2", f"--dtype={case.dtype}"]
+    return kill_often(case, command, folder, None)
 
 
 def appends(case: Case) -> Result:
@@ -193,7 +202,8 @@ def appends(case: Case) -> Result:
     folder, half, begin = case.work / "appends", case.work / "half", case.work / "half-shards"
     write_half(case.source, half)
     build = [sys.executable, "-m", "shardprep", "build"]
-    subprocess.run([*build, str(half), str(begin), *SLOW], check=True, capture_output=True)
+    first = [*build, str(half), str(begin), *SLOW, f"--dtype={case.dtype}"]
+    subprocess.run(first, check=True, capture_output=True)
     command = [*build, str(case.source), str(folder), "--append", "--workers=2"]
     return kill_often(case, command, folder, begin)
 
@@ -276,7 +286,7 @@ def kill_once(command: list[str], folder: Path, rng: random.Random, shards: int)
 def refusals(case: Case) -> Result:
     """Let each call that changes the disk fail, one in each build."""
     results: Result = {}
-    options = BuildOptions(samples_per_shard=SAMPLES_PER_SHARD, workers=1)
+    options = BuildOptions(dtype=case.dtype, samples_per_shard=SAMPLES_PER_SHARD, workers=1)
     expected = contents(case.intact)
     step = 0
     for name, number in (("ENOSPC", errno.ENOSPC), ("EIO", errno.EIO)):
@@ -386,6 +396,7 @@ def bar(items: Any, label: str) -> Any:
     default=tuple(PARTS),
     help="Do only these parts.",
 )
+@click.option("--dtype", type=click.Choice(get_args(DType)), default="float16", show_default=True)
 @click.option("--flips", type=click.IntRange(1), default=2000, show_default=True)
 @click.option("--truncations", type=click.IntRange(1), default=500, show_default=True)
 @click.option("--kills", type=click.IntRange(1), default=100, show_default=True)
@@ -393,7 +404,12 @@ def bar(items: Any, label: str) -> Any:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result (JSON).")
 def main(
-    dataset: Path | None, only: tuple[str, ...], seed: int, out: Path | None, **counts: int
+    dataset: Path | None,
+    only: tuple[str, ...],
+    dtype: DType,
+    seed: int,
+    out: Path | None,
+    **counts: int,
 ) -> None:
     """Damage shard sets and disturb builds, and count what is noticed and what is lost.
 
@@ -408,7 +424,7 @@ def main(
             size = ["--speakers", "6", "--utterances", "40", "--frames-min", "20"]
             size += ["--test-utterances", "40", "--frames-max", "300", "--seed", str(seed)]
             subprocess.run([*command, str(sample), *size], check=True)
-        case = Case(dataset, work, random.Random(seed), counts)
+        case = Case(dataset, work, random.Random(seed), counts, dtype)
         results: Result = {}
         for part in only:
             began = time.monotonic()
@@ -416,7 +432,8 @@ def main(
             results[part]["held"] = is_held(part, results[part])
             results[part]["seconds"] = round(time.monotonic() - began, 1)
             click.echo(f"{part}: {json.dumps(results[part])}")
-    report = {"machine": msgspec.to_builtins(machine()), "seed": seed, "parts": results}
+    report = {"machine": msgspec.to_builtins(machine()), "seed": seed, "dtype": dtype}
+    report["parts"] = results
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if all(result["held"] for result in results.values()) else 1)
