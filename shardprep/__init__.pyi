@@ -35,6 +35,7 @@ from .format.quantised import rounded as rounded
 from .load.dataset import SegmentDataset as SegmentDataset
 from .load.segments import SegmentLoader as SegmentLoader
 from .load.utterances import UtteranceLoader as UtteranceLoader
+from .load.widen import dequantise as dequantise
 from .read.shard_set import OpenShards as OpenShards
 from .read.shard_set import ShardSet as ShardSet
 from .read.shard_set import open_shards as open_shards

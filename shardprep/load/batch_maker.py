@@ -6,7 +6,7 @@ Axis legend: B batch, T frames, F mel bins.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,27 @@ from shardprep.load.damage import ReadGuard
 from shardprep.load.on_device import ResidentSplit
 from shardprep.load.orders.epoch import Indices
 from shardprep.load.plan import BatchPlan
+from shardprep.load.widen import dequantise, pad, widen
+from shardprep.read.gather.places import Places
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
-# Indices, starts, segments (None where the split lies on the device), labels, lengths.
-Segments = tuple[Indices, Indices, Tensor | None, Tensor, Tensor]
-# Where the batch after this one begins, how many segments replace damaged ones, and the batch.
-Planned = tuple[int, int, Segments]
+
+
+class Made(NamedTuple):
+    """A batch on the host."""
+
+    following: int
+    """Where in the epoch the batch after it begins."""
+    replaced: int
+    """How many segments stand for those of damaged utterances."""
+    places: Places
+    """Where its segments lie (B,)."""
+    label: Tensor
+    length: Tensor
+    """Frames that are not padding (B,)."""
+    mel: Tensor | None
+    """Segments (B, T, F), as stored or widened; None where the split lies on the device."""
 
 
 class BatchMaker:
@@ -36,7 +50,8 @@ class BatchMaker:
         segment_frames: Frames T a segment.
         pad_value: Fills padded frames.
         device: Where the batches go.
-        dtype: What the segments are converted to; None keeps that of the split.
+        dtype: What the segments are converted to; None keeps that of the split. torch.uint8
+            delivers bytes as they are stored.
         keep: Most buffers that are kept for later batches.
 
     Attributes:
@@ -61,6 +76,8 @@ class BatchMaker:
         self._device = device
         self._dtype = dtype
         self._buffers = BufferPool(keep)
+        # Where bytes lie until they are widened.
+        self._bytes = BufferPool(1)
         self.resident: ResidentSplit | None = None
 
     def load_resident(self) -> None:
@@ -72,51 +89,87 @@ class BatchMaker:
         # A split on the device belongs to this process.
         return {**self.__dict__, "resident": None}
 
-    def prepare(self, plan: BatchPlan, stretch: Stretch) -> Iterator[Planned]:
+    def prepare(self, plan: BatchPlan, stretch: Stretch) -> Iterator[Made]:
         """Batches on the host, one after another."""
         split = self._split
         say_ahead = self.resident is None
         for block in plan.blocks(stretch.start, stretch.every, say_ahead=say_ahead):
-            indices, starts = block.indices, block.starts
-            labels = torch.from_numpy(split.labels[indices].astype(np.int64))
-            lengths = np.minimum(split.frames[indices], self._frames)
+            # Of many batches at once: NumPy's calls cost more than their work.
+            planned = split.places(block.indices, block.starts, self._frames)
+            labels = split.labels[block.indices].astype(np.int64)
             at = 0
             for following, size in zip(block.nexts, block.sizes, strict=True):
-                own: Any = np.arange(at, at := at + size)
+                own: Any = slice(at, at := at + size)
                 replaced = 0
-                if (places := self._guard.replacements(indices[own])) is not None:
-                    replaced = int((places != np.arange(len(own))).sum())
-                    own = own[places]
-                mel = self._host_mel(indices[own], starts[own])
-                valid = torch.from_numpy(lengths[own])
-                yield following, replaced, (indices[own], starts[own], mel, labels[own], valid)
+                if (chosen := self._guard.replacements(planned.utterance[own])) is not None:
+                    replaced = int((chosen != np.arange(size)).sum())
+                    own = own.start + chosen
+                places = planned.of(own)
+                # Copies: a view of the whole block would be sent as a whole to another process.
+                label = torch.from_numpy(labels[own].copy())
+                length = torch.from_numpy(places.valid.copy())
+                mel = None if self.resident is not None else self._host_mel(places)
+                yield Made(following, replaced, places, label, length, mel)
 
-    def _host_mel(self, indices: Indices, starts: Indices) -> Tensor | None:
-        """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from.
-
-        None if the split lies on the device.
-        """
-        if self.resident is not None:
-            return None
+    def _host_mel(self, places: Places) -> Tensor:
+        """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from."""
         split = self._split
-        shape = (len(indices), self._frames, split.n_mels)
+        shape = (len(places.utterance), self._frames, split.n_mels)
         if self._device.type == "cuda":
             # PyTorch keeps pinned buffers, and uses a buffer again when its copy is done.
-            stored = torch.from_numpy(np.empty(0, split.dtype)).dtype
+            stored = torch.from_numpy(np.empty(0, split.stored_dtype)).dtype
             mel = torch.empty(shape, dtype=stored, pin_memory=True)
-        else:
-            mel = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        split.segments(indices, starts, self._frames, self._pad_value, out=mel.numpy())
-        return mel
+            split.gather(places, self._pad_value, mel.numpy())
+            return mel
+        widens = split.is_quantised and self._dtype != torch.uint8
+        pool = self._bytes if widens else self._buffers
+        found = pool.take(shape, split.stored_dtype)
+        split.gather(places, self._pad_value, found)
+        mel = torch.from_numpy(found)
+        if not widens:
+            return mel
+        wide = torch.from_numpy(self._buffers.take(shape, split.dtype))
+        widen(mel, *self._scales(places.utterance), wide)
+        if int(places.valid.min(initial=self._frames)) < self._frames:
+            pad(wide, places.valid, self._pad_value)
+        return wide
 
-    def deliver(self, segments: Segments) -> Batch:
+    def _scales(self, index: Indices) -> tuple[Tensor, Tensor]:
+        """What 0 stands for in utterances, and the distance of their levels, (B,) each."""
+        minimum, step = self._split.minimum, self._split.step
+        assert minimum is not None
+        assert step is not None
+        return torch.from_numpy(minimum[index]), torch.from_numpy(step[index])
+
+    def deliver(self, made: Made) -> Batch:
         """Copy a batch to the device; the host does not wait."""
-        indices, starts, mel, label, length = segments
+        mel, places = made.mel, made.places
+        scales: tuple[Tensor, ...] = ()
         if mel is None:
             assert self.resident is not None
-            mel = self.resident.segments(indices, starts, self._frames, self._pad_value)
-        if self._device.type == "cuda":
-            label = label.pin_memory()
-        # Converted on the device, after the copy: fewer bytes are copied.
-        mel = mel.to(self._device, non_blocking=True).to(self._dtype or mel.dtype)
-        return {"mel": mel, "label": label.to(self._device, non_blocking=True), "length": length}
+            mel, *scales_there = self.resident.segments(
+                places.utterance, places.start, self._frames, self._pad_value
+            )
+            scales = tuple(scales_there)
+        elif mel.dtype == torch.uint8:
+            scales = self._scales(places.utterance)
+        # Widened and converted on the device, after the copy: fewer bytes are copied.
+        batch = {"mel": self._send(mel), "label": self._send(made.label), "length": made.length}
+        if scales:
+            minimum, step = map(self._send, scales)
+            if self._dtype == torch.uint8:
+                return {**batch, "minimum": minimum, "step": step}
+            short = int(places.valid.min(initial=self._frames)) < self._frames
+            length = made.length if short else None
+            batch["mel"] = dequantise(batch["mel"], minimum, step, length, self._pad_value)
+        if self._dtype is not None:
+            batch["mel"] = batch["mel"].to(self._dtype)
+        return batch
+
+    def _send(self, values: Tensor) -> Tensor:
+        """A tensor on the device; segments on the host are pinned already."""
+        if self._device.type == "cpu" or values.device.type != "cpu":
+            return values
+        if self._device.type == "cuda" and not values.is_pinned():
+            values = values.pin_memory()
+        return values.to(self._device, non_blocking=True)

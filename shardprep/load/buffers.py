@@ -5,7 +5,7 @@ New memory for every batch costs a page fault for every 4 KiB: about as long as 
 
 from __future__ import annotations
 
-import weakref
+import math
 from collections import deque
 from typing import Any
 
@@ -30,7 +30,7 @@ class BufferPool:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with undefined contents; a tensor made by `torch.from_numpy` is a view too."""
-        nbytes = int(np.prod(shape)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         try:
             memory = self._idle.pop()
         except IndexError:
@@ -38,14 +38,16 @@ class BufferPool:
         if len(memory) < nbytes:
             memory = np.empty(nbytes, np.uint8)
         # A view of a view holds the owner of the memory, not the first view. So the lease owns it.
-        lease = _Lease(memory)
-        array = np.asarray(lease)[:nbytes].view(dtype).reshape(shape)
-        weakref.finalize(lease, self._idle.append, memory).atexit = False
-        return array
+        lease = _Lease(memory, self._idle)
+        return np.asarray(lease)[:nbytes].view(dtype).reshape(shape)
 
 
 class _Lease:
-    """The owner, for NumPy, of an array over `memory`."""
+    """The owner, for NumPy, of an array over `memory`; gives it back at its end."""
 
-    def __init__(self, memory: NDArray[np.uint8]) -> None:
+    def __init__(self, memory: NDArray[np.uint8], idle: deque[NDArray[np.uint8]]) -> None:
         self.__array_interface__ = memory.__array_interface__
+        self._memory, self._idle = memory, idle
+
+    def __del__(self) -> None:
+        self._idle.append(self._memory)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from shardprep.load.damage import ReadGuard, VerifyReads
+from shardprep.load.widen import read_segments
 from shardprep.read.split import Split
 
 Item = dict[str, Any]
@@ -49,9 +50,9 @@ class SegmentDataset(Dataset[Item]):
             "once" in this process, or "always". None for "never" with segments, and "always" with
             whole utterances.
 
-    An item is a dict: mel (T, F), a tensor of the stored dtype; and label, length (frames that are
-    not padding) and index (position in the split), whole numbers. The label is -1 where the speaker
-    is unknown.
+    An item is a dict: mel (T, F), a tensor of the stored dtype, float32 of a set of uint8; and
+    label, length (frames that are not padding) and index (position in the split), whole numbers.
+    The label is -1 where the speaker is unknown.
 
     Raises:
         ValueError: An argument is out of range.
@@ -93,9 +94,10 @@ class SegmentDataset(Dataset[Item]):
         frames = split.frames[chosen]
         self._guard.undamaged(chosen)
         length = int(frames.max()) if self._frames is None else self._frames
-        mel = split.segments(chosen, self._starts(frames, length), length, self._pad_value)
+        starts = self._starts(frames, length)
+        mel = read_segments(split, chosen, starts, length, self._pad_value)
         batch = {
-            "mel": torch.from_numpy(mel),
+            "mel": mel,
             "label": torch.from_numpy(split.labels[chosen].astype(np.int64)),
             "length": torch.from_numpy(np.minimum(frames, length)),
             "index": torch.from_numpy(chosen),

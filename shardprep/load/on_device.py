@@ -34,7 +34,7 @@ def fits(split: Split, device: torch.device) -> bool:
 
 
 class ResidentSplit:
-    """All matrices of a split, one after another, on a device.
+    """All matrices of a split, one after another, on a device; those of uint8 as bytes.
 
     Args:
         split: What to load; the crc32 of each utterance is checked.
@@ -43,6 +43,8 @@ class ResidentSplit:
 
     Attributes:
         mel: All frames (frames, F), of the stored dtype.
+        scales: Of a set of uint8, what 0 stands for in each utterance and the distance of its
+            levels, (N,) float32 each; otherwise nothing.
 
     Raises:
         CorruptShardError: An utterance is damaged, and must not be skipped.
@@ -53,9 +55,9 @@ class ResidentSplit:
         self._frames = split.frames
         self._first: NDArray[np.int64] = np.cumsum(split.frames) - split.frames
         total = int(split.frames.sum())
-        sample = torch.from_numpy(np.empty(0, split.dtype))
+        sample = torch.from_numpy(np.empty(0, split.stored_dtype))
         self.mel = torch.empty((total, split.n_mels), dtype=sample.dtype, device=device)
-        piece_frames = max(1, _PIECE_BYTES // (split.n_mels * split.dtype.itemsize))
+        piece_frames = max(1, _PIECE_BYTES // (split.n_mels * split.stored_dtype.itemsize))
         index, shards = 0, split.locations["shard"]
         wanted = split.wanted_shards()
         while index < len(split):
@@ -68,38 +70,44 @@ class ResidentSplit:
             index = stop
         wanted.close()
         guard.stop_checking()
+        columns = (split.minimum, split.step)
+        self.scales = [torch.from_numpy(x).to(device) for x in columns if x is not None]
 
     def segments(
         self, indices: NDArray[np.int64], starts: NDArray[np.int64], length: int, pad_value: float
-    ) -> Tensor:
-        """A batch of segments (B, T, F) on the device, with the values of `Split.segments`.
+    ) -> tuple[Tensor, ...]:
+        """A batch of segments (B, T, F) on the device, as `Split.stored_segments` gives them.
 
         Args:
             indices: Positions in the split (B,).
             starts: First frame of each segment (B,), within its utterance.
             length: Frames T a segment.
             pad_value: Fills the frames of a segment after the end of its utterance.
+
+        Returns:
+            The segments; of a set of uint8 also the scales of their utterances, (B,) each.
         """
         begin = self._first[indices] + starts
         valid = np.minimum(self._frames[indices] - starts, length)
-        places = torch.from_numpy(np.stack([begin, valid]))
+        places = torch.from_numpy(np.stack([begin, valid, indices]))
         if self._device.type == "cuda":
             places = places.pin_memory()
-        first, count = places.to(self._device, non_blocking=True).unsqueeze(2)  # each (B, 1)
+        places = places.to(self._device, non_blocking=True)
+        first, count, _ = places.unsqueeze(2)  # each (B, 1)
         steps = torch.arange(length, device=self._device)  # (T,)
         rows = (first + steps).clamp_(max=len(self.mel) - 1)  # (B, T)
         mel = self.mel[rows]  # (B, T, F)
         if (valid < length).any():
-            mel.masked_fill_((steps >= count).unsqueeze(2), pad_value)
-        return mel
+            mel.masked_fill_((steps >= count).unsqueeze(2), 0 if self.scales else pad_value)
+        return (mel, *(scale[places[2]] for scale in self.scales))
 
 
 def _read(split: Split, index: int, guard: ReadGuard) -> NDArray[Any]:
     """An utterance (T, F); zeros if it is damaged and skipped, which nobody will read."""
     try:
-        return split.read(index)
+        return split.read_stored(index)
     except CorruptShardError as error:
         if error.key is None:
             raise
         guard.report(index, error)
-        return np.zeros((int(split.frames[index]), split.n_mels), split.dtype)
+        return np.zeros((int(split.frames[index]), split.n_mels), split.stored_dtype)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from shardprep.errors import CorruptShardError, ShardprepError
-from shardprep.load.batch_maker import Batch, BatchMaker, Planned
+from shardprep.load.batch_maker import Batch, BatchMaker, Made
 from shardprep.load.course.iteration import Iteration
 from shardprep.load.course.position import Position, Stretch, check_same
 from shardprep.load.course.world import Part, refuse_second_division, this_worker
@@ -72,7 +72,10 @@ class SegmentLoader(IterableDataset[Batch]):
             set. With `shares` or `balance`, an epoch of the loader is as many utterances as
             without them, and no utterance is left out at its end.
         device: Where the batches go; None leaves them on the host.
-        dtype: What the segments are converted to, on the device; None keeps the stored dtype.
+        dtype: What the segments are converted to, on the device; None keeps the stored dtype, and
+            gives float32 of a set of uint8. Of such a set, bytes travel to the device, or lie
+            there, and are widened there; torch.uint8 delivers them as they are stored, to be
+            widened by `shardprep.dequantise`.
         placement: Where the split lies. "host" reads the mapped shards. "device" loads the split
             into the memory of `device` once, and takes the same segments from there. "auto" means
             "device" if the split takes at most `shardprep.load.on_device.SHARE` of the free memory
@@ -94,12 +97,14 @@ class SegmentLoader(IterableDataset[Batch]):
 
     Yields:
         Dicts of tensors: mel (B, T, F) and label (B,) int64, both on `device`, and length (B,)
-        int64, always on the host: how many frames of each segment are not padding.
+        int64, always on the host: how many frames of each segment are not padding. With dtype
+        torch.uint8 also minimum and step (B,) float32, on `device`; padding of mel is then 0.
 
     Raises:
         ValueError: An argument is out of range; or the split is smaller than one global batch and
-            drop_last is on; or on_corrupt is "skip" and verify_reads "never". What depends on a
-            world size that is not given is checked when an epoch begins.
+            drop_last is on; or on_corrupt is "skip" and verify_reads "never"; or dtype is of whole
+            numbers, save torch.uint8 for a set of uint8. What depends on a world size that is not
+            given is checked when an epoch begins.
         StorageError: The split comes from a store, and the cache has less room than the order
             needs at a time.
         CorruptShardError: A split that goes to the device is damaged. While iterating: a shard
@@ -136,6 +141,14 @@ class SegmentLoader(IterableDataset[Batch]):
             raise ValueError(f"prefetch {prefetch}: must not be negative")
         if placement not in ("auto", "host", "device"):
             raise ValueError(f"placement {placement!r}: must be 'auto', 'host' or 'device'")
+        if dtype is not None and not dtype.is_floating_point:
+            if dtype != torch.uint8:
+                raise ValueError(f"dtype {dtype}: must be one of floats, or torch.uint8")
+            if not split.is_quantised:
+                raise ValueError(
+                    f"dtype {dtype}: split {split.name} stores {split.stored_dtype}; only a set "
+                    "that was built with --dtype uint8 holds bytes"
+                )
         self._sampling = Sampling(
             batch_size=batch_size,
             segment_frames=segment_frames,
@@ -175,7 +188,7 @@ class SegmentLoader(IterableDataset[Batch]):
             # Those that are ready, one that is made, and one that is used.
             keep=prefetch + 2,
         )
-        self._epochs: EpochsAhead[Planned] = EpochsAhead(self._maker.prepare, prefetch)
+        self._epochs: EpochsAhead[Made] = EpochsAhead(self._maker.prepare, prefetch)
         self._load_resident()
 
     def __len__(self) -> int:
@@ -300,13 +313,13 @@ class SegmentLoader(IterableDataset[Batch]):
         running.reads(ready)
         first = True
         with contextlib.closing(ready):
-            for following, replaced, segments in ready:
+            for made in ready:
                 if first:
                     self._position.give_first_batch(stretch)
                     first = False
-                self._position.move(stretch, following, plan.end)
-                self.replaced += replaced
-                yield self._maker.deliver(segments)
+                self._position.move(stretch, made.following, plan.end)
+                self.replaced += made.replaced
+                yield self._maker.deliver(made)
                 if running.is_over():
                     return
         self._position.finish()

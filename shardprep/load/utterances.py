@@ -18,6 +18,7 @@ from shardprep.load.batch_maker import Batch
 from shardprep.load.course.world import Part, refuse_second_division, this_worker
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.orders.epoch import length_batches
+from shardprep.load.widen import read_segments
 from shardprep.read.split import Split
 
 # Part of the room for wanted shards that is read at a time; the next part comes meanwhile.
@@ -42,8 +43,8 @@ class UtteranceLoader(IterableDataset[Batch]):
         max_corrupt: Most damaged utterances that "skip" skips on this rank; one more is an error.
 
     Yields:
-        Dicts of CPU tensors: mel (B, T, F) in the stored dtype, label (B,), length (B,) and
-        index (B,), the position in the split, the last three int64.
+        Dicts of CPU tensors: mel (B, T, F) in the stored dtype, float32 of a set of uint8; label
+        (B,), length (B,) and index (B,), the position in the split, all three int64.
 
     Raises:
         ValueError: An argument is out of range.
@@ -116,9 +117,7 @@ class UtteranceLoader(IterableDataset[Batch]):
         split, frames = self.split, self.split.frames[indices]
         starts = np.zeros_like(indices)
         return {
-            "mel": torch.from_numpy(
-                split.segments(indices, starts, int(frames.max()), self._pad_value)
-            ),
+            "mel": read_segments(split, indices, starts, int(frames.max()), self._pad_value),
             "label": torch.from_numpy(split.labels[indices].astype(np.int64)),
             "length": torch.from_numpy(frames),
             "index": torch.from_numpy(indices),

@@ -19,6 +19,7 @@ from shardprep.format.index import Columns, index_dtype, load_columns
 from shardprep.format.quantised import dequantise
 from shardprep.read.files import Origin, map_shards
 from shardprep.read.gather.contract import DamagedChunk, Gather
+from shardprep.read.gather.places import Places
 from shardprep.read.gather.plain import PlainGather
 from shardprep.read.gather.zstd import ZstdGather
 from shardprep.read.joined import joined_fingerprint, joined_rows, joined_speakers
@@ -199,26 +200,42 @@ class Split:
 
         Padding of a set of uint8 is 0: no byte stands for `pad_value`.
         """
+        places = self.places(indices, starts, length)
+        out = _buffer(out, (len(places.utterance), length, self.n_mels), self.stored_dtype)
+        self.gather(places, pad_value, out)
+        return out
+
+    def places(self, indices: ArrayLike, starts: ArrayLike, length: int) -> Places:
+        """Where segments lie, for `gather`; arguments and errors as those of `segments`."""
         index = np.asarray(indices, np.int64)
         start = np.asarray(starts, np.int64)
         if length < 1 or index.ndim != 1 or index.shape != start.shape:
             raise ValueError("segments needs indices (B,), starts (B,) and a positive length")
         self._check_range(index)
-        if ((start < 0) | (start >= self.frames[index])).any():
-            raise IndexError("a segment starts outside its utterance")
-        out = _buffer(out, (len(index), length, self.n_mels), self.stored_dtype)
-        pad_value = 0 if self.is_quantised else pad_value
         frames = self.frames[index]
-        begin = self._begin[index]
-        end = begin + self._rows["nbytes"][index]
+        if ((start < 0) | (start >= frames)).any():
+            raise IndexError("a segment starts outside its utterance")
+        rows, begin = self._rows, self._begin[index]
+        end = begin + rows["nbytes"][index]
         valid = np.minimum(frames - start, length)
+        return Places(index, rows["shard"][index], begin, end, frames, start, valid)
+
+    def gather(self, places: Places, pad_value: float, out: NDArray[Any]) -> None:
+        """Fill a buffer with segments, as `stored_segments` does.
+
+        Args:
+            places: Where they lie (B,).
+            pad_value: Fills the padding, unless the set is of uint8.
+            out: A contiguous buffer (B, T, F) of `stored_dtype`.
+        """
+        pad_value = 0 if self.is_quantised else pad_value
+        index, shard, begin, end, frames, start, valid = places
         try:
-            with self._map.reading(self._rows["shard"][index]):
+            with self._map.reading(shard):
                 self._gather(begin, end, frames, start, valid, pad_value, out)
         except DamagedChunk as error:
             what = f"a chunk cannot be inflated ({error})"
             raise self.damaged(int(index[error.row]), what) from None
-        return out
 
     def intact(self, indices: ArrayLike) -> NDArray[np.bool_]:
         """Whether the stored bytes of utterances match their crc32.

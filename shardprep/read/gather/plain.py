@@ -58,6 +58,8 @@ class PlainGather:
             views = memory.as_strided((last + 1, size), (1, 1))
             at = self._tensor(np.minimum(first, last))
             self._gather(views, 0, at, out=self._tensor(rows))
+        if int(valid.min(initial=length)) == length:
+            return
         for row in np.flatnonzero(valid < length).tolist():
             count = int(valid[row]) * n_mels
             rows[row, :count] = self._elements[first[row] : first[row] + count]
