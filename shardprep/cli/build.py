@@ -39,8 +39,8 @@ Examples:
     type=click.Choice(get_args(DType)),
     default="float16",
     show_default=True,
-    help="Element type to store. uint8 spreads 256 levels over the range of each utterance: half "
-    "the size of float16, a twentieth of the accuracy.",
+    help="Element type to store. uint8 keeps 256 levels between the smallest and the largest value "
+    "of each utterance, in half the room of float16.",
 )
 @click.option(
     "--codec",

@@ -39,8 +39,10 @@ def widening(section: str, code: str) -> str:
     for name, mel, about in UINT8:
         if name == section:
             before, after = code.split(f"{mel})", 1)
-            widened = WIDENED.replace("about", about).replace("mel", mel, 1)
-            return f"import json\n{before}{widened}){after}"
+            above, _, line = before.rpartition("\n")
+            indent = line[: len(line) - len(line.lstrip())]
+            widened = WIDENED.replace("mel", mel, 1)
+            return f"import json\n{above}\n{indent}about = {about}\n{line}{widened}){after}"
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tarfile
@@ -246,6 +247,22 @@ def test_deep_names_the_damaged_utterance_though_the_checksums_fit(
     report = verify_shards(shards, deep=True)
     assert {(fault.file, fault.key) for fault in report.faults} == {(SHARD, key)}
     assert any(what in fault.what for fault in report.faults)
+
+
+@pytest.mark.parametrize("shards", ["uint8"], indirect=True)
+@pytest.mark.parametrize("name", ["minimum", "step"])
+def test_deep_compares_the_scale_in_the_json_with_the_index(shards: Path, name: str) -> None:
+    def change(data: bytes) -> bytes:
+        about = json.loads(data)
+        value = repr(about[name])
+        other = value[:-1] + ("1" if value[-1] != "1" else "2")
+        return data.replace(value.encode(), other.encode())
+
+    key = key_in(shards)
+    forge(shards, f"{key}.json", change)
+    assert verify_shards(shards).intact
+    (fault,) = verify_shards(shards, deep=True).faults
+    assert (fault.key, fault.what) == (key, f"'{key}.json' does not agree with the index")
 
 
 def test_deep_finds_values_that_are_not_finite(

@@ -231,6 +231,12 @@ def test_index_row_is_packed_as_documented() -> None:
     assert dtype.itemsize == 4 + 8 + 4 * 4 + 9
     assert [dtype.fields[name][1] for name in dtype.names or ()] == [0, 4, 12, 16, 20, 24, 28]
     assert is_index(np.zeros(3, dtype))
+    scaled = index_dtype(9, quantised=True)
+    assert scaled.itemsize == dtype.itemsize + 8
+    assert [scaled.fields[name][1] for name in ("minimum", "step", "key")] == [28, 32, 36]
+    assert is_index(np.zeros(3, scaled), quantised=True)
+    assert not is_index(np.zeros(3, scaled))
+    assert not is_index(np.zeros(3, dtype), quantised=True)
 
 
 @pytest.mark.parametrize(
