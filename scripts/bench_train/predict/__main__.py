@@ -1,7 +1,7 @@
 """Predict how fast the recipes train on GPUs, from the kernels of their steps.
 
-    python -m scripts.bench_train.predict [--no-check] [--no-gpus] [--calibration gpu.json]
-        [--out scripts/results/predict.json]
+    python -m scripts.bench_train.predict [--no-check] [--no-gpus] [--compiler]
+        [--calibration gpu.json] [--out scripts/results/predict.json]
 
 Each recipe's step runs once on the CPU, on a few segments, and every operation is noted: its
 arithmetic, and the bytes that it reads and writes. Fused as a compiler does, or one by one, they
@@ -12,7 +12,8 @@ the host to start all kernels may be longer than both.
 The shares are assumed (`rates.Shares`), unless --calibration gives a result of
 `scripts.bench_train.gpu`: they are then scaled by what boss took on that machine. The check tests
 the method on the CPU at hand: from the rates of one recipe's step, measured, it predicts the steps
-of the other recipes, and measures them.
+of the other recipes, and measures them. With --compiler, TorchInductor compiles the step of boss,
+and its kernels are counted beside ours.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 import click
 
 from scripts.bench_train.gpus import find
-from scripts.bench_train.predict.check import check
+from scripts.bench_train.predict.check import CALIBRATED_ON, check
+from scripts.bench_train.predict.compiler import compare
 from scripts.bench_train.predict.rates import ASSUMED, Shares, step_seconds
 from scripts.bench_train.predict.steps import NAMES, Count, count
 from scripts.bench_train.predict.table import table
@@ -35,6 +37,7 @@ from shardprep.bench.machine import machine
 PREDICTED_GPUS = ("T4", "A100", "H100", "H200")
 BATCHES = (32, 128, 512, 2048, 4096)
 WAYS = ("eager", "compiled", "graphs")
+COMPILED_BATCH = 8
 # Memory beside what the forward pass keeps: gradients on their way, the allocator's gaps.
 MEMORY_FACTOR, USABLE = 1.25, 0.9
 
@@ -88,6 +91,9 @@ def describe(counted: Count) -> dict[str, Any]:
 @click.command(context_settings={"show_default": True})
 @click.option("--check/--no-check", "checks", default=True, help="Test the method on this CPU.")
 @click.option("--gpus/--no-gpus", default=True, help="Count the kernels and predict GPUs.")
+@click.option(
+    "--compiler", "compiles", is_flag=True, help="Count beside TorchInductor; takes minutes."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Segments, for the check.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Steps timed in the check.")
 @click.option(
@@ -101,7 +107,13 @@ def describe(counted: Count) -> dict[str, Any]:
     help="Result file (JSON); keeps what it has of the part that is left out.",
 )
 def main(
-    checks: bool, gpus: bool, batch: int, rounds: int, calibration: Path | None, out: Path | None
+    checks: bool,
+    gpus: bool,
+    compiles: bool,
+    batch: int,
+    rounds: int,
+    calibration: Path | None,
+    out: Path | None,
 ) -> None:
     """Predict the speed of training on GPUs, and check the method on this CPU."""
     result: dict[str, Any] = {}
@@ -110,6 +122,8 @@ def main(
     result.update(asdict(machine()))
     if checks:
         result["check"] = check(batch, rounds)
+    if compiles:
+        result["compiler"] = compare(CALIBRATED_ON, COMPILED_BATCH)
     if gpus:
         counts = {}
         for name in NAMES:

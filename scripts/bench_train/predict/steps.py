@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from scripts.bench_train.predict.fuse import Kernel, kernels_of
-from scripts.bench_train.predict.trace import Trace, traced
+from scripts.bench_train.predict.trace import Trace, fast_in_bfloat16, traced
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.learning.build import build_train_step
@@ -120,7 +120,8 @@ class Count:
 
 def count(name: str) -> Count:
     """Count the kernels of a recipe's step."""
-    steps = [Step(name, batch, "bf16") for batch in FEW]
+    with fast_in_bfloat16():
+        steps = [Step(name, batch, "bf16") for batch in FEW]
     whole, parts = (
         [step.trace(like_gpu=True, decomposed=decomposed) for step in steps]
         for decomposed in (False, True)

@@ -16,6 +16,8 @@ def table(result: dict[str, Any]) -> str:
         parts += [ways_table(result["gpus"], "boss"), recipes_table(result["gpus"])]
     if "check" in result:
         parts.append(check_table(result["check"]))
+    if "compiler" in result:
+        parts.append(compiler_table(result["compiler"]))
     return "\n\n".join(parts)
 
 
@@ -72,4 +74,16 @@ def check_table(found: dict[str, Any]) -> str:
         f"{row['measured_segments_per_s']:,.1f} | {row['ratio']:.2f} |"
         for row in found["recipes"]
     ]
+    return "\n".join(lines)
+
+
+def compiler_table(found: dict[str, Any]) -> str:
+    """Counted kernels and their bytes beside those of TorchInductor."""
+    lines = ["| what | counted | TorchInductor | ratio |", "|---|---|---|---|"]
+    ours, theirs = found["counted"], found["inductor"]
+    for name, scale in (("kernels", 1.0), ("bytes", 1e6)):
+        unit = f"{name} [MB]" if scale > 1 else name
+        values = (one[name] / scale for one in (ours, theirs))
+        cells = " | ".join(f"{value:,.0f}" for value in values)
+        lines.append(f"| {unit} | {cells} | {found[name]:.2f} |")
     return "\n".join(lines)

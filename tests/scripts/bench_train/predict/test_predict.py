@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,12 @@ def test_the_method_predicts_the_cpu_within_a_quarter() -> None:
         assert 0.75 <= row["ratio"] <= 1.25, row["name"]
 
 
+def test_fused_kernels_move_the_bytes_of_a_real_compilers_within_a_tenth() -> None:
+    found = json.loads(RESULT.read_text())["compiler"]
+    assert 0.9 <= found["bytes"] <= 1.1
+    assert found["bytes"] == found["counted"]["bytes"] / found["inductor"]["bytes"]
+
+
 def test_what_does_not_fit_into_the_memory_has_no_speed() -> None:
     rows: list[dict[str, Any]] = [
         {"gpu": "T4", "recipe": "boss", "way": way, "batch": batch, "segments_per_s": 1234.0}
@@ -278,3 +285,16 @@ def test_what_does_not_fit_into_the_memory_has_no_speed() -> None:
     assert "| T4 | graphs | 1,200 (12%) | too large |" in table.ways_table(rows, "boss")
     assert "| boss | 32, graphs | 1,200/s, 0.046 h |" in table.recipes_table(rows)
     assert "| boss | 512, compiled | too large |" in table.recipes_table(rows)
+
+
+def test_muon_is_counted_in_16_bits_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    given = steps.recipe("smoke")
+    monkeypatch.setattr(
+        steps, "recipe", lambda name: replace(given, optim=replace(given.optim, name="muon"))
+    )
+    counted = steps.count("smoke")
+    # Newton-Schulz products are the only ones that take no part of the batch.
+    found = [one for one in counted.eager if one.kind == "product" and not one.flops[1]]
+    assert found
+    assert not any(one.wide for one in found)
