@@ -96,8 +96,9 @@ def test_augmentation_model_and_loss_compile_whole_to_the_same_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+)
 @pytest.mark.parametrize("recipe", TRAINED)
 def test_every_recipe_compiles_whole_in_every_precision(
     recipe: str, dtype: torch.dtype, masked: bool
