@@ -10,7 +10,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from shardprep.errors import ShardprepError
@@ -18,8 +18,8 @@ from shardprep.system import at_fork
 
 Item = TypeVar("Item")
 
-# Most seconds that the end of the process, or a fork, waits for the item that is being made. One
-# from a store may take longer, and is given up then.
+# Most seconds that the end of the process, or a fork, waits for the item that is being made, since
+# one from a store may take long; and how often it is looked whether the thread lives.
 _PATIENCE = 2.0
 
 
@@ -60,7 +60,7 @@ class Line(Iterator[Item]):
         self.keep(1)
         if self._over:
             raise StopIteration
-        made = self._made.get()
+        made = self._wait()
         self._on_the_way -= 1
         if isinstance(made, tuple):
             return made[0]
@@ -70,6 +70,15 @@ class Line(Iterator[Item]):
         finally:
             # The error holds this frame.
             del made
+
+    def _wait(self) -> tuple[Item] | BaseException:
+        while True:
+            try:
+                return self._made.get(timeout=_PATIENCE)
+            except Empty:
+                # Another thread has closed the owner: nobody serves the last ticket.
+                if not self._worker.thread.is_alive():
+                    return StopIteration()
 
     def close(self) -> None:
         """Have nothing more made."""

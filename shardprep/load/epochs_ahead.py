@@ -58,11 +58,14 @@ class EpochsAhead(Generic[Item]):
         left = plan.count(stretch.start, stretch.every)
         try:
             self._make_ahead(line, plan, left, following)
-            while left:
-                item = next(line)
+            if not left:
+                return
+            for item in line:
                 left -= 1
                 self._make_ahead(line, plan, left, following)
                 yield item
+                if not left:
+                    return
         finally:
             line.close()
 

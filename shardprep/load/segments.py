@@ -185,8 +185,8 @@ class SegmentLoader(IterableDataset[Batch]):
             pad_value=pad_value,
             device=self._device,
             dtype=dtype,
-            # Those that are ready, one that is made, and one that is used.
-            keep=prefetch + 2,
+            # Those that are ready, at the end of an epoch one more, and two that are used.
+            keep=prefetch + 3,
         )
         self._epochs: EpochsAhead[Made] = EpochsAhead(self._maker.prepare, prefetch)
         self._load_resident()

@@ -102,6 +102,16 @@ def test_a_line_that_is_closed_makes_nothing_more() -> None:
     assert list(line) == []
 
 
+def test_who_waits_for_an_item_is_told_when_another_thread_closes_the_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shardprep.load.background._PATIENCE", 0.01)
+    background, line = line_of(itertools.count())
+    assert next(line) == 0
+    background.close()
+    assert list(line) == []
+
+
 def test_lines_are_served_by_one_thread_in_the_order_of_asking() -> None:
     made: list[str] = []
 
@@ -145,7 +155,9 @@ def test_the_thread_ends_when_its_owner_is_dropped_and_drops_what_was_asked_for(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_fork_comes_between_two_items_and_leaves_the_thread_behind() -> None:
+def test_a_fork_comes_between_two_items_and_leaves_the_thread_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     inside = threading.Event()
     busy = threading.Lock()
 
@@ -158,6 +170,7 @@ def test_a_fork_comes_between_two_items_and_leaves_the_thread_behind() -> None:
     background, line = line_of(items())
     line.keep(50)
     assert inside.wait(PATIENCE)
+    monkeypatch.setattr("shardprep.load.background._PATIENCE", PATIENCE)
     child = os.fork()
     if not child:
         code = 1
