@@ -86,11 +86,8 @@ def deliver(folder: Path, batch: int, dtype: torch.dtype | None) -> Iterator[Bat
         yield made["mel"], made["label"]
 
 
-def rate(
-    start: Callable[[], Iterator[Batch]], files: list[Path], threads: int, seconds: float
-) -> tuple[float, float]:
+def rate(start: Callable[[], Iterator[Batch]], threads: int, seconds: float) -> tuple[float, float]:
     """Segments in a second, and in a second of processor time; after as long a warm-up."""
-    warm(files)
     torch.set_num_threads(threads)
     batches = start()
     counted, passed, used = 0, 0.0, 0.0
@@ -128,10 +125,11 @@ def measure(
     rows = limit_rows(int(lengths.sum()) * BINS * shape.dtype.itemsize, shape)
     starts[LIMIT] = partial(memory_limit, rows, shape, "torch.index_select", threads)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in starts}
+    for folder in {folder for folder, _ in ways.values()}:
+        warm(sorted(folder.glob("*.tar")))
     for _ in tqdm(range(rounds), desc="rounds", unit="round"):
         for name, start in starts.items():
-            files = sorted(ways[name][0].glob("*.tar")) if name in ways else []
-            task = partial(rate, start, files, threads, seconds)
+            task = partial(rate, start, threads, seconds)
             rates[name].append(in_own_process(task, 600 + 10 * seconds))
     compared = {
         "small_to_large": (short, large),

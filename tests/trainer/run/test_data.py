@@ -107,3 +107,22 @@ def test_adopted_tars_without_speakers_are_refused_with_the_option_that_names_th
     shardprep.adopt_shards(tmp_path / "train.tar", tmp_path / "set", workers=1)
     with pytest.raises(ConfigError, match="1 of the 1 utterances of split train .*--speaker FIELD"):
         open_data(DataConfig(shards=str(tmp_path / "set")), validated=False)
+
+
+def test_batches_of_a_set_of_uint8_have_the_values_that_it_stands_for(
+    make_config: ConfigFactory, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    with shardprep.ShardWriter(tmp_path / "bytes", 40, dtype="uint8", val_fraction=0) as writer:
+        for number in range(10):
+            mel = rng.normal(-4, 3, (int(rng.integers(50, 200)), 40))
+            writer.add(f"u{number}", mel.astype(np.float32), speaker=f"s{number % 2}")
+    config = make_config(**{"data.shards": tmp_path / "bytes", "data.segment_frames": 300})
+    shards = open_data(config.data, validated=False)
+    split = shards["train"]
+    whole = {read.tobytes() for read in map(split.read, range(len(split)))}
+    for batch in build_train_loader(config, shards, 0, 1, CPU):
+        assert batch["mel"].dtype == torch.float32
+        for mel, length in zip(batch["mel"], batch["length"].tolist(), strict=True):
+            assert mel[:length].numpy().tobytes() in whole
+            assert (mel[length:] == config.data.pad_value).all()
