@@ -16,7 +16,6 @@ from shardprep.load.buffers import BufferPool
 from shardprep.load.course.position import Stretch
 from shardprep.load.damage import ReadGuard
 from shardprep.load.on_device import ResidentSplit
-from shardprep.load.orders.epoch import Indices
 from shardprep.load.plan import BatchPlan
 from shardprep.load.widen import dequantise, pad, widen
 from shardprep.read.gather.places import Places
@@ -39,6 +38,8 @@ class Made(NamedTuple):
     """Frames that are not padding (B,)."""
     mel: Tensor | None
     """Segments (B, T, F), as stored or widened; None where the split lies on the device."""
+    scales: tuple[Tensor, ...]
+    """Of bytes: what 0 stands for, and the distance of two levels (B,)."""
 
 
 class BatchMaker:
@@ -93,6 +94,9 @@ class BatchMaker:
         """Batches on the host, one after another."""
         split = self._split
         say_ahead = self.resident is None
+        # What lies on the device has its scales there.
+        found = (split.minimum, split.step)
+        columns = [column for column in found if column is not None and say_ahead]
         for block in plan.blocks(stretch.start, stretch.every, say_ahead=say_ahead):
             # Of many batches at once: NumPy's calls cost more than their work.
             planned = split.places(block.indices, block.starts, self._frames)
@@ -108,10 +112,11 @@ class BatchMaker:
                 # Copies: a view of the whole block would be sent as a whole to another process.
                 label = torch.from_numpy(labels[own].copy())
                 length = torch.from_numpy(places.valid.copy())
-                mel = None if self.resident is not None else self._host_mel(places)
-                yield Made(following, replaced, places, label, length, mel)
+                scales = tuple(torch.from_numpy(column[places.utterance]) for column in columns)
+                mel = None if self.resident is not None else self._host_mel(places, scales)
+                yield Made(following, replaced, places, label, length, mel, scales)
 
-    def _host_mel(self, places: Places) -> Tensor:
+    def _host_mel(self, places: Places, scales: tuple[Tensor, ...]) -> Tensor:
         """Segments (B, T, F) from the mapped shards, in memory that a GPU can copy from."""
         split = self._split
         shape = (len(places.utterance), self._frames, split.n_mels)
@@ -129,33 +134,23 @@ class BatchMaker:
         if not widens:
             return mel
         wide = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        widen(mel, *self._scales(places.utterance), wide)
+        widen(mel, scales[0], scales[1], wide)
         if int(places.valid.min(initial=self._frames)) < self._frames:
             pad(wide, places.valid, self._pad_value)
         return wide
 
-    def _scales(self, index: Indices) -> tuple[Tensor, Tensor]:
-        """What 0 stands for in utterances, and the distance of their levels, (B,) each."""
-        minimum, step = self._split.minimum, self._split.step
-        assert minimum is not None
-        assert step is not None
-        return torch.from_numpy(minimum[index]), torch.from_numpy(step[index])
-
     def deliver(self, made: Made) -> Batch:
         """Copy a batch to the device; the host does not wait."""
-        mel, places = made.mel, made.places
-        scales: tuple[Tensor, ...] = ()
+        mel, places, scales = made.mel, made.places, made.scales
         if mel is None:
             assert self.resident is not None
-            mel, *scales_there = self.resident.segments(
+            mel, *there = self.resident.segments(
                 places.utterance, places.start, self._frames, self._pad_value
             )
-            scales = tuple(scales_there)
-        elif mel.dtype == torch.uint8:
-            scales = self._scales(places.utterance)
+            scales = tuple(there)
         # Widened and converted on the device, after the copy: fewer bytes are copied.
         batch = {"mel": self._send(mel), "label": self._send(made.label), "length": made.length}
-        if scales:
+        if mel.dtype == torch.uint8:
             minimum, step = map(self._send, scales)
             if self._dtype == torch.uint8:
                 return {**batch, "minimum": minimum, "step": step}

@@ -35,6 +35,8 @@ class PlainGather:
         self._memory = torch.from_numpy(np.asarray(_View(address, shards.bytes)).view(dtype))
         self._gather = torch.index_select
         self._tensor = torch.from_numpy
+        # Every segment of one size, as overlapping views.
+        self._views = self._memory.as_strided((0, 1), (1, 1))
 
     def __call__(
         self,
@@ -55,7 +57,9 @@ class PlainGather:
         if last >= 0:
             # A padded segment is read beyond the end of its utterance. What comes from there is
             # overwritten below.
-            views = memory.as_strided((last + 1, size), (1, 1))
+            views = self._views
+            if views.shape[1] != size or not len(views):
+                self._views = views = memory.as_strided((last + 1, size), (1, 1))
             at = self._tensor(np.minimum(first, last))
             self._gather(views, 0, at, out=self._tensor(rows))
         if int(valid.min(initial=length)) == length:
