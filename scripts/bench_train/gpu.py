@@ -151,6 +151,7 @@ def compare(
 ) -> dict[str, Any]:
     """A measurement beside its prediction."""
     rate = None if predicted is None else predicted["segments_per_s"]
+    ratio = rate and rate / found["samples_per_s"]
     return {
         "name": name,
         "way": way_of(spec),
@@ -158,7 +159,8 @@ def compare(
         "placement": spec.placement,
         "segments_per_s": found["samples_per_s"],
         "predicted": rate,
-        "ratio": rate and rate / found["samples_per_s"],
+        "ratio": ratio,
+        "share_of_peak": predicted and predicted["share_of_peak"] / ratio,
         "waiting": found["waiting"],
         "peak_memory_mib": found["peak_memory_mib"],
     }
@@ -195,9 +197,9 @@ def write_lists(data: Path) -> None:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if row["predicted"] is None:
-        beside = "- | -"
+        beside = "- | - | -"
     else:
-        beside = f"{row['predicted']:,.0f} | {row['ratio']:.2f}"
+        beside = f"{row['share_of_peak']:.1%} | {row['predicted']:,.0f} | {row['ratio']:.2f}"
     return (
         f"| {row['name']} | {row['segments_per_s']:,.0f} | {beside} | {row['waiting']:.1%} | "
         f"{row['peak_memory_mib']:,.0f} |"
@@ -206,8 +208,8 @@ def line(row: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    head = "| what | segments/s | predicted | predicted to measured | waiting | MiB |"
-    lines = [f"{result['device']}, {result['date']}:", "", head, "|---|---|---|---|---|---|"]
+    head = "| what | segments/s | of the peak | predicted | ratio | waiting | MiB |"
+    lines = [f"{result['device']}, {result['date']}:", "", head, "|---|---|---|---|---|---|---|"]
     lines += [line(row) for row in result["rows"]]
     lines += ["", *(f"- left out: {name}: {why}" for name, why in result["left_out"].items())]
     return "\n".join(lines)

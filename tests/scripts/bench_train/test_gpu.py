@@ -28,7 +28,8 @@ def found(rate: float) -> dict[str, float]:
 
 def prediction(device: float, host: float, batch: int, *, fits: bool = True) -> dict[str, Any]:
     rate = batch / max(device, host)
-    return {"device_s": device, "host_s": host, "segments_per_s": rate, "fits": fits}
+    times = {"device_s": device, "host_s": host, "segments_per_s": rate}
+    return {**times, "share_of_peak": 0.2, "fits": fits}
 
 
 def test_all_that_is_asked_for_is_planned_and_predicted() -> None:
@@ -111,7 +112,7 @@ def test_predicted_stands_beside_measured() -> None:
     row = gpu.compare("boss, eager", spec, found(1600.0), prediction(0.01, 0.016, 32))
     result = {"device": "NVIDIA X", "date": "2026-12-01", "rows": [row]}
     text = gpu.table({**result, "left_out": {"boss, graphs": "no time left"}})
-    assert "| boss, eager | 1,600 | 2,000 | 1.25 | 1.0% | 900 |" in text
+    assert "| boss, eager | 1,600 | 16.0% | 2,000 | 1.25 | 1.0% | 900 |" in text
     assert "- left out: boss, graphs: no time left" in text
 
 
