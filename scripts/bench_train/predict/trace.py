@@ -114,16 +114,18 @@ class Trace:
 
     def _bytes(self, tensors: Sequence[Tensor]) -> dict[int, int]:
         found: dict[int, int] = {}
+        seen: set[tuple[int, int]] = set()
         for x in tensors:
-            if not x.numel():
+            if not x.numel() or (x.data_ptr(), x.numel()) in seen:
                 continue
+            seen.add((x.data_ptr(), x.numel()))
             storage = x.untyped_storage()
             number = self.numbers.setdefault(storage.data_ptr(), len(self.numbers))
             if self.kept is not None:
                 self.kept.append(x.detach())
+            size = found.get(number, 0) + x.numel() * x.element_size()
             # Less where elements are repeated by a stride of 0.
-            size = min(x.numel() * x.element_size(), storage.nbytes())
-            found[number] = max(found.get(number, 0), size)
+            found[number] = min(size, storage.nbytes())
         return found
 
 

@@ -62,6 +62,16 @@ def test_views_make_no_kernel_and_repeated_elements_are_read_once() -> None:
     assert sum(only.writes.values()) == 5 * 2 * 8 * FLOAT
 
 
+def test_parts_of_one_tensor_are_read_each_and_one_part_is_read_once() -> None:
+    x = torch.randn(6, 4)
+    with traced(like_gpu=True) as trace:
+        torch.cat([x[:2], x[3:]])
+        x[0] * x[0]
+    cat, square = trace.operations
+    assert sum(cat.reads.values()) == 5 * 4 * FLOAT
+    assert sum(square.reads.values()) == 4 * FLOAT
+
+
 def test_elementwise_operations_fuse_and_what_stays_within_is_not_moved() -> None:
     a, b, c = (torch.randn(10, 8) for _ in range(3))
     size = a.numel() * FLOAT
