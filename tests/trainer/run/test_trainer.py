@@ -627,13 +627,13 @@ def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFa
 def test_the_margin_grows_from_step_to_step(make_config: ConfigFactory) -> None:
     trainer = Trainer(prepare(make_config(**{"loss.margin_growth": 0.5, "loss.margin": 0.3})))
     margins = []
-    take = trainer.train_step._forward
+    take = trainer.train_step._inputs
 
-    def spy(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def spy(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
         margins.append(float(trainer.train_step.margin))
         return take(batch)
 
-    trainer.train_step._forward = spy  # type: ignore[method-assign]
+    trainer.train_step._inputs = spy  # type: ignore[method-assign]
     trainer.fit()
     trainer.close()
     assert margins == pytest.approx([0.3 * min(1, step / 6) for step in range(12)])
