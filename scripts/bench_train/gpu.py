@@ -3,7 +3,7 @@
     python -m scripts.bench_train.gpu [--minutes 7.5] [--cpu] [--quick]
         [--out scripts/results/gpu.json]
 
-- the course's loop: the homework's training loop and model in float32, on its files with two
+- the homework's loop: the homework's training loop and model in float32, on its files with two
   workers, and on shards.
 - boss: the trainer as it is, in 16 bits; eager, compiled and in CUDA graphs, with batches of 32 to
   4,096, with the data on the GPU and on the host.
@@ -61,8 +61,8 @@ ORDER = (
 )
 # To try the command on a CPU, which has no CUDA graphs.
 TRIAL = (("eager", 4, "device"), ("eager", 8, "host"))
-# The course's loop comes after so many of these.
-BEFORE_COURSE = 3
+# The homework's loop comes after so many of these.
+BEFORE_HOMEWORK = 3
 # To start a process, and to compile in it.
 START_SECONDS, COMPILE_SECONDS = 20.0, 60.0
 # A measurement, warm-up and all, takes about this long where the prediction is right.
@@ -78,12 +78,12 @@ def plan(base: Spec, order: Sequence[tuple[str, int, str]]) -> dict[str, Spec]:
         found[f"boss, {way}, batch {batch:,}{where}"] = replace(
             base, kind="ours", batch=batch, compile=WAYS[way], placement=placement
         )
-        if number == min(BEFORE_COURSE, len(order)) - 1:
-            course = replace(base, precision="no", batch=order[0][1])
+        if number == min(BEFORE_HOMEWORK, len(order)) - 1:
+            homework = replace(base, precision="no", batch=order[0][1])
             workers = 0 if base.cpu else 2
-            files = replace(course, kind="homework files", workers=workers)
-            found["the course's loop, its files"] = files
-            found["the course's loop, shards"] = replace(course, kind="homework shards")
+            files = replace(homework, kind="homework files", workers=workers)
+            found["the homework's loop, its files"] = files
+            found["the homework's loop, shards"] = replace(homework, kind="homework shards")
     return found
 
 
@@ -99,7 +99,7 @@ def predictions(path: Path, gpu: GPU | None) -> dict[tuple[str, int], dict[str, 
 
 
 def way_of(spec: Spec) -> str | None:
-    """The way of a measurement of boss; None for the course's loop."""
+    """The way of a measurement of boss; None for the homework's loop."""
     names = {value: name for name, value in WAYS.items()}
     return names[spec.compile] if spec.kind == "ours" else None
 
@@ -109,7 +109,7 @@ def block_steps(spec: Spec, predicted: float | None) -> int:
     if spec.cpu:
         return 1
     if predicted is None:
-        # An unknown GPU; the course's loop is slower.
+        # An unknown GPU; the homework's loop is slower.
         predicted = 20_000.0 if spec.kind == "ours" else 4_000.0
     return max(1, round(STEPS_SECONDS * predicted / spec.batch / (WARM + MEASURED)))
 
@@ -182,7 +182,7 @@ def scales(
 
 
 def write_lists(data: Path) -> None:
-    """Write the two lists besides metadata.json that the course's loop reads."""
+    """Write the two lists besides metadata.json that the homework's loop reads."""
     metadata = json.loads((data / "metadata.json").read_text())
     numbers = {name: number for number, name in enumerate(metadata["speakers"])}
     mapping = {

@@ -80,8 +80,8 @@ def test_what_does_not_fit_takes_too_long_or_fails_is_named(
         "boss, eager, batch 4,096",
     ]
     assert left_out == {
-        "the course's loop, its files": "exit code 1: no memory",
-        "the course's loop, shards": "took too long",
+        "the homework's loop, its files": "exit code 1: no memory",
+        "the homework's loop, shards": "took too long",
         "boss, compiled, batch 4,096": "no time left",
     }
     assert (rows[0]["predicted"], rows[0]["ratio"]) == (1600.0, 2.0)
@@ -155,8 +155,8 @@ def test_the_command_measures_all_on_a_cpu(tmp_path: Path) -> None:
     assert [row["name"] for row in result["rows"]] == [
         "boss, eager, batch 4",
         "boss, eager, batch 8, data on the host",
-        "the course's loop, its files",
-        "the course's loop, shards",
+        "the homework's loop, its files",
+        "the homework's loop, shards",
     ]
     assert all(row["segments_per_s"] > 0 for row in result["rows"])
     assert "| boss, eager, batch 4 |" in done.stdout
