@@ -106,17 +106,6 @@ def test_every_recipe_compiles_whole_in_every_precision(
     check_whole(recipe, dtype, masked=masked, backend="aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("recipe", ["boss", "best"])
-def test_machine_code_gives_the_same_loss(recipe: str) -> None:
-    import torch._inductor.config as inductor
-
-    # Otherwise the compiler's random numbers are others.
-    with inductor.patch(fallback_random=True):
-        check_whole(recipe, torch.float32, masked=True, backend="inductor")
-
-
 def train(config: Config, **options: bool) -> Trainer:
     trainer = Trainer(prepare(config, **options))
     try:
