@@ -7,6 +7,7 @@ for nothing of it: the fork comes between two items, and the thread stays with t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import weakref
 from collections.abc import Generator, Iterator
@@ -109,15 +110,17 @@ class Background:
     def line(self, items: Iterator[Item]) -> Line[Item]:
         """A line of items; the thread starts with the first."""
         if self._worker is None or self._worker.is_lost:
-            self._worker = _Worker()
-            weakref.finalize(self, self._worker.stop).atexit = False
-            self._worker.start()
+            worker = _Worker()
+            worker.start()
+            weakref.finalize(self, worker.stop).atexit = False
+            self._worker = worker
         return Line(items, self._worker)
 
     def close(self) -> None:
         """End the thread, after the item that it makes; a later line starts another one."""
         worker, self._worker = self._worker, None
-        if worker is not None and not worker.is_lost:
+        # One that is stopped already was waited for at the end of the process.
+        if worker is not None and not (worker.is_lost or worker.is_stopped):
             worker.stop()
             if worker.thread is not threading.current_thread():
                 worker.thread.join()
@@ -127,8 +130,15 @@ def ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
     """The same items in the same order; a thread makes up to `count` of them ahead.
 
     An error of `items` is raised where its item would come. To close the generator, as a loop
-    that is broken off does, waits for the item that is being made and ends the thread.
+    that is broken off does, waits for the item that is being made and ends the thread. What is open
+    at the end of the process is closed there.
     """
+    made = _ahead(items, count)
+    _open.add(made)
+    return made
+
+
+def _ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
     if not count:
         yield from items
         return
@@ -164,7 +174,13 @@ class _Worker:
 
     def start(self) -> None:
         _running.add(self)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:
+            # After Ctrl-C, the thread may run.
+            self.stop()
+            _running.discard(self)
+            raise
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -180,6 +196,7 @@ class _Worker:
 
 
 _running: set[_Worker] = set()
+_open: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
 
 class _Paused(threading.local):
@@ -199,6 +216,11 @@ def _end_all() -> None:
         worker.stop()
     for worker in running:
         worker.thread.join(_PATIENCE)
+    # Later, a generator would find modules that are emptied already.
+    for made in list(_open):
+        # In use by another thread.
+        with contextlib.suppress(ValueError):
+            made.close()
 
 
 def _before_fork() -> None:

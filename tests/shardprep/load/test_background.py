@@ -207,6 +207,53 @@ def test_a_program_ends_silently_while_an_item_is_made(wait: str) -> None:
         line.keep(1000)
         inside.wait()
     """
+    assert output_of(program) == ""
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_items_that_are_open_at_the_end_of_a_program_are_closed_there(count: int) -> None:
+    program = f"""
+        import atexit, sys
+        atexit.register(print, "end")
+        from shardprep.load.background import ahead
+        def items():
+            try:
+                while True:
+                    yield 1
+            finally:
+                print("closed")
+        # Modules are emptied before what they hold is dropped.
+        sys.taken = ahead(items(), {count})
+        next(sys.taken)
+    """
+    assert output_of(program) == "closed\nend\n"
+
+
+def test_an_interrupt_while_the_thread_starts_leaves_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[threading.Thread] = []
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            started.append(self)
+            raise KeyboardInterrupt
+
+    background = Background()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            background.line(iter([1]))
+    started[0].join(PATIENCE)
+    assert not started[0].is_alive()
+    background.close()
+    assert list(background.line(iter([7]))) == [7]
+    background.close()
+
+
+def output_of(program: str) -> str:
+    """What a program prints, which must end well and complain of nothing."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         capture_output=True,
@@ -214,4 +261,5 @@ def test_a_program_ends_silently_while_an_item_is_made(wait: str) -> None:
         timeout=PATIENCE,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
