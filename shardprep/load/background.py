@@ -19,8 +19,8 @@ from shardprep.system import at_fork
 
 Item = TypeVar("Item")
 
-# Most seconds that the end of the process, or a fork, waits for the item that is being made, since
-# one from a store may take long; and how often it is looked whether the thread lives.
+# Most seconds that a close, a fork or the end of the process waits for the item that is being made,
+# since one from a store may take minutes; and how often it is looked whether the thread lives.
 _PATIENCE = 2.0
 
 
@@ -117,21 +117,24 @@ class Background:
         return Line(items, self._worker)
 
     def close(self) -> None:
-        """End the thread, after the item that it makes; a later line starts another one."""
+        """End the thread after the item that it makes; a later line starts another one.
+
+        It is waited for, but not for long: one that a store keeps ends when that answers.
+        """
         worker, self._worker = self._worker, None
         # One that is stopped already was waited for at the end of the process.
         if worker is not None and not (worker.is_lost or worker.is_stopped):
             worker.stop()
             if worker.thread is not threading.current_thread():
-                worker.thread.join()
+                worker.thread.join(_PATIENCE)
 
 
 def ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
     """The same items in the same order; a thread makes up to `count` of them ahead.
 
     An error of `items` is raised where its item would come. To close the generator, as a loop
-    that is broken off does, waits for the item that is being made and ends the thread. What is open
-    at the end of the process is closed there.
+    that is broken off does, ends the thread, as `Background.close` does. What is open at the end of
+    the process is closed there.
     """
     made = _ahead(items, count)
     _open.add(made)

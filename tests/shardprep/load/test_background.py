@@ -229,6 +229,29 @@ def test_items_that_are_open_at_the_end_of_a_program_are_closed_there(count: int
     assert output_of(program) == "closed\nend\n"
 
 
+def test_a_close_does_not_wait_for_a_store_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, answers = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        inside.set()
+        assert answers.wait(PATIENCE)
+        yield 1
+
+    before = set(threading.enumerate())
+    background, line = line_of(items())
+    line.keep(1)
+    (thread,) = set(threading.enumerate()) - before
+    assert inside.wait(PATIENCE)
+    monkeypatch.setattr("shardprep.load.background._PATIENCE", 0.01)
+    background.close()
+    assert thread.is_alive()
+    answers.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 def test_an_interrupt_while_the_thread_starts_leaves_no_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
