@@ -22,7 +22,7 @@ class BuildOptions:
     Attributes:
         dtype: Element type to store; uint8 keeps 256 levels between the smallest and the largest
             value of each utterance.
-        codec: "none", or "zstd" for shards that are about 13 % smaller but slower to read.
+        codec: "none", or "zstd" for shards that are about 8 % smaller but slower to read.
         level: zstd level, 1 to 22; None for 3. Only with the codec zstd.
         samples_per_shard: Most utterances in a shard.
         val_fraction: Share of each speaker's utterances for the split val, in [0, 1).

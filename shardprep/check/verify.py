@@ -187,7 +187,9 @@ class _Check:
         """Put faults into the report, and the file if the machine cannot read it."""
         with self._noting_unread(file):
             for fault in faults:
-                self._report.faults.append(fault)
+                # An index is read twice, and a fault of it is one fault.
+                if fault.key or fault not in self._report.faults:
+                    self._report.faults.append(fault)
 
     @contextlib.contextmanager
     def _noting_unread(self, file: str) -> Iterator[None]:

@@ -47,7 +47,7 @@ Examples:
     type=click.Choice(["none", "zstd"]),
     default="none",
     show_default=True,
-    help=f"Compress in chunks of {CHUNK_FRAMES} mel frames: about 13 % smaller, slower to read.",
+    help=f"Compress in chunks of {CHUNK_FRAMES} mel frames: about 8 % smaller, slower to read.",
 )
 @click.option(
     "--level",

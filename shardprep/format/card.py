@@ -67,8 +67,9 @@ def _text(manifest: Manifest) -> Iterable[str]:
     if manifest.is_quantised:
         yield ""
         yield (
-            "The matrix holds whole numbers q. The mels are minimum + step * q, with both from "
-            '`KEY.json`: `q.astype("float32") * float(about["step"]) + float(about["minimum"])`.'
+            "The matrix holds whole numbers q. The mels are minimum + step * q. With `about`, the "
+            "content of `KEY.json`: "
+            '`q.astype("float32") * float(about["step"]) + float(about["minimum"])`.'
         )
     yield ""
     yield "| split | utterances | frames | shards |"

@@ -141,9 +141,11 @@ class SegmentLoader(IterableDataset[Batch]):
             raise ValueError(f"prefetch {prefetch}: must not be negative")
         if placement not in ("auto", "host", "device"):
             raise ValueError(f"placement {placement!r}: must be 'auto', 'host' or 'device'")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype {dtype!r}: must be a torch.dtype, such as torch.uint8")
         if dtype is not None and not dtype.is_floating_point:
             if dtype != torch.uint8:
-                raise ValueError(f"dtype {dtype}: must be one of floats, or torch.uint8")
+                raise ValueError(f"dtype {dtype}: must be a type of floats, or torch.uint8")
             if not split.is_quantised:
                 raise ValueError(
                     f"dtype {dtype}: split {split.name} stores {split.stored_dtype}; only a set "

@@ -171,7 +171,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(f"| {name} | {statistics.median(rates):,.0f} | {own:,.0f} |")
     rows += ["", "| ratio | of segments a second | of processor time |", "|---|---|---|"]
     for name, ratio in seconds["ratios"].items():
-        rows.append(f"| {name} | {ratio:.2f} | {processor['ratios'][name]:.2f} |")
+        rows.append(f"| {name.replace('_', ' ')} | {ratio:.2f} | {processor['ratios'][name]:.2f} |")
     return "\n".join(rows)
 
 

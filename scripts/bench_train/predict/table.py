@@ -13,11 +13,16 @@ def table(result: dict[str, Any]) -> str:
     """All that a result has."""
     parts = []
     if "gpus" in result:
-        parts += [ways_table(result["gpus"], "boss"), recipes_table(result["gpus"])]
+        parts += [
+            "Predicted, not measured: segments/s of boss (share of the tensor cores' rate).",
+            ways_table(result["gpus"], "boss"),
+            "Predicted for every recipe: segments/s, and the time of its whole run.",
+            recipes_table(result["gpus"]),
+        ]
     if "check" in result:
-        parts.append(check_table(result["check"]))
+        parts += ["The method, tested on a CPU:", check_table(result["check"])]
     if "compiler" in result:
-        parts.append(compiler_table(result["compiler"]))
+        parts += ["Fused kernels, counted and compiled:", compiler_table(result["compiler"])]
     return "\n\n".join(parts)
 
 
@@ -58,7 +63,15 @@ def recipes_table(rows: Sequence[dict[str, Any]]) -> str:
 def _time(row: dict[str, Any]) -> str:
     if not row["fits"]:
         return "too large"
-    return f"{_rounded(row['segments_per_s'])}/s, {row['hours']:.2g} h"
+    return f"{_rounded(row['segments_per_s'])}/s, {_duration(row['hours'])}"
+
+
+def _duration(hours: float) -> str:
+    """Seconds below two minutes, minutes below two hours; in two figures."""
+    for unit, count in (("s", 3600), ("min", 60)):
+        if hours * count < 120:
+            return f"{float(f'{hours * count:.2g}'):g} {unit}"
+    return f"{float(f'{hours:.2g}'):g} h"
 
 
 def _rounded(value: float) -> str:

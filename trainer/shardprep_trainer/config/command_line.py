@@ -73,8 +73,8 @@ def parse_args(argv: Sequence[str], program: str = "shardprep train") -> Invocat
     if config != given:
         notes.append(
             f"optim.warmup_steps {given.optim.warmup_steps:,} is not shorter than the run, "
-            f"train.total_steps {config.train.total_steps:,}; taken is a tenth of that, "
-            f"{config.optim.warmup_steps:,}"
+            f"train.total_steps {config.train.total_steps:,}; the warm-up takes a tenth of the "
+            f"run, {config.optim.warmup_steps:,} steps"
         )
     return Invocation(config, parsed.resume, parsed.print_config, tuple(notes))
 

@@ -207,8 +207,9 @@ class TrainConfig:
     tf32: bool = True
     """Let a GPU multiply float32 matrices in TensorFloat-32, but for those of the cosine head."""
     compile: Literal["auto", "off", "default", "graphs"] = "auto"
-    """Whether the step is compiled: off, by default with torch.compile, by graphs into CUDA graphs,
-    too. auto compiles on a GPU, small batches into graphs, where a run has 2,000 steps or more."""
+    """How a step is computed: off runs kernel by kernel, default compiles it with torch.compile,
+    graphs also records it in CUDA graphs. auto compiles on a GPU, in runs of 2,000 steps or more:
+    small batches with graphs, others with default."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes; otherwise each sees its own."""
     max_skipped: AtLeastZero = 20

@@ -324,7 +324,10 @@ def _introduce(run: Prepared, newest: Newest | None, changes: Changes) -> None:
         )
     if device.type == "cpu" and precision == "bf16" and cpu.is_slow_in_bfloat16():
         run.journal.warn(run.step, cpu.SLOW_BFLOAT16)
+    if way != "off":
+        say("note: the first step compiles, which takes a minute or more")
     for error in newest.unusable if newest else ():
         say(f"WARNING: {error}; continues from step {run.step:,}")
     for key, (before, now) in changes.items():
+        before, now = ("null" if value is None else value for value in (before, now))
         say(f"note: {key} was {before} and is now {now}")
