@@ -261,6 +261,9 @@ def test_what_accelerate_was_told_holds_and_two_compilers_are_refused() -> None:
     assert choose("auto", graphs, frames=1, steps=1).way == "graphs"
     tuned = choose("auto", a_run("cpu", "INDUCTOR", "max-autotune"), frames=1, steps=1)
     assert tuned == Compilation("default", mode="max-autotune")
+    # On a GPU this mode records CUDA graphs, too.
+    tuned = choose("auto", a_run("cuda", "INDUCTOR", "max-autotune"), frames=1, steps=1)
+    assert tuned == Compilation("graphs", mode="max-autotune")
     with pytest.raises(
         ConfigError, match=r"train\.compile: found default, .*_backend eager; leave"
     ):

@@ -24,6 +24,8 @@ Way = Literal["off", "default", "graphs"]
 _FEWEST_STEPS = 2000
 # Above this area of a micro-batch [frames] a kernel takes longer than its launch.
 _LARGEST_FOR_GRAPHS = 2**16
+# Modes of `torch.compile` that record CUDA graphs on a GPU.
+_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 # CUDA graphs are recorded at the second call, and replayed from the third on.
 _CALLS = {"off": 0, "default": 1, "graphs": 3}
 
@@ -51,8 +53,8 @@ class Compilation:
 
     def objective(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function that returns tensors and has gradients."""
-        mode = "reduce-overhead" if self.way == "graphs" else self.mode
-        return self._whole(function, mode)
+        mode = "reduce-overhead" if self.way == "graphs" else None
+        return self._whole(function, self.mode or mode)
 
     def function(
         self, function: Callable[..., Any], warn: Callable[[str], None]
@@ -116,9 +118,9 @@ def choose(asked: str, accelerator: Accelerator, *, frames: int, steps: int) -> 
             )
         if backend != "inductor":
             return Compilation("default", backend)
-        if plugin.mode == "reduce-overhead" and on_gpu:
-            return Compilation("graphs")
-        return Compilation("default", mode=None if plugin.mode == "default" else plugin.mode)
+        mode = None if plugin.mode == "default" else plugin.mode
+        graphs = on_gpu and mode in _MODES_WITH_GRAPHS
+        return Compilation("graphs" if graphs else "default", mode=mode)
     if asked == "graphs" and not on_gpu:
         raise ConfigError(
             f"train.compile: found graphs on a {accelerator.device.type}, allowed is auto, off or "
