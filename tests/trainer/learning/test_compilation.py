@@ -18,7 +18,7 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.learning.augment import Augment
 from shardprep_trainer.learning.build import build_loss
-from shardprep_trainer.learning.compilation import Compilation, choose
+from shardprep_trainer.learning.compilation import Compilation, choose, failure
 from shardprep_trainer.learning.objective import Objective
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.run.start import prepare
@@ -270,3 +270,11 @@ def test_what_accelerate_was_told_holds_and_two_compilers_are_refused() -> None:
         choose("default", told, frames=1, steps=1)
     with pytest.raises(ConfigError, match=r"train\.compile: found graphs on a cpu, allowed is"):
         choose("graphs", a_run("cpu"), frames=1, steps=1)
+
+
+def test_what_failed_is_said_in_one_line_also_where_the_error_begins_with_the_compiler() -> None:
+    error = RuntimeError("backend='inductor' raised:\n\nInvalidCxxCompiler: no g++\n\nSet TORCH")
+    assert failure(error) == (
+        "the step is not compiled, since the compiler failed: RuntimeError: backend='inductor' "
+        "raised: InvalidCxxCompiler: no g++; --train.compile off does without it"
+    )

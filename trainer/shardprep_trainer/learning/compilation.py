@@ -147,8 +147,9 @@ def without_accelerate(accelerator: Accelerator) -> Iterator[None]:
 
 def failure(error: Exception) -> str:
     """What to say of an error of the compiler."""
-    lines = str(error).strip().splitlines() or [""]
+    # The first line may only say which compiler it was: "backend='inductor' raised:".
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (
         f"the step is not compiled, since the compiler failed: {type(error).__name__}: "
-        f"{lines[0][:200]}; --train.compile off does without it"
+        f"{' '.join(lines[:2])[:300]}; --train.compile off does without it"
     )
