@@ -34,6 +34,8 @@ def loader(folder: Path, rank: int, world_size: int, epoch: int) -> shardprep.Se
         lanes=8,
         window_shards=2,
         placement="host",
+        # Batches that are made ahead are of the next epoch, whose lanes have other shards.
+        prefetch=0,
         seed=3,
         rank=rank,
         world_size=world_size,
