@@ -66,7 +66,9 @@ def dequantise(
         step: Distance of two levels; likewise.
         out: Where the values go; a new array by default.
     """
-    mel = np.multiply(levels, np.asarray(step, np.float32), out=out, dtype=np.float32)
+    mel = np.empty(levels.shape, np.float32) if out is None else out
+    mel[...] = levels
+    mel *= np.asarray(step, np.float32)
     mel += np.asarray(minimum, np.float32)
     return mel
 

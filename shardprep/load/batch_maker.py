@@ -17,8 +17,9 @@ from shardprep.load.course.position import Stretch
 from shardprep.load.damage import ReadGuard
 from shardprep.load.on_device import ResidentSplit
 from shardprep.load.plan import BatchPlan
-from shardprep.load.widen import dequantise, pad, widen
+from shardprep.load.widen import dequantise
 from shardprep.read.gather.places import Places
+from shardprep.read.gather.widen import pad, widen
 from shardprep.read.split import Split
 
 Batch = dict[str, Tensor]
@@ -130,14 +131,13 @@ class BatchMaker:
         pool = self._bytes if widens else self._buffers
         found = pool.take(shape, split.stored_dtype)
         split.gather(places, self._pad_value, found)
-        mel = torch.from_numpy(found)
         if not widens:
-            return mel
-        wide = torch.from_numpy(self._buffers.take(shape, split.dtype))
-        widen(mel, scales[0], scales[1], wide)
+            return torch.from_numpy(found)
+        wide = self._buffers.take(shape, split.dtype)
+        widen(found, scales[0].numpy(), scales[1].numpy(), wide)
         if int(places.valid.min(initial=self._frames)) < self._frames:
             pad(wide, places.valid, self._pad_value)
-        return wide
+        return torch.from_numpy(wide)
 
     def deliver(self, made: Made) -> Batch:
         """Copy a batch to the device; the host does not wait."""

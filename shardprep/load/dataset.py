@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from shardprep.load.damage import ReadGuard, VerifyReads
-from shardprep.load.widen import read_segments
 from shardprep.read.split import Split
 
 Item = dict[str, Any]
@@ -95,7 +94,7 @@ class SegmentDataset(Dataset[Item]):
         self._guard.undamaged(chosen)
         length = int(frames.max()) if self._frames is None else self._frames
         starts = self._starts(frames, length)
-        mel = read_segments(split, chosen, starts, length, self._pad_value)
+        mel = torch.from_numpy(split.segments(chosen, starts, length, self._pad_value))
         batch = {
             "mel": mel,
             "label": torch.from_numpy(split.labels[chosen].astype(np.int64)),

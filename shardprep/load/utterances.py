@@ -18,7 +18,6 @@ from shardprep.load.batch_maker import Batch
 from shardprep.load.course.world import Part, refuse_second_division, this_worker
 from shardprep.load.damage import OnCorrupt, ReadGuard
 from shardprep.load.orders.epoch import length_batches
-from shardprep.load.widen import read_segments
 from shardprep.read.split import Split
 
 # Part of the room for wanted shards that is read at a time; the next part comes meanwhile.
@@ -117,7 +116,9 @@ class UtteranceLoader(IterableDataset[Batch]):
         split, frames = self.split, self.split.frames[indices]
         starts = np.zeros_like(indices)
         return {
-            "mel": read_segments(split, indices, starts, int(frames.max()), self._pad_value),
+            "mel": torch.from_numpy(
+                split.segments(indices, starts, int(frames.max()), self._pad_value)
+            ),
             "label": torch.from_numpy(split.labels[indices].astype(np.int64)),
             "length": torch.from_numpy(frames),
             "index": torch.from_numpy(indices),

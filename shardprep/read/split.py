@@ -21,6 +21,7 @@ from shardprep.read.files import Origin, map_shards
 from shardprep.read.gather.contract import DamagedChunk, Gather
 from shardprep.read.gather.places import Places
 from shardprep.read.gather.plain import PlainGather
+from shardprep.read.gather.widen import pad, widen
 from shardprep.read.gather.zstd import ZstdGather
 from shardprep.read.joined import joined_fingerprint, joined_rows, joined_speakers
 from shardprep.read.shard_map import WantedShards
@@ -179,13 +180,12 @@ class Split:
         """
         if self.minimum is None or self.step is None:
             return self.stored_segments(indices, starts, length, pad_value, out)
-        stored = self.stored_segments(indices, starts, length)
-        index = np.asarray(indices, np.int64)
-        scale = (self.minimum[index, None, None], self.step[index, None, None])
-        mel = dequantise(stored, *scale, out=_buffer(out, stored.shape, self.dtype))
-        valid = self.frames[index] - np.asarray(starts, np.int64)
-        for short in np.flatnonzero(valid < length).tolist():
-            mel[short, int(valid[short]) :] = pad_value
+        places = self.places(indices, starts, length)
+        shape = (len(places.utterance), length, self.n_mels)
+        mel, levels = _buffer(out, shape, self.dtype), np.empty(shape, self.stored_dtype)
+        self.gather(places, pad_value, levels)
+        widen(levels, self.minimum[places.utterance], self.step[places.utterance], mel)
+        pad(mel, places.valid, pad_value)
         return mel
 
     def stored_segments(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shardprep.format import codecs
 from shardprep.read.gather.contract import DamagedChunk, Indices
 from shardprep.read.gather.shares import threads, work_on
+from shardprep.read.gather.widen import pad
 from shardprep.read.shard_map import ShardMap
 
 # Most bytes of seek tables that are read at a time; a batch that needs more is cut.
@@ -102,8 +103,7 @@ class ZstdGather:
                 )
             except DamagedChunk as error:
                 raise DamagedChunk(rows.start + error.row, str(error)) from None
-        for short in np.flatnonzero(valid < out.shape[1]).tolist():
-            out[short, int(valid[short]) :] = pad_value
+        pad(out, valid, pad_value)
 
     def _find_chunks(
         self,
