@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import OptimConfig
 from shardprep_trainer.learning.build import build_optimizer
-from shardprep_trainer.learning.muon import orthogonalise
+from shardprep_trainer.learning.muon import narrow_type, orthogonalise
 from shardprep_trainer.learning.optimizer import MuonAdamW, split_weights
 from shardprep_trainer.model.build import build_model
 
@@ -135,6 +135,25 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert orthogonalise(torch.randn(1, 3, 4)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_a_gpu_without_bfloat16_computes_in_float16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert narrow_type(torch.device("cuda")) == dtype
+
+
+def test_momenta_too_small_for_float16_have_the_same_directions_in_float16() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 24)
+    exact = orthogonalise(x.double(), torch.float64)
+    found = orthogonalise(x * 1e-9, torch.float16)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("decay", [0.0, 5.0])

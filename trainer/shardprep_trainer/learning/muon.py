@@ -45,7 +45,7 @@ class Momenta:
         self._matrices = [matrices[number] for number in self._order]
         sizes = sum(matrix.numel() for matrix in matrices)
         self._whole = torch.zeros(sizes, dtype=weights[0].dtype, device=weights[0].device)
-        self._narrow = _narrow(self._whole)
+        self._narrow = narrow_type(self._whole.device)
         self.directions: Callable[[list[Tensor], torch.dtype], list[Tensor]] = directions
         views = self._each(self._stacks(self._whole))
         self.of_weights = [view for _, view in sorted(zip(self._order, views, strict=True))]
@@ -112,13 +112,18 @@ def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Args:
         x: (N, rows, columns).
         dtype: The type to compute in; by default bfloat16, or float32 on a CPU where bfloat16
-            is slow.
+            is slow, or float16 on a GPU that has no bfloat16.
 
     Returns:
         (N, rows, columns) of this type.
     """
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).to(_narrow(x) if dtype is None else dtype)
+    x = x.mT if tall else x
+    dtype = narrow_type(x.device) if dtype is None else dtype
+    if dtype is torch.float16:
+        # Momenta may be smaller than the numbers of float16.
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
+    x = x.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
@@ -126,6 +131,12 @@ def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.mT if tall else x
 
 
-def _narrow(x: Tensor) -> torch.dtype:
-    """The type for products of matrices on the device of x."""
-    return torch.float32 if x.is_cpu and is_slow_in_bfloat16() else torch.bfloat16
+def narrow_type(device: torch.device) -> torch.dtype:
+    """The type for products of matrices on a device."""
+    if device.type == "cpu" and is_slow_in_bfloat16():
+        return torch.float32
+    # A T4 multiplies float16 8 times as fast as float32, and has no bfloat16 at all: PyTorch
+    # imitates it, and TorchInductor does not compile it.
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
