@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from itertools import combinations
 from pathlib import Path
@@ -458,3 +459,62 @@ def test_a_model_or_scores_are_judged(options: list[str], part: str) -> None:
 
 def test_help_tells_the_exit_codes(run: Path) -> None:
     assert "Exit codes: 0 done, 1 failed, 2 usage" in " ".join(score(run, "-h").output.split())
+
+
+def suspects_of(run: Path, out: Path, *options: object) -> tuple[dict[str, Any], list[list[str]]]:
+    found = score_json(run, "--suspects", out, *options)
+    with out.open(newline="") as file:
+        return found, list(csv.reader(file))
+
+
+def test_a_wrong_label_is_listed_first_with_the_speaker_it_sounds_like(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    part, truth = shardprep.open_shards(shards)["train"], speakers_of(shards, "train")
+    given = dict(zip(part.keys, truth, strict=True))
+    wrong = part.keys[7]
+    given[wrong] = next(name for name in NAMES if name != truth[7])
+    labels = tmp_path / "labels.csv"
+    labels.write_text("Id,Category\n" + "".join(f"{k}.pt,{name}\n" for k, name in given.items()))
+    found, rows = suspects_of(run, tmp_path / "out.csv", "--labels", labels)
+    assert rows[0] == ["key", "speaker", "nearest", "own", "other", "margin", "verdict"]
+    assert rows[1][:3] == [wrong, given[wrong], truth[7]]
+    assert rows[1][6] == "wrong speaker"
+    own, other, margin = map(float, rows[1][3:6])
+    assert margin == pytest.approx(own - other, abs=1e-4)
+    margins = [float(row[5]) for row in rows[1:]]
+    assert margins == sorted(margins)
+    assert margins[-1] < 0
+    assert found["suspects"] == len(rows) - 1 == found["wrong_speaker"] + found["nobody"]
+    counts = [found[key] for key in ("split", "utterances", "labelled", "judged")]
+    assert counts == ["train", 24, 24, 24]
+    # Nothing else is computed: the split itself has the true labels.
+    assert len(suspects_of(run, tmp_path / "out.csv")[1]) < len(rows)
+
+
+def test_suspects_that_cannot_be_judged_are_counted(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys, out = shardprep.open_shards(shards)["val"].keys, tmp_path / "out.csv"
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"Id,Category\n{keys[0]},a\n{keys[1]},a\n{keys[2]},b\n")
+    options = ("--split", "val", "--labels", labels, "--suspects", out)
+    result = score(run, *options)
+    assert result.exit_code == 0, result.output
+    assert "note: 1 utterances of val are the only ones of their speaker" in result.stderr
+    assert "note: 3 utterances of val have no label" in result.stderr
+    assert f"of 2 utterances are nearer to another speaker -> {out}" in result.stdout
+    labels.write_text(f"Id,Category\n{keys[0]},a\n{keys[1]},a\n")
+    result = score(run, *options)
+    assert result.exit_code == 1
+    assert "split val: 1 speakers, of whom none has more than 2 utterances" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--trials=x", "--backend=head", "--as-norm", "--seed=0"])
+def test_what_judges_the_model_is_refused_beside_suspects(
+    run: Path, tmp_path: Path, option: str
+) -> None:
+    result = score(run, "--suspects", tmp_path / "out.csv", option)
+    assert result.exit_code == 2
+    assert f"leave out {option.partition('=')[0]}, or --suspects" in result.stderr
+    assert not (tmp_path / "out.csv").exists()

@@ -78,6 +78,16 @@ backend_option = click.option(
 )
 
 
+def given(context: click.Context) -> dict[str, str]:
+    """The parameters that the command line gives, by name, as a user calls them."""
+    return {
+        parameter.name: parameter.opts[0] if isinstance(parameter, click.Option) else "RUN"
+        for parameter in context.command.params
+        if parameter.name
+        and context.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
+    }
+
+
 def tell(text: str) -> None:
     """Show a line on stderr: stdout is for results."""
     click.echo(text, err=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from shardprep import Split
 from shardprep_trainer.commands import (
     EXIT_CODES,
     backend_option,
+    given,
     model_options,
     note,
     reported_errors,
     tell,
 )
 from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.labels import missing_rows, read_labels
+from shardprep_trainer.evaluation.labels import missing_rows, number_speakers, read_labels
 from shardprep_trainer.evaluation.names import SEVERAL, Names
 from shardprep_trainer.evaluation.report import (
     Score,
@@ -36,6 +37,7 @@ from shardprep_trainer.evaluation.report import (
     report_run,
     report_trials,
 )
+from shardprep_trainer.evaluation.suspects.listing import list_suspects
 from shardprep_trainer.evaluation.trial_lists import ambiguous, read_list
 from shardprep_trainer.evaluation.trials import Ints, Trials, draw_trials, possible_trials
 from shardprep_trainer.evaluation.verification import as_norm, cosine_scores, speaker_means
@@ -172,8 +174,7 @@ def score(
             no trials to write.
     """
     # Trials first: what is wrong with them is said before the long work.
-    known = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
-    speakers = np.array([known[name] if name else -1 for name in names], np.int64)
+    speakers = number_speakers(names)
     chosen = choose_trials(options, inference, part, speakers)
     if chosen is None and out is not None:
         raise PredictionError(
@@ -232,8 +233,8 @@ def score(
     RUN is a run folder, a model folder or a checkpoint. Prints top-1 and top-5 accuracy, and for
     trials, pairs of utterances scored by the cosine of their embeddings, the equal error rate, the
     normalised minimum detection cost and their thresholds, and the cost of calibrated scores
-    (Cllr). With --from-scores, the scores come from a file, and there is no RUN. Results go to
-    stdout, all else to stderr.
+    (Cllr). With --from-scores, the scores come from a file, and there is no RUN. With --suspects,
+    the labels are judged, not the model. Results go to stdout, all else to stderr.
     {EXIT_CODES}""",
 )
 @model_options(split="val", run_required=False)
@@ -279,6 +280,13 @@ def score(
     help="Judge the scores in this file, of any toolkit, instead of a RUN: a trial a line, with "
     "its label, or with --trials.",
 )
+@click.option(
+    "--suspects",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Only write this CSV: the utterances of the split (here train by default) that are nearer "
+    "to another speaker than to the other utterances of their own, the most suspicious first.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     labels: Path | None,
@@ -289,12 +297,14 @@ def main(
     cohort_size: int,
     scores: Path | None,
     from_scores: Path | None,
+    suspects: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """The command; its help is above."""
+    context = click.get_current_context()
     if from_scores is not None:
-        _refuse_beside_scores(click.get_current_context())
+        _refuse_beside_scores(context)
         with reported_errors():
             report = report_file(from_scores, trials, scores)
             _tell_of(report, scores)
@@ -303,6 +313,21 @@ def main(
         return
     if options["run"] is None:
         raise click.UsageError("give a RUN, or --from-scores FILE")
+    if suspects is not None:
+        _refuse_beside_suspects(context)
+        if "split" not in given(context):
+            options["split"] = "train"
+        # Naming speakers takes no part, whatever the recipe says.
+        options["backend"] = "head"
+        with reported_errors():
+            inference = open_inference(ModelOptions(**options), tell)
+            part = inference.split(options["split"])
+            names = true_names(inference, part, labels)
+            listed = list_suspects(inference.embed(part).embeddings, part, names, suspects)
+        for text in listed.notes:
+            note(text)
+        click.echo(json.dumps(asdict(listed)) if as_json else "\n".join(listed.lines()))
+        return
     if trials is not None and pairs is not None:
         raise click.UsageError("--trials and --pairs exclude each other: give one of them")
     if pairs == 1:
@@ -329,14 +354,20 @@ def _tell_of(report: TrialReport, out: Path | None) -> None:
 
 def _refuse_beside_scores(context: click.Context) -> None:
     """Refuse what only a model can answer, beside --from-scores."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("from_scores", "trials", "scores", "as_json"):
-            told = "RUN" if name == "run" else parameter.opts[0]
-            raise click.UsageError(
-                f"--from-scores takes the scores as they are: leave out {told}, or --from-scores"
-            )
+    allowed = ("from_scores", "trials", "scores", "as_json")
+    if others := [told for name, told in given(context).items() if name not in allowed]:
+        raise click.UsageError(
+            f"--from-scores takes the scores as they are: leave out {others[0]}, or --from-scores"
+        )
+
+
+def _refuse_beside_suspects(context: click.Context) -> None:
+    """Refuse what judges the model, beside --suspects."""
+    refused = ("backend", "trials", "pairs", "seed", "normalized", "cohort_size", "scores")
+    if others := [told for name, told in given(context).items() if name in refused]:
+        raise click.UsageError(
+            f"--suspects judges the labels only: leave out {others[0]}, or --suspects"
+        )
 
 
 if __name__ == "__main__":

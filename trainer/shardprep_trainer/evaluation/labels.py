@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from shardprep import OpenShards, machine_errors, sniff
 from shardprep_trainer.errors import PredictionError
+from shardprep_trainer.evaluation.trials import Ints
 
 HEADER = ("Id", "Category")
 
@@ -105,6 +108,12 @@ def _check_header(path: Path, values: tuple[str, ...]) -> None:
     else:
         remedy = f"make {wanted} the first row"
     raise PredictionError(f"{path}: the first row is {shown!a}, expected {wanted}: {remedy}")
+
+
+def number_speakers(names: Sequence[str | None]) -> Ints:
+    """A number for each speaker, in the order of their names (N,), -1 where unknown."""
+    known = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
+    return np.array([known[name] if name else -1 for name in names], np.int64)
 
 
 def read_text(path: Path, expected: str) -> str:

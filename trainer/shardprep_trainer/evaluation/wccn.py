@@ -50,8 +50,11 @@ class Wccn:
 
     def scores(self, embeddings: Floats) -> NDArray[np.float32]:
         """The cosine (N, S) of each embedding (N, D) with each speaker."""
-        scores = normalize(normalize(embeddings) @ self._matrix) @ self._means.T
-        return np.asarray(scores, np.float32)
+        return np.asarray(self.project(embeddings) @ self._means.T, np.float32)
+
+    def project(self, embeddings: Floats) -> NDArray[np.float32]:
+        """Embeddings (N, D) in the space of the scores, each of length 1."""
+        return normalize(normalize(embeddings) @ self._matrix)
 
 
 def _whiten(differences: Floats) -> NDArray[np.floating[Any]]:

@@ -1,0 +1,1 @@
+"""Training utterances whose label looks wrong."""
