@@ -12,8 +12,9 @@ the host to start all kernels may be longer than both.
 The shares are assumed (`rates.Shares`), unless --calibration gives a result of
 `scripts.bench_train.gpu`: they are then scaled by what boss took on that machine. The check tests
 the method on the CPU at hand: from the rates of one recipe's step, measured, it predicts the steps
-of the other recipes, and measures them. With --compiler, TorchInductor compiles the step of boss,
-and its kernels are counted beside ours.
+of the other recipes, and measures them. Networks whose speed on a GPU others have published are
+predicted beside it. With --compiler, TorchInductor compiles the step of boss, and its kernels are
+counted beside ours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import click
 
 from scripts.bench_train.gpus import find
+from scripts.bench_train.predict import published
 from scripts.bench_train.predict.check import CALIBRATED_ON, check
 from scripts.bench_train.predict.compiler import compare
 from scripts.bench_train.predict.rates import ASSUMED, Shares, step_seconds
@@ -125,6 +127,7 @@ def main(
     if compiles:
         result["compiler"] = compare(CALIBRATED_ON, COMPILED_BATCH)
     if gpus:
+        result["published"] = published.compare()
         counts = {}
         for name in NAMES:
             click.echo(f"counting {name}", err=True)

@@ -101,8 +101,8 @@ ASSUMED = Shares()
 
 
 def gpu_rates(gpu: GPU, shares: Shares = ASSUMED) -> Rates:
-    """The rates of a GPU, from its data sheet."""
-    half, wide = gpu.half * 1e12, gpu.float32 * 1e12
+    """The rates of a GPU, from its data sheet, at the clock that it keeps."""
+    half, wide = (1e12 * gpu.sustained * rate for rate in (gpu.half, gpu.float32))
     work = {
         "product": shares.product * half,
         "convolution": shares.convolution * half,

@@ -19,6 +19,8 @@ def table(result: dict[str, Any]) -> str:
             "Predicted for every recipe: segments/s, and the time of its whole run.",
             recipes_table(result["gpus"]),
         ]
+    if "published" in result:
+        parts += ["Published speeds on GPUs, predicted:", published_table(result["published"])]
     if "check" in result:
         parts += ["The method, tested on a CPU:", check_table(result["check"])]
     if "compiler" in result:
@@ -77,6 +79,21 @@ def _duration(hours: float) -> str:
 def _rounded(value: float) -> str:
     """Two figures: no prediction is more exact."""
     return f"{float(f'{value:.2g}'):,.0f}"
+
+
+def published_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Predicted speeds beside those that others measured."""
+    lines = [
+        "| network | GPU, batch | predicted, images/s | published | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['network']} | {row['gpu']}, {row['batch']} | "
+        f"{_rounded(row['predicted_images_per_s'])} | "
+        f"[{row['published_images_per_s']:,.0f}]({row['source']}) | {row['ratio']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def check_table(found: dict[str, Any]) -> str:

@@ -206,6 +206,16 @@ def test_a_step_takes_the_time_of_the_gpu_or_of_the_host() -> None:
     assert seconds == [(4.0, 12.0), (4.0, 13.0), (4.0, 1.0)]
 
 
+def test_arithmetic_is_at_the_clock_that_a_gpu_keeps_and_bytes_are_not() -> None:
+    gpu = find("T4")
+    assert gpu is not None
+    found, highest = rates.gpu_rates(gpu), rates.gpu_rates(replace(gpu, sustained=1.0))
+    for kind in rates.ARITHMETIC:
+        assert found.work[kind] == pytest.approx(highest.work[kind] * 900 / 1590, rel=0.01)
+    assert found.wide == pytest.approx(highest.wide * 900 / 1590, rel=0.01)
+    assert found.work["memory"] == highest.work["memory"]
+
+
 def test_a_calibration_makes_all_kernels_and_starts_as_slow_as_they_were_measured() -> None:
     gpu, usual = GPUS[-1], rates.Shares(least=0.0)
     kinds = ("memory", "product", "convolution", "depthwise", "attention")
@@ -251,6 +261,7 @@ def test_the_command_counts_checks_and_keeps_the_other_part(
     monkeypatch.setattr(check, "CALIBRATED_ON", "smoke")
     monkeypatch.setattr(check, "OTHERS", ("smoke",))
     monkeypatch.setattr(command, "table", lambda result: ", ".join(result))
+    monkeypatch.setattr(command.published, "compare", list)
     out = tmp_path / "predict.json"
     for options in (["--no-gpus"], ["--no-check"]):
         done = CliRunner().invoke(
@@ -273,7 +284,7 @@ def test_the_page_shows_the_tables_of_the_result() -> None:
     page = (ROOT / "docs" / "gpu-speed.md").read_text()
     parts = table.table(result).split("\n\n")
     tables = [part for part in parts if part.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for expected in tables:
         assert expected in page
 
