@@ -7,17 +7,23 @@ FOLDER holds Dataset/ in the homework's layout, and test_labels.csv with the tru
 test utterances. These labels are used for scoring only.
 
 The rungs are the homework's code as published (`homework_baseline.py`), then our recipes simple,
-medium, strong, boss and best. Each recipe is trained by the command that a user would give. All
-runs get the same number of training segments; the number of steps is --segments divided by the
-segments in a step. The checkpoint with the highest validation accuracy, by the model's head, is the
-one that is tested. Test accuracy is measured on whole utterances with the recipe's backend, the EER
-on pairs of test utterances, the same pairs for all runs.
+medium, strong, boss, best, best-lm and trunk. Each recipe is trained by the command that a user
+would give. All runs get the same number of training segments; the number of steps is --segments
+divided by the segments in a step. best-lm starts from a run of best that is as much shorter
+(--tuning-share), so that both together have this number. The checkpoint with the highest validation
+accuracy, by the model's head, is the one that is tested. Test accuracy is measured on whole
+utterances with the recipe's backend, the EER on pairs of test utterances, the same pairs for all
+runs, by plain and by normalised scores (AS-norm).
+
+Finished runs are also scored together, by `shardprep score RUN1 RUN2 ...`: all seeds of best, and
+best with trunk for each seed.
 
 The work folder keeps the result of each finished run, and such a run is not repeated. An
 interrupted run continues from its newest checkpoint. --width makes the Conformers of homework,
 strong and boss equally narrow (4 heads, feed-forward 4 x width), so that CPUs suffice; use
---override to make `best` narrow. Without --width the models have their full width. A GPU is used
-where there is one. Exit codes: 0 all runs done, 1 a run failed, 2 usage, 130 Ctrl-C.
+--override to make `best` narrow. What it sets of best's model holds for best-lm, too. Without
+--width the models have their full width. A GPU is used where there is one. Exit codes: 0 all runs
+done, 1 a run failed, 2 usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ import click
 import torch
 
 import shardprep
+from scripts.ladder.combinations import Combination, plan_combinations, run_combination
 from scripts.ladder.jobs import HEADS, Job, Places, Settings, data_digest, plan_job, run_job
 from scripts.ladder.summary import RUNGS, Run, summarise, table
 from scripts.ladder.trials import write_trials
@@ -55,12 +62,12 @@ def plan(
 
 
 def run_all(
-    jobs: Sequence[Job], places: Places, *, parallel: int, threads: int
+    jobs: Sequence[Job] | Sequence[Combination], places: Places, *, parallel: int, threads: int
 ) -> tuple[list[Run], dict[str, str]]:
-    """Train and measure all runs, several at a time.
+    """Train and measure all runs, or score combinations of runs, several at a time.
 
     Args:
-        jobs: The runs.
+        jobs: The runs, or the combinations.
         places: Where files are.
         parallel: Runs at a time.
         threads: Threads that each run may compute with.
@@ -70,23 +77,31 @@ def run_all(
     """
     stop, runs, failed = Event(), {}, {}
     with ThreadPoolExecutor(parallel) as pool:
-        waiting: dict[Future[Run], Job] = {
-            pool.submit(run_job, job, places, threads, stop): job for job in jobs
+        waiting: dict[Future[Run], Job | Combination] = {
+            pool.submit(_run, job, places, threads, stop): job for job in jobs
         }
         try:
             for done in as_completed(waiting):
                 job = waiting[done]
                 try:
                     runs[job.name] = run = done.result()
-                    score = f"test {run['test_accuracy']:.4f}, validation {run['val_accuracy']:.4f}"
+                    score = f"test {run['test_accuracy']:.4f}"
+                    if "val_accuracy" in run:
+                        score += f", validation {run['val_accuracy']:.4f}"
                 except Exception as error:
                     score = failed[job.name] = f"failed: {type(error).__name__}: {error}"
-                click.echo(f"{job.rung}, seed {job.seed}: {score}", err=True)
+                click.echo(f"{job.label}: {score}", err=True)
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [runs[job.name] for job in jobs if job.name in runs], failed
+
+
+def _run(job: Job | Combination, places: Places, threads: int, stop: Event) -> Run:
+    if isinstance(job, Combination):
+        return run_combination(job, places, threads, stop)
+    return run_job(job, places, threads, stop)
 
 
 def describe(places: Places) -> dict[str, Any]:
@@ -131,6 +146,12 @@ _COUNT = click.IntRange(min=1)
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no")
 @click.option("--warmup-share", type=click.FloatRange(0, 1), default=0.1)
 @click.option("--validations", type=_COUNT, default=15, help="Validations in each run.")
+@click.option(
+    "--tuning-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    help="Share of the segments that best-lm gets, after best.",
+)
 @click.option("--jobs", "parallel", type=_COUNT, default=1, help="Runs to do at the same time.")
 @click.option("--threads", type=_COUNT, default=1, help="CPU threads of each run.")
 @click.option("--cpu", is_flag=True, help="Do not use a GPU.")
@@ -167,7 +188,9 @@ def main(
         click.echo(f"WARNING: {SLOW_BFLOAT16}", err=True)
     if dry_run:
         click.echo(shlex.join(["shardprep", "build", str(places.dataset), str(places.shards)]))
-        for command in (command for job in jobs for command in job.commands):
+        commands = [command for job in jobs for command in job.commands]
+        commands += [combination.score for combination in plan_combinations(jobs, places)]
+        for command in commands:
             click.echo(shlex.join(command))
         return
     # SIGTERM, which schedulers send, has the same effect as Ctrl-C: the runs save and end.
@@ -179,6 +202,10 @@ def main(
             shardprep.build_shards(places.dataset, places.shards, replace)
             write_trials(places.trials, places.dataset, places.labels)
             runs, failed = run_all(jobs, places, parallel=parallel, threads=threads)
+            done = [job for job in jobs if job.name not in failed]
+            combinations = plan_combinations(done, places) if places.trials.exists() else []
+            combined, wrong = run_all(combinations, places, parallel=parallel, threads=threads)
+            failed |= wrong
     except shardprep.LockHeldError as error:
         raise click.UsageError(f"--work {places.work}: {error.what}; name another folder") from None
     except KeyboardInterrupt:
@@ -189,8 +216,9 @@ def main(
         "device": torch.cuda.get_device_name() if on_gpu else machine().cpu,
         "dataset": describe(places),
         "settings": {**asdict(settings), "seeds": seeds, "jobs": parallel, "threads": threads},
-        **summarise(runs),
+        **summarise(runs, combined),
         "runs": runs,
+        "combined_runs": combined,
         "failed": failed,
     }
     click.echo(table(result))

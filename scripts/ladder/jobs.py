@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,7 +26,12 @@ HOMEWORK_BATCH = 32
 HEADS, FF_MULT = 4, 4
 # The recipes that --width changes: simple and medium are narrow anyway, `best` has other widths.
 NARROWED = ("strong", "boss")
+# Recipes that start from a run of another recipe.
+TUNED = {"best-lm": "best"}
 TRAIN = RECIPES.parents[1] / "train.py"
+SHARDPREP = (sys.executable, "-m", "shardprep")
+# Scores of trials that are measured: the suffix of their names, and the options of the command.
+SCORES: dict[str, tuple[str, ...]] = {"": (), "_as_norm": ("--as-norm",)}
 _POLL_SECONDS = 0.2
 
 
@@ -35,13 +40,14 @@ class Settings:
     """What all runs of a ladder share.
 
     Attributes:
-        segments: Training segments of a run.
+        segments: Training segments of a run; of both together where a run starts from another.
         width: Width of the Conformer blocks; None for the recipes' own.
         precision: Mixed precision of our runs; the homework's is float32.
         warmup_share: Share of the steps in which the learning rate rises.
         validations: Validations in each run.
         overrides: `RECIPE.FIELD=VALUE`, each for one of our recipes.
         cpu: Whether to use the CPU although there is a GPU.
+        tuning_share: Share of the segments that is left to a run that starts from another.
     """
 
     segments: int = 48000
@@ -51,6 +57,7 @@ class Settings:
     validations: int = 15
     overrides: tuple[str, ...] = ()
     cpu: bool = True
+    tuning_share: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Job:
         train: The command that trains. The homework's command also predicts, and prints JSON.
         predict: The command that predicts, for recipes.
         score: The command that prints other measures of the test split as JSON, for recipes.
+        start: The run that this one starts from.
     """
 
     rung: str
@@ -95,11 +103,29 @@ class Job:
     train: tuple[str, ...]
     predict: tuple[str, ...] = ()
     score: tuple[str, ...] = ()
+    start: Job | None = None
+
+    @property
+    def label(self) -> str:
+        """What is told of it to people."""
+        return f"{self.rung}, seed {self.seed}"
+
+    @property
+    def trainings(self) -> list[Job]:
+        """The run that this one starts from, if any, and this one."""
+        return [*([self.start] if self.start else []), self]
 
     @property
     def commands(self) -> list[tuple[str, ...]]:
         """All commands, in order."""
-        return [command for command in (self.train, self.predict, self.score) if command]
+        trainings = [job.train for job in self.trainings]
+        scores = [(*self.score, *options) for options in SCORES.values()] if self.score else []
+        return [*trainings, *([self.predict] if self.predict else []), *scores]
+
+    @property
+    def segments(self) -> int:
+        """Training segments, without those of the run that this one starts from."""
+        return self.steps * self.batch_size
 
 
 def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str) -> Job:
@@ -118,12 +144,15 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     """
     if rung == "homework":
         return _plan_homework(seed, settings, places, data)
+    start = None
+    if rung in TUNED:
+        share = round(settings.segments * settings.tuning_share)
+        first = replace(settings, segments=settings.segments - share)
+        start = plan_job(TUNED[rung], seed, first, places, data)
+        settings = replace(settings, segments=settings.segments - start.segments)
     recipe = RECIPES / f"{rung}.yaml"
     options = ["--config", str(recipe), *_narrow(rung, settings.width)]
-    for override in settings.overrides:
-        name, _, value = override.partition("=")
-        if name.startswith(f"{rung}."):
-            options += [f"--{name.removeprefix(f'{rung}.')}", value]
+    options += _overrides(rung, settings.overrides)
     asked = parse_args(options).config
     batch_size = asked.data.batch_size * asked.train.accumulate
     steps = max(1, settings.segments // batch_size)
@@ -133,17 +162,16 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     options += ["--train.valid_steps", str(every), "--train.save_steps", str(every)]
     options += ["--train.log_steps", str(max(1, steps // 50)), "--train.trackers", "[]"]
     config = parse_args(options).config
-    name = _name(rung, seed, [config.to_dict(), settings.precision, settings.cpu, data])
+    about = [config.to_dict(), settings.precision, settings.cpu, data]
+    name = _name(rung, seed, [*about, start.name] if start else about)
     runs = places.work / "runs"
+    options += ["--train.start_from", str(runs / start.name)] if start else []
     options += ["--name", name, "--train.runs", str(runs), "--data.shards", str(places.shards)]
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     launch += ["--cpu"] if settings.cpu else []
     launch += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
     launch += ["--mixed_precision", settings.precision, str(TRAIN)]
-    shards = ["--shards", str(places.shards), "--split", "test", "--labels", str(places.labels)]
-    trials = ["--trials", str(places.trials), "--json"]
-    command = (sys.executable, "-m", "shardprep")
-    predict = (*command, "predict", str(runs / name), *shards)
+    predict = (*SHARDPREP, "predict", str(runs / name), *test_split(places))
     return Job(
         rung=rung,
         seed=seed,
@@ -152,8 +180,21 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
         batch_size=batch_size,
         train=(*launch, *options),
         predict=(*predict, "--out", str(_submission(places, name))),
-        score=(*command, "score", str(runs / name), *shards, *trials),
+        score=score_command(places, [name]),
+        start=start,
     )
+
+
+def score_command(places: Places, names: Sequence[str]) -> tuple[str, ...]:
+    """The command that prints measures of the test split as JSON, of several runs combined."""
+    runs = [str(places.work / "runs" / name) for name in names]
+    trials = ("--trials", str(places.trials), "--json")
+    return (*SHARDPREP, "score", *runs, *test_split(places), *trials)
+
+
+def test_split(places: Places) -> tuple[str, ...]:
+    """The options that name the test split and its labels."""
+    return ("--shards", str(places.shards), "--split", "test", "--labels", str(places.labels))
 
 
 def _plan_homework(seed: int, settings: Settings, places: Places, data: str) -> Job:
@@ -169,6 +210,17 @@ def _plan_homework(seed: int, settings: Settings, places: Places, data: str) -> 
     out = ["--out", str(_submission(places, name)), "--json"]
     out += ["--embeddings", str(_embeddings(places, name))]
     return Job("homework", seed, name, steps, HOMEWORK_BATCH, (*script, *options, *out))
+
+
+def _overrides(rung: str, overrides: Sequence[str]) -> list[str]:
+    """The options of a recipe; a model that starts from another takes the sizes of that one."""
+    options = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        recipe, _, field = name.partition(".")
+        if recipe == rung or (recipe == TUNED.get(rung) and field.startswith("model.")):
+            options += [f"--{field}", value]
+    return options
 
 
 def _narrow(rung: str, width: int | None) -> list[str]:
@@ -222,28 +274,39 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
         run: Run = json.loads(kept.read_text())
     else:
         run = _train_and_predict(job, places, log, threads, stop)
-        _keep(kept, run)
-    if "eer" not in run and places.trials.exists():
+        keep(kept, run)
+    if places.trials.exists():
         if job.score:
-            answer = json.loads(run_command(job.score, log, threads, stop))
-            run.update({key: answer[key] for key in ("top5_accuracy", "eer", "min_dcf")})
-        else:
+            add_scores(run, job.score, log, threads, stop)
+        elif "eer" not in run:
             run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
-        _keep(kept, run)
+        keep(kept, run)
     return run
 
 
-def _keep(file: Path, run: Run) -> None:
+def add_scores(run: Run, score: Sequence[str], log: Path, threads: int, stop: Event) -> None:
+    """Add to a run the measures of `SCORES` that it lacks, and its accuracies if it has none."""
+    for suffix, options in SCORES.items():
+        if f"eer{suffix}" not in run:
+            answer = json.loads(run_command((*score, *options), log, threads, stop))
+            run.update({f"{key}{suffix}": answer[key] for key in ("eer", "min_dcf")})
+            run.setdefault("test_accuracy", answer["accuracy"])
+            run.setdefault("top5_accuracy", answer["top5_accuracy"])
+
+
+def keep(file: Path, run: Run) -> None:
+    """Write the result of a finished run."""
     with publish(file) as out:
         out.write((json.dumps(run, indent=2) + "\n").encode())
 
 
 def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: Event) -> Run:
-    command, began = job.train, time.perf_counter()
-    resumed = any((places.work / "runs" / job.name / "checkpoints").glob("step-*.pt"))
-    if resumed:
-        command = (*command, "--resume")
-    answer = run_command(command, log, threads, stop)
+    began, resumed, answer = time.perf_counter(), False, ""
+    for training in job.trainings:
+        command = training.train
+        if any((places.work / "runs" / training.name / "checkpoints").glob("step-*.pt")):
+            command, resumed = (*command, "--resume"), True
+        answer = run_command(command, log, threads, stop)
     seconds = time.perf_counter() - began
     if job.predict:
         run_command(job.predict, log, threads, stop)

@@ -13,23 +13,34 @@ from typing import Any
 Run = dict[str, Any]
 
 # From low to high. The homework's code comes first; its recipe corresponds to strong.
-RUNGS = ("homework", "simple", "medium", "strong", "boss", "best")
+ORDERED = ("homework", "simple", "medium", "strong", "boss", "best")
+RUNGS = (*ORDERED, "best-lm", "trunk")
+# Rows of runs that are scored together: the runs of one recipe, and one run of each of two.
+REPEATED, ALL_SEEDS = "best", "best, all seeds"
+PAIRED, PAIR = ("best", "trunk"), "best + trunk"
+TRIAL_MEASURES = ("eer", "min_dcf", "eer_as_norm", "min_dcf_as_norm")
 MEASURES = (
     "test_accuracy",
     "val_accuracy",
     "top5_accuracy",
-    "eer",
-    "min_dcf",
+    *TRIAL_MEASURES,
     "samples_per_s",
     "seconds",
 )
-# Share of errors that should be gone: from the homework's code to boss, and from boss to best.
-HALF = 0.5
+# Share of the errors of the first that should be gone in the second.
+GONE = {("homework", "boss"): 0.5, ("boss", "best"): 0.6}
+# The same for runs that are scored together, against one of them alone.
+GONE_TOGETHER = {ALL_SEEDS: 0.15, PAIR: 0.2}
 LABELS = {"homework": "homework's code, as published"}
 
 
-def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """The spread of each rung, and the checks for which there are enough rungs."""
+def summarise(runs: Sequence[Run], combined: Sequence[Run] = ()) -> dict[str, Any]:
+    """The spread of each rung, and the checks for which there are enough rungs.
+
+    Args:
+        runs: Of single models.
+        combined: Of several models together; each has `alone`, the accuracy without the others.
+    """
     rungs = {}
     for name in RUNGS:
         own = [run for run in runs if run["rung"] == name]
@@ -38,7 +49,15 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
                 "seeds": sorted(run["seed"] for run in own),
                 **{key: spread(run.get(key) for run in own) for key in MEASURES},
             }
-    return {"rungs": rungs, "checks": checks(rungs)}
+    together = {}
+    for name in GONE_TOGETHER:
+        own = [run for run in combined if run["rung"] == name]
+        if own:
+            together[name] = {
+                "seeds": sorted({seed for run in own for seed in run["seeds"]}),
+                **{key: spread(run.get(key) for run in own) for key in ("alone", *MEASURES)},
+            }
+    return {"rungs": rungs, "combined": together, "checks": checks(rungs, together)}
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -49,17 +68,19 @@ def spread(values: Iterable[float | None]) -> dict[str, float] | None:
     return {"mean": statistics.fmean(known), "min": min(known), "max": max(known)}
 
 
-def checks(rungs: dict[str, Any]) -> list[dict[str, Any]]:
+def checks(rungs: dict[str, Any], combined: dict[str, Any]) -> list[dict[str, Any]]:
     """What the ladder should show, by mean test accuracy, for the rungs that were measured.
 
     Returns:
         For each check `name`, `found` and `passed`. A check of the order of two rungs also has
         `clear`: whether the worst seed of the upper rung is above the best seed of the lower rung.
     """
-    own = [name for name in RUNGS if name in rungs and name != "homework"]
+    own = [name for name in ORDERED if name in rungs and name != "homework"]
     pairs = list(zip(own, own[1:], strict=False))
     if {"homework", "strong"} <= set(rungs):
         pairs.insert(0, ("homework", "strong"))
+    if {"best", "best-lm"} <= set(rungs):
+        pairs.append(("best", "best-lm"))
     found = []
     for lower, upper in pairs:
         below, above = (rungs[name]["test_accuracy"] for name in (lower, upper))
@@ -68,13 +89,23 @@ def checks(rungs: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {"name": f"{upper} above {lower}", "found": gain, "passed": gain > 0, "clear": clear}
         )
-    for lower, upper in (("homework", "boss"), ("boss", "best")):
+    for (lower, upper), share in GONE.items():
         if {lower, upper} <= set(rungs):
             below, above = (rungs[name]["test_accuracy"]["mean"] for name in (lower, upper))
-            gone = errors_gone(below, above)
-            name = f"{upper} without at least half of the errors of {lower} (share gone)"
-            found.append({"name": name, "found": gone, "passed": gone >= HALF})
+            found.append(_errors_check(upper, lower, below, above, share))
+    for name, row in combined.items():
+        below, above = row["alone"]["mean"], row["test_accuracy"]["mean"]
+        one = "the better one" if name == PAIR else "one"
+        found.append(_errors_check(name, one, below, above, GONE_TOGETHER[name]))
     return found
+
+
+def _errors_check(
+    upper: str, lower: str, before: float, after: float, share: float
+) -> dict[str, Any]:
+    gone = errors_gone(before, after)
+    wanted = f"at least {100 * share:.0f} % of the errors of {lower} (share gone)"
+    return {"name": f"{upper} without {wanted}", "found": gone, "passed": gone >= share}
 
 
 def errors_gone(before: float, after: float) -> float:
@@ -85,13 +116,14 @@ def errors_gone(before: float, after: float) -> float:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The rungs as a Markdown table, then the checks as a list."""
+    """The rungs and combinations as a Markdown table, then the checks as a list."""
     lines = [
-        "| rung | test | validation | EER | minDCF | samples/s |",
-        "|---|---|---|---|---|---|",
+        "| rung | test | validation | EER | minDCF | EER, AS-norm | minDCF, AS-norm | samples/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, rung in summary["rungs"].items():
-        cells = [_cell(rung[key], 4) for key in ("test_accuracy", "val_accuracy", "eer", "min_dcf")]
+    measures = ("test_accuracy", "val_accuracy", *TRIAL_MEASURES)
+    for name, rung in (summary["rungs"] | summary["combined"]).items():
+        cells = [_cell(rung[key], 4) for key in measures]
         cells.append(_cell(rung["samples_per_s"], 0))
         lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
     lines.append("")

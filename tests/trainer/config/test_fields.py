@@ -69,7 +69,7 @@ def test_a_recipe_is_known_by_name_from_anywhere(
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(joined: bool) -> None:
     options = ["--config=bets"] if joined else ["--config", "bets"]
     with pytest.raises(
-        ConfigError, match=r"found bets, .*best, boss, demo,.* or the path of a YAML"
+        ConfigError, match=r"found bets, .*best, best-lm, boss, demo,.* or the path of a YAML"
     ):
         parse_args(options)
 
@@ -90,6 +90,22 @@ def test_best_has_all_that_is_ours() -> None:
     assert config.loss.margin_growth > 0
     assert config.train.average_decay > 0
     assert config.predict.backend == "wccn"
+
+
+def test_best_lm_is_the_model_of_best_on_longer_segments_with_a_larger_margin() -> None:
+    best, tuned = (parse_args(["--config", name]).config for name in ("best", "best-lm"))
+    # Otherwise the weights of best would be refused.
+    assert tuned.model == best.model
+    assert tuned.train.start_from == "runs/best"
+    assert 300 <= tuned.data.segment_frames <= 600
+    assert (tuned.loss.name, tuned.loss.margin, tuned.loss.margin_growth) == ("aam_softmax", 0.5, 0)
+    assert tuned.optim.lr <= best.optim.lr / 5
+    assert tuned.train.total_steps <= best.train.total_steps / 10
+    for name in ("reverb", "channel", "babble", "noise", "freq_masks", "time_masks"):
+        assert getattr(tuned.augment, name) <= getattr(best.augment, name)
+    assert tuned.train.average_decay > 0
+    other = parse_args(["--config", "best-lm", "--train.start_from", "runs/other"]).config
+    assert other.train.start_from == "runs/other"
 
 
 def test_later_options_win_over_the_file_and_keep_the_rest() -> None:

@@ -19,9 +19,11 @@ from torch import Tensor
 import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import Best, Checkpoint, to_plain
+from shardprep_trainer.config.command_line import parse_args
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.errors import CheckpointError, ConfigError, DivergedError
 from shardprep_trainer.evaluation.accuracy import Evaluation
+from shardprep_trainer.learning.losses import AAMSoftmaxLoss
 from shardprep_trainer.learning.step import StepPlan
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Outcome, Trainer
@@ -653,6 +655,36 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigF
     trainer.fit()
     trainer.close()
     assert not torch.equal(newest(tuned).weights["prenet.weight"], expected["prenet.weight"])
+
+
+def test_best_lm_begins_with_the_weights_of_best_and_takes_its_steps(
+    shards: Path, tmp_path: Path
+) -> None:
+    steps = {"total_steps": 4, "valid_steps": 2, "save_steps": 2, "log_steps": 1}
+    narrow = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "layers": 1, "stem_channels": 4}
+    options = [f"--train.{key}={value}" for key, value in steps.items()]
+    options += [f"--model.{key}={value}" for key, value in narrow.items()]
+    options += [f"--data.shards={shards}", f"--train.runs={tmp_path}", "--train.trackers=[]"]
+    options += ["--data.batch_size=4"]
+    first = parse_args(["--config", "best", *options, "--data.segment_frames=48"]).config
+    train(first)
+    # The runs lie elsewhere here than the recipe says.
+    options += [f"--train.start_from={tmp_path / 'best'}", "--data.segment_frames=96"]
+    tuned = parse_args(["--config", "best-lm", *options]).config
+    trainer = Trainer(prepare(tuned))
+    expected = load(first.run / BEST).weights
+    step = trainer.train_step
+    for model in (step.bare, step.predictor):
+        assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    assert isinstance(step.criterion, AAMSoftmaxLoss)
+    trainer.fit()
+    assert float(step.criterion.margin) == 0.5
+    trainer.close()
+    tuned_weights = newest(tuned).weights
+    assert all(weight.isfinite().all() for weight in tuned_weights.values())
+    moved = {name for name, was in expected.items() if not torch.equal(tuned_weights[name], was)}
+    # All but counts of batches; the statistics of BatchNorm follow the longer segments.
+    assert {name for name in expected if "running" in name or "weight" in name} <= moved
 
 
 def test_fine_tuning_on_other_speakers_keeps_the_rows_of_those_it_knows(
