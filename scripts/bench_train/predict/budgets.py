@@ -1,7 +1,7 @@
 """Schedules that fill hours of a T4 or minutes of an H200, from predicted speeds.
 
     python -m scripts.bench_train.predict.budgets [--recipe boss] [--recipe best]
-        [--out scripts/results/budgets.json]
+        [--out scripts/results/budgets.json] [--page docs/budgets.md]
 
 Nothing of it is measured on a GPU: the speeds are those of `scripts.bench_train.predict`, and each
 comes with the factor that it may be wrong by.
@@ -10,6 +10,7 @@ comes with the factor that it may be wrong by.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -223,6 +224,21 @@ def commands(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(_wrapped(one["command"]) for one in rows)
 
 
+def refreshed(page: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A page with the table and the block of commands of these rows in place of its own."""
+    new = table(rows)
+    head = re.escape(new.split("\n")[0])
+    page, tables = re.subn(rf"^{head}\n(?:\|.*\n)+", lambda _: f"{new}\n", page, flags=re.M)
+    block = f"```sh\n{commands(rows)}\n```"
+    given = r"^```sh\n(?:accelerate launch .*\n|  .*\n)+```"
+    page, blocks = re.subn(given, lambda _: block, page, flags=re.M)
+    if (tables, blocks) != (1, 1):
+        raise click.UsageError(
+            f"--page: found {tables} tables and {blocks} blocks of commands to replace, not 1 and 1"
+        )
+    return page
+
+
 def _wrapped(command: str) -> str:
     lines, line = [], ""
     for part in command.replace(" --", "\n--").split("\n"):
@@ -236,7 +252,12 @@ def _wrapped(command: str) -> str:
 @click.command(context_settings={"show_default": True})
 @click.option("--recipe", "recipes", multiple=True, default=RECIPES, help="A recipe; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Result file (JSON).")
-def main(recipes: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--page",
+    type=click.Path(exists=True, path_type=Path, dir_okay=False),
+    help="Page whose table and commands are replaced.",
+)
+def main(recipes: tuple[str, ...], out: Path | None, page: Path | None) -> None:
     """Predict what fits into hours of a T4 and minutes of an H200."""
     counts = {}
     for name in recipes:
@@ -246,6 +267,8 @@ def main(recipes: tuple[str, ...], out: Path | None) -> None:
     click.echo("Predicted, not measured.\n")
     click.echo(table(rows))
     click.echo(f"\n{commands(rows)}")
+    if page is not None:
+        page.write_text(refreshed(page.read_text(), rows))
     if out is not None:
         assumed = {
             "share_of_budget": SHARE,

@@ -8,6 +8,7 @@ import shlex
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -133,6 +134,18 @@ def test_the_page_shows_the_table_and_the_commands_of_the_result() -> None:
     )
     assert block == f"{budgets.commands(RESULT['rows'])}\n"
     assert all(len(line) <= 100 for line in block.splitlines())
+
+
+def test_a_page_gets_the_rows_in_place_of_its_own_and_is_otherwise_the_same() -> None:
+    rows = RESULT["rows"]
+    page = (ROOT / "docs" / "budgets.md").read_text()
+    changed = [{**rows[0], "total_steps": 7, "command": "accelerate launch x --a 1"}]
+    text = budgets.refreshed(page, changed)
+    assert "| 1 x 7 |" in text
+    assert "```sh\naccelerate launch x --a 1\n```" in text
+    assert budgets.refreshed(text, rows) == page
+    with pytest.raises(click.UsageError, match="found 0 tables and 0 blocks"):
+        budgets.refreshed("no table", rows)
 
 
 @pytest.mark.slow
