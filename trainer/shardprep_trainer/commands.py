@@ -18,19 +18,22 @@ EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
 
 
 def model_options(
-    split: str, *, name: str = "run", run_required: bool = True
+    split: str, *, name: str = "runs", required: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that make `ModelOptions`, and their argument.
 
     Args:
         split: The default of --split.
-        name: Of the argument, in the help of the command.
-        run_required: Whether the argument must be given.
+        name: Of the argument: "runs" for one or several, or "model" for one.
+        required: Whether the argument must be given.
     """
-    shown = name.upper() if run_required else f"[{name.upper()}]"
+    several = name == "runs"
+    shown = {"runs": "RUN..." if required else "[RUN]...", "model": "MODEL"}[name]
     place = click.Path(path_type=Path)
     parameters = [
-        click.argument("run", type=place, required=run_required, metavar=shown),
+        click.argument(
+            name, type=place, required=required, nargs=-1 if several else 1, metavar=shown
+        ),
         click.option(
             "--shards",
             multiple=True,
@@ -85,6 +88,8 @@ def given(context: click.Context) -> dict[str, str]:
         for parameter in context.command.params
         if parameter.name
         and context.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
+        # Of arguments that may be many, none counts as given, too.
+        and context.params[parameter.name] != ()
     }
 
 

@@ -7,18 +7,23 @@ shardprep embed MODEL --split val --out x.parquet
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from click.core import ParameterSource
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from shardprep import MissingExtraError, publish
+from shardprep import MissingExtraError, publish, recordings_in
+from shardprep_trainer.checkpoint.find import holds_model
 from shardprep_trainer.commands import EXIT_CODES, model_options, note, reported_errors, tell
-from shardprep_trainer.inference import Inference, ModelOptions, open_inference
+from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.evaluation.verification import join
+from shardprep_trainer.inference import ModelOptions, find_files, open_inference
+from shardprep_trainer.pretrained.model import SpeakerModel
+from shardprep_trainer.pretrained.on_shards import Inference
 from shardprep_trainer.pretrained.options import (
     audio_argument,
     features_option,
@@ -26,7 +31,8 @@ from shardprep_trainer.pretrained.options import (
     open_model,
     use_all,
 )
-from shardprep_trainer.pretrained.recordings import find_recordings
+from shardprep_trainer.pretrained.progress import progress
+from shardprep_trainer.pretrained.recordings import Recording, find_recordings
 
 _OF_SHARDS = ("shards", "split", "max_frames", "tta", "tta_frames")
 
@@ -43,26 +49,30 @@ def embed_split(inference: Inference, split: str) -> dict[str, Any]:
         speakers     (S,) strings, the speakers of the shards
         checkpoint, split, fingerprint   strings; step, tta, tta_frames   int64; all scalars
 
+        Of M models, the embeddings are joined: those of each model at length 1, side by side, the
+        whole at length 1, so that a cosine is the mean of the models' cosines. Then checkpoint,
+        step and tta_frames are (M,), and widths (M,) int64 says how wide each model's part is.
+
     Raises:
         PredictionError: There is no such split, or an embedding is not finite.
     """
-    part, views = inference.split(split), inference.views
+    part, models = inference.split(split), inference.models
+    found = inference.embed(part)
     return {
-        "embeddings": inference.embed(part).embeddings,
+        "embeddings": found.embeddings,
         "keys": np.asarray(part.keys, np.str_),
         "labels": part.labels.astype(np.int64),
         "speakers": np.array(inference.shards.speakers, np.str_),
-        "checkpoint": np.array(str(inference.file)),
-        "step": np.array(inference.step, np.int64),
+        **_made_by([(model.file, model.step) for model in models], found.each),
         "split": np.array(split),
         "fingerprint": np.array(inference.shards.fingerprint),
-        "tta": np.array(views.segments, np.int64),
-        "tta_frames": np.array(views.frames if views.segments else 0, np.int64),
+        "tta": np.array(inference.tta, np.int64),
+        "tta_frames": _one_or_each(np.array(inference.tta_frames, np.int64)),
     }
 
 
 def embed_recordings(
-    place: str, checkpoint: str, features_from: str | None, audio: tuple[Path, ...], on_error: str
+    models: Sequence[SpeakerModel], recordings: Sequence[Recording], on_error: str
 ) -> dict[str, Any]:
     """Embed recordings.
 
@@ -74,23 +84,70 @@ def embed_recordings(
         frames       (N,) int64, after silence was removed
         checkpoint   string; step   int64; both scalars
 
+        Of several models as `embed_split` says.
+
     Raises:
         PredictionError: A recording cannot be used.
     """
-    recordings = find_recordings(audio)
-    model = open_model(place, checkpoint, features_from)
-    of = model.checkpoint
-    tell(f"{of.file}, after {of.step:,} steps, on {model.device.type}")
-    using = use_all(model, recordings, on_error)
-    found = list(tqdm(using, total=len(recordings), unit="recording", disable=None, leave=False))
+    using = use_all(models, recordings, on_error)
+    shown = progress(using, len(recordings), "recordings", lambda _: 1, "recording")
+    found = list(shown)
+    embeddings = zip(*([own.embedding for own in used] for _, used in found), strict=True)
+    each = [np.stack(own) for own in embeddings]
+    files = [(model.checkpoint.file, model.checkpoint.step) for model in models]
     return {
-        "embeddings": np.stack([used.embedding for _, used in found]),
+        "embeddings": join(each),
         "keys": np.array([recording.key for recording, _ in found], np.str_),
         "paths": np.array([str(recording) for recording, _ in found], np.str_),
-        "frames": np.array([used.frames for _, used in found], np.int64),
-        "checkpoint": np.array(str(of.file)),
-        "step": np.array(of.step, np.int64),
+        "frames": np.array([used[0].frames for _, used in found], np.int64),
+        **_made_by(files, each),
     }
+
+
+def _made_by(
+    files: Sequence[tuple[Path, int]], each: Sequence[NDArray[np.float32]]
+) -> dict[str, Any]:
+    """The checkpoints, and of several how wide the embeddings (N, D) are that were joined."""
+    found = {
+        "checkpoint": _one_or_each(np.array([str(file) for file, _ in files])),
+        "step": _one_or_each(np.array([step for _, step in files], np.int64)),
+    }
+    widths = {"widths": np.array([own.shape[1] for own in each], np.int64)}
+    return found if len(files) == 1 else {**found, **widths}
+
+
+def _one_or_each(values: NDArray[Any]) -> NDArray[Any]:
+    """Of one model its value () alone, else those of all (M,)."""
+    return values.reshape(()) if len(values) == 1 else values
+
+
+def _open_models(
+    places: Sequence[str], checkpoint: str, features_from: str | None
+) -> list[SpeakerModel]:
+    """The models for recordings, in the order of their files; tells which they are."""
+    if len(places) > 1:
+        places = [str(file) for file in find_files([Path(place) for place in places], checkpoint)]
+    models = [open_model(place, checkpoint, features_from) for place in places]
+    for model in models:
+        of = model.checkpoint
+        tell(f"{of.file}, after {of.step:,} steps, on {model.device.type}")
+    return models
+
+
+def _parted(places: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The models and the recordings among places, told apart by what they hold.
+
+    Raises:
+        ConfigError: A folder holds both.
+    """
+    models = [place for place in places if holds_model(place)]
+    for model in models:
+        if model.is_dir() and recordings_in(model):
+            raise ConfigError(
+                f"{model}: holds a model and recordings, such as {recordings_in(model)[0]}; name "
+                "the file of the model, or the recordings"
+            )
+    return models, [place for place in places if place not in models]
 
 
 def write_table(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -125,7 +182,8 @@ def _write_parquet(file: io.BytesIO, arrays: Mapping[str, Any]) -> None:
             columns[column] = pa.array(arrays[name].tolist())
     flat = pa.array(embeddings.reshape(-1))
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
-    about = {name: str(value) for name, value in arrays.items() if value.ndim == 0}
+    rows = ("embeddings", "keys", "labels", "speakers", "paths", "frames")
+    about = {name: str(value.tolist()) for name, value in arrays.items() if name not in rows}
     pq.write_table(pa.table(columns).replace_schema_metadata(about), file)
 
 
@@ -147,8 +205,10 @@ def _pyarrow() -> tuple[Any, Any]:
     MODEL is a run folder, a model folder or a checkpoint; for recordings also OWNER/NAME on the
     Hugging Face Hub. Each AUDIO is a recording, a folder of recordings, or a list (.csv, .tsv,
     .jsonl) with the column path and perhaps key, start and end in seconds. Without AUDIO, the
-    split of the shards is embedded. The file holds embeddings (N, D) float32, keys, and where
-    they come from; numpy.load reads the npz with allow_pickle=False. {EXIT_CODES}""",
+    split of the shards is embedded. More models of this machine may stand among AUDIO: then the
+    embeddings of all are joined, so that a cosine is the mean of theirs. The file holds embeddings
+    (N, D) float32, keys, and where they come from; numpy.load reads the npz with
+    allow_pickle=False. {EXIT_CODES}""",
 )
 @model_options(split="val", name="model")
 @audio_argument(required=False)
@@ -164,13 +224,16 @@ def _pyarrow() -> tuple[Any, Any]:
 def main(
     context: click.Context,
     /,
-    audio: tuple[Path, ...],
+    audio: Sequence[Path],
     on_error: str,
     features_from: str | None,
     out: Path,
     **options: Any,
 ) -> None:
     """The command; its help is above."""
+    with reported_errors():
+        others, audio = _parted(audio)
+    models = [options.pop("model"), *others]
 
     def given(name: str) -> bool:
         return context.get_parameter_source(name) is not ParameterSource.DEFAULT
@@ -186,11 +249,12 @@ def main(
             # What is missing is said before the long work.
             _pyarrow()
         if audio:
-            arrays = embed_recordings(
-                str(options["run"]), options["checkpoint"], features_from, audio, on_error
-            )
+            recordings = find_recordings(audio)
+            places = [str(place) for place in models]
+            opened = _open_models(places, options["checkpoint"], features_from)
+            arrays = embed_recordings(opened, recordings, on_error)
         else:
-            inference = open_inference(ModelOptions(**options), tell)
+            inference = open_inference(ModelOptions(models, **options), tell)
             arrays = embed_split(inference, options["split"])
         write_table(out, arrays)
     count, width = arrays["embeddings"].shape

@@ -57,7 +57,7 @@ def main(
     with reported_errors():
         recordings = find_recordings(audio)
         opened = open_model(model, checkpoint, features_from)
-        for recording, used in use_all(opened, recordings, on_error):
+        for recording, (used,) in use_all([opened], recordings, on_error):
             matches = opened.best(used.scores, top)
             if as_json:
                 speakers = [match._asdict() for match in matches]

@@ -22,7 +22,8 @@ from shardprep_trainer.commands import (
 )
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.labels import HEADER, LeftOut, missing_rows, read_labels
-from shardprep_trainer.inference import Inference, ModelOptions, open_inference
+from shardprep_trainer.inference import ModelOptions, open_inference
+from shardprep_trainer.pretrained.on_shards import Inference
 
 COMMONEST = "commonest"
 """The value of --fill that stands for the speaker who is predicted most often."""
@@ -32,15 +33,17 @@ def predict_names(inference: Inference, part: Split) -> list[str]:
     """Name the speaker of every utterance of a split.
 
     Args:
-        inference: The model; the speakers of its head may be others than those of the shards.
+        inference: The models; the speakers of a head may be others than those of the shards.
         part: The split.
 
     Returns:
         Names (N,) in the split's own order.
     """
+    speakers = inference.speakers
     # The numbers of speakers differ between data sets: only names are compared, and not here.
     found = inference.recognise(part).evaluation
-    return [inference.speakers[speaker] for speaker in found.predictions]
+    assert found is not None, "models that know the same speakers name some together"
+    return [speakers[speaker] for speaker in found.predictions]
 
 
 def submission_rows(
@@ -163,9 +166,9 @@ def _tell_accuracy(what: str, correct: int, total: int) -> None:
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help=f"""Name the speaker of every utterance of a split with the model of RUN.
 
-    RUN is a run folder, a model folder or a checkpoint. Whole utterances are embedded, in batches
-    of like length. Every entry of testdata.json gets a row, in its order. The accuracy is printed
-    where the labels are known. {EXIT_CODES}""",
+    RUN is a run folder, a model folder or a checkpoint; several models name speakers together.
+    Whole utterances are embedded, in batches of like length. Every entry of testdata.json gets a
+    row, in its order. The accuracy is printed where the labels are known. {EXIT_CODES}""",
 )
 @model_options(split="test")
 @backend_option

@@ -14,8 +14,6 @@ from typing import Any
 
 import click
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from shardprep import Split
 from shardprep_trainer.commands import (
@@ -28,9 +26,11 @@ from shardprep_trainer.commands import (
     tell,
 )
 from shardprep_trainer.errors import PredictionError
-from shardprep_trainer.evaluation.labels import missing_rows, number_speakers, read_labels
-from shardprep_trainer.evaluation.names import SEVERAL, Names
+from shardprep_trainer.evaluation.labels import number_speakers
+from shardprep_trainer.evaluation.names import Names
 from shardprep_trainer.evaluation.report import (
+    ModelScore,
+    RunReport,
     Score,
     TrialReport,
     report_file,
@@ -38,10 +38,18 @@ from shardprep_trainer.evaluation.report import (
     report_trials,
 )
 from shardprep_trainer.evaluation.suspects.listing import list_suspects
-from shardprep_trainer.evaluation.trial_lists import ambiguous, read_list
+from shardprep_trainer.evaluation.trial_lists import read_list
 from shardprep_trainer.evaluation.trials import Ints, Trials, draw_trials, possible_trials
-from shardprep_trainer.evaluation.verification import as_norm, cosine_scores, speaker_means
-from shardprep_trainer.inference import Inference, ModelOptions, open_inference
+from shardprep_trainer.evaluation.verification import (
+    Floats,
+    Verified,
+    as_norm,
+    cosine_scores,
+    judge,
+)
+from shardprep_trainer.inference import ModelOptions, open_inference
+from shardprep_trainer.pretrained.on_shards import Found, Inference
+from shardprep_trainer.pretrained.true_names import true_names
 
 # Trials drawn of each kind where no number is given, and where there are so many.
 _DRAWN = 50_000
@@ -58,36 +66,6 @@ class TrialOptions:
     seed: int
     cohort_size: int | None
     """Nearest of the cohort that normalise a score; None leaves it as it is."""
-
-
-def true_names(inference: Inference, part: Split, labels: Path | None) -> list[str | None]:
-    """Speaker of each utterance (N,), None where unknown.
-
-    Args:
-        inference: What is scored.
-        part: The split; its own labels count where `labels` is None.
-        labels: A CSV, Id,Category; utterances that it does not list are unknown.
-
-    Raises:
-        PredictionError: The CSV is not one, lists an utterance that the split lacks, or a key that
-            several utterances have.
-    """
-    if labels is None:
-        names = inference.shards.speakers
-        return [names[label] if label >= 0 else None for label in part.labels]
-    rows = read_labels(labels)
-    positions = Names(part.keys).find(rows)
-    if missing := [key for key in rows if key not in positions]:
-        where = f"split {part.name} of {inference.shards.where}"
-        raise missing_rows(where, missing, labels, len(rows), inference.left_out)
-    found: list[str | None] = [None] * len(part)
-    for key, name in rows.items():
-        if positions[key] == SEVERAL:
-            raise ambiguous(key, str(labels))
-        if found[positions[key]] is not None:
-            raise PredictionError(f"{labels}: {key} occurs twice; leave one row for each utterance")
-        found[positions[key]] = name
-    return found
 
 
 @dataclass(frozen=True)
@@ -138,21 +116,6 @@ def choose_trials(
     return Chosen(trials, sides, f"drawn with seed {options.seed}")
 
 
-def find_cohort(inference: Inference) -> NDArray[np.float64]:
-    """The mean embeddings (C, D) of the training speakers of the shards.
-
-    Raises:
-        PredictionError: There are fewer than two, or no training split.
-    """
-    cohort = speaker_means(inference.training.embeddings, inference.split("train").labels)
-    if len(cohort) < 2:
-        raise PredictionError(
-            f"{inference.shards.where}: AS-norm needs two training speakers or more, found "
-            f"{len(cohort)}; leave out --as-norm"
-        )
-    return cohort
-
-
 def score(
     inference: Inference,
     part: Split,
@@ -163,15 +126,15 @@ def score(
     """Embed a split, and measure accuracy and speaker verification.
 
     Args:
-        inference: The model and the shards.
+        inference: The models and the shards.
         part: The split.
         names: Its speakers (N,), None where unknown.
         options: The trials.
         out: Where every trial is written with its score.
 
     Raises:
-        PredictionError: See `choose_trials`, `find_cohort` and `Inference.recognise`; or there are
-            no trials to write.
+        PredictionError: See `choose_trials`, `Inference.cohorts` and `Inference.recognise`; or
+            there are no trials to write.
     """
     # Trials first: what is wrong with them is said before the long work.
     speakers = number_speakers(names)
@@ -183,46 +146,93 @@ def score(
         )
     labelled = sum(name is not None for name in names)
     # Without labels a backend need not learn to know anybody.
-    numbers = {name: number for number, name in enumerate(inference.speakers if labelled else ())}
-    classes = np.array([numbers.get(name, -1) if name else -1 for name in names], np.int64)
-    strangers = labelled - int((classes >= 0).sum())
-    if strangers:
-        note(
-            f"{strangers:,} utterances of {part.name} are from speakers who cannot be named: "
-            "wrong for the accuracy, but good for trials"
-        )
+    strangers = _strangers(inference, part, names) if labelled else 0
     if labelled < len(part):
         note(f"{len(part) - labelled:,} utterances of {part.name} have no label")
     size = options.cohort_size
-    cohort = None if chosen is None or size is None else find_cohort(inference)
-    found = inference.recognise(part, classes) if labelled else inference.embed(part)
+    cohorts = None if chosen is None or size is None else inference.cohorts
+    found = inference.recognise(part, names) if labelled else inference.embed(part)
     verification, as_chosen = TrialReport(), None
+    alone: list[Verified | None] = [None] * len(inference.models)
     if chosen is not None:
         trials = chosen.trials
-        scores = cosine_scores(found.embeddings, trials)
-        if cohort is not None:
-            scores = as_norm(scores, found.embeddings, trials, cohort, size or 0)
-        elif inference.thresholds and inference.calibration and not inference.views.segments:
-            as_chosen = report_run(scores, trials, inference.thresholds, inference.calibration)
-        verification = report_trials(scores, trials, chosen.source, speakers, chosen.sides, out)
+        each = [cosine_scores(own, trials) for own in found.ways]
+        if cohorts is not None:
+            ways = zip(each, found.ways, cohorts, strict=True)
+            each = [as_norm(own, by, trials, cohort, size or 0) for own, by, cohort in ways]
+        else:
+            as_chosen = _as_chosen(inference, each[-1], trials)
+        alone = [judge(own, trials.target) for own in each[: len(alone)]]
+        verification = report_trials(each[-1], trials, chosen.source, speakers, chosen.sides, out)
         _tell_of(verification, out)
+    evaluation, one = found.evaluation, len(inference.models) == 1
+    frames = inference.tta_frames
     return Score(
-        checkpoint=str(inference.file),
-        step=inference.step,
+        checkpoint=str(inference.models[0].file) if one else None,
+        step=inference.models[0].step if one else None,
         shards=inference.shards.where,
         split=part.name,
         utterances=len(part),
         labelled=labelled,
         unknown_to_model=strangers,
-        backend=inference.backend,
-        accuracy=found.evaluation.correct / labelled if labelled else None,
-        top5_accuracy=found.evaluation.correct_top5 / labelled if labelled else None,
-        cohort=None if cohort is None else len(cohort),
-        cohort_size=None if cohort is None else min(len(cohort), size or 0),
-        tta=inference.views.segments,
-        tta_frames=inference.views.frames if inference.views.segments else None,
+        backend=" and ".join(sorted({model.backend for model in inference.models})),
+        accuracy=evaluation.correct / labelled if evaluation else None,
+        top5_accuracy=evaluation.correct_top5 / labelled if evaluation else None,
+        cohort=None if cohorts is None else len(cohorts[0]),
+        cohort_size=None if cohorts is None else min(len(cohorts[0]), size or 0),
+        tta=inference.tta,
+        tta_frames=frames[0] if inference.tta and len(set(frames)) == 1 else None,
         verification=verification,
         as_chosen=as_chosen,
+        models=_alone(inference, found, labelled, alone),
+        combination=found.combination,
+    )
+
+
+def _strangers(inference: Inference, part: Split, names: Sequence[str | None]) -> int:
+    """How many utterances are from speakers who cannot be named; tells of them."""
+    if not inference.agree:
+        note(
+            "the models know different speakers: each has an accuracy of its own, but all together "
+            "have none; --backend wccn knows the speakers of the shards"
+        )
+    known = set.intersection(*(set(each) for each in inference.known.values()))
+    strangers = sum(name is not None and name not in known for name in names)
+    if strangers:
+        note(
+            f"{strangers:,} utterances of {part.name} are from speakers who cannot be named: "
+            "wrong for the accuracy, but good for trials"
+        )
+    return strangers
+
+
+def _as_chosen(inference: Inference, scores: Floats, trials: Trials) -> RunReport | None:
+    """What the thresholds of a run do to plain cosines; those of several models have none."""
+    model, *others = inference.models
+    if others or not model.thresholds or not model.calibration or inference.tta:
+        return None
+    return report_run(scores, trials, model.thresholds, model.calibration)
+
+
+def _alone(
+    inference: Inference, found: Found, labelled: int, verified: Sequence[Verified | None]
+) -> tuple[ModelScore, ...]:
+    """What each model reaches alone."""
+    evaluations = found.evaluations or (None,) * len(inference.models)
+    return tuple(
+        ModelScore(
+            checkpoint=str(model.file),
+            step=model.step,
+            backend=model.backend,
+            accuracy=evaluation.correct / labelled if evaluation else None,
+            top5_accuracy=evaluation.correct_top5 / labelled if evaluation else None,
+            eer=trials.eer if trials else None,
+            min_dcf=trials.min_dcf if trials else None,
+            tta_frames=frames or None,
+        )
+        for model, evaluation, trials, frames in zip(
+            inference.models, evaluations, verified, inference.tta_frames, strict=True
+        )
     )
 
 
@@ -230,14 +240,15 @@ def score(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help=f"""Measure the model of RUN on a split of whole utterances.
 
-    RUN is a run folder, a model folder or a checkpoint. Prints top-1 and top-5 accuracy, and for
-    trials, pairs of utterances scored by the cosine of their embeddings, the equal error rate, the
-    normalised minimum detection cost and their thresholds, and the cost of calibrated scores
-    (Cllr). With --from-scores, the scores come from a file, and there is no RUN. With --suspects,
-    the labels are judged, not the model. Results go to stdout, all else to stderr.
+    RUN is a run folder, a model folder or a checkpoint; several models are measured together, and
+    each alone. Prints top-1 and top-5 accuracy, and for trials, pairs of utterances scored by the
+    cosine of their embeddings, the equal error rate, the normalised minimum detection cost and
+    their thresholds, and the cost of calibrated scores (Cllr). With --from-scores, the scores come
+    from a file, and there is no RUN. With --suspects, the labels are judged, not the models.
+    Results go to stdout, all else to stderr.
     {EXIT_CODES}""",
 )
-@model_options(split="val", run_required=False)
+@model_options(split="val", required=False)
 @backend_option
 @click.option(
     "--labels",
@@ -311,7 +322,7 @@ def main(
         text = json.dumps(msgspec.to_builtins(report))
         click.echo(text if as_json else "\n".join(report.lines()))
         return
-    if options["run"] is None:
+    if not options["runs"]:
         raise click.UsageError("give a RUN, or --from-scores FILE")
     if suspects is not None:
         _refuse_beside_suspects(context)

@@ -224,15 +224,16 @@ def test_collected_embeddings_stand_in_the_order_of_the_split(
 ) -> None:
     loader = shardprep.UtteranceLoader(split, max_frames=max_frames)
     model.train()
-    found = collect(Views(model), loader, split.labels, device=CPU)
+    found = collect([Views(model)], loader, [split.labels], device=CPU)
     assert model.training
     model.eval()
     plain = evaluate(model, loader, split.labels, device=CPU)
-    assert found.embeddings.dtype == np.float32
-    assert found.evaluation.predictions.tolist() == plain.predictions.tolist()
-    assert found.evaluation.correct_top5 == plain.correct_top5 == 24
+    (embeddings,), (evaluation,) = found.embeddings, found.evaluations
+    assert embeddings.dtype == np.float32
+    assert evaluation.predictions.tolist() == plain.predictions.tolist()
+    assert evaluation.correct_top5 == plain.correct_top5 == 24
     with torch.no_grad():
-        for index, embedding in enumerate(found.embeddings):
+        for index, embedding in enumerate(embeddings):
             alone = model.embed(torch.from_numpy(split.read(index)).float()[None])[0]
             assert np.allclose(embedding, alone.numpy(), atol=1e-5)
 

@@ -55,3 +55,11 @@ def find_checkpoint(place: Path, choice: str = "best") -> Path:
         # Not --checkpoint last, which train.start_from does not have.
         remedy = f"it has not been validated yet: name {newest} in its place"
     raise CheckpointError(f"{place}: there is no {choice} checkpoint; {remedy}")
+
+
+def holds_model(place: Path) -> bool:
+    """Whether a place is a run folder, a model folder, or a file of either, by what it holds."""
+    if not place.is_dir():
+        return place.suffix in (".pt", Path(WEIGHTS).suffix)
+    folder = CheckpointFolder(place)
+    return (place / WEIGHTS).exists() or folder.best.exists() or folder.latest() is not None

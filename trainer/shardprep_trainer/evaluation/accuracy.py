@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from shardprep_trainer.model.build import model_inputs
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Labels = NDArray[np.signedinteger[Any]]
+Tensors = Sequence[Tensor]
 
 TOP = 5
 # Embeddings that are scored at a time: against 6,000 speakers that is 100 MB of scores.
@@ -58,12 +59,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a model makes of the utterances of a split."""
+    """What models make of the utterances of a split."""
 
-    embeddings: NDArray[np.float32]
-    """(N, D), in the split's own order."""
-    evaluation: Evaluation
-    """How well they were recognised; it has no loss."""
+    embeddings: tuple[NDArray[np.float32], ...]
+    """Of each model (N, D), in the split's own order."""
+    evaluations: tuple[Evaluation, ...]
+    """How well they were recognised in each way that was asked for; without a loss."""
 
 
 def on_one_process(total: Tensor) -> Tensor:
@@ -120,34 +121,65 @@ def evaluate(
     return counts if kept is None else replace(counts, embeddings=kept.embeddings(reduce))
 
 
-def collect(
-    views: Views,
+def as_scored(embeddings: Tensors, scores: Tensors) -> Tensors:
+    """The scores of each model, as its head gives them."""
+    return scores
+
+
+def collect_scores(
+    models: Sequence[Views],
     batches: Iterable[Mapping[str, Tensor]],
-    labels: Labels,
     *,
     device: torch.device,
+    score: Callable[[Tensors, Tensors], Tensors] = as_scored,
+) -> tuple[Labels, list[NDArray[np.float32]]]:
+    """Embed and score a few utterances; see `collect` for the arguments.
+
+    Returns:
+        Positions (K,) of the utterances as they came, and for each way of scoring (K, S).
+    """
+    positions, rows = [], []
+    with _evaluating(*models):
+        for batch in batches:
+            positions.append(batch["index"].numpy())
+            found = score(*_embed_and_score(models, batch, device))
+            rows.append([own.cpu().numpy() for own in found])
+    return np.concatenate(positions), [np.concatenate(own) for own in zip(*rows, strict=True)]
+
+
+def collect(
+    models: Sequence[Views],
+    batches: Iterable[Mapping[str, Tensor]],
+    labels: Sequence[Labels],
+    *,
+    device: torch.device,
+    score: Callable[[Tensors, Tensors], Tensors] = as_scored,
 ) -> Collected:
     """Embed and classify every utterance of a split, on one process.
 
     Args:
-        views: The model, on the device; left in the mode it was in.
+        models: On the device; left in the mode that they were in.
         batches: The whole split, as `evaluate` wants it.
-        labels: Class of every utterance of the split (N,), -1 where unknown; at least one.
-        device: Where the model is.
+        labels: For each way of scoring, the class of every utterance of the split (N,), -1 where
+            unknown; at least one.
+        device: Where the models are.
+        score: From embeddings (B, D) and scores (B, S) of each model to the scores by each way.
 
     Returns:
-        Embeddings and counts; of the logits no more is kept, for they are (N, S).
+        Embeddings and counts; of the scores no more is kept, for they are (N, S).
     """
-    tally = _Tally(labels, device)
-    embeddings = np.empty((0, 0), np.float32)
-    with _evaluating(views):
+    tallies = [_Tally(own, device) for own in labels]
+    embeddings = [np.empty((0, 0), np.float32)] * len(models)
+    with _evaluating(*models):
         for batch in batches:
-            embedding, logits = views.embed_and_score(*model_inputs(batch, device))
-            tally.add(batch["index"], logits.float())
-            if not embeddings.size:
-                embeddings = np.empty((len(labels), embedding.shape[1]), np.float32)
-            embeddings[batch["index"].numpy()] = embedding.float().cpu().numpy()
-    return Collected(embeddings, tally.evaluation())
+            found, scores = _embed_and_score(models, batch, device)
+            for tally, own in zip(tallies, score(found, scores), strict=True):
+                tally.add(batch["index"], own)
+            if not embeddings[0].size:
+                embeddings = [np.empty((len(labels[0]), own.shape[1]), np.float32) for own in found]
+            for rows, own in zip(embeddings, found, strict=True):
+                rows[batch["index"].numpy()] = own.cpu().numpy()
+    return Collected(tuple(embeddings), tuple(tally.evaluation() for tally in tallies))
 
 
 def grade(
@@ -172,16 +204,27 @@ def grade(
     return tally.evaluation()
 
 
+def _embed_and_score(
+    models: Sequence[Views], batch: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensors, Tensors]:
+    """Embeddings (B, D) and scores (B, S) of each model; the batch goes to the device once."""
+    inputs = model_inputs(batch, device)
+    found = [model.embed_and_score(*inputs) for model in models]
+    return [own.float() for own, _ in found], [own.float() for _, own in found]
+
+
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; the model is left in the mode it was in."""
-    training = model.training
-    model.eval()
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the models are left in the mode that they were in."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
 
 
 class _Kept:

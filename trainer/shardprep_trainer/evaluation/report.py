@@ -23,6 +23,7 @@ from shardprep_trainer.evaluation.calibration import (
     linked_speakers,
     min_cllr,
 )
+from shardprep_trainer.evaluation.combining.combination import Combination
 from shardprep_trainer.evaluation.score_files import read_scores, write_scores
 from shardprep_trainer.evaluation.trial_lists import read_list
 from shardprep_trainer.evaluation.trials import Ints, Trials
@@ -172,11 +173,37 @@ def report_run(
 
 
 @dataclass(frozen=True)
-class Score:
-    """What the command prints; None where there is nothing to say."""
+class ModelScore:
+    """What a model reaches alone; None where there is nothing to say."""
 
     checkpoint: str
     step: int
+    backend: str
+    """What named the speakers, head or wccn."""
+    accuracy: float | None
+    top5_accuracy: float | None
+    eer: float | None
+    """Of the trials, by scores of the same kind as those of all models together."""
+    min_dcf: float | None
+    tta_frames: int | None
+
+    def line(self) -> str:
+        """The same for people."""
+        found = []
+        if self.accuracy is not None:
+            found.append(f"top-1 accuracy {self.accuracy:.4f}")
+        if self.eer is not None:
+            found += [f"EER {100 * self.eer:.2f} %", f"minDCF {self.min_dcf:.4f}"]
+        return f"alone, {self.checkpoint}: {', '.join(found)}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the command prints; None where there is nothing to say."""
+
+    checkpoint: str | None
+    """None of several models; `models` has those."""
+    step: int | None
     shards: str
     split: str
     utterances: int
@@ -185,7 +212,7 @@ class Score:
     unknown_to_model: int
     """Those of them whose speaker the backend does not know: always wrong."""
     backend: str
-    """What named the speakers, head or wccn."""
+    """What named the speakers, head or wccn; of several models maybe both."""
     accuracy: float | None
     top5_accuracy: float | None
     cohort: int | None
@@ -194,10 +221,15 @@ class Score:
     """How many of them count for each side of a trial."""
     tta: int
     tta_frames: int | None
+    """None also where the models differ in it."""
     verification: TrialReport
     """Of the trials."""
     as_chosen: RunReport | None
     """Of the same trials, by what the run chose; None where it chose nothing for such scores."""
+    models: tuple[ModelScore, ...]
+    """What each model reaches alone."""
+    combination: Combination | None
+    """How several models named the speakers."""
 
     def to_json(self) -> str:
         """One JSON object, the report of the trials among its fields."""
@@ -220,4 +252,6 @@ class Score:
             lines += [*verified, f"cohort: {cohort}"]
         if self.as_chosen is not None:
             lines.append(self.as_chosen.line())
+        if len(self.models) > 1 and lines:
+            lines += [model.line() for model in self.models]
         return lines

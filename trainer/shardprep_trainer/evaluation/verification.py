@@ -9,6 +9,7 @@ Axis legend: N utterances, K trials, C cohort, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,17 @@ def normalize(embeddings: Floats) -> NDArray[np.float32]:
     lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
     scaled = embeddings / np.where(lengths == 0, 1, lengths)[:, None]
     return scaled.astype(np.float32)
+
+
+def join(embeddings: Sequence[Floats]) -> NDArray[np.float32]:
+    """Join the embeddings (N, D) of several models, so that a cosine is the mean of their cosines.
+
+    Returns:
+        Of one model, its embeddings as they are; else (N, sum of D), of length 1.
+    """
+    if len(embeddings) == 1:
+        return np.asarray(embeddings[0], np.float32)
+    return normalize(np.concatenate([normalize(own) for own in embeddings], axis=1))
 
 
 def cosine_scores(embeddings: Floats, trials: Trials) -> NDArray[np.float64]:

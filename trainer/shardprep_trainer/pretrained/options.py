@@ -63,9 +63,9 @@ on_error_option = click.option(
 
 
 def use_all(
-    model: SpeakerModel, recordings: Sequence[Recording], on_error: str
-) -> Iterator[tuple[Recording, Used]]:
-    """Embed and score the recordings of a command, in their order.
+    models: Sequence[SpeakerModel], recordings: Sequence[Recording], on_error: str
+) -> Iterator[tuple[Recording, list[Used]]]:
+    """Embed and score the recordings of a command by each model, in their order.
 
     What was left out, and what was cut, is told.
 
@@ -74,19 +74,22 @@ def use_all(
     """
     check_there(recordings)
     lost = kept = 0
-    for recording, found in model.use(recordings):
-        if isinstance(found, ValueError):
+    for each in zip(*(model.use(recordings) for model in models), strict=True):
+        recording, found = each[0][0], [made for _, made in each]
+        used = [made for made in found if isinstance(made, Used)]
+        if error := next((made for made in found if isinstance(made, ValueError)), None):
             if on_error == "fail":
                 raise PredictionError(
-                    f"{recording}: {found}; correct it, or leave such recordings out with "
+                    f"{recording}: {error}; correct it, or leave such recordings out with "
                     "--on-error skip"
-                ) from found
+                ) from error
             lost += 1
-            _tell(f"warning: {recording}: {found}; left out")
+            _tell(f"warning: {recording}: {error}; left out")
         else:
             kept += 1
-            tell_pieces(model, recording, found)
-            yield recording, found
+            for model, own in zip(models, used, strict=True):
+                tell_pieces(model, recording, own)
+            yield recording, used
     if not kept:
         raise PredictionError(f"none of the {lost:,} recordings can be used")
     if lost:

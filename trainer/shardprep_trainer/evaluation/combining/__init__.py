@@ -1,0 +1,1 @@
+"""How several models name a speaker together."""
