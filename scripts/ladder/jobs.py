@@ -275,11 +275,13 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
     else:
         run = _train_and_predict(job, places, log, threads, stop)
         keep(kept, run)
+    known = set(run)
     if places.trials.exists():
         if job.score:
             add_scores(run, job.score, log, threads, stop)
         elif "eer" not in run:
             run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
+    if set(run) != known:
         keep(kept, run)
     return run
 

@@ -202,6 +202,39 @@ def test_best_lm_and_the_best_before_it_share_the_segments(tmp_path: Path) -> No
     assert job.start.name.startswith("best-s2-")
 
 
+def test_best_lm_continues_where_it_stopped_and_a_finished_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, work = plan(tmp_path, "best-lm"), tmp_path / "work"
+    places = jobs.Places(tmp_path / "Dataset", tmp_path / "test_labels.csv", work)
+    places.labels.write_text("Id,Category\nu.pt,a\n")
+    checkpoints = work / "runs" / job.start.name / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-5.pt").touch()
+    places.trials.touch()
+    rates = {"samples_per_second": 9.0, "waiting": 0.0, "peak_memory_mib": 1.0}
+    rows = [{"event": "train", **rates}, {"event": "valid", "accuracy": 0.5}]
+    ran: list[list[str]] = []
+
+    def run(command: tuple[str, ...], *_: Any) -> str:
+        ran.append(list(command))
+        if "predict" in command:
+            folder = work / "runs" / job.name
+            folder.mkdir()
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            Path(command[-1]).write_text("Id,Category\nu.pt,a\n")
+        return json.dumps({"accuracy": 0.9, "top5_accuracy": 1.0, "eer": 0.1, "min_dcf": 0.5})
+
+    monkeypatch.setattr(jobs, "run_command", run)
+    found = jobs.run_job(job, places, 1, Event())
+    assert ran == [[*job.start.train, "--resume"], *map(list, job.commands[1:])]
+    assert (found["seconds"], found["test_accuracy"], found["eer_as_norm"]) == (None, 1.0, 0.1)
+    kept = jobs.result_file(places, job)
+    before = kept.stat().st_mtime_ns
+    assert jobs.run_job(job, places, 1, Event()) == found
+    assert (len(ran), kept.stat().st_mtime_ns) == (5, before)
+
+
 def test_best_lm_is_another_run_where_its_start_is(tmp_path: Path) -> None:
     plain, changed = (
         plan(tmp_path, "best-lm", overrides=overrides)
@@ -395,10 +428,17 @@ def test_finished_runs_are_not_repeated(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "ladder.json"
     words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seed", 0]
     words += ["--rung", "homework", "--rung", "simple", "--width", 16, "--validations", 1, "--cpu"]
+    words += ["--rung", "best-lm"]
+    sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "layers": 1, "stem_channels": 4}
+    for name, size in sizes.items():
+        words += ["--override", f"best.model.{name}={size}"]
     first = invoke(*words, "--out", out)
     assert first.exit_code == 0, first.output
     result = json.loads(out.read_text())
-    assert [run["rung"] for run in result["runs"]] == ["homework", "simple"]
+    assert [run["rung"] for run in result["runs"]] == ["homework", "simple", "best-lm"]
+    assert all("eer_as_norm" in run for run in result["runs"][1:])
+    # The run of best that best-lm starts from is no run of its own.
+    assert len(list((tmp_path / "work" / "runs").glob("best-s0-*"))) == 1
     assert all(run["test_utterances"] == 5 for run in result["runs"])
     assert all(0 <= run["val_accuracy"] <= 1 for run in result["runs"])
     assert all(0 <= run["eer"] <= 1 and 0 <= run["min_dcf"] <= 1 for run in result["runs"])
