@@ -23,6 +23,7 @@ from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.find import holds_model
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.evaluation.combining import held_out
+from shardprep_trainer.evaluation.suspects.leave_one_out import judge_labels
 from shardprep_trainer.evaluation.wccn import Wccn
 
 ConfigFactory = Callable[..., Config]
@@ -357,3 +358,22 @@ def test_models_are_told_from_recordings_by_what_they_hold(run: Path, tmp_path: 
     models = [run, run / "model", run / BEST, run / "checkpoints" / "step-00000009.pt"]
     others = [tmp_path / "voices", tmp_path / "voices" / "a.wav", tmp_path / "list.csv", tmp_path]
     assert [holds_model(place) for place in [*models, *others]] == [True] * 4 + [False] * 4
+
+
+def test_suspects_are_judged_by_joined_embeddings(
+    run: Path, other: Path, shards: Path, tmp_path: Path
+) -> None:
+    data, out, truth = shardprep.open_shards(shards), tmp_path / "out.csv", tmp_path / "truth.csv"
+    part = data["train"]
+    labels = np.where(np.arange(len(part)) % 7 == 0, (part.labels + 1) % 3, part.labels)
+    rows = zip(part.keys, (data.speakers[label] for label in labels), strict=True)
+    truth.write_text("Id,Category\n" + "".join(f"{key},{name}\n" for key, name in rows))
+    found = score_json(run, other, "--suspects", out, "--labels", truth)
+    joined = np.hstack([alone(path, part)[0] for path in (run, other)])
+    expected = judge_labels(joined, labels)
+    keys = {line.split(",")[0] for line in out.read_text().splitlines()[1:]}
+    assert found["suspects"] == len(keys) > 0
+    # float32 cannot tell the smallest margins from 0.
+    assert {*part.keys[expected.position[expected.margin < -1e-4]]} <= keys
+    assert keys <= {*part.keys[expected.position[expected.margin < 1e-4]]}
+    assert found["threshold"] == pytest.approx(expected.threshold, abs=1e-3)

@@ -63,7 +63,9 @@ def judge_labels(embeddings: Floats, speakers: Ints) -> Judged:
 
     A speaker is the mean of the utterances of that label after within-class covariance
     normalisation, as the backend wccn has it; `own` is exactly what this mean gives without the
-    utterance. The covariance is that of all utterances: one of N changes little in it.
+    utterance. The covariance is estimated once, without the utterances that plain cosines find
+    nearer to another speaker: wrong labels would make differences between speakers look like those
+    within a speaker. That it holds the utterance itself, one of N, changes little.
 
     Args:
         embeddings: (N, D), of any length.
@@ -80,10 +82,37 @@ def judge_labels(embeddings: Floats, speakers: Ints) -> Judged:
             f"{len(numbers)} speakers, of whom none has more than {most} utterances: it takes two "
             "speakers, and one with two utterances"
         )
-    unit = Wccn(embeddings, speakers).project(embeddings[known])
-    sums = speaker_means(unit, rows) * counts[:, None]
-    means = normalize(sums)
     judged = np.flatnonzero(counts[rows] > 1)
+    own, other, _ = _compare(normalize(embeddings[known]), rows, judged)
+    trusted = rows.copy()
+    trusted[judged[own < other]] = -1
+    # If all are doubted, none is worth more than another.
+    wccn = Wccn(embeddings[known], trusted if (trusted >= 0).any() else rows)
+    own, other, nearest = _compare(wccn.project(embeddings[known]), rows, judged)
+    target = np.repeat([True, False], len(judged))
+    return Judged(
+        position=known[judged],
+        own=own,
+        other=other,
+        nearest=numbers[nearest],
+        alone=len(known) - len(judged),
+        threshold=error_rates(np.concatenate((own, other)), target).equal()[1],
+    )
+
+
+def _compare(unit: NDArray[np.float32], rows: Ints, judged: Ints) -> tuple[Floats, Floats, Ints]:
+    """Compare utterances with their own speaker, without themselves, and with the others.
+
+    Args:
+        unit: Embeddings (N, D) of length 1.
+        rows: Speaker 0..S-1 of each (N,).
+        judged: Which are compared (K,); their speakers have others.
+
+    Returns:
+        `own`, `other` and `nearest` (K,), as in `Judged`; `nearest` in 0..S-1.
+    """
+    sums = speaker_means(unit, rows) * np.bincount(rows)[:, None]
+    means = normalize(sums)
     own, other = np.empty(len(judged)), np.empty(len(judged))
     nearest = np.empty(len(judged), np.int64)
     for at in range(0, len(judged), _BLOCK):
@@ -94,15 +123,7 @@ def judge_labels(embeddings: Floats, speakers: Ints) -> Judged:
         scores[np.arange(len(these)), labels] = -np.inf
         nearest[block] = scores.argmax(1)
         other[block] = scores.max(1)
-    target = np.repeat([True, False], len(judged))
-    return Judged(
-        position=known[judged],
-        own=own,
-        other=other,
-        nearest=numbers[nearest],
-        alone=len(known) - len(judged),
-        threshold=error_rates(np.concatenate((own, other)), target).equal()[1],
-    )
+    return own, other, nearest
 
 
 def _cosines(unit: NDArray[np.float32], sums: Floats) -> Floats:
