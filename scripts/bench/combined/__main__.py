@@ -1,6 +1,6 @@
 """Prediction by three models combined, against the three one after the other.
 
-    python -m scripts.bench.combined [--utterances 1000] [--out scripts/results/combined.json]
+    python -m scripts.bench.combined [--utterances 200] [--out scripts/results/combined.json]
 
 The models have random weights: a Conformer, a Transformer and a wider Conformer. The set is random
 log-mels of many lengths, with a split val, on which the combination is fitted. In each round the
@@ -38,9 +38,11 @@ from shardprep_trainer.predict import predict_names
 N_MELS, SPEAKERS, VAL = 40, 100, 200
 SHORTEST, LONGEST = 100, 500
 MODELS = {
-    "conformer": ModelConfig(dim=144, heads=4, ff_dim=576, layers=2),
-    "transformer": ModelConfig(encoder="transformer", dim=192, heads=4, ff_dim=768, layers=3),
-    "wider": ModelConfig(dim=192, heads=4, ff_dim=768, layers=2),
+    "conformer": ModelConfig(dim=144, heads=4, head_dim=36, ff_dim=576, layers=2),
+    "transformer": ModelConfig(
+        encoder="transformer", dim=192, heads=4, head_dim=48, ff_dim=768, layers=3
+    ),
+    "wider": ModelConfig(dim=192, heads=4, head_dim=48, ff_dim=768, layers=2),
 }
 
 
@@ -116,8 +118,8 @@ def summary(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--utterances", "count", type=click.IntRange(1), default=1000, help="Of test.")
-@click.option("--rounds", type=click.IntRange(1), default=5)
+@click.option("--utterances", "count", type=click.IntRange(1), default=200, help="Of test.")
+@click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON to write.")
 def main(count: int, rounds: int, out: Path | None) -> None:
     """Measure, and print the times and the ratio."""
