@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from scripts.ladder.jobs import Job, Places, add_scores, keep, result_file, score_command
+from scripts.ladder.jobs import Job, Places, keep, measures, result_file, score_command
 from scripts.ladder.summary import ALL_SEEDS, PAIR, PAIRED, REPEATED, Run
 
 
@@ -90,7 +90,7 @@ def run_combination(combination: Combination, places: Places, threads: int, stop
         "alone": statistics.fmean(alone) if of_one else max(alone),
     }
     log = places.work / "logs" / f"{combination.name}.log"
-    add_scores(run, combination.score, log, threads, stop)
+    run |= measures(combination.score, places, log, threads, stop)
     keep(kept, run)
     return run
 

@@ -30,8 +30,6 @@ NARROWED = ("strong", "boss")
 TUNED = {"best-lm": "best"}
 TRAIN = RECIPES.parents[1] / "train.py"
 SHARDPREP = (sys.executable, "-m", "shardprep")
-# Scores of trials that are measured: the suffix of their names, and the options of the command.
-SCORES: dict[str, tuple[str, ...]] = {"": (), "_as_norm": ("--as-norm",)}
 _POLL_SECONDS = 0.2
 
 
@@ -90,8 +88,7 @@ class Job:
         steps: Optimiser steps.
         batch_size: Segments a step.
         train: The command that trains. The homework's command also predicts, and prints JSON.
-        predict: The command that predicts, for recipes.
-        score: The command that prints other measures of the test split as JSON, for recipes.
+        score: The command that prints the measures of the test split as JSON, for recipes.
         start: The run that this one starts from.
     """
 
@@ -101,7 +98,6 @@ class Job:
     steps: int
     batch_size: int
     train: tuple[str, ...]
-    predict: tuple[str, ...] = ()
     score: tuple[str, ...] = ()
     start: Job | None = None
 
@@ -118,9 +114,7 @@ class Job:
     @property
     def commands(self) -> list[tuple[str, ...]]:
         """All commands, in order."""
-        trainings = [job.train for job in self.trainings]
-        scores = [(*self.score, *options) for options in SCORES.values()] if self.score else []
-        return [*trainings, *([self.predict] if self.predict else []), *scores]
+        return [*(job.train for job in self.trainings), *([self.score] if self.score else [])]
 
     @property
     def segments(self) -> int:
@@ -171,7 +165,6 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
     launch += ["--cpu"] if settings.cpu else []
     launch += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
     launch += ["--mixed_precision", settings.precision, str(TRAIN)]
-    predict = (*SHARDPREP, "predict", str(runs / name), *test_split(places))
     return Job(
         rung=rung,
         seed=seed,
@@ -179,7 +172,6 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
         steps=steps,
         batch_size=batch_size,
         train=(*launch, *options),
-        predict=(*predict, "--out", str(_submission(places, name))),
         score=score_command(places, [name]),
         start=start,
     )
@@ -188,13 +180,9 @@ def plan_job(rung: str, seed: int, settings: Settings, places: Places, data: str
 def score_command(places: Places, names: Sequence[str]) -> tuple[str, ...]:
     """The command that prints measures of the test split as JSON, of several runs combined."""
     runs = [str(places.work / "runs" / name) for name in names]
-    trials = ("--trials", str(places.trials), "--json")
-    return (*SHARDPREP, "score", *runs, *test_split(places), *trials)
-
-
-def test_split(places: Places) -> tuple[str, ...]:
-    """The options that name the test split and its labels."""
-    return ("--shards", str(places.shards), "--split", "test", "--labels", str(places.labels))
+    split = ("--shards", str(places.shards), "--split", "test", "--labels", str(places.labels))
+    trials = ("--trials", str(places.trials), "--as-norm", "--json")
+    return (*SHARDPREP, "score", *runs, *split, *trials)
 
 
 def _plan_homework(seed: int, settings: Settings, places: Places, data: str) -> Job:
@@ -273,27 +261,34 @@ def run_job(job: Job, places: Places, threads: int, stop: Event) -> Run:
     if kept.exists():
         run: Run = json.loads(kept.read_text())
     else:
-        run = _train_and_predict(job, places, log, threads, stop)
+        run = _train_and_score(job, places, log, threads, stop)
         keep(kept, run)
-    known = set(run)
-    if places.trials.exists():
-        if job.score:
-            add_scores(run, job.score, log, threads, stop)
-        elif "eer" not in run:
-            run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
-    if set(run) != known:
+    if not job.score and "eer" not in run and places.trials.exists():
+        run.update(verify_embeddings(_embeddings(places, job.name), places.trials))
         keep(kept, run)
     return run
 
 
-def add_scores(run: Run, score: Sequence[str], log: Path, threads: int, stop: Event) -> None:
-    """Add to a run the measures of `SCORES` that it lacks, and its accuracies if it has none."""
-    for suffix, options in SCORES.items():
-        if f"eer{suffix}" not in run:
-            answer = json.loads(run_command((*score, *options), log, threads, stop))
-            run.update({f"{key}{suffix}": answer[key] for key in ("eer", "min_dcf")})
-            run.setdefault("test_accuracy", answer["accuracy"])
-            run.setdefault("top5_accuracy", answer["top5_accuracy"])
+def measures(
+    score: Sequence[str], places: Places, log: Path, threads: int, stop: Event
+) -> dict[str, Any]:
+    """What a command of `score_command` finds: accuracies, plain and normalised trials.
+
+    Trials are left out where the test split makes none.
+    """
+    if not places.trials.exists():
+        score = (*score[: score.index("--trials")], "--pairs", "0", "--json")
+    answer = json.loads(run_command(score, log, threads, stop))
+    found = {
+        "test_accuracy": answer["accuracy"],
+        "test_correct": round(answer["accuracy"] * answer["labelled"]),
+        "test_utterances": answer["labelled"],
+        "top5_accuracy": answer["top5_accuracy"],
+    }
+    if answer["plain"] is not None:
+        found |= answer["plain"]
+        found |= {f"{key}_as_norm": answer[key] for key in ("eer", "min_dcf")}
+    return found
 
 
 def keep(file: Path, run: Run) -> None:
@@ -302,7 +297,7 @@ def keep(file: Path, run: Run) -> None:
         out.write((json.dumps(run, indent=2) + "\n").encode())
 
 
-def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: Event) -> Run:
+def _train_and_score(job: Job, places: Places, log: Path, threads: int, stop: Event) -> Run:
     began, resumed, answer = time.perf_counter(), False, ""
     for training in job.trainings:
         command = training.train
@@ -310,22 +305,24 @@ def _train_and_predict(job: Job, places: Places, log: Path, threads: int, stop: 
             command, resumed = (*command, "--resume"), True
         answer = run_command(command, log, threads, stop)
     seconds = time.perf_counter() - began
-    if job.predict:
-        run_command(job.predict, log, threads, stop)
+    if job.score:
         metrics = places.work / "runs" / job.name / "metrics.jsonl"
         measured = {"seconds": None if resumed else seconds, **read_metrics(metrics)}
+        measured |= measures(job.score, places, log, threads, stop)
     else:
         measured = json.loads(answer)
-    correct, total = score_submission(_submission(places, job.name), places.labels)
+        correct, total = score_submission(_submission(places, job.name), places.labels)
+        measured |= {
+            "test_accuracy": correct / total,
+            "test_correct": correct,
+            "test_utterances": total,
+        }
     return {
         "rung": job.rung,
         "seed": job.seed,
         "name": job.name,
         "batch_size": job.batch_size,
         "steps": job.steps,
-        "test_accuracy": correct / total,
-        "test_correct": correct,
-        "test_utterances": total,
         **measured,
     }
 

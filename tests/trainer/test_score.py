@@ -276,7 +276,10 @@ def test_as_norm_uses_the_training_speakers(run: Path, shards: Path, tmp_path: P
     found = score_json(run, *options, "--as-norm", "--cohort-size", 2)
     assert found["eer"] < 0.02
     assert (found["cohort"], found["cohort_size"]) == (3, 2)
-    assert score_json(run, *options)["eer"] > 0.05
+    plain = score_json(run, *options)
+    assert plain["eer"] > 0.05
+    assert found["plain"] == {key: plain[key] for key in ("eer", "min_dcf")}
+    assert plain["plain"] is None
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from shardprep_trainer.evaluation.labels import number_speakers
 from shardprep_trainer.evaluation.names import Names
 from shardprep_trainer.evaluation.report import (
     ModelScore,
+    Plain,
     RunReport,
     Score,
     TrialReport,
@@ -152,12 +153,14 @@ def score(
     size = options.cohort_size
     cohorts = None if chosen is None or size is None else inference.cohorts
     found = inference.recognise(part, names) if labelled else inference.embed(part)
-    verification, as_chosen = TrialReport(), None
+    verification, plain, as_chosen = TrialReport(), None, None
     alone: list[Verified | None] = [None] * len(inference.models)
     if chosen is not None:
         trials = chosen.trials
         each = [cosine_scores(own, trials) for own in found.ways]
         if cohorts is not None:
+            before = judge(each[-1], trials.target)
+            plain = Plain(before.eer, before.min_dcf)
             ways = zip(each, found.ways, cohorts, strict=True)
             each = [as_norm(own, by, trials, cohort, size or 0) for own, by, cohort in ways]
         else:
@@ -183,6 +186,7 @@ def score(
         tta=inference.tta,
         tta_frames=frames[0] if inference.tta and len(set(frames)) == 1 else None,
         verification=verification,
+        plain=plain,
         as_chosen=as_chosen,
         models=_alone(inference, found, labelled, alone),
         combination=found.combination,
@@ -271,7 +275,12 @@ def _alone(
     f"{2 * _DRAWN:,}]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides the draw of trials.")
-@click.option("--as-norm", "normalized", is_flag=True, help="Normalise scores (AS-norm).")
+@click.option(
+    "--as-norm",
+    "normalized",
+    is_flag=True,
+    help="Normalise scores (AS-norm); plain ones are reported, too.",
+)
 @click.option(
     "--cohort-size",
     type=click.IntRange(min=2),

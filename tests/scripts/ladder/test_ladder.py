@@ -22,6 +22,15 @@ from scripts.ladder import combinations, jobs, plot, summary, trials
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 
 OURS = ("simple", "medium", "strong", "boss")
+# What `shardprep score --as-norm --json` says, as far as a ladder takes it.
+SCORED = {
+    "accuracy": 0.9,
+    "labelled": 10,
+    "top5_accuracy": 1.0,
+    "eer": 0.04,
+    "min_dcf": 0.3,
+    "plain": {"eer": 0.05, "min_dcf": 0.4},
+}
 
 
 def runs_of(**accuracies: list[float]) -> list[dict[str, Any]]:
@@ -214,25 +223,23 @@ def test_best_lm_continues_where_it_stopped_and_a_finished_run_is_left_alone(
     places.trials.touch()
     rates = {"samples_per_second": 9.0, "waiting": 0.0, "peak_memory_mib": 1.0}
     rows = [{"event": "train", **rates}, {"event": "valid", "accuracy": 0.5}]
+    (work / "runs" / job.name).mkdir()
+    (work / "runs" / job.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ran: list[list[str]] = []
 
     def run(command: tuple[str, ...], *_: Any) -> str:
         ran.append(list(command))
-        if "predict" in command:
-            folder = work / "runs" / job.name
-            folder.mkdir()
-            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            Path(command[-1]).write_text("Id,Category\nu.pt,a\n")
-        return json.dumps({"accuracy": 0.9, "top5_accuracy": 1.0, "eer": 0.1, "min_dcf": 0.5})
+        return json.dumps(SCORED)
 
     monkeypatch.setattr(jobs, "run_command", run)
     found = jobs.run_job(job, places, 1, Event())
     assert ran == [[*job.start.train, "--resume"], *map(list, job.commands[1:])]
-    assert (found["seconds"], found["test_accuracy"], found["eer_as_norm"]) == (None, 1.0, 0.1)
+    assert (found["seconds"], found["test_accuracy"], found["test_correct"]) == (None, 0.9, 9)
+    assert (found["eer"], found["eer_as_norm"]) == (0.05, 0.04)
     kept = jobs.result_file(places, job)
     before = kept.stat().st_mtime_ns
     assert jobs.run_job(job, places, 1, Event()) == found
-    assert (len(ran), kept.stat().st_mtime_ns) == (5, before)
+    assert (len(ran), kept.stat().st_mtime_ns) == (3, before)
 
 
 def test_best_lm_is_another_run_where_its_start_is(tmp_path: Path) -> None:
@@ -283,8 +290,7 @@ def test_a_combination_is_scored_once_and_beside_its_runs(
 
     def run(command: tuple[str, ...], *_: Any) -> str:
         commands.append(command)
-        eer = 0.04 if "--as-norm" in command else 0.05
-        return json.dumps({"accuracy": 0.95, "top5_accuracy": 1.0, "eer": eer, "min_dcf": 0.3})
+        return json.dumps(SCORED)
 
     monkeypatch.setattr(jobs, "run_command", run)
     seeds, pair = combinations.plan_combinations(runs, places)
@@ -292,10 +298,32 @@ def test_a_combination_is_scored_once_and_beside_its_runs(
     assert not failed
     assert [row["alone"] for row in found] == [pytest.approx(0.85), 0.8]
     assert [(row["test_accuracy"], row["eer"], row["eer_as_norm"]) for row in found] == [
-        (0.95, 0.05, 0.04)
+        (0.9, 0.05, 0.04)
     ] * 2
     assert ladder.run_all([seeds, pair], places, parallel=1, threads=1)[0] == found
-    assert len(commands) == 4
+    assert len(commands) == 2
+
+
+def test_without_trials_a_run_is_scored_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = jobs.Places(tmp_path / "Dataset", tmp_path / "labels.csv", tmp_path)
+    commands: list[tuple[str, ...]] = []
+
+    def run(command: tuple[str, ...], *_: Any) -> str:
+        commands.append(command)
+        return json.dumps({**SCORED, "plain": None, "eer": None, "min_dcf": None})
+
+    monkeypatch.setattr(jobs, "run_command", run)
+    score = jobs.score_command(places, ["a"])
+    found = jobs.measures(score, places, tmp_path / "log", 1, Event())
+    assert found == {
+        "test_accuracy": 0.9,
+        "test_correct": 9,
+        "test_utterances": 10,
+        "top5_accuracy": 1.0,
+    }
+    assert commands[0][-3:] == ("--pairs", "0", "--json")
 
 
 def test_names_differ_where_runs_do(tmp_path: Path) -> None:
@@ -359,8 +387,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(data: Path, tmp_path: Path
     assert lines[0][:2] == ["shardprep", "build"]
     assert sum(str(jobs.TRAIN) in line for line in lines) == 2
     assert sum("scripts.bench_train.homework_baseline" in line for line in lines) == 2
-    assert sum(line[1:4] == ["-m", "shardprep", "predict"] for line in lines) == 2
-    assert sum(line[1:4] == ["-m", "shardprep", "score"] for line in lines) == 4
+    assert sum(line[1:4] == ["-m", "shardprep", "score"] for line in lines) == 2
     assert sum("--as-norm" in line for line in lines) == 2
     assert not (tmp_path / "work").exists()
 

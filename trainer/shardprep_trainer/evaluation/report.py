@@ -198,6 +198,18 @@ class ModelScore:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """What the cosines of trials say before they are normalised."""
+
+    eer: float
+    min_dcf: float
+
+    def line(self) -> str:
+        """The same for people."""
+        return f"without AS-norm: EER {100 * self.eer:.2f} %, minDCF {self.min_dcf:.4f}"
+
+
+@dataclass(frozen=True)
 class Score:
     """What the command prints; None where there is nothing to say."""
 
@@ -224,6 +236,8 @@ class Score:
     """None also where the models differ in it."""
     verification: TrialReport
     """Of the trials."""
+    plain: Plain | None
+    """Of the same trials; None without AS-norm."""
     as_chosen: RunReport | None
     """Of the same trials, by what the run chose; None where it chose nothing for such scores."""
     models: tuple[ModelScore, ...]
@@ -250,6 +264,8 @@ class Score:
             if self.cohort is not None:
                 cohort = f"the nearest {self.cohort_size:,} of {self.cohort:,} training speakers"
             lines += [*verified, f"cohort: {cohort}"]
+        if self.plain is not None:
+            lines.append(self.plain.line())
         if self.as_chosen is not None:
             lines.append(self.as_chosen.line())
         if len(self.models) > 1 and lines:
