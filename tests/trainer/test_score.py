@@ -128,6 +128,8 @@ def test_text_says_the_same_as_json(run: Path) -> None:
         f"minDCF(0.01): {found['min_dcf']:.4f} (threshold {found['min_dcf_threshold']:.4f})",
         "trials: 6 (3 of one speaker; drawn with seed 0)",
         "cohort: the nearest 3 of 3 training speakers",
+        f"without AS-norm: EER {100 * found['plain']['eer']:.2f} %, "
+        f"minDCF {found['plain']['min_dcf']:.4f}",
     ]
     assert (found["tta"], found["tta_frames"], found["cohort_size"]) == (2, 64, 3)
 
