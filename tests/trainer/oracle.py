@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from shardprep_trainer.config.fields import ModelConfig
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
 
 
@@ -22,6 +24,7 @@ def model_of(file: Path) -> SpeakerNetwork:
         saved = torch.load(file, weights_only=True)
         weights = saved["weights"]
     speakers = len(saved["speakers"])
-    model = SpeakerNetwork(saved["n_mels"], speakers, **saved["config"]["model"]).eval()
+    config = ModelConfig(**saved["config"]["model"])
+    model = build_model(config, saved["n_mels"], speakers, (config.encoder,)).eval()
     model.load_state_dict(weights)
     return model

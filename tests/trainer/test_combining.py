@@ -345,7 +345,7 @@ def test_what_makes_no_sense_is_refused(
 
 def test_a_model_that_diverged_is_named(run: Path, other: Path, tmp_path: Path) -> None:
     weights = load(other / BEST).weights
-    name = next(name for name in weights if name.startswith("prenet."))
+    name = next(name for name in weights if name.startswith("encoder.stem."))
     change_best(other, weights={**weights, name: torch.full_like(weights[name], torch.nan)})
     result = invoke(predict.main, run, other, "--out", tmp_path / "x.csv")
     assert result.exit_code == 1

@@ -86,8 +86,8 @@ def test_what_cannot_be_done_has_one_message_and_its_code(
 
 def test_a_model_that_diverged_is_named(run: Path, tmp_path: Path) -> None:
     weights = load(run / BEST).weights
-    diverged = torch.full_like(weights["prenet.weight"], torch.nan)
-    file = change_best(run, weights={**weights, "prenet.weight": diverged})
+    diverged = torch.full_like(weights["encoder.stem.weight"], torch.nan)
+    file = change_best(run, weights={**weights, "encoder.stem.weight": diverged})
     result = embed(run, "--out", tmp_path / "out.npz")
     assert result.exit_code == 1
     assert f"{file}: the embeddings of 6 utterances of val are not finite" in result.stderr

@@ -17,6 +17,16 @@ from shardprep_trainer.errors import TrainerError, is_out_of_memory
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep."
 
 
+encoder_option = click.option(
+    "--encoder",
+    "encoders",
+    metavar="PACKAGE.MODULE:CLASS",
+    multiple=True,
+    help="Encoder of one's own that the model was trained with: its code is imported only if it is "
+    "named here. May be given repeatedly.",
+)
+
+
 def model_options(
     split: str, *, name: str = "runs", required: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -42,6 +52,7 @@ def model_options(
         ),
         click.option("--split", default=split, help="Split to read, in its own order."),
         click.option("--checkpoint", default="best", help="best, last, or a path as RUN is."),
+        encoder_option,
         click.option(
             "--max-frames",
             type=click.IntRange(min=1),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shardprep_trainer.commands import EXIT_CODES, note, reported_errors
+from shardprep_trainer.commands import EXIT_CODES, encoder_option, note, reported_errors
 from shardprep_trainer.pretrained.model import usable
 from shardprep_trainer.pretrained.options import model_argument, open_model, tell_pieces
 from shardprep_trainer.pretrained.recordings import Recording, check_there
@@ -35,6 +35,7 @@ def _lines(found: Comparison, prior: float, threshold: float | None) -> list[str
     {EXIT_CODES}""",
 )
 @model_argument
+@encoder_option
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option(
@@ -48,6 +49,7 @@ def main(
     model: str,
     checkpoint: str,
     features_from: str | None,
+    encoders: tuple[str, ...],
     a: Path,
     b: Path,
     prior: float,
@@ -57,7 +59,7 @@ def main(
     recordings = [Recording(path, str(path)) for path in (a, b)]
     with reported_errors():
         check_there(recordings)
-        opened = open_model(model, checkpoint, features_from)
+        opened = open_model(model, checkpoint, features_from, encoders)
         used = [usable(*found) for found in opened.use(recordings)]
         for recording, own in zip(recordings, used, strict=True):
             tell_pieces(opened, recording, own)

@@ -122,12 +122,12 @@ def _one_or_each(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _open_models(
-    places: Sequence[str], checkpoint: str, features_from: str | None
+    places: Sequence[str], checkpoint: str, features_from: str | None, encoders: Sequence[str]
 ) -> list[SpeakerModel]:
     """The models for recordings, in the order of their files; tells which they are."""
     if len(places) > 1:
         places = [str(file) for file in find_files([Path(place) for place in places], checkpoint)]
-    models = [open_model(place, checkpoint, features_from) for place in places]
+    models = [open_model(place, checkpoint, features_from, encoders) for place in places]
     for model in models:
         of = model.checkpoint
         tell(f"{of.file}, after {of.step:,} steps, on {model.device.type}")
@@ -251,7 +251,8 @@ def main(
         if audio:
             recordings = find_recordings(audio)
             places = [str(place) for place in models]
-            opened = _open_models(places, options["checkpoint"], features_from)
+            encoders, choice = options["encoders"], options["checkpoint"]
+            opened = _open_models(places, choice, features_from, encoders)
             arrays = embed_recordings(opened, recordings, on_error)
         else:
             inference = open_inference(ModelOptions(models, **options), tell)

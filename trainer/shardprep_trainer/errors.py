@@ -2,6 +2,7 @@
 
     TrainerError            1   the run failed
     ├── ConfigError         2   an option, a combination of options, or a folder that does not fit
+    │   └── EncoderError        a class of the user's own that is no encoder
     ├── CheckpointError     1   a checkpoint is missing or cannot be used
     │   └── DamagedCheckpointError  a checkpoint is incomplete, or a byte of it has changed
     ├── ElsewhereError      *   another process of the launch failed, with this code
@@ -47,6 +48,10 @@ class ConfigError(TrainerError):
     """An option, a combination of options, or a folder that does not fit; found before any work."""
 
     exit_code = 2
+
+
+class EncoderError(ConfigError):
+    """A class of the user's own cannot be imported or built, or breaks the contract of encoders."""
 
 
 class CheckpointError(TrainerError):

@@ -7,6 +7,7 @@ the same results as the model itself (see `convert`).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.find import find_checkpoint
 from shardprep_trainer.checkpoint.state import Checkpoint
 from shardprep_trainer.checkpoint.weights import load_model
-from shardprep_trainer.commands import reported_errors
+from shardprep_trainer.commands import encoder_option, reported_errors
 from shardprep_trainer.convert import FORMATS, export_model, require
 from shardprep_trainer.errors import ConfigError
 
@@ -68,14 +69,14 @@ def choose_format(out: Path, given: str | None) -> str:
     return chosen
 
 
-def _export(run: Path, out: Path, form: str, choice: str) -> None:
+def _export(run: Path, out: Path, form: str, choice: str, encoders: Sequence[str]) -> None:
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     file = find_checkpoint(run, choice)
     if out.resolve() in (file.resolve(), *(run / "checkpoints").resolve().glob("*.pt")):
         raise ConfigError(f"{out}: is a checkpoint; give --out another name")
     checkpoint = load(file)
-    model = load_model(checkpoint).eval()
+    model = load_model(checkpoint, encoders).eval()
     click.echo(f"{file}, after {checkpoint.step:,} steps", err=True)
     data, deviation = export_model(model, form, describe(checkpoint))
     with publish(out) as target:
@@ -99,7 +100,10 @@ def _export(run: Path, out: Path, form: str, choice: str) -> None:
     help="Format, where the ending does not tell.",
 )
 @click.option("--checkpoint", default="best", help="best, last, or a path as RUN is.")
-def main(run: Path, out: Path, form: str | None, checkpoint: str) -> None:
+@encoder_option
+def main(
+    run: Path, out: Path, form: str | None, checkpoint: str, encoders: tuple[str, ...]
+) -> None:
     """Write the model of RUN as ONNX or TorchScript.
 
     RUN is a run folder, a model folder or a checkpoint. The file is compared with the model first,
@@ -107,7 +111,7 @@ def main(run: Path, out: Path, form: str | None, checkpoint: str) -> None:
     'shardprep[export]'`. Exit codes: 0 done, 1 failed, 2 usage, else those of shardprep.
     """
     with reported_errors():
-        _export(run, out, choose_format(out, form), checkpoint)
+        _export(run, out, choose_format(out, form), checkpoint, encoders)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shardprep_trainer.commands import EXIT_CODES, note, reported_errors
+from shardprep_trainer.commands import EXIT_CODES, encoder_option, note, reported_errors
 from shardprep_trainer.pretrained.options import (
     audio_argument,
     model_argument,
@@ -40,6 +40,7 @@ def _lines(recording: Recording, matches: list[Match]) -> str:
     cosines, or logits of a head that is linear. {EXIT_CODES}""",
 )
 @model_argument
+@encoder_option
 @audio_argument(required=True)
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Speakers of each recording.")
 @on_error_option
@@ -48,6 +49,7 @@ def main(
     model: str,
     checkpoint: str,
     features_from: str | None,
+    encoders: tuple[str, ...],
     audio: tuple[Path, ...],
     top: int,
     on_error: str,
@@ -56,7 +58,7 @@ def main(
     """The command; its help is above."""
     with reported_errors():
         recordings = find_recordings(audio)
-        opened = open_model(model, checkpoint, features_from)
+        opened = open_model(model, checkpoint, features_from, encoders)
         for recording, (used,) in use_all([opened], recordings, on_error):
             matches = opened.best(used.scores, top)
             if as_json:

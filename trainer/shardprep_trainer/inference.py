@@ -34,6 +34,8 @@ class ModelOptions:
     tta_frames: int
     backend: Backend | None = "head"
     """None is the recipe's."""
+    encoders: Sequence[str] = ()
+    """Encoders of the user's own that may be imported."""
 
 
 def open_inference(
@@ -141,7 +143,7 @@ def _open_shards(
 def _open_model(checkpoint: Checkpoint, options: ModelOptions, device: torch.device) -> Model:
     config = checkpoint.config
     frames = options.tta_frames or config.data.segment_frames
-    network = load_model(checkpoint).to(device)
+    network = load_model(checkpoint, options.encoders).to(device)
     return Model(
         file=checkpoint.file,
         step=checkpoint.step,

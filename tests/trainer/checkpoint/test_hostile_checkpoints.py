@@ -178,7 +178,7 @@ def make_kinds(good: dict[str, Any], folder: Path, harm: Path) -> None:
     save("has speakers that are a number", speakers=10**9)
     save("has one speaker many times", speakers=["a" * MIB] * 100_000)
     save("has weights that are lists", weights={name: [1.0] for name in good["weights"]})
-    save("has a long bias", weights={**good["weights"], "prenet.bias": expanded((10**9,))})
+    save("has a long bias", weights={**good["weights"], "encoder.stem.bias": expanded((10**9,))})
 
 
 def test_hostile_checkpoints_are_refused_without_running_or_allocating_anything(

@@ -131,7 +131,9 @@ def test_later_options_win_over_the_file_and_keep_the_rest() -> None:
         (["--data.batch_size", "1.5"], ["data.batch_size: found 1.5, allowed is a whole number"]),
         (
             ["--model.encoder", "rnn"],
-            ["model.encoder: found rnn, allowed is one of conformer, transformer"],
+            [
+                "model.encoder: found 'rnn', allowed is conformer, transformer, or package.module:",
+            ],
         ),
         (["--model.dropout", "1"], ["model.dropout", "1.0", "less than 1"]),
         (["--model.kernel_size", "30"], ["model.kernel_size", "30", "odd"]),

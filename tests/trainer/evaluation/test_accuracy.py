@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import shardprep
+from shardprep_trainer.config.fields import ModelConfig
 from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.learning.losses import SoftmaxLoss
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
 
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 def model() -> SpeakerNetwork:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
-    return SpeakerNetwork(40, 3, classifier="linear", **sizes).eval()
+    return build_model(ModelConfig(classifier="linear", **sizes), 40, 3).eval()
 
 
 @pytest.fixture
@@ -108,7 +110,8 @@ def test_embeddings_that_are_kept_are_the_same_at_any_world_size(
 ) -> None:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
-    model = SpeakerNetwork(40, 3, classifier=classifier, embedding_dim=12, **sizes).eval()
+    config = ModelConfig(classifier=classifier, embedding_dim=12, **sizes)
+    model = build_model(config, 40, 3).eval()
     keep = np.array([23, 0, 7, 8])
     (one,) = on_ranks(model, split, 1, 700, keep)
     assert one.embeddings is not None

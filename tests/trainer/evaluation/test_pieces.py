@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardprep_trainer.config.fields import ModelConfig
 from shardprep_trainer.evaluation import accuracy
 from shardprep_trainer.evaluation.accuracy import evaluate
 from shardprep_trainer.evaluation.pieces import cut, in_pieces
 from shardprep_trainer.evaluation.views import Views
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
 
 
@@ -29,9 +31,10 @@ def test_pieces_are_few_equal_and_together_the_whole(frames: int, longest: int) 
 
 def network() -> SpeakerNetwork:
     torch.manual_seed(0)
-    return SpeakerNetwork(
-        4, 3, dim=16, layers=1, heads=2, head_dim=8, ff_dim=32, kernel_size=3, center=True
-    ).eval()
+    config = ModelConfig(
+        dim=16, layers=1, heads=2, head_dim=8, ff_dim=32, kernel_size=3, center=True
+    )
+    return build_model(config, 4, 3).eval()
 
 
 def by_hand(model: SpeakerNetwork, mel: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardprep_trainer.config.fields import ModelConfig
 from shardprep_trainer.evaluation.views import Views
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
 
 
@@ -15,7 +17,7 @@ from shardprep_trainer.model.model import SpeakerNetwork
 def model(request: pytest.FixtureRequest) -> SpeakerNetwork:
     torch.manual_seed(0)
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "kernel_size": 7}
-    return SpeakerNetwork(5, 4, classifier=request.param, **sizes).eval()
+    return build_model(ModelConfig(classifier=request.param, **sizes), 5, 4).eval()
 
 
 def one_by_one(

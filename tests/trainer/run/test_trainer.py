@@ -620,7 +620,7 @@ def test_the_average_is_validated_and_saved_for_prediction(make_config: ConfigFa
     assert saved.training is not None
     trained = saved.training.raw or {}
     assert all(torch.equal(trained[key], raw[key]) for key in raw)
-    assert not torch.equal(averaged["prenet.weight"], raw["prenet.weight"])
+    assert not torch.equal(averaged["encoder.stem.weight"], raw["encoder.stem.weight"])
     best = load(config.run / BEST).weights
     assert all(torch.equal(best[key], averaged[key]) for key in averaged)
     trainer.close()
@@ -654,7 +654,9 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(make_config: ConfigF
     assert all(torch.equal(v, expected[k]) for k, v in trainer.train_step.bare.state_dict().items())
     trainer.fit()
     trainer.close()
-    assert not torch.equal(newest(tuned).weights["prenet.weight"], expected["prenet.weight"])
+    assert not torch.equal(
+        newest(tuned).weights["encoder.stem.weight"], expected["encoder.stem.weight"]
+    )
 
 
 def test_best_lm_begins_with_the_weights_of_best_and_takes_its_steps(

@@ -18,12 +18,12 @@ from saved_models import BEST
 import shardprep
 from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.checkpoint.state import Best
-from shardprep_trainer.config.fields import Config
+from shardprep_trainer.config.fields import Config, ModelConfig
 from shardprep_trainer.errors import ConfigError
 from shardprep_trainer.evaluation.accuracy import Evaluation
 from shardprep_trainer.evaluation.calibration import fit_calibration
 from shardprep_trainer.evaluation.verification import equal_error_rate, judge
-from shardprep_trainer.model.model import SpeakerNetwork
+from shardprep_trainer.model.build import build_model
 from shardprep_trainer.run.data import build_train_loader
 from shardprep_trainer.run.speakers import speakers_of
 from shardprep_trainer.run.start import prepare
@@ -214,7 +214,8 @@ def test_a_damaged_utterance_leaves_its_trials_out(mixed: Path) -> None:
     assert plan.trials is not None
     assert plan.utterances is not None
     torch.manual_seed(0)
-    model = SpeakerNetwork(40, 3, dim=16, heads=2, head_dim=8, ff_dim=32, kernel_size=7)
+    config = ModelConfig(dim=16, heads=2, head_dim=8, ff_dim=32, kernel_size=7)
+    model = build_model(config, 40, 3)
     batches = list(shardprep.UtteranceLoader(shards["val"], max_frames=1))
 
     def measure(gone: int) -> Validated:

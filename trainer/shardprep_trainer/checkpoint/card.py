@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from shardprep import frames_per_second
 from shardprep_trainer.checkpoint.state import Description, Results
+from shardprep_trainer.config.encoders import BLOCKS, is_foreign
+from shardprep_trainer.config.fields import ModelConfig
 
 _REPOSITORY = "https://github.com/shardprep/shardprep"
 
@@ -32,8 +34,7 @@ def _model(of: Description, weights: int) -> Iterator[str]:
     yield "# A speaker model"
     yield ""
     yield (
-        f"{model.encoder.capitalize()} with {model.layers} block{'s' * (model.layers != 1)} of "
-        f"width {model.dim}, {model.pooling.replace('_', ' ')} pooling, {weights:,} weights; "
+        f"{_encoder(model)}, {model.pooling.replace('_', ' ')} pooling, {weights:,} weights; "
         f"trained by shardprep in the run {_plain(of.config.name)}, to step {of.step:,} of "
         f"{train.total_steps:,} ({of.config.loss.name.replace('_', '-')}, {optim.name}). It turns "
         "a recording into an embedding; two recordings of one speaker have embeddings with a high "
@@ -41,11 +42,28 @@ def _model(of: Description, weights: int) -> Iterator[str]:
     )
 
 
+def _encoder(model: ModelConfig) -> str:
+    if model.encoder in BLOCKS:
+        blocks = f"{model.layers} block{'s' * (model.layers != 1)}"
+        return f"{model.encoder.capitalize()} with {blocks} of width {model.dim}"
+    options = ", ".join(f"{name} {value}" for name, value in model.encoder_options.items())
+    return f"Encoder `{model.encoder}`" + (f" ({_plain(options)})" if options else "")
+
+
 def _use(of: Description) -> Iterator[str]:
+    encoder = of.config.model.encoder
     yield "## Use"
     yield ""
     yield "Install `pip install 'shardprep[train,audio]'`. MODEL is this folder."
     yield ""
+    if is_foreign(encoder):
+        yield (
+            f"The encoder is code that does not come with shardprep: you need `{encoder}`. It is "
+            "imported only where you name it, as below."
+        )
+        yield ""
+    option = f" --encoder {encoder}" if is_foreign(encoder) else ""
+    argument = f', encoder="{encoder}"' if is_foreign(encoder) else ""
     if of.features is None:
         yield (
             "How the features were made is not known, so the model takes log-mels and no "
@@ -55,19 +73,19 @@ def _use(of: Description) -> Iterator[str]:
         yield "```python"
         yield "from shardprep_trainer import SpeakerModel"
         yield ""
-        yield 'embedding = SpeakerModel.from_pretrained("MODEL").embed(mel)'
+        yield f'embedding = SpeakerModel.from_pretrained("MODEL"{argument}).embed(mel)'
         yield "```"
         return
     yield "```sh"
-    yield "shardprep compare MODEL a.wav b.wav"
-    yield "shardprep identify MODEL a.wav"
-    yield "shardprep embed MODEL Recordings/ --out embeddings.npz"
+    yield f"shardprep compare MODEL a.wav b.wav{option}"
+    yield f"shardprep identify MODEL a.wav{option}"
+    yield f"shardprep embed MODEL Recordings/ --out embeddings.npz{option}"
     yield "```"
     yield ""
     yield "```python"
     yield "from shardprep_trainer import SpeakerModel"
     yield ""
-    yield 'model = SpeakerModel.from_pretrained("MODEL")'
+    yield f'model = SpeakerModel.from_pretrained("MODEL"{argument})'
     yield 'model.compare("a.wav", "b.wav")'
     yield "```"
     yield ""
@@ -77,6 +95,7 @@ def _use(of: Description) -> Iterator[str]:
     yield "shardprep build Recordings/ shards/ --features-from MODEL"
     yield (
         "shardprep train --config MODEL --train.start_from MODEL --data.shards shards/ --name own"
+        + (f" --model.encoder {encoder}" if is_foreign(encoder) else "")
     )
     yield "```"
     yield ""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.modules.module as of
 from torch import Tensor, nn
 
 from shardprep import other_features
 from shardprep_trainer.checkpoint.state import Checkpoint, unfit
-from shardprep_trainer.errors import CheckpointError, ConfigError
+from shardprep_trainer.config.encoders import may_import
+from shardprep_trainer.errors import CheckpointError, ConfigError, EncoderError
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.model import SpeakerNetwork
+
+# Layers that are made for a tensor of a model, and beside them: a Conformer makes some four.
+_LAYERS_A_TENSOR, _LAYERS = 16, 256
+# Of tables that a model holds and does not save.
+_UNSAVED_BYTES = 2**26
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -28,36 +38,79 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> No
         raise unfit(file, "weights", error) from error
 
 
-def load_model(checkpoint: Checkpoint) -> SpeakerNetwork:
+def load_model(checkpoint: Checkpoint, encoders: Collection[str] = ()) -> SpeakerNetwork:
     """Build the model that a checkpoint describes, with its weights.
 
     The shapes are compared before memory is taken for a model.
 
+    Args:
+        checkpoint: What to build.
+        encoders: Names of encoders that the user wrote; code that a checkpoint names is imported
+            only if it comes with the trainer, or is one of them.
+
     Raises:
-        CheckpointError: Its configuration describes no model, or not that of its weights.
+        CheckpointError: Its configuration describes no model, or not that of its weights, or its
+            encoder is not to be imported, or cannot be.
     """
     config, file = checkpoint.config.model, checkpoint.file
     sizes = checkpoint.n_mels, len(checkpoint.speakers)
+    if not may_import(config.encoder, encoders):
+        raise CheckpointError(
+            f"{file}: its encoder is {config.encoder}, code that does not come with shardprep; a "
+            "checkpoint may be a stranger's, so nothing was imported. If you trust that code, name "
+            f'it: --encoder {config.encoder}, or encoder="{config.encoder}" in Python'
+        )
     found = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
-
-    def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            model = build_model(replace(config, layers=layers), *sizes)
-        return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-
     try:
-        # Even a block without weights takes memory: count those of one before making them all.
-        one, two = len(shapes(1)), len(shapes(2))
-        if len(found) != one + (config.layers - 1) * (two - one):
-            raise ValueError(f"{len(found)} tensors are not those of {config.layers} blocks")
-        for name, shape in shapes(config.layers).items():
-            if found.get(name) != shape:
-                raise ValueError(f"{name}: found {found.get(name)}, expected {shape}")
-        model = build_model(config, *sizes)
+        with torch.device("meta"), _few_layers(len(found)):
+            described = build_model(config, *sizes, encoders)
+        shapes = {name: tuple(weight.shape) for name, weight in described.state_dict().items()}
+        if missing := found.keys() ^ shapes.keys():
+            raise ValueError(f"{len(missing)} tensors are missing, or not of this model")
+        for name, shape in shapes.items():
+            if found[name] != shape:
+                raise ValueError(f"{name}: found {found[name]}, expected {shape}")
+        _check_buffers(described, checkpoint.weights)
+        model = build_model(config, *sizes, encoders)
+    except EncoderError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise unfit(file, "weights", error) from error
     load_weights(model, checkpoint.weights, file)
     return model
+
+
+@contextmanager
+def _few_layers(tensors: int) -> Iterator[None]:
+    """Let this thread make only as many layers and weights as a model of so many tensors may have.
+
+    Even a layer without weights takes memory, and so does a weight on the device meta.
+    """
+    most, own = _LAYERS_A_TENSOR * tensors + _LAYERS, threading.get_ident()
+    count = itertools.count(1)
+
+    def register(module: nn.Module, name: str, value: object) -> None:
+        if threading.get_ident() == own and next(count) > most:
+            raise ValueError(f"its settings ask for more layers than {tensors} tensors are of")
+
+    hooks = [
+        of.register_module_module_registration_hook(register),
+        of.register_module_parameter_registration_hook(register),
+        of.register_module_buffer_registration_hook(register),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_buffers(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Refuse a model that holds much more than its weights: tables that are not saved."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    given = sum(tensor.nbytes for tensor in weights.values())
+    if held > 4 * given + _UNSAVED_BYTES:
+        raise ValueError(f"the model takes {held:,} bytes, its weights have {given:,}")
 
 
 def start_from(

@@ -12,14 +12,17 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from shardprep_trainer.config.encoders import ALLOWED, BLOCKS, is_name
 from shardprep_trainer.config.fields import (
     LARGEST,
     PARTS,
     AugmentConfig,
     Config,
     DataConfig,
+    Inner,
     LossConfig,
     ModelConfig,
+    Option,
     flatten,
 )
 from shardprep_trainer.errors import ConfigError
@@ -117,6 +120,18 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
+    if not is_name(model.encoder):
+        _refuse("model.encoder", repr(model.encoder)[:80], ALLOWED)
+    for name, value in model.encoder_options.items():
+        if not name.isidentifier():
+            _refuse(
+                "model.encoder_options", repr(name)[:80], "names of options, as Python has them"
+            )
+        if not all(map(math.isfinite, _floats(value))):
+            _refuse(f"model.encoder_options.{name}", value, "finite numbers")
+    if model.encoder in BLOCKS and model.encoder_options:
+        allowed = f"none for a {model.encoder}, which model.dim, model.layers and others describe"
+        _refuse("model.encoder_options", ", ".join(model.encoder_options)[:80], allowed)
     if model.encoder == "conformer" and model.kernel_size % 2 == 0:
         _refuse("model.kernel_size", model.kernel_size, "an odd number")
     if model.encoder == "conformer" and model.ff_dim % model.dim:
@@ -125,6 +140,13 @@ def _check_model(model: ModelConfig) -> None:
     if model.encoder == "transformer" and model.heads * model.head_dim != model.dim:
         found = f"{model.head_dim} with model.heads {model.heads} and model.dim {model.dim}"
         _refuse("model.head_dim", found, "heads x head_dim = dim in a transformer")
+
+
+def _floats(value: Option | Inner) -> list[float]:
+    """The floating-point numbers in a value."""
+    if isinstance(value, list):
+        return [number for inner in value for number in _floats(inner)]
+    return [value] if isinstance(value, float) else []
 
 
 def _check_augment(augment: AugmentConfig) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from shardprep import machine_errors, sniff
 from shardprep_trainer.config.checks import parse_config, shorten_warmup
+from shardprep_trainer.config.encoders import is_foreign
 from shardprep_trainer.config.explain import explain
 from shardprep_trainer.config.fields import PARTS, Config
 from shardprep_trainer.errors import ConfigError
@@ -22,6 +23,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 _COMMAND_LINE = "the command line"
+# What runs and models bring along.
+_OF_RUN = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def parse_args(argv: Sequence[str], program: str = "shardprep train") -> Invocat
     except ConfigError as error:
         guilty = [path for path, values in files.items() if _fault(values) == str(error)]
         raise ConfigError(f"{guilty[0] if guilty else _COMMAND_LINE}: {error}") from error
+    _check_encoder(given.model.encoder, arguments, files)
     _check_trackers(given.train.trackers)
     config = shorten_warmup(given)
     notes = []
@@ -77,6 +81,24 @@ def parse_args(argv: Sequence[str], program: str = "shardprep train") -> Invocat
             f"run, {config.optim.warmup_steps:,} steps"
         )
     return Invocation(config, parsed.resume, parsed.print_config, tuple(notes))
+
+
+def _check_encoder(encoder: str, arguments: list[str], files: dict[str, dict[str, Any]]) -> None:
+    """Refuse code that only a run or a model names, and not the user.
+
+    Raises:
+        ConfigError: The name is neither an option nor in a YAML file of the user's own.
+    """
+    if not is_foreign(encoder):
+        return
+    of_runs = [path for path in files if Path(path).name.casefold() == _OF_RUN]
+    own = [values["model"]["encoder"] for path, values in files.items() if path not in of_runs]
+    if encoder not in own + _values_of("--model.encoder", arguments):
+        raise ConfigError(
+            f"{of_runs[0] if of_runs else _COMMAND_LINE}: model.encoder: {encoder} is code that "
+            f"does not come with shardprep, and a {_OF_RUN} may come from a stranger, so nothing "
+            f"was imported; if you trust that code, name it yourself: --model.encoder {encoder}"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -103,7 +125,7 @@ def _recipe_file(given: str) -> str:
     names = recipe_names()
     if given in names:
         return str(RECIPES / f"{given}.yaml")
-    if (of_run := Path(given) / "config.yaml").is_file():
+    if (of_run := Path(given) / _OF_RUN).is_file():
         return str(of_run)
     if "/" in given or "." in given or Path(given).exists():
         return given
@@ -114,9 +136,14 @@ def _recipe_file(given: str) -> str:
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
+    return _values_of("--config", arguments)
+
+
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What an option is given, each time that it is."""
     following = zip(arguments, arguments[1:], strict=False)
-    apart = [value for option, value in following if option == "--config"]
-    joined = [item.split("=", 1)[1] for item in arguments if item.startswith("--config=")]
+    apart = [value for name, value in following if name == option]
+    joined = [item.split("=", 1)[1] for item in arguments if item.startswith(f"{option}=")]
     return apart + joined
 
 

@@ -67,6 +67,8 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, arguments))
     if origin is tuple:
         return f"{len(arguments)} numbers in brackets, such as [5, 20]"
+    if origin is dict:
+        return "a mapping of names to text, numbers, true, false, null, or lists of these"
     if origin is list:
         return f"a list in brackets, such as {_LISTS.get(arguments[0], '[3, 1]')}"
     return _WORDS.get(kind, "a mapping of its fields")

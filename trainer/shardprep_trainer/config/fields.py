@@ -23,6 +23,10 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+Plain = bool | int | float | str | None
+# Not Any: for that, the parser of the command line imports what a value names as its class.
+Inner = Plain | list[Plain]
+Option = Plain | list[Inner]
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network; these are the arguments of `SpeakerNetwork`."""
+    """The network, as `model.build` makes it."""
 
-    encoder: Literal["conformer", "transformer"] = "conformer"
-    """Kind of block."""
+    encoder: str = "conformer"
+    """Blocks, conformer or transformer, by the fields below; or a class of one's own that maps mel
+    frames to frames, package.module:Class, which is imported (docs/training.md)."""
+    encoder_options: dict[str, Option] = field(default_factory=dict)
+    """Options of such a class, by their names."""
     dim: AtLeastOne = 512
-    """Width of the encoder."""
+    """Width of the blocks, and of the layer within the pooling that weighs frames."""
     layers: AtLeastOne = 1
     """Blocks."""
     heads: AtLeastOne = 8

@@ -4,20 +4,17 @@ With every classifier, the predicted speaker is the argmax of `SpeakerNetwork.fo
 never counts: an utterance has the same embedding alone, padded, or beside others in a batch. (In
 training, BatchNorm sees the other utterances of the batch, but not their padding.)
 
-Axis legend: B batch, T frames, F mel bins, D model width, E embedding width (D unless the recipe
-says otherwise), H heads, S speakers, L blocks.
+Axis legend: B batch, T frames, F mel bins, D width of the encoder's output, E embedding width, S
+speakers.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardprep_trainer.model.blocks import ConformerBlock, TransformerBlock
+from shardprep_trainer.model.encoder.contract import Encoder
 from shardprep_trainer.model.layers import MaskedBatchNorm1d, frame_mask, masked_mean, zero_padding
 from shardprep_trainer.model.pooling import (
     AttentiveStatisticsPooling,
@@ -25,9 +22,7 @@ from shardprep_trainer.model.pooling import (
     SelfAttentivePooling,
 )
 from shardprep_trainer.model.precision import exact_product
-from shardprep_trainer.model.stem import build_stem
 
-ENCODERS = ("conformer", "transformer")
 POOLINGS = ("mean", "self_attentive", "attentive_statistics")
 CLASSIFIERS = ("linear", "mlp", "cosine")
 
@@ -87,85 +82,37 @@ class SpeakerNetwork(nn.Module):
     """An encoder of mel frames with a pooling layer and a classifier of speakers.
 
     Args:
-        n_mels: Mel bins F.
+        encoder: A module that keeps the contract of `encoder.contract`.
         n_speakers: Speakers S.
-        encoder: "conformer" or "transformer".
-        dim: Model width D.
-        layers: Encoder blocks.
-        heads: Attention heads H of each block.
-        head_dim: Width of one head; None for dim / heads. A Transformer allows no other.
-        ff_dim: Feed-forward width of each block; for a Conformer a multiple of dim.
-        conv_expansion: Width of the convolution in multiples of dim; Conformer only.
-        kernel_size: Length of the depthwise convolution [frames], odd; Conformer only.
-        dropout: Probability of every dropout in the encoder.
+        hidden: Width of the layer within an attentive pooling that weighs frames.
         pooling: "mean", "self_attentive" or "attentive_statistics".
         center: Subtract the mean frame of each utterance: a fixed filter of the channel.
-        subsampling: 1, or 2 for a front end that halves the rate of the frames.
-        stem_channels: Channels of the convolutions of a `ConvolutionalStem`; 0 for a matrix alone.
-        concat: Pool the outputs of all blocks side by side (MFA-Conformer, arXiv 2203.15249).
-        embedding_dim: Width of the embedding; None for the width of the pooling's output.
+        embedding_dim: Width E of the embedding; None for the width of the pooling's output.
         classifier: "linear", "mlp" (Linear, ReLU, Linear) or "cosine" (for AM-softmax).
 
     Raises:
-        ValueError: An unknown name, or sizes that do not fit; it says what is allowed.
+        ValueError: An unknown name; it says what is allowed.
     """
 
     def __init__(
         self,
-        n_mels: int,
+        encoder: nn.Module,
         n_speakers: int,
         *,
-        encoder: str = "conformer",
-        dim: int = 512,
-        layers: int = 1,
-        heads: int = 8,
-        head_dim: int | None = None,
-        ff_dim: int = 2048,
-        conv_expansion: int = 2,
-        kernel_size: int = 31,
-        dropout: float = 0.1,
+        hidden: int,
         pooling: str = "self_attentive",
         center: bool = False,
-        subsampling: int = 1,
-        stem_channels: int = 0,
-        concat: bool = False,
         embedding_dim: int | None = None,
         classifier: str = "cosine",
     ) -> None:
         super().__init__()
-        _check_choice("encoder", encoder, ENCODERS)
         _check_choice("pooling", pooling, POOLINGS)
         _check_choice("classifier", classifier, CLASSIFIERS)
-        _check_positive(
-            n_mels=n_mels,
-            n_speakers=n_speakers,
-            dim=dim,
-            layers=layers,
-            heads=heads,
-            head_dim=1 if head_dim is None else head_dim,
-            ff_dim=ff_dim,
-            conv_expansion=conv_expansion,
-            kernel_size=kernel_size,
-            embedding_dim=1 if embedding_dim is None else embedding_dim,
-        )
-        if stem_channels < 0:
-            raise ValueError(f"stem_channels: found {stem_channels}; allowed: 0 or more")
-        if subsampling not in (1, 2):
-            raise ValueError(f"subsampling: found {subsampling}; allowed: 1 or 2")
+        assert isinstance(encoder, Encoder)
         self.center = center
-        self.subsampling = subsampling
-        self.concat = concat
-        self.prenet = build_stem(n_mels, dim, stem_channels, subsampling)
-        build: Callable[..., nn.Module] = _transformer_block
-        if encoder == "conformer":
-            build = partial(_conformer_block, conv_expansion, kernel_size)
-        self.blocks = nn.ModuleList(
-            build(dim, heads, head_dim, ff_dim, dropout) for _ in range(layers)
-        )
-        width = dim * layers if concat else dim
-        self.joined_norm = nn.LayerNorm(width) if concat else nn.Identity()
-        self.pooling = _build_pooling(pooling, width, dim)
-        width *= 2 if pooling == "attentive_statistics" else 1
+        self.encoder = encoder
+        self.pooling = _build_pooling(pooling, encoder.width, hidden)
+        width = encoder.width * (2 if pooling == "attentive_statistics" else 1)
         self.embedding: nn.Module = nn.Identity()
         if embedding_dim is not None:
             self.embedding, width = Embedding(width, embedding_dim), embedding_dim
@@ -191,15 +138,8 @@ class SpeakerNetwork(nn.Module):
         mel = zero_padding(mel.to(next(self.parameters()).dtype), mask)
         if self.center:
             mel = zero_padding(mel - masked_mean(mel, mask), mask)
-        # Under autocast only products are in 16 bits; the sum over the blocks stays in float32.
-        x = self.prenet(mel, mask).to(torch.promote_types(mel.dtype, torch.float32))
-        mask = None if mask is None else mask[:, :: self.subsampling]
-        outputs = []
-        for block in self.blocks:
-            x = block(x, mask)
-            outputs.append(x)
-        if self.concat:
-            x = self.joined_norm(torch.cat(outputs, dim=2))  # (B, T, D) each -> (B, T, L * D)
+        x = self.encoder(mel, mask)  # (B, T, F) -> (B, T / subsampling, D)
+        mask = None if mask is None else mask[:, :: self.encoder.subsampling]
         embedding: Tensor = self.embedding(self.pooling(x, mask))
         return embedding
 
@@ -235,57 +175,6 @@ def _build_classifier(name: str, dim: int, speakers: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, speakers))
 
 
-def _conformer_block(
-    conv_expansion: int,
-    kernel_size: int,
-    dim: int,
-    heads: int,
-    head_dim: int | None,
-    ff_dim: int,
-    dropout: float,
-) -> nn.Module:
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: found {kernel_size}; allowed: an odd number of frames")
-    if ff_dim % dim:
-        raise ValueError(
-            f"ff_dim: found {ff_dim} in a conformer of dim {dim}; allowed: a multiple of dim"
-        )
-    if head_dim is None:
-        _check_divisible(dim, heads)
-    return ConformerBlock(
-        dim=dim,
-        dim_head=dim // heads if head_dim is None else head_dim,
-        heads=heads,
-        ff_mult=ff_dim // dim,
-        conv_expansion_factor=conv_expansion,
-        conv_kernel_size=kernel_size,
-        attn_dropout=dropout,
-        ff_dropout=dropout,
-        conv_dropout=dropout,
-    )
-
-
-def _transformer_block(
-    dim: int, heads: int, head_dim: int | None, ff_dim: int, dropout: float
-) -> nn.Module:
-    _check_divisible(dim, heads)
-    if head_dim not in (None, dim // heads):
-        allowed = f"{dim // heads} (dim / heads) or none"
-        raise ValueError(f"head_dim: found {head_dim} in a transformer; allowed: {allowed}")
-    return TransformerBlock(dim=dim, heads=heads, ff_dim=ff_dim, dropout=dropout)
-
-
-def _check_divisible(dim: int, heads: int) -> None:
-    if dim % heads:
-        raise ValueError(f"dim: found {dim}, with heads {heads}; allowed: a multiple of heads")
-
-
 def _check_choice(name: str, found: str, allowed: tuple[str, ...]) -> None:
     if found not in allowed:
         raise ValueError(f"{name}: found {found!r}; allowed: {', '.join(allowed)}")
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: found {size}; allowed: 1 or more")

@@ -60,6 +60,8 @@ class SpeakerModel(
         checkpoint: What `shardprep_trainer.checkpoint` reads.
         device: Where to compute, such as "cuda:1"; None for a GPU if there is one.
         recipe: From recordings to log-mels, for a model that does not know its own.
+        encoder: Name of the encoder of your own that the model was trained with, as
+            "package.module:Class", or several such. Its code is imported only if it is named.
 
     Attributes:
         checkpoint: The same.
@@ -71,11 +73,13 @@ class SpeakerModel(
         checkpoint: Checkpoint,
         device: str | torch.device | None = None,
         recipe: FeatureRecipe | None = None,
+        encoder: str | Sequence[str] = (),
     ) -> None:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoint = checkpoint
         self.device = torch.device(chosen)
-        network = load_model(checkpoint).to(self.device)
+        encoders = [encoder] if isinstance(encoder, str) else encoder
+        network = load_model(checkpoint, encoders).to(self.device)
         self._recipe = recipe
         self._views = Views(network, longest=checkpoint.longest_frames).eval()
 
@@ -86,6 +90,7 @@ class SpeakerModel(
         *,
         device: str | torch.device | None = None,
         recipe: FeatureRecipe | None = None,
+        encoder: str | Sequence[str] = (),
         checkpoint: str = "best",
         revision: str | None = None,
         token: str | bool | None = None,
@@ -93,13 +98,14 @@ class SpeakerModel(
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> SpeakerModel:
-        """Open a model. Nothing in its files is run.
+        """Open a model. Nothing in its files is run, and nothing that they name is imported.
 
         Args:
             pretrained_model_name_or_path: A model folder, a run folder, a checkpoint, or OWNER/NAME
                 on the Hugging Face Hub. What is there on this machine goes before the Hub.
             device: See the class.
             recipe: See the class.
+            encoder: See the class.
             checkpoint: Of a run folder, "best" or "last".
             revision: On the Hub: a branch, a tag or a commit.
             token: On the Hub: of the user; None for the one that `hf auth login` has left.
@@ -121,7 +127,7 @@ class SpeakerModel(
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        return cls(load(find_checkpoint(Path(place), checkpoint)), device, recipe)
+        return cls(load(find_checkpoint(Path(place), checkpoint)), device, recipe, encoder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_model(save_directory, self.checkpoint)

@@ -30,7 +30,9 @@ features_option = click.option(
 )
 
 
-def open_model(model: str, checkpoint: str, features_from: str | None) -> SpeakerModel:
+def open_model(
+    model: str, checkpoint: str, features_from: str | None, encoders: Sequence[str] = ()
+) -> SpeakerModel:
     """Open the model of a command.
 
     Raises:
@@ -39,7 +41,9 @@ def open_model(model: str, checkpoint: str, features_from: str | None) -> Speake
     """
     recipe = None if features_from is None else recipe_at(features_from)
     try:
-        opened = SpeakerModel.from_pretrained(model, checkpoint=checkpoint, recipe=recipe)
+        opened = SpeakerModel.from_pretrained(
+            model, checkpoint=checkpoint, recipe=recipe, encoder=encoders
+        )
         _ = opened.recipe
     except FormatError as error:
         error.remedy = (

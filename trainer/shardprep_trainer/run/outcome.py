@@ -7,6 +7,7 @@ import shlex
 import signal
 from dataclasses import dataclass
 
+from shardprep_trainer.config.encoders import is_foreign
 from shardprep_trainer.config.fields import Config
 from shardprep_trainer.processes.launch import launch_command, training_program
 
@@ -61,12 +62,16 @@ def summary(
         command += ["--out", "submission.csv"] if test else []
         if outcome.best_step is None:
             command += ["--checkpoint", "last"]
+        if is_foreign(config.model.encoder):
+            command += ["--encoder", config.model.encoder]
         lines.append(f"next: {shlex.join(command)}")
         return "\n".join(lines)
     why = signal.Signals(outcome.signal).name if outcome.signal else "--train.stop_step"
     of = f"{outcome.step:,} of {config.train.total_steps:,}"
     lines.insert(0, f"stopped by {why}: saved step {of} in {config.run / 'checkpoints'}")
     saved = f"--config {shlex.quote(str(config.run / 'config.yaml'))} --resume"
+    if is_foreign(config.model.encoder):
+        saved += f" --model.encoder {config.model.encoder}"
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         lines.append(
             "continue with: the same launch on every machine, with these options after "

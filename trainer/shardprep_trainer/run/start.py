@@ -251,7 +251,9 @@ def _build_model(
         The model, and the speakers whom `train.start_from` does not know.
     """
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, shards.n_mels, len(speakers))
+    # The command line has made sure that the user named the encoder.
+    named = (config.model.encoder,)
+    model = build_model(config.model, shards.n_mels, len(speakers), named)
     new: tuple[str, ...] = ()
     if (path := config.train.start_from) is not None:
 

@@ -1,0 +1,1 @@
+"""Encoders, from mel frames to frames of another width: ours, and those that a user names."""
