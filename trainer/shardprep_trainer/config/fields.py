@@ -57,8 +57,12 @@ class DataConfig:
     global_batch: AtLeastOne | None = None
     """Segments of a micro-batch over all processes; replaces data.batch_size, and stays the same
     when processes come or go."""
+    short: Literal["pad", "repeat"] = "pad"
+    """What fills a segment of a shorter utterance: data.pad_value, which the model is told to leave
+    out; or the utterance again from its beginning, so that no step of training needs a mask."""
     pad_value: float = -20.0
-    """Fills what an utterance shorter than its segment leaves [log-mel]."""
+    """Fills what an utterance shorter than its segment, or than others of its batch, leaves
+    [log-mel]."""
     placement: Literal["auto", "host", "device"] = "auto"
     """Where the training split lies: read from the shards, or kept on the GPU where it fits."""
     order: Literal["global", "windowed"] = "global"

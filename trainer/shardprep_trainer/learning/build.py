@@ -41,7 +41,12 @@ def build_train_step(
     """
     train, device = config.train, accelerator.device
     optimizer = build_optimizer(config.optim, model, device)
-    objective = Objective(model, build_loss(config.loss), Augment(**asdict(config.augment)))
+    objective = Objective(
+        model,
+        build_loss(config.loss),
+        Augment(**asdict(config.augment)),
+        repeat=config.data.short == "repeat",
+    )
     with without_accelerate(accelerator):
         prepared, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedModel(model, train.average_decay) if train.average_decay else None

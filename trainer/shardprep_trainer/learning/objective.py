@@ -24,16 +24,25 @@ class Objective(nn.Module):
         model: mel (B, T, F) and lengths (B,) or None to logits (B, S).
         criterion: Logits (B, S) and labels (B,) to their mean loss, a scalar.
         augment: Changes segments (B, T, F), given their valid frames (B,) or None for all.
+        repeat: Fill a shorter segment with itself, from its beginning on; then nothing is padded.
 
     Attributes:
         run: Computes `forward`: `compute`, or the same compiled.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, augment: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        augment: nn.Module,
+        *,
+        repeat: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.augment = augment
+        self.repeat = repeat
         self.run: Callable[..., Any] = self.compute
 
     def forward(self, mel: Tensor, lengths: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +63,8 @@ class Objective(nn.Module):
     def compute(self, mel: Tensor, lengths: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` in eager mode."""
         kind = mel.device.type
+        if self.repeat and lengths is not None:
+            mel, lengths = repeat_frames(mel, lengths), None
         with torch.autocast(kind, enabled=False):
             mel = self.augment(mel, lengths)
         logits = self.model(mel, lengths).float()  # (B, T, F) -> (B, S)
@@ -65,3 +76,9 @@ class Objective(nn.Module):
         # see nothing else.
         one_or_nan = 1 + 0 * found
         return loss * one_or_nan, batch_sums(found, correct, len(labels))
+
+
+def repeat_frames(mel: Tensor, lengths: Tensor) -> Tensor:
+    """Fill what is padded of segments (B, T, F) with their valid frames (B,), over and over."""
+    frames = torch.arange(mel.shape[1], device=mel.device) % lengths.clamp(min=1).unsqueeze(1)
+    return mel.gather(1, frames.unsqueeze(2).expand_as(mel))  # of the frames (B, T)

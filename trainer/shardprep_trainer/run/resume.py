@@ -18,6 +18,7 @@ _FIXED_PARTS = ("model.", "augment.", "loss.")
 _FIXED = (
     "data.segment_frames",
     "data.pad_value",
+    "data.short",
     "data.shares",
     "data.balance",
     "data.order",
