@@ -14,12 +14,21 @@ import torch
 from click.testing import CliRunner
 from saved_models import make_checkpoint
 
-from shardprep_trainer import SpeakerModel, compare, embed, export, identify, predict, score
+from shardprep_trainer import (
+    SpeakerModel,
+    check_encoder,
+    compare,
+    embed,
+    export,
+    identify,
+    predict,
+    score,
+)
 from shardprep_trainer.checkpoint.files import CheckpointFolder, load
 from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 from shardprep_trainer.config.fields import Config
-from shardprep_trainer.errors import CheckpointError, ConfigError
+from shardprep_trainer.errors import CheckpointError, ConfigError, EncoderError
 from shardprep_trainer.run.start import prepare
 from shardprep_trainer.run.trainer import Trainer
 from shardprep_trainer.train import main as train_main
@@ -73,6 +82,18 @@ def test_an_encoder_of_ones_own_trains_resumes_and_names_speakers(
     card = (whole.run / "model" / "README.md").read_text()
     assert f"Encoder `{TDNN}` (width 12, dilations  1, 3 )" in card
     assert f"shardprep compare MODEL a.wav b.wav --encoder {TDNN}" in card or "encoder=" in card
+
+
+def test_the_encoder_of_the_documentation_keeps_the_contract() -> None:
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    section = page.read_text().split("## A model of your own\n")[1]
+    names: dict[str, Any] = {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    check_encoder(names["Mine"](40), 40)
+    # The padding is zeros by the contract; with another value a convolution would see its end.
+    names["Mine"].forward = lambda self, mel, mask: self.conv((mel + 1).transpose(1, 2)).mT
+    with pytest.raises(EncoderError, match="padding counts"):
+        check_encoder(names["Mine"](40), 40)
 
 
 def test_options_of_an_encoder_can_be_given_one_by_one() -> None:
