@@ -18,7 +18,7 @@ from shardprep_trainer.errors import ConfigError, EncoderError
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.encoder.check import check_encoder
 from shardprep_trainer.model.encoder.named import build_named
-from shardprep_trainer.model.trunk import ResNet
+from shardprep_trainer.model.trunk import ResNet, ResNetConformer
 
 TDNN = "own_encoder:Tdnn"
 OURS: dict[str, dict[str, Any]] = {
@@ -86,11 +86,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*OURS, "trunk", TDNN])
+@pytest.mark.parametrize("name", [*OURS, "trunk", "hybrid", TDNN])
 def test_our_encoders_keep_the_contract(name: str) -> None:
     torch.manual_seed(0)
     if name == "trunk":
-        check_encoder(ResNet(40, channels=(4, 6, 8, 8)), 40)
+        check_encoder(ResNet(40, channels=(4, 6, 8, 8), centered=False), 40)
+    elif name == "hybrid":
+        check_encoder(ResNetConformer(40, dim=16, layers=2, heads=2), 40)
     elif name == TDNN:
         check_encoder(Tdnn(40), 40)
     else:

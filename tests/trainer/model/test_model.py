@@ -62,10 +62,16 @@ TRUNK = {
     "pooling": "attentive_statistics",
     "embedding_dim": 12,
 }
+HYBRID = {
+    **TRUNK,
+    "encoder": "shardprep_trainer.model.trunk:ResNetConformer",
+    "encoder_options": {"dim": 16, "layers": 2, "heads": 2, "dropout": 0.0, **TRUNK_OPTIONS},
+}
 # Of these there are layers that drop values.
 WITH_DROPOUT = ("conformer", "transformer", "linear", "mfa", "stem", "half stem")
 MODELS = {
     "trunk": TRUNK,
+    "hybrid": HYBRID,
     "conformer": CONFORMER,
     "transformer": TRANSFORMER,
     "linear": LINEAR,

@@ -12,7 +12,9 @@ from collections.abc import Collection
 
 BLOCKS = ("conformer", "transformer")
 """Encoders that are stacks of blocks, made by the fields of `ModelConfig`."""
-SHIPPED = frozenset({"shardprep_trainer.model.trunk:ResNet"})
+SHIPPED = frozenset(
+    {"shardprep_trainer.model.trunk:ResNet", "shardprep_trainer.model.trunk:ResNetConformer"}
+)
 """Classes that come with the trainer. Not a prefix: other modules of it are no encoders."""
 ALLOWED = f"{', '.join(BLOCKS)}, or package.module:Class"
 

@@ -1,7 +1,8 @@
-"""A two-dimensional trunk: a residual network over frames and mel bins.
+"""Two-dimensional trunks: residual networks over frames and mel bins.
 
-`ResNet` is an encoder as `encoder.contract` wants it; recipes name it as they would a class of
-one's own. A convolution sees a pattern of the spectrum at any time and any frequency.
+`ResNet` and `ResNetConformer` are encoders as `encoder.contract` wants them; recipes name them as
+they would a class of one's own. A convolution sees a pattern of the spectrum at any time and any
+frequency.
 
 Images are (B, C, T, F) with their channels last in memory, twice as fast on CPUs as other layouts:
 the same memory is frames (B, T, F * C). Weights stay contiguous, as the optimiser Muon needs them.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardprep_trainer.model.blocks import ConformerBlock
 from shardprep_trainer.model.layers import Linear, MaskedBatchNorm1d, masked_mean, zero_padding
 
 SQUEEZES = ("none", "frequency")
@@ -40,6 +42,8 @@ class ResNet(nn.Module):
         stem_strides: Both factors, frames and mel bins, of the convolution before the stages.
         squeeze: "frequency" lets each block weigh its mel bins, see `FrequencySqueeze`; "none"
             does not.
+        centered: Show the first convolution two images: the mels, and the mels less their mean over
+            the utterance, which a fixed filter of the channel does not change.
 
     Attributes:
         width: Channels times mel bins that are left.
@@ -59,6 +63,7 @@ class ResNet(nn.Module):
         mel_strides: Sequence[int] = (1, 1, 2, 2),
         stem_strides: Sequence[int] = (1, 2),
         squeeze: str = "frequency",
+        centered: bool = True,
     ) -> None:
         super().__init__()
         for name, each in {
@@ -75,7 +80,8 @@ class ResNet(nn.Module):
         if squeeze not in SQUEEZES:
             raise ValueError(f"squeeze: found {squeeze}, allowed: {', '.join(SQUEEZES)}")
         self.subsampling, bins, inputs = stem_strides[0], -(-n_mels // stem_strides[1]), channels[0]
-        self.stem = _convolution(1, inputs, (stem_strides[0], stem_strides[1]))
+        self.centered = centered
+        self.stem = _convolution(2 if centered else 1, inputs, (stem_strides[0], stem_strides[1]))
         self.norm = MaskedBatchNorm1d(inputs)
         self.blocks = nn.ModuleList()
         stages = zip(channels, blocks, time_strides, mel_strides, strict=True)
@@ -99,13 +105,118 @@ class ResNet(nn.Module):
         Returns:
             (B, ceil(T / subsampling), width), zero where it is padded.
         """
-        # Not unsqueeze(1): the one channel must be the last in memory, by its strides too.
-        image = mel.unsqueeze(3).permute(0, 3, 1, 2)  # (B, T, F) -> (B, 1, T, F)
+        images = [mel]
+        if self.centered:
+            images.append(zero_padding(mel - masked_mean(mel, mask), mask))
+        # The channels must be the last in memory, by their strides too, also if there is but one.
+        image = torch.stack(images, dim=3).permute(0, 3, 1, 2)  # (B, T, F) each -> (B, C, T, F)
         image, mask = self.stem(image), _thin(mask, self.stem)
         image = _zero(F.relu(_normalise(image, self.norm, mask)), mask)
         for block in self.blocks:
             image, mask = block(image, mask)
         return image.permute(0, 2, 3, 1).flatten(2)  # (B, C, T, F) -> (B, T, F * C)
+
+
+class ResNetConformer(nn.Module):
+    """A `ResNet` with Conformer blocks behind it, at its frame rate.
+
+    What the trunk and each block put out goes on side by side, as in MFA-Conformer (arXiv
+    2203.15249).
+
+    Args:
+        n_mels: Mel bins.
+        dim: Width D of the blocks.
+        layers: Conformer blocks L.
+        heads: Attention heads of a block; they divide dim.
+        kernel_size: Length of the depthwise convolution [frames of the trunk], odd.
+        dropout: Probability of every dropout in the blocks.
+        channels: See `ResNet`; here three stages by default.
+        blocks: See `ResNet`.
+        time_strides: See `ResNet`.
+        mel_strides: See `ResNet`.
+        stem_strides: See `ResNet`.
+        squeeze: See `ResNet`.
+        centered: See `ResNet`.
+
+    Attributes:
+        width: That of the trunk and L * D.
+        subsampling: That of the trunk.
+
+    Raises:
+        ValueError: Sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        n_mels: int,
+        *,
+        dim: int = 192,
+        layers: int = 3,
+        heads: int = 4,
+        kernel_size: int = 15,
+        dropout: float = 0.1,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: Sequence[int] = (2, 2, 2),
+        time_strides: Sequence[int] = (1, 2, 2),
+        mel_strides: Sequence[int] = (1, 1, 2),
+        stem_strides: Sequence[int] = (1, 2),
+        squeeze: str = "frequency",
+        centered: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(dim, layers, heads) < 1 or dim % heads:
+            found = f"dim {dim}, layers {layers}, heads {heads}"
+            raise ValueError(f"found {found}; allowed: 1 or more, dim a multiple of heads")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: found {kernel_size}; allowed: an odd number of frames")
+        self.trunk = ResNet(
+            n_mels,
+            channels=channels,
+            blocks=blocks,
+            time_strides=time_strides,
+            mel_strides=mel_strides,
+            stem_strides=stem_strides,
+            squeeze=squeeze,
+            centered=centered,
+        )
+        self.subsampling = self.trunk.subsampling
+        self.norm = nn.LayerNorm(self.trunk.width)
+        self.linear = Linear(self.trunk.width, dim)
+        self.blocks = nn.ModuleList(
+            ConformerBlock(
+                dim=dim,
+                dim_head=dim // heads,
+                heads=heads,
+                conv_kernel_size=kernel_size,
+                attn_dropout=dropout,
+                ff_dropout=dropout,
+                conv_dropout=dropout,
+            )
+            for _ in range(layers)
+        )
+        self.width = self.trunk.width + layers * dim
+        self.joined_norm = nn.LayerNorm(self.width)
+
+    def forward(self, mel: Tensor, mask: Tensor | None) -> Tensor:
+        """Encode frames.
+
+        Args:
+            mel: (B, T, F), zero where it is padded.
+            mask: (B, T) bool, True on valid frames; None for all.
+
+        Returns:
+            (B, ceil(T / subsampling), width).
+        """
+        # Under autocast only products are in 16 bits; the sum over the blocks stays in float32.
+        wide = torch.promote_types(mel.dtype, torch.float32)
+        outputs = [self.trunk(mel, mask).to(wide)]
+        mask = None if mask is None else mask[:, :: self.subsampling]
+        x = self.linear(self.norm(outputs[0])).to(wide)
+        for block in self.blocks:
+            x = block(x, mask)
+            outputs.append(x)
+        out: Tensor = self.joined_norm(torch.cat(outputs, dim=2))
+        return out
 
 
 class BasicBlock(nn.Module):
