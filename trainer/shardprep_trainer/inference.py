@@ -18,6 +18,7 @@ from shardprep_trainer.config.fields import Backend
 from shardprep_trainer.errors import ConfigError, PredictionError
 from shardprep_trainer.evaluation.labels import read_left_out
 from shardprep_trainer.evaluation.views import Views
+from shardprep_trainer.model import cpu_kernels as cpu
 from shardprep_trainer.pretrained.on_shards import Inference, Model
 
 
@@ -58,6 +59,8 @@ def open_inference(
     checkpoints = [load(file) for file in find_files(options.runs, options.checkpoint)]
     shards = _open_shards(checkpoints, options.shards, tell)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        cpu.keep_memory()
     for checkpoint in checkpoints:
         tell(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}")
     for checkpoint in checkpoints:

@@ -44,13 +44,14 @@ def is_slow_in_bfloat16() -> bool:
 
 
 def keep_memory() -> None:
-    """Keep freed memory in this process, for the next step to use.
+    """Keep freed memory in this process, for the next batch to use.
 
     glibc maps each tensor of more than 32 MiB anew, and returns memory at the top of its heap. The
-    kernel then zeroes the same pages in every step, which takes 4 to 8 % of the step. On segments
-    of one length the peak of memory is about the same. Batches of many lengths, as in validation,
-    leave gaps that other tensors do not fit into: the peak is a third higher, or twice as high if
-    the lengths rise, and the process keeps the memory. Without glibc nothing happens.
+    kernel then zeroes the same pages in every step, which takes 4 to 8 % of the step, and up to a
+    third of a prediction on a virtual machine. On segments of one length the peak of memory is
+    about the same. Batches of many lengths, as in validation and prediction, leave gaps that other
+    tensors do not fit into: the peak is a third higher, or twice as high if the lengths rise, and
+    the process keeps the memory. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
