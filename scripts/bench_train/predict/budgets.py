@@ -23,7 +23,7 @@ from scripts.bench_train.predict.rates import step_seconds
 from scripts.bench_train.predict.steps import FRAMES, Count, count, recipe
 from shardprep.bench.machine import machine
 
-RECIPES = ("boss", "best")
+RECIPES = ("boss", "trunk", "best")
 # Utterances that the homework's data leave to train and to validate on, a tenth of each speaker's,
 # and frames of the latter.
 TRAIN, VAL_FRAMES = 51_000, 3_720_000

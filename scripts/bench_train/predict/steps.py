@@ -20,7 +20,7 @@ from shardprep_trainer.config.fields import Config
 from shardprep_trainer.learning.build import build_train_step
 from shardprep_trainer.model.build import build_model
 
-NAMES = ("simple", "medium", "strong", "boss", "best")
+NAMES = ("simple", "medium", "strong", "boss", "mfa", "trunk", "best")
 # The homework's data.
 N_MELS, SPEAKERS, FRAMES = 40, 600, 128
 # Segments of the two traces that tell how all depends on the batch size. With odd numbers, segments
