@@ -19,7 +19,7 @@ from scripts.bench_train.predict.steps import FEW, Step
 from shardprep_trainer.model import cpu_kernels
 
 CALIBRATED_ON = "boss"
-OTHERS = ("simple", "medium", "strong", "mfa", "trunk", "best")
+OTHERS = ("simple", "medium", "strong", "mfa")
 
 
 def check(batch: int, rounds: int, precision: str = "no") -> dict[str, Any]:
