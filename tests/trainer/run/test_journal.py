@@ -65,7 +65,10 @@ def test_every_record_is_one_line_of_json(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [RECORD, {"step": 2, "grad_norm": None}]
 
 
-def test_without_a_terminal_a_line_an_event_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_a_line_an_event_tells_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 7.0)
     progress = Progress(5000, 1000, enabled=True)
     progress.advance()
     progress.show(RECORD)
@@ -75,8 +78,27 @@ def test_without_a_terminal_a_line_an_event_tells_all(capsys: pytest.CaptureFixt
     assert out == ""
     assert err == (
         "step 1,200/5,000: loss 1.2500, accuracy 0.500, lr 1.00e-03, 1,234 samples/s, "
-        "waiting 4%\nhello\n"
+        "waiting 4%, 00:00 left\nhello\n"
     )
+
+
+def test_a_line_tells_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 500.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = Progress(5000, 1000, enabled=True)
+    now += 100.0  # 200 steps, so half a second each
+    progress.show(RECORD)
+    now += 800.0  # 2,000 steps in 900 s; 2,000 are left
+    progress.show(RECORD | {"step": 3000})
+    progress.show(RECORD | {"step": 5000})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("waiting 4%")[2] for line in lines] == [
+        ", 31:40 left",
+        ", 15:00 left",
+        "",
+    ]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class Progress:
     def __init__(self, total: int, step: int, *, enabled: bool) -> None:
         self.total = total
         self.enabled = enabled
+        self._begun = (time.monotonic(), step)
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=step,
@@ -137,7 +139,15 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         else:
-            self.say(f"step {record['step']:,}/{self.total:,}: {text}")
+            self.say(f"step {record['step']:,}/{self.total:,}: {text}{self._left(record['step'])}")
+
+    def _left(self, step: int) -> str:
+        """The time until the last step, as fast as the steps so far, validations included."""
+        begun, first = self._begun
+        if not first < step < self.total:
+            return ""
+        seconds = (time.monotonic() - begun) / (step - first) * (self.total - step)
+        return f", {tqdm.format_interval(seconds)} left"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
