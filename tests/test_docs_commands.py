@@ -134,7 +134,7 @@ def check(command: str) -> None:
         case ["export", *assignments]:
             code = "".join(path.read_text() for path in (ROOT / "shardprep").rglob("*.py"))
             for name in (assignment.split("=")[0] for assignment in assignments):
-                assert name.startswith(("AWS_", "TORCH_")) or name in code, name
+                assert name.startswith(("AWS_", "TORCH_", "PYTHONPATH")) or name in code, name
         case ["energon", "prepare", *_]:
             # tests/readers/ runs it.
             pass
@@ -231,6 +231,12 @@ def write_recordings(folder: Path) -> None:
         (folder / name).write_bytes(wav(speech(0.3, number)))
 
 
+def write_own_encoder(folder: Path) -> None:
+    """The module `mine` that a page shows."""
+    (module,) = (text for text in code_blocks("docs/training.md", "python") if "Mine" in text)
+    (folder / "mine.py").write_text(module)
+
+
 @pytest.mark.usefixtures("one_process")
 def test_the_commands_and_snippets_of_all_pages_run(
     make_dataset: Callable[..., Path],
@@ -253,6 +259,10 @@ def test_the_commands_and_snippets_of_all_pages_run(
     boss, features = load(Path("runs/boss/model", WEIGHTS)), FeatureRecipe().to_features()
     write_model(Path("runs/voices/model"), msgspec.structs.replace(boss, features=features))
     Path("runs/own").symlink_to("voices")
+    write_own_encoder(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--model.encoder", "mine:Mine", "--name", "mine", "--train.trackers", "[]"]
+    assert train([*SHORTENED.split(), *own]) == 0
     write_recordings(tmp_path)
     done: set[str] = set()
     for page in PAGES:
@@ -350,11 +360,14 @@ def test_pages_run_as_they_are_typed(
         make_dataset("More", speakers=4, utterances=14, seed=1)
         make_dataset(speakers=3, utterances=14)
     write_recordings(tmp_path)
+    write_own_encoder(tmp_path)
+    # An export ends with its shell.
+    modules = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     for command in (*WHOLE_PAGES[page], *commands(page)):
         if not command.startswith(LEFT_OUT):
             # Hours of training are only planned.
             planned = " --dry-run" if "scripts.ladder " in command else ""
-            run(command + planned, tmp_path, ACCELERATE_USE_CPU="true")
+            run(command + planned, tmp_path, ACCELERATE_USE_CPU="true", PYTHONPATH=modules)
     for snippet in code_blocks(page, "python"):
         run(shlex.join([sys.executable, "-W", "error", "-c", snippet]), tmp_path)
 

@@ -7,13 +7,13 @@ FOLDER holds Dataset/ in the homework's layout, and test_labels.csv with the tru
 test utterances. These labels are used for scoring only.
 
 The rungs are the homework's code as published (`homework_baseline.py`), then our recipes simple,
-medium, strong, boss, best, best-lm and trunk. Each recipe is trained by the command that a user
-would give. All runs get the same number of training segments; the number of steps is --segments
-divided by the segments in a step. best-lm starts from a run of best that is as much shorter
-(--tuning-share), so that both together have this number. The checkpoint with the highest validation
-accuracy, by the model's head, is the one that is tested. Test accuracy is measured on whole
-utterances with the recipe's backend, the EER on pairs of test utterances, the same pairs for all
-runs, by plain and by normalised scores (AS-norm).
+medium, strong, boss, best, best-lm, trunk and mfa. Each recipe is trained by the command that a
+user would give. All runs get the same number of training segments; the number of steps is
+--segments divided by the segments in a step. best-lm starts from a run of best that is as much
+shorter (--tuning-share), so that both together have this number. The checkpoint with the highest
+validation accuracy, by the model's head, is the one that is tested. Test accuracy is measured on
+whole utterances with the recipe's backend, the EER on pairs of test utterances, the same pairs for
+all runs, by plain and by normalised scores (AS-norm).
 
 Finished runs are also scored together, by `shardprep score RUN1 RUN2 ...`: all seeds of best, and
 best with trunk for each seed.

@@ -14,7 +14,7 @@ Run = dict[str, Any]
 
 # From low to high. The homework's code comes first; its recipe corresponds to strong.
 ORDERED = ("homework", "simple", "medium", "strong", "boss", "best")
-RUNGS = (*ORDERED, "best-lm", "trunk")
+RUNGS = (*ORDERED, "best-lm", "trunk", "mfa")
 # Rows of runs that are scored together: the runs of one recipe, and one run of each of two.
 REPEATED, ALL_SEEDS = "best", "best, all seeds"
 PAIRED, PAIR = ("best", "trunk"), "best + trunk"

@@ -207,7 +207,7 @@ def test_rows_that_the_build_left_out_are_told_and_no_other_split_suggested(
     wrong = predict(
         run, "--shards", folder, "--out", out, "--labels", labels, "--split", "val"
     ).stderr
-    assert "was it made from another split?" in wrong
+    assert "was it made from another split? --split names one" in wrong
     assert "warning" not in wrong
 
 

@@ -155,7 +155,8 @@ MODULES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         GOOD,
         "Tdnn",
         {"widht": 3},
-        r"model.encoder_options: .*unexpected keyword argument 'widht'.*Tdnn\(n_mels: 'int', width",
+        r"model.encoder_options: .*unexpected keyword argument 'widht'.*Tdnn\(n_mels: 'int', width"
+        r".*--model.encoder_options '\{OPTION: VALUE\}' replaces all options",
     ),
     "n_mels again": (GOOD, "Tdnn", {"n_mels": 3}, "model.encoder_options: .*multiple values"),
     "a value": (GOOD, "Tdnn", {"width": -1}, "cannot be built .RuntimeError"),

@@ -144,7 +144,7 @@ def missing_rows(
     where: str, missing: Sequence[str], truth: Path, total: int, left_out: LeftOut | None
 ) -> PredictionError:
     """The error that some of the `total` utterances that `truth` lists do not occur in `where`."""
-    why = "was it made from another split?"
+    why = "was it made from another split? --split names one, such as test"
     if left_out is not None and left_out.ids.issuperset(missing):
         why = (
             f"the build left them out, as {left_out.listing} says; mend the data set and "

@@ -89,7 +89,7 @@ def _make(made: type[nn.Module], name: str, options: Mapping[str, Any], n_mels: 
         raise EncoderError(
             f"model.encoder_options: {name} does not take them ({error}); it is "
             f"{made.__name__}{inspect.signature(made)}, whose first argument is the number of mel "
-            "bins"
+            "bins. --model.encoder_options '{OPTION: VALUE}' replaces all options of a recipe"
         ) from error
     try:
         return made(n_mels, **options)
