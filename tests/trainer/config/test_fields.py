@@ -82,6 +82,17 @@ def test_every_recipe_passes_the_checks_and_knows_only_existing_fields() -> None
         assert given.items() <= flatten(config.to_dict()).items(), path
 
 
+def test_no_recipe_says_anything_twice() -> None:
+    """YAML takes the last one, and nobody sees that there was another."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        nodes = [yaml.compose(path.read_text())]
+        for node in nodes:
+            if isinstance(node, yaml.MappingNode):
+                names = [key.value for key, _ in node.value]
+                assert len(set(names)) == len(names), (path.name, names)
+                nodes += [value for _, value in node.value]
+
+
 def test_best_has_all_that_is_ours() -> None:
     config = parse_args(["--config", str(RECIPES / "best.yaml")]).config
     model, augment = config.model, config.augment
