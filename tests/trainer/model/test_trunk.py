@@ -15,7 +15,7 @@ from shardprep_trainer.learning.optimizer import split_weights
 from shardprep_trainer.model.build import build_model
 from shardprep_trainer.model.layers import MaskedBatchNorm1d
 from shardprep_trainer.model.sync_norm import SyncedBatchNorm1d, synchronise
-from shardprep_trainer.model.trunk import BasicBlock, ResNet
+from shardprep_trainer.model.trunk import BasicBlock, ResNet, ResNetConformer
 
 SMALL: dict[str, Any] = {
     "channels": (4, 6, 8),
@@ -53,7 +53,8 @@ def norm(x: Tensor, layer: MaskedBatchNorm1d, training: bool) -> Tensor:
 
 def oracle(model: ResNet, mel: Tensor, training: bool = False) -> Tensor:
     """A residual network by its definition, on utterances (B, T, F) without padding."""
-    x = F.conv2d(mel[:, None].contiguous(), model.stem.weight, None, model.stem.stride, 1)
+    images = [mel, mel - mel.mean(1, keepdim=True)] if model.centered else [mel]
+    x = F.conv2d(torch.stack(images, dim=1), model.stem.weight, None, model.stem.stride, 1)
     x = norm(x, model.norm, training).relu()
     for block in model.blocks:
         assert isinstance(block, BasicBlock)
@@ -160,11 +161,42 @@ def test_odd_numbers_of_channels_train_without_harm() -> None:
         ({"stem_strides": (1,)}, "stem_strides"),
         ({"channels": (4, 0, 8)}, "1 or more"),
         ({"squeeze": "time"}, "squeeze: found time, allowed: none, frequency"),
+        ({"channels": 3}, "channels: found 3, allowed is a list of whole numbers"),
+        ({"channels": "abc"}, "channels: found abc"),
+        ({"channels": ()}, r"channels: found \(\)"),
+        ({"blocks": (1, None, 1)}, "blocks: found"),
+        ({"time_strides": (1, True, 1)}, "time_strides: found"),
+        ({"mel_strides": (1, 1.5, 1)}, "mel_strides: found"),
+        ({"stem_strides": 2}, "stem_strides: found 2"),
+        ({"centered": "maybe"}, "centered: found maybe, allowed: true, false"),
     ],
 )
 def test_a_trunk_that_cannot_be_says_why(changes: dict[str, Any], message: str) -> None:
+    for made in (ResNet, ResNetConformer):
+        with pytest.raises(ValueError, match=message):
+            made(20, **{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 9, "heads": 2}, "dim: found 9 with heads 2, allowed is a multiple of heads"),
+        ({"dim": "wide"}, "dim: found wide, allowed is a whole number"),
+        ({"layers": True}, "layers: found True"),
+        ({"heads": 0}, "heads: found 0"),
+        ({"kernel_size": 14}, "kernel_size: found 14; allowed: an odd number"),
+        ({"kernel_size": -3}, "kernel_size: found -3"),
+        ({"kernel_size": 3.5}, "kernel_size: found 3.5"),
+        ({"dropout": "x"}, "dropout: found x, allowed is 0 up to"),
+        ({"dropout": None}, "dropout: found None"),
+        ({"dropout": 1}, "dropout: found 1"),
+    ],
+)
+def test_blocks_behind_a_trunk_that_cannot_be_say_why(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        ResNet(20, **{**SMALL, **changes})
+        ResNetConformer(20, **{**SMALL, **changes})
 
 
 def config(**changes: Any) -> ModelConfig:

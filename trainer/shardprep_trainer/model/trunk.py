@@ -66,17 +66,23 @@ class ResNet(nn.Module):
         centered: bool = True,
     ) -> None:
         super().__init__()
-        for name, each in {
+        stages = {
+            "channels": channels,
             "blocks": blocks,
             "time_strides": time_strides,
             "mel_strides": mel_strides,
-        }.items():
+        }
+        for name, each in {**stages, "stem_strides": stem_strides}.items():
+            if not (isinstance(each, list | tuple) and each and all(map(_is_count, each))):
+                allowed = "a list of whole numbers, 1 or more each"
+                raise ValueError(f"{name}: found {each}, allowed is {allowed}")
+        for name, each in stages.items():
             if len(each) != len(channels):
                 raise ValueError(f"{name}: found {len(each)} stages, channels has {len(channels)}")
         if len(stem_strides) != 2:
             raise ValueError(f"stem_strides: found {stem_strides}, allowed are two factors")
-        if min(*channels, *blocks, *time_strides, *mel_strides, *stem_strides) < 1:
-            raise ValueError("found a number below 1; channels, blocks and strides are 1 or more")
+        if not isinstance(centered, bool):
+            raise ValueError(f"centered: found {centered}, allowed: true, false")
         if squeeze not in SQUEEZES:
             raise ValueError(f"squeeze: found {squeeze}, allowed: {', '.join(SQUEEZES)}")
         self.subsampling, bins, inputs = stem_strides[0], -(-n_mels // stem_strides[1]), channels[0]
@@ -84,8 +90,7 @@ class ResNet(nn.Module):
         self.stem = _convolution(2 if centered else 1, inputs, (stem_strides[0], stem_strides[1]))
         self.norm = MaskedBatchNorm1d(inputs)
         self.blocks = nn.ModuleList()
-        stages = zip(channels, blocks, time_strides, mel_strides, strict=True)
-        for outputs, number, time_stride, mel_stride in stages:
+        for outputs, number, time_stride, mel_stride in zip(*stages.values(), strict=True):
             for block in range(number):
                 stride = (1, 1) if block else (time_stride, mel_stride)
                 bins = -(-bins // stride[1])
@@ -164,11 +169,15 @@ class ResNetConformer(nn.Module):
         centered: bool = True,
     ) -> None:
         super().__init__()
-        if min(dim, layers, heads) < 1 or dim % heads:
-            found = f"dim {dim}, layers {layers}, heads {heads}"
-            raise ValueError(f"found {found}; allowed: 1 or more, dim a multiple of heads")
-        if kernel_size % 2 == 0:
+        for name, size in {"dim": dim, "layers": layers, "heads": heads}.items():
+            if not _is_count(size):
+                raise ValueError(f"{name}: found {size}, allowed is a whole number, 1 or more")
+        if dim % heads:
+            raise ValueError(f"dim: found {dim} with heads {heads}, allowed is a multiple of heads")
+        if not _is_count(kernel_size) or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: found {kernel_size}; allowed: an odd number of frames")
+        if isinstance(dropout, bool | str | list | None) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: found {dropout}, allowed is 0 up to but not including 1")
         self.trunk = ResNet(
             n_mels,
             channels=channels,
@@ -288,6 +297,11 @@ class FrequencySqueeze(nn.Module):
         weights = torch.sigmoid(self.up(F.relu(self.down(means))))
         out: Tensor = image * weights.unsqueeze(1).to(image.dtype)
         return out
+
+
+def _is_count(value: object) -> bool:
+    """Whether an option, which YAML may give as anything, is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _convolution(inputs: int, outputs: int, stride: tuple[int, int]) -> nn.Conv2d:
