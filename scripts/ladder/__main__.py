@@ -21,9 +21,10 @@ best with trunk for each seed.
 The work folder keeps the result of each finished run, and such a run is not repeated. An
 interrupted run continues from its newest checkpoint. --width makes the Conformers of homework,
 strong and boss equally narrow (4 heads, feed-forward 4 x width), so that CPUs suffice; use
---override to make `best` narrow. What it sets of best's model holds for best-lm, too. Without
---width the models have their full width. A GPU is used where there is one. Exit codes: 0 all runs
-done, 1 a run failed, 2 usage, 130 Ctrl-C.
+--override to make the others narrow, such as 'best.model.encoder_options={"dim": 96, ...}' with all
+options of the encoder. What it sets of best's model holds for best-lm, too. Without --width the
+models have their full width. A GPU is used where there is one. Exit codes: 0 all runs done, 1 a run
+failed, 2 usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations

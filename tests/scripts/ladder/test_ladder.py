@@ -22,6 +22,17 @@ from scripts.ladder import combinations, jobs, plot, summary, trials
 from shardprep_trainer.config.command_line import RECIPES, parse_args
 
 OURS = ("simple", "medium", "strong", "boss")
+# Options of the encoder of best that make it tiny.
+TINY: dict[str, Any] = {
+    "dim": 16,
+    "layers": 1,
+    "heads": 2,
+    "channels": [4, 4, 4],
+    "blocks": [1, 1, 1],
+    "time_strides": [1, 2, 2],
+    "mel_strides": [1, 1, 2],
+    "stem_strides": [1, 2],
+}
 # What `shardprep score --as-norm --json` says, as far as a ladder takes it.
 SCORED = {
     "accuracy": 0.9,
@@ -110,9 +121,16 @@ def test_less_than_the_share_of_the_errors_gone_fails() -> None:
         assert [check["passed"] for check in checks] == [True, enough]
 
 
-def test_trunk_has_no_place_in_the_order_and_best_lm_is_above_best_alone() -> None:
-    found = summary.summarise(runs_of(best=[0.9], **{"best-lm": [0.91], "trunk": [0.7]}))
-    assert list(found["rungs"]) == ["best", "best-lm", "trunk"]
+def test_every_recipe_of_a_real_model_is_a_rung() -> None:
+    recipes = {file.stem for file in RECIPES.glob("*.yaml")} - {"demo", "smoke"}
+    assert {"homework", *recipes} == set(summary.RUNGS)
+
+
+def test_trunk_and_mfa_have_no_place_in_the_order_and_best_lm_is_above_best_alone() -> None:
+    found = summary.summarise(
+        runs_of(mfa=[0.95], best=[0.9], **{"best-lm": [0.91], "trunk": [0.7]})
+    )
+    assert list(found["rungs"]) == ["best", "best-lm", "trunk", "mfa"]
     assert [check["name"] for check in found["checks"]] == ["best-lm above best"]
 
 
@@ -192,7 +210,7 @@ def starting(tmp_path: Path, **options: Any) -> tuple[Any, Any, Any]:
 
 def test_best_lm_and_the_best_before_it_share_the_segments(tmp_path: Path) -> None:
     overrides = ("best.model.dim=96", "best.data.batch_size=20", "best-lm.data.batch_size=8")
-    overrides += ("best.model.ff_dim=384",)
+    overrides += (f"best.model.encoder_options={json.dumps(TINY)}",)
     job, first, second = starting(
         tmp_path, segments=3200, tuning_share=0.25, overrides=overrides, validations=4
     )
@@ -202,6 +220,7 @@ def test_best_lm_and_the_best_before_it_share_the_segments(tmp_path: Path) -> No
     assert first.run == tmp_path / "work" / "runs" / job.start.name
     # The same network, and each recipe's own margin, rate and lengths.
     assert (first.model.dim, first.model) == (96, second.model)
+    assert first.model.encoder_options == TINY
     recipes = [parse_args(["--config", name]).config for name in ("best", "best-lm")]
     for config, recipe in zip((first, second), recipes, strict=True):
         assert (config.loss, config.augment) == (recipe.loss, recipe.augment)
@@ -456,9 +475,7 @@ def test_finished_runs_are_not_repeated(data: Path, tmp_path: Path) -> None:
     words = ["--data", data, "--work", tmp_path / "work", "--segments", 64, "--seed", 0]
     words += ["--rung", "homework", "--rung", "simple", "--width", 16, "--validations", 1, "--cpu"]
     words += ["--rung", "best-lm"]
-    sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 32, "layers": 1, "stem_channels": 4}
-    for name, size in sizes.items():
-        words += ["--override", f"best.model.{name}={size}"]
+    words += ["--override", f"best.model.encoder_options={json.dumps(TINY)}"]
     first = invoke(*words, "--out", out)
     assert first.exit_code == 0, first.output
     result = json.loads(out.read_text())
