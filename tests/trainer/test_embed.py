@@ -92,3 +92,12 @@ def test_a_model_that_diverged_is_named(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"{file}: the embeddings of 6 utterances of val are not finite" in result.stderr
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_name_that_is_neither_model_nor_recording_is_told_before_all_else(
+    run: Path, tmp_path: Path
+) -> None:
+    # Nothing is known of this run's features either.
+    result = embed(run, tmp_path / "runs" / "misspelt", "--out", tmp_path / "x.npz")
+    assert result.exit_code == 1
+    assert "misspelt: there is no such recording" in result.stderr

@@ -20,6 +20,7 @@ from shardprep_trainer.checkpoint.files import load
 from shardprep_trainer.config.scoring import Calibration, Thresholds
 from shardprep_trainer.evaluation.trials import Trials, draw_trials
 from shardprep_trainer.evaluation.wccn import Wccn
+from shardprep_trainer.pretrained.on_shards import Inference
 from shardprep_trainer.score import main
 
 # As the fixture `run` has them.
@@ -132,6 +133,22 @@ def test_text_says_the_same_as_json(run: Path) -> None:
         f"minDCF {found['plain']['min_dcf']:.4f}",
     ]
     assert (found["tta"], found["tta_frames"], found["cohort_size"]) == (2, 64, 3)
+
+
+@pytest.mark.parametrize("speakers", [[], ["one"]])
+def test_as_norm_without_two_training_speakers_is_refused_before_anything_is_embedded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speakers: list[str]
+) -> None:
+    monkeypatch.setattr(Inference, "batches", None)
+    with shardprep.ShardWriter(tmp_path / "few", 40, workers=1) as writer:
+        mel = np.zeros((20, 40), np.float32)
+        for name in speakers:
+            writer.add(f"train-{name}", mel, name, "train")
+        for number in range(4):
+            writer.add(f"val-{number}", mel, f"id0000{number % 2}", "val")
+    result = score(run, "--as-norm", "--shards", tmp_path / "few")
+    assert result.exit_code == 1
+    assert f"two training speakers or more, found {len(speakers)}; leave out" in result.stderr
 
 
 def test_trials_are_drawn_by_the_seed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from shardprep_trainer.pretrained.options import (
     use_all,
 )
 from shardprep_trainer.pretrained.progress import progress
-from shardprep_trainer.pretrained.recordings import Recording, find_recordings
+from shardprep_trainer.pretrained.recordings import Recording, check_there, find_recordings
 
 _OF_SHARDS = ("shards", "split", "max_frames", "tta", "tta_frames")
 
@@ -250,6 +250,7 @@ def main(
             _pyarrow()
         if audio:
             recordings = find_recordings(audio)
+            check_there(recordings)
             places = [str(place) for place in models]
             encoders, choice = options["encoders"], options["checkpoint"]
             opened = _open_models(places, choice, features_from, encoders)

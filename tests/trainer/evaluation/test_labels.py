@@ -122,6 +122,7 @@ def test_labels_are_read_as_spreadsheets_write_them(tmp_path: Path, name: str) -
         ),
         (",Id,Category\n0,a.pt,b\n", r"leave only the columns Id,Category, in this order"),
         ("Category,Id\nb,a.pt\n", r"leave only the columns Id,Category, in this order"),
+        (PLAIN + 'uttr-2.pt,"a\rb"\n', r"line \d+: 'a\\rb' has a line break or another control"),
         (PLAIN + "uttr-2.pt\n", "line 4: 1 values, expected Id,Category"),
         (PLAIN + "uttr-1.pt,id9\n", "line 4: uttr-1.pt occurs with two names; leave one name"),
         ("<!DOCTYPE html>", r"is a web page.*; expected a CSV of Id,Category rows"),

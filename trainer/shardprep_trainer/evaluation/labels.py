@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.trials import Ints
 
 HEADER = ("Id", "Category")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def read_labels(path: Path) -> dict[str, str]:
             elif len(values) != len(HEADER):
                 raise PredictionError(
                     f"{path}, line {lines.line_num}: {len(values)} values, expected {wanted}"
+                )
+            elif bad := next(filter(_CONTROL.search, values), None):
+                raise PredictionError(
+                    f"{path}, line {lines.line_num}: {bad[:80]!a} has a line break or another "
+                    "control character; remove it"
                 )
             elif found.get(values[0], values[1]) != values[1]:
                 # A list of test utterances may name a file twice. Then its rows say the same.
