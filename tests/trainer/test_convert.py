@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,22 @@ TINY["transformer"] = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 24}
 # PyTorch deprecates what opens a TorchScript file, but has nothing else that does.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-OTHER_RECIPES = ("simple", "medium", "strong", "best")
+OTHER_RECIPES = ("simple", "medium", "strong", "mfa", "trunk", "best")
 
 
 def recipe_model(recipe: str, **changes: Any) -> SpeakerNetwork:
     """The model of a recipe, narrow, with weights and running statistics of no special value."""
     settings = parse_args(["--config", str(RECIPES / f"{recipe}.yaml")]).config.model
-    options = {f"--model.{k}={v}" for k, v in {**TINY[settings.encoder], **changes}.items()}
-    config = parse_args(["--config", str(RECIPES / f"{recipe}.yaml"), *sorted(options)]).config
+    tiny = {**TINY.get(settings.encoder, {}), **changes}
+    options = [f"--model.{name}={value}" for name, value in sorted(tiny.items())]
+    config = parse_args(["--config", str(RECIPES / f"{recipe}.yaml"), *options]).config.model
+    # An encoder that a recipe names by its class has sizes of its own.
+    sizes = {"dim": 16, "layers": 2, "heads": 2}
+    own = {name: sizes.get(name, value) for name, value in config.encoder_options.items()}
+    if "channels" in own:
+        own["channels"] = [8] * len(config.encoder_options["channels"])
     torch.manual_seed(1)
-    model = build_model(config.model, 40, SPEAKERS)
+    model = build_model(replace(config, encoder_options=own), 40, SPEAKERS)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if value.is_floating_point():

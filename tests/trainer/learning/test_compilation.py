@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -52,8 +52,13 @@ def small_objective(recipe: str) -> Objective:
     words = [f"--model.{size}" for size in sizes]
     path = str(RECIPES / f"{recipe}.yaml")
     config = parse_args(["--config", path, "--data.shards", "shards", *words]).config
+    # An encoder that a recipe names by its class has sizes of its own.
+    narrow = {"layers": 1, "dim": 32, "heads": 2, "dropout": 0.0}
+    options = {
+        name: narrow.get(name, value) for name, value in config.model.encoder_options.items()
+    }
     torch.manual_seed(0)
-    model = build_model(config.model, 40, 7)
+    model = build_model(replace(config.model, encoder_options=options), 40, 7)
     augment = Augment(**asdict(config.augment))
     return Objective(model, build_loss(config.loss), augment).train()
 
