@@ -33,11 +33,14 @@ class TraceableConformerBlock(ConformerBlock):
         table = attention.rel_pos_emb
         reach = table.num_embeddings // 2
         # Slices where `blocks.skew` makes a view: (B, H, T, 2T) by distance -> (B, H, T, T) by key.
-        distance = frames - 1 - torch.arange(2 * frames, device=x.device)
+        # No size is computed from T: with a trunk, T is a share of the mel frames, and the exporter
+        # would take two times such a share for the share of two times the frames.
+        later = torch.arange(frames, device=x.device)
+        distance = torch.cat((later.flip(0), -1 - later))
         # Not table(...): ONNX would name the result "embedding", the name of an output.
         rows = table.weight.index_select(0, distance.clamp(-reach, reach) + reach)  # (2T, d)
         flat = (queries @ rows.T).flatten(2)[:, :, frames - 1 : -1]
-        bias = flat.unflatten(2, (frames, 2 * frames - 1))[..., :frames]
+        bias = flat.unflatten(2, (frames, -1))[..., :frames]
         joined = _attend(queries @ keys.transpose(2, 3) + bias, values, mask)
         out: Tensor = attention.to_out(joined)
         return out
