@@ -52,7 +52,7 @@ def test_without_the_extra_a_command_names_it(command: str) -> None:
 def test_help_is_that_of_the_command() -> None:
     done = run_shardprep("predict", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Usage: shardprep predict [OPTIONS] RUN\n")
+    assert done.stdout.startswith("Usage: shardprep predict [OPTIONS] RUN...\n")
     assert "--checkpoint" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 

@@ -54,6 +54,8 @@ def small_objective(recipe: str) -> Objective:
     config = parse_args(["--config", path, "--data.shards", "shards", *words]).config
     # An encoder that a recipe names by its class has sizes of its own.
     narrow = {"layers": 1, "dim": 32, "heads": 2, "dropout": 0.0}
+    if "blocks" in config.model.encoder_options:
+        narrow["blocks"] = [1] * len(config.model.encoder_options["blocks"])
     options = {
         name: narrow.get(name, value) for name, value in config.model.encoder_options.items()
     }

@@ -312,7 +312,7 @@ def test_without_a_network_an_unknown_name_is_the_machines_trouble(
 
 
 def test_the_package_names_it_and_loads_it_only_when_asked() -> None:
-    assert shardprep_trainer.__all__ == ["SpeakerModel"]
+    assert shardprep_trainer.__all__ == ["SpeakerModel", "check_encoder"]
     assert shardprep_trainer.SpeakerModel is model_module.SpeakerModel
     code = "import shardprep_trainer, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
