@@ -68,6 +68,7 @@ def small_objective(recipe: str) -> Objective:
 def check_whole(recipe: str, dtype: torch.dtype, *, masked: bool, backend: str) -> None:
     """Compare loss, sums, gradients and running statistics of eager and compiled."""
     lengths = torch.tensor([64, 40, 64, 1]) if masked else None
+    torch.manual_seed(2)
     inputs = torch.randn(4, 64, 40), lengths, torch.tensor([0, 3, 6, 3])
     found = []
     for compiled in (False, True):
@@ -87,7 +88,8 @@ def check_whole(recipe: str, dtype: torch.dtype, *, masked: bool, backend: str) 
     torch.testing.assert_close(
         *(values[0] for values in found), rtol=1e-5 if exact else 1e-3, atol=0
     )
-    near = 1e-4 if exact else 0.1
+    # The more so, the more convolutions follow each other: a wrong graph is off by more than 1.
+    near = 1e-4 if exact else 0.25
     for eager, other in zip(*found, strict=True):
         assert (other - eager).double().norm() <= near * eager.double().norm() + near
 
