@@ -88,8 +88,9 @@ def check_whole(recipe: str, dtype: torch.dtype, *, masked: bool, backend: str) 
     torch.testing.assert_close(
         *(values[0] for values in found), rtol=1e-5 if exact else 1e-3, atol=0
     )
-    # The more so, the more convolutions follow each other: a wrong graph is off by more than 1.
-    near = 1e-4 if exact else 0.25
+    # The more so, the more convolutions follow each other.
+    rough = 0.25 if recipe in ("best", "best-lm", "trunk") else 0.1
+    near = 1e-4 if exact else rough
     for eager, other in zip(*found, strict=True):
         assert (other - eager).double().norm() <= near * eager.double().norm() + near
 
