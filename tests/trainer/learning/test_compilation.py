@@ -83,14 +83,14 @@ def check_whole(recipe: str, dtype: torch.dtype, *, masked: bool, backend: str) 
         found.append([loss.detach(), sums, *objective.buffers(), *gradients])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    # In 16 bits, products that are the same are rounded in another order.
-    exact = dtype == torch.float32
-    torch.testing.assert_close(
-        *(values[0] for values in found), rtol=1e-5 if exact else 1e-3, atol=0
-    )
-    # The more so, the more convolutions follow each other.
-    rough = 0.25 if recipe in ("best", "best-lm", "trunk") else 0.1
-    near = 1e-4 if exact else rough
+    # Compilers round products in another order: little in float32, more in 16 bits, and the more,
+    # the more convolutions follow each other.
+    deep = recipe in ("best", "best-lm", "trunk")
+    if dtype == torch.float32:
+        of_loss, near = 1e-5, 1e-2 if deep else 1e-4
+    else:
+        of_loss, near = (5e-3, 0.4) if deep else (1e-3, 0.1)
+    torch.testing.assert_close(*(values[0] for values in found), rtol=of_loss, atol=0)
     for eager, other in zip(*found, strict=True):
         assert (other - eager).double().norm() <= near * eager.double().norm() + near
 
