@@ -57,7 +57,8 @@ def model_options(
             "--max-frames",
             type=click.IntRange(min=1),
             default=32768,
-            help="Largest padded area of a batch of whole utterances [frames].",
+            help="Largest padded area of a batch of whole utterances [frames]; on a CPU, where "
+            "larger ones are slower, at most 4,096.",
         ),
         click.option(
             "--tta",

@@ -59,8 +59,6 @@ def open_inference(
     checkpoints = [load(file) for file in find_files(options.runs, options.checkpoint)]
     shards = _open_shards(checkpoints, options.shards, tell)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        cpu.keep_memory()
     for checkpoint in checkpoints:
         tell(f"{checkpoint.file}, after {checkpoint.step:,} steps, on {device.type}")
     for checkpoint in checkpoints:
@@ -78,7 +76,7 @@ def open_inference(
         shards=shards,
         left_out=left_out,
         device=device,
-        max_frames=options.max_frames,
+        max_frames=cpu.largest_batch(options.max_frames, device),
         pad_value=checkpoints[0].config.data.pad_value,
         tell=tell,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import shardprep
 from shardprep_trainer.config.fields import ModelConfig
+from shardprep_trainer.evaluation import accuracy
 from shardprep_trainer.evaluation.accuracy import Evaluation, collect, evaluate, grade
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.learning.losses import SoftmaxLoss
@@ -262,3 +263,15 @@ def test_embeddings_are_graded_a_block_at_a_time(
     assert found.correct == (best[:, 0] == labels)[known].sum()
     assert found.correct_top5 == (best[:, :5] == labels[:, None]).any(1)[known].sum()
     assert max(sizes, default=0) <= 2
+
+
+def test_memory_is_given_back_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else it grows by batches of many lengths, to gigabytes.
+    given_back: list[int] = []
+    monkeypatch.setattr(accuracy, "return_memory", lambda: given_back.append(1))
+    batches = [
+        {"mel": torch.full((1, 3, 4), at), "length": torch.tensor([3]), "index": torch.tensor([at])}
+        for at in range(3)
+    ]
+    evaluate(Table(torch.randn(3, 5)), batches, np.zeros(3, np.int64), device=CPU)
+    assert len(given_back) == 3

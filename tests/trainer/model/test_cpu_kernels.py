@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardprep_trainer.model.cpu_kernels import applies_to, drop, multiply
+from shardprep_trainer.model.cpu_kernels import applies_to, drop, largest_batch, multiply
 from shardprep_trainer.model.layers import (
     Dropout,
     Linear,
@@ -186,3 +186,39 @@ print(faults() - before)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         pages[how] = int(done.stdout)
     assert pages["keep"] * 5 < pages["plain"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_memory_between_what_is_kept_goes_back_to_the_system() -> None:
+    script = """
+import torch
+from shardprep_trainer.model.cpu_kernels import keep_memory, return_memory
+keep_memory()
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+before = resident()
+freed, kept = [], []
+for _ in range(20):
+    freed.append(torch.ones(10 * 2**18))  # 10 MiB
+    kept.append(torch.ones(2**10))
+del freed
+full = resident()
+return_memory()
+print(full - before, resident() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    full, left = map(float, done.stdout.split())
+    assert full > 190
+    assert left < 20
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "frames"), [("cpu", 32768, 4096), ("cpu", 100, 100), ("cuda", 32768, 32768)]
+)
+def test_batches_of_whole_utterances_are_small_on_a_cpu(
+    device: str, asked: int, frames: int
+) -> None:
+    assert largest_batch(asked, torch.device(device)) == frames

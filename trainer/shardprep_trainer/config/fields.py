@@ -81,7 +81,8 @@ class DataConfig:
     max_corrupt: AtLeastZero = 100
     """Damaged utterances that skip leaves out on one process; one more ends the run."""
     eval_frames: AtLeastOne = 32768
-    """Largest padded area of a batch of whole utterances [frames]; a longer one goes alone."""
+    """Largest padded area of a batch of whole utterances [frames], on a CPU 4,096 at most; a longer
+    one goes alone."""
 
     @property
     def places(self) -> tuple[str, ...]:

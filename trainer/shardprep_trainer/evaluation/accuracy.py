@@ -16,6 +16,7 @@ from shardprep_trainer.config.fields import LONGEST_FRAMES
 from shardprep_trainer.evaluation.pieces import in_pieces
 from shardprep_trainer.evaluation.views import Views
 from shardprep_trainer.model.build import model_inputs
+from shardprep_trainer.model.cpu_kernels import return_memory
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Labels = NDArray[np.signedinteger[Any]]
@@ -110,7 +111,7 @@ def evaluate(
         return logits[:, :0] if kept is None else kept.last, logits
 
     with _evaluating(model), kept or contextlib.nullcontext():
-        for batch in batches:
+        for batch in _freeing(batches, device):
             embedding, logits = in_pieces(run, *model_inputs(batch, device), LONGEST_FRAMES)
             tally.add(batch["index"], logits)
             if kept is not None:
@@ -140,7 +141,7 @@ def collect_scores(
     """
     positions, rows = [], []
     with _evaluating(*models):
-        for batch in batches:
+        for batch in _freeing(batches, device):
             positions.append(batch["index"].numpy())
             found = score(*_embed_and_score(models, batch, device))
             rows.append([own.cpu().numpy() for own in found])
@@ -171,7 +172,7 @@ def collect(
     tallies = [_Tally(own, device) for own in labels]
     embeddings = [np.empty((0, 0), np.float32)] * len(models)
     with _evaluating(*models):
-        for batch in batches:
+        for batch in _freeing(batches, device):
             found, scores = _embed_and_score(models, batch, device)
             for tally, own in zip(tallies, score(found, scores), strict=True):
                 tally.add(batch["index"], own)
@@ -211,6 +212,16 @@ def _embed_and_score(
     inputs = model_inputs(batch, device)
     found = [model.embed_and_score(*inputs) for model in models]
     return [own.float() for own, _ in found], [own.float() for _, own in found]
+
+
+def _freeing(
+    batches: Iterable[Mapping[str, Tensor]], device: torch.device
+) -> Iterator[Mapping[str, Tensor]]:
+    """The batches; what one has taken on a CPU is given back before the next."""
+    for batch in batches:
+        yield batch
+        if device.type == "cpu":
+            return_memory()
 
 
 @contextlib.contextmanager

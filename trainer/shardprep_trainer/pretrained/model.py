@@ -26,6 +26,7 @@ from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.pieces import cut
 from shardprep_trainer.evaluation.views import Views
+from shardprep_trainer.model.cpu_kernels import largest_batch
 from shardprep_trainer.pretrained.batches import Mel, batches
 from shardprep_trainer.pretrained.hub import fetch_model, is_hub_name
 from shardprep_trainer.pretrained.recordings import Recording, ahead, name_of
@@ -366,7 +367,8 @@ class SpeakerModel(
         """Embed and score mels (T, F), in their order."""
         pad_value = self.checkpoint.config.data.pad_value
         found: dict[int, Used] = {}
-        for own, mel, lengths in batches(mels, MAX_FRAMES, pad_value):
+        most = largest_batch(MAX_FRAMES, self.device)
+        for own, mel, lengths in batches(mels, most, pad_value):
             padded = bool((lengths < mel.shape[1]).any())
             embeddings, scores = self._views.embed_and_score(
                 mel.to(self.device), lengths if padded else None

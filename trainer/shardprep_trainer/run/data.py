@@ -11,6 +11,7 @@ from shardprep import OpenShards, SegmentLoader, UtteranceLoader, locate
 from shardprep_trainer.checkpoint.open_shards import open_shards_of
 from shardprep_trainer.config.fields import Config, DataConfig
 from shardprep_trainer.errors import ConfigError
+from shardprep_trainer.model.cpu_kernels import largest_batch
 
 
 def open_data(data: DataConfig, *, validated: bool) -> OpenShards:
@@ -133,12 +134,17 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: DataConfig, shards: OpenShards, split: str, rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    shards: OpenShards,
+    split: str,
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> UtteranceLoader:
-    """This rank's part of a split, as whole utterances batched by length."""
+    """This rank's part of a split, as whole utterances batched by length, for a device."""
     return UtteranceLoader(
         shards[split],
-        max_frames=config.eval_frames,
+        max_frames=largest_batch(config.eval_frames, device),
         rank=rank,
         world_size=world_size,
         pad_value=config.pad_value,

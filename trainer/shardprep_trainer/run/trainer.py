@@ -192,7 +192,7 @@ class Trainer:
         self._sums()
         if self.world_size > 1:
             share_buffers(self.train_step.predictor)
-        data, place = self.config.data, (self.rank, self.world_size)
+        data, place = self.config.data, (self.rank, self.world_size, self.device)
         batches = build_eval_loader(data, self.shards, "val", *place)
         with self.accelerator.autocast():
             found = validation(
