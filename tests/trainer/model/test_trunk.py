@@ -53,7 +53,10 @@ def norm(x: Tensor, layer: MaskedBatchNorm1d, training: bool) -> Tensor:
 
 def oracle(model: ResNet, mel: Tensor, training: bool = False) -> Tensor:
     """A residual network by its definition, on utterances (B, T, F) without padding."""
-    images = [mel, mel - mel.mean(1, keepdim=True)] if model.centered else [mel]
+    centered = mel - mel.mean(1, keepdim=True)
+    deviation = (mel.var(1, keepdim=True, correction=0) + 1e-3).sqrt()
+    every = {"mel": mel, "centered": centered, "normalized": centered / deviation}
+    images = [every[name] for name in model.images]
     x = F.conv2d(torch.stack(images, dim=1), model.stem.weight, None, model.stem.stride, 1)
     x = norm(x, model.norm, training).relu()
     for block in model.blocks:
@@ -101,6 +104,16 @@ def test_an_utterance_comes_out_as_the_oracle_has_it_alone(
         frames = -(-len(own) // 4)
         torch.testing.assert_close(out[:frames], oracle(model, own[None])[0])
         assert not out[frames:].any()
+
+
+@pytest.mark.parametrize("images", [("mel",), ("normalized",), ("centered", "mel")])
+def test_the_images_are_those_that_are_named(images: tuple[str, ...]) -> None:
+    model = trunk("frequency", images=images).double().eval()
+    mel = torch.randn(2, 29, 20, dtype=torch.float64)
+    torch.testing.assert_close(model(mel, None), oracle(model, mel))
+    # A filter of the channel adds a number to each bin; noise shrinks all that is not the mean.
+    filtered = model(mel + torch.randn(20), None)
+    assert torch.allclose(filtered, model(mel, None)) == (images == ("normalized",))
 
 
 @pytest.mark.parametrize("device_way", [True, False])
@@ -168,7 +181,10 @@ def test_odd_numbers_of_channels_train_without_harm() -> None:
         ({"time_strides": (1, True, 1)}, "time_strides: found"),
         ({"mel_strides": (1, 1.5, 1)}, "mel_strides: found"),
         ({"stem_strides": 2}, "stem_strides: found 2"),
-        ({"centered": "maybe"}, "centered: found maybe, allowed: true, false"),
+        ({"images": ["mel", "maybe"]}, r"images: found .*maybe.*, allowed is a list of mel, cent"),
+        ({"images": "mel"}, "images: found mel, allowed is a list of"),
+        ({"images": [["mel"]]}, "images: found"),
+        ({"images": []}, "images: found"),
     ],
 )
 def test_a_trunk_that_cannot_be_says_why(changes: dict[str, Any], message: str) -> None:

@@ -24,8 +24,11 @@ from shardprep_trainer.model.blocks import ConformerBlock
 from shardprep_trainer.model.layers import Linear, MaskedBatchNorm1d, masked_mean, zero_padding
 
 SQUEEZES = ("none", "frequency")
+IMAGES = ("mel", "centered", "normalized")
 _KERNEL = 3
 _SQUEEZED = 16
+# Added to the variance of a mel bin over an utterance [log-mel squared]; that of speech is above 1.
+_LEAST_VARIANCE = 1e-3
 
 
 class ResNet(nn.Module):
@@ -42,8 +45,9 @@ class ResNet(nn.Module):
         stem_strides: Both factors, frames and mel bins, of the convolution before the stages.
         squeeze: "frequency" lets each block weigh its mel bins, see `FrequencySqueeze`; "none"
             does not.
-        centered: Show the first convolution two images: the mels, and the mels less their mean over
-            the utterance, which a fixed filter of the channel does not change.
+        images: What the first convolution sees side by side: "mel", the mels as they are;
+            "centered", less their mean over the utterance, which a fixed filter of the channel does
+            not change; "normalized", also divided by their deviation, which noise makes smaller.
 
     Attributes:
         width: Channels times mel bins that are left.
@@ -63,7 +67,7 @@ class ResNet(nn.Module):
         mel_strides: Sequence[int] = (1, 1, 2, 2),
         stem_strides: Sequence[int] = (1, 2),
         squeeze: str = "frequency",
-        centered: bool = True,
+        images: Sequence[str] = IMAGES,
     ) -> None:
         super().__init__()
         stages = {
@@ -81,13 +85,13 @@ class ResNet(nn.Module):
                 raise ValueError(f"{name}: found {len(each)} stages, channels has {len(channels)}")
         if len(stem_strides) != 2:
             raise ValueError(f"stem_strides: found {stem_strides}, allowed are two factors")
-        if not isinstance(centered, bool):
-            raise ValueError(f"centered: found {centered}, allowed: true, false")
+        if not (isinstance(images, list | tuple) and images and all(x in IMAGES for x in images)):
+            raise ValueError(f"images: found {images}, allowed is a list of {', '.join(IMAGES)}")
         if squeeze not in SQUEEZES:
             raise ValueError(f"squeeze: found {squeeze}, allowed: {', '.join(SQUEEZES)}")
         self.subsampling, bins, inputs = stem_strides[0], -(-n_mels // stem_strides[1]), channels[0]
-        self.centered = centered
-        self.stem = _convolution(2 if centered else 1, inputs, (stem_strides[0], stem_strides[1]))
+        self.images = tuple(images)
+        self.stem = _convolution(len(images), inputs, (stem_strides[0], stem_strides[1]))
         self.norm = MaskedBatchNorm1d(inputs)
         self.blocks = nn.ModuleList()
         for outputs, number, time_stride, mel_stride in zip(*stages.values(), strict=True):
@@ -110,11 +114,15 @@ class ResNet(nn.Module):
         Returns:
             (B, ceil(T / subsampling), width), zero where it is padded.
         """
-        images = [mel]
-        if self.centered:
-            images.append(zero_padding(mel - masked_mean(mel, mask), mask))
+        shown = {"mel": mel}
+        if self.images != ("mel",):
+            shown["centered"] = zero_padding(mel - masked_mean(mel, mask), mask)
+        if "normalized" in self.images:
+            variance = masked_mean(shown["centered"].square(), mask)
+            shown["normalized"] = shown["centered"] * (variance + _LEAST_VARIANCE).rsqrt()
         # The channels must be the last in memory, by their strides too, also if there is but one.
-        image = torch.stack(images, dim=3).permute(0, 3, 1, 2)  # (B, T, F) each -> (B, C, T, F)
+        image = torch.stack([shown[name] for name in self.images], dim=3)
+        image = image.permute(0, 3, 1, 2)  # (B, T, F, C) -> (B, C, T, F)
         image, mask = self.stem(image), _thin(mask, self.stem)
         image = _zero(F.relu(_normalise(image, self.norm, mask)), mask)
         for block in self.blocks:
@@ -141,7 +149,7 @@ class ResNetConformer(nn.Module):
         mel_strides: See `ResNet`.
         stem_strides: See `ResNet`.
         squeeze: See `ResNet`.
-        centered: See `ResNet`.
+        images: See `ResNet`.
 
     Attributes:
         width: That of the trunk and L * D.
@@ -166,7 +174,7 @@ class ResNetConformer(nn.Module):
         mel_strides: Sequence[int] = (1, 1, 2),
         stem_strides: Sequence[int] = (1, 2),
         squeeze: str = "frequency",
-        centered: bool = True,
+        images: Sequence[str] = IMAGES,
     ) -> None:
         super().__init__()
         for name, size in {"dim": dim, "layers": layers, "heads": heads}.items():
@@ -186,7 +194,7 @@ class ResNetConformer(nn.Module):
             mel_strides=mel_strides,
             stem_strides=stem_strides,
             squeeze=squeeze,
-            centered=centered,
+            images=images,
         )
         self.subsampling = self.trunk.subsampling
         self.norm = nn.LayerNorm(self.trunk.width)
