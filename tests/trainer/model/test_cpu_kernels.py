@@ -204,7 +204,7 @@ for _ in range(20):
     kept.append(torch.ones(2**10))
 del freed
 full = resident()
-return_memory()
+return_memory(torch.device("cpu"))
 print(full - before, resident() - before)
 """
     done = subprocess.run(

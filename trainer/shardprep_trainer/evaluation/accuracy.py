@@ -220,8 +220,7 @@ def _freeing(
     """The batches; what one has taken on a CPU is given back before the next."""
     for batch in batches:
         yield batch
-        if device.type == "cpu":
-            return_memory()
+        return_memory(device)
 
 
 @contextlib.contextmanager

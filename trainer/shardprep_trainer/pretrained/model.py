@@ -26,7 +26,7 @@ from shardprep_trainer.checkpoint.weights import load_model
 from shardprep_trainer.errors import PredictionError
 from shardprep_trainer.evaluation.pieces import cut
 from shardprep_trainer.evaluation.views import Views
-from shardprep_trainer.model.cpu_kernels import largest_batch
+from shardprep_trainer.model.cpu_kernels import largest_batch, return_memory
 from shardprep_trainer.pretrained.batches import Mel, batches
 from shardprep_trainer.pretrained.hub import fetch_model, is_hub_name
 from shardprep_trainer.pretrained.recordings import Recording, ahead, name_of
@@ -369,10 +369,9 @@ class SpeakerModel(
         found: dict[int, Used] = {}
         most = largest_batch(MAX_FRAMES, self.device)
         for own, mel, lengths in batches(mels, most, pad_value):
-            padded = bool((lengths < mel.shape[1]).any())
-            embeddings, scores = self._views.embed_and_score(
-                mel.to(self.device), lengths if padded else None
-            )
+            valid = lengths if bool((lengths < mel.shape[1]).any()) else None
+            embeddings, scores = self._views.embed_and_score(mel.to(self.device), valid)
+            return_memory(self.device)
             rows = zip(
                 own, embeddings.float().cpu().numpy(), scores.float().cpu().numpy(), strict=True
             )
